@@ -1,0 +1,1 @@
+"""The PyTorch backend: NVIDIA GPUs, and any CPU as the announced fallback."""

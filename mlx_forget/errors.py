@@ -1,0 +1,23 @@
+"""The one family of errors that a user can mend, and the suggestion of what was meant."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """The request was wrong: one sentence with what was asked, what was found, and the way out.
+
+    The command line prints it as one line and exits with code 2.
+    """
+
+
+class RunFailed(RuntimeError):
+    """The request was right, and the work failed or diverged: exit code 1."""
+
+
+def unknown(kind: str, name: object, choices: Iterable[str]) -> UserError:
+    """The error for a name that is none of `choices`: it suggests the nearest, then lists them all."""
+    known = sorted(choices)
+    nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    return UserError(f"Unknown {kind} {str(name)!r}.{hint} Known: {', '.join(known)}.")

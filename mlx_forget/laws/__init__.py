@@ -1,0 +1,1 @@
+"""Scaling laws of forgetting and finetuning: forms, fits, uncertainty, decisions."""

@@ -1,0 +1,312 @@
+"""The seam: what the one loop asks of a backend, the values that cross it, and the table of backends.
+
+A backend holds every tensor. Only specs, NumPy arrays, paths, Python scalars and `StepResult` cross. The loop lives in
+`loop.py`; `cuda_backend` (PyTorch) and `mlx_forget.mlx_backend` (MLX) implement `Trainer`.
+"""
+
+import importlib
+import importlib.util
+import platform
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from mlx_forget.errors import UserError, unknown
+from mlx_forget.ladder import ModelSpec
+from mlx_forget.methods import NUM_SOURCES, NUM_TERMS, MethodSpec
+from mlx_forget.pipeline.batches import Batch
+
+__all__ = [
+    "AdapterSpec",
+    "Backend",
+    "Batch",
+    "Capabilities",
+    "Comparison",
+    "ModelSpec",
+    "OptimSpec",
+    "RuntimeSpec",
+    "StepReading",
+    "StepResult",
+    "Trainer",
+    "TrainerSpec",
+    "available_backends",
+    "backend_names",
+    "choose_backend",
+    "load_backend",
+]
+
+Precision = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """Low-rank adapters on a frozen base: rank, alpha, and how the product is scaled."""
+
+    kind: Literal["lora", "dora"] = "lora"
+    rank: int = 8
+    alpha: float = 16.0
+    scaling: Literal["alpha/r", "alpha/sqrt(r)", "none"] = "alpha/r"
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class OptimSpec:
+    """AdamW with bias correction, epsilon outside the square root, decay multiplied by the learning rate, global-norm clipping.
+
+    `ladder.decays` names the parameters that decay. `max_grad_norm` 0 switches clipping off.
+    """
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    max_grad_norm: float = 5.0
+
+
+@dataclass(frozen=True)
+class RuntimeSpec:
+    """How a step is executed. Apart from precision, nothing here changes what is computed.
+
+    Args:
+        precision: `fp32`, or `bf16` activations over fp32 master weights.
+        device: a device name the backend understands, or None for its best one.
+        compile: None compiles where the backend finds that it pays.
+        micro_batch_size: rows per forward pass; None is the whole batch. Gradients add up to those of the whole batch.
+        grad_checkpoint: recompute block activations in the backward pass.
+        num_threads: CPU threads; None leaves the framework's choice.
+        memory_limit_gb: refuse to grow beyond this.
+    """
+
+    precision: Precision = "fp32"
+    device: str | None = None
+    compile: bool | None = None
+    micro_batch_size: int | None = None
+    grad_checkpoint: bool = False
+    num_threads: int | None = None
+    memory_limit_gb: float | None = None
+
+
+@dataclass(frozen=True)
+class TrainerSpec:
+    """Everything a backend is built from."""
+
+    model: ModelSpec
+    optim: OptimSpec = field(default_factory=OptimSpec)
+    method: MethodSpec = field(default_factory=MethodSpec)
+    adapter: AdapterSpec | None = None
+    runtime: RuntimeSpec = field(default_factory=RuntimeSpec)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a backend can do, as data: the core asks here and never for a backend's name."""
+
+    precisions: tuple[Precision, ...]
+    terms: tuple[int, ...]
+    adapters: tuple[str, ...] = ()
+    anchor: bool = False
+    sample: bool = False
+    stack: bool = False
+    distributed: bool = False
+    bitwise_resume: bool = False
+
+
+@dataclass(frozen=True)
+class StepReading:
+    """The numbers of one step on the host, summed over all ranks.
+
+    Args:
+        loss_sums: float64[terms, sources], sums of token losses in nats.
+        counts: float64[terms, sources], tokens behind each sum.
+        grad_norm: global norm before clipping.
+        skipped: 1 if the update was masked because the loss or gradient was not finite.
+    """
+
+    loss_sums: npt.NDArray[np.float64]
+    counts: npt.NDArray[np.float64]
+    grad_norm: float
+    skipped: int
+
+
+class StepResult(ABC):
+    """A step that may still be running: reading it is the only host sync."""
+
+    @abstractmethod
+    def read(self) -> StepReading: ...
+
+
+def unpack_step(packed: npt.NDArray[np.float64], counts: npt.NDArray[np.float64]) -> StepReading:
+    """A reading from the flat vector that backends fetch in one transfer: loss sums, then gradient norm, then skipped."""
+    sums = packed[: NUM_TERMS * NUM_SOURCES].reshape(NUM_TERMS, NUM_SOURCES)
+    return StepReading(sums, counts, grad_norm=float(packed[-2]), skipped=int(packed[-1]))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Per-token measures against the frozen reference, each float32[B, T] in nats (`agreement`: 1 where the top tokens agree).
+
+    `kl` is KL(reference || model); `soft_ce` and `hard_ce` are the cross-entropy of the model to the reference's distribution and
+    to its most likely token (Kalajdzievski 2024).
+    """
+
+    nll: npt.NDArray[np.float32]
+    ref_nll: npt.NDArray[np.float32]
+    kl: npt.NDArray[np.float32]
+    soft_ce: npt.NDArray[np.float32]
+    hard_ce: npt.NDArray[np.float32]
+    agreement: npt.NDArray[np.float32]
+
+
+class Trainer(ABC):
+    """One model, its optimiser and its frozen reference, behind a short list of verbs."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    @abstractmethod
+    def __init__(self, spec: TrainerSpec) -> None: ...
+
+    @classmethod
+    @abstractmethod
+    def describe(cls) -> Capabilities:
+        """What this backend can do on this machine."""
+
+    @property
+    @abstractmethod
+    def device(self) -> str:
+        """The device in words, for records."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Fallbacks this trainer took, one sentence each: the caller announces them."""
+        return ()
+
+    @abstractmethod
+    def train_step(self, batch: Batch, learning_rate: float) -> StepResult:
+        """One optimiser step on the rows of this rank."""
+
+    @abstractmethod
+    def token_losses(self, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+        """Next-token losses in nats, float32[B, T], of int32[B, T+1] rows."""
+
+    @abstractmethod
+    def compare(self, tokens: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8]) -> Comparison:
+        """Measures against the reference; zero where `mask` uint8[B, T] is 0."""
+
+    @abstractmethod
+    def set_reference(self, reference: Literal["start", "adapters_off"] | Path | None) -> None:
+        """Freeze a reference: the weights as they are now, the base under the adapters, a checkpoint file, or none."""
+
+    @abstractmethod
+    def save(self, path: Path, *, trainable_only: bool = False) -> None:
+        """Write the weights as safetensors in Hugging Face names, fp32."""
+
+    @abstractmethod
+    def load(self, path: Path) -> None:
+        """Read weights that `save` of any backend wrote. The optimiser's moments stay."""
+
+    @abstractmethod
+    def save_state(self, path: Path) -> None:
+        """Write the training state: `exp_avg.NAME`, `exp_avg_sq.NAME` in fp32 and `step`, in neutral names."""
+
+    @abstractmethod
+    def load_state(self, path: Path) -> None:
+        """Read the training state that `save_state` of any backend wrote."""
+
+    @abstractmethod
+    def sample(
+        self, prompts: npt.NDArray[np.int32], u: npt.NDArray[np.float64], *, temperature: float = 1.0
+    ) -> npt.NDArray[np.int32]:
+        """Continue int32[B, P] prompts by inverse-CDF sampling with uniforms `u` float64[B, T]; returns int32[B, T]."""
+
+    @abstractmethod
+    def peak_memory_bytes(self) -> int:
+        """Highest memory use so far: of the device where it has its own, else of the process."""
+
+    def all_sum(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Sum over ranks."""
+        return values
+
+    def broadcast(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Rank 0's values."""
+        return values
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A row of the registry: where the trainer is, what it needs, and how to get that."""
+
+    trainer: str
+    requires: str
+    install: str
+
+
+BACKENDS: dict[str, Backend] = {
+    "mlx": Backend("mlx_forget.mlx_backend.trainer:MLXTrainer", "mlx.core", "pip install 'mlx-forget[mlx]'"),
+    "cuda": Backend("cuda_backend.trainer:TorchTrainer", "torch", "pip install 'mlx-forget[cuda]'"),
+}
+ENTRY_POINT_GROUP = "mlx_forget.backends"
+
+
+def backend_names() -> list[str]:
+    """Built-in backends, then those of other packages (entry-point group `mlx_forget.backends`)."""
+    return [*BACKENDS, *(e.name for e in entry_points(group=ENTRY_POINT_GROUP) if e.name not in BACKENDS)]
+
+
+def available_backends() -> list[str]:
+    """Backends whose framework is installed, found without importing it."""
+    return [name for name in backend_names() if name not in BACKENDS or _installed(BACKENDS[name].requires)]
+
+
+def choose_backend() -> tuple[str, str]:
+    """The backend of `--backend auto` and the reason: MLX on Apple silicon, else PyTorch, else whatever is installed.
+
+    Raises:
+        UserError: no backend is installed.
+    """
+    available = available_backends()
+    if "mlx" in available and platform.system() == "Darwin" and platform.machine() == "arm64":
+        return "mlx", "this is Apple silicon"
+    if "cuda" in available:
+        return "cuda", "PyTorch is installed and this is not a Mac with MLX"
+    if available:
+        return available[0], "no other backend is installed"
+    ways = " or ".join(f"{backend.install} ({name})" for name, backend in BACKENDS.items())
+    raise UserError(f"No backend is installed. Install one: {ways}.")
+
+
+def load_backend(name: str) -> type[Trainer]:
+    """The trainer class of a backend.
+
+    Raises:
+        UserError: unknown name, or a framework that is not installed (with the pip line).
+    """
+    if name in BACKENDS:
+        backend = BACKENDS[name]
+        if not _installed(backend.requires):
+            raise UserError(f"Backend {name!r} needs {backend.requires.split('.')[0]}, which is not installed: {backend.install}")
+        module, _, attribute = backend.trainer.partition(":")
+        trainer: type[Trainer] = getattr(importlib.import_module(module), attribute)
+        return trainer
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        if entry.name == name:
+            external: type[Trainer] = entry.load()
+            return external
+    raise unknown("backend", name, ["auto", *backend_names()])
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
