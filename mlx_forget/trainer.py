@@ -37,7 +37,10 @@ __all__ = [
     "available_backends",
     "backend_names",
     "choose_backend",
+    "group_counts",
     "load_backend",
+    "token_weights",
+    "unpack_step",
 ]
 
 Precision = Literal["fp32", "bf16"]
@@ -116,6 +119,7 @@ class Capabilities:
     stack: bool = False
     distributed: bool = False
     bitwise_resume: bool = False
+    fast_bf16: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,23 @@ class StepResult(ABC):
 
     @abstractmethod
     def read(self) -> StepReading: ...
+
+
+def group_counts(batch: Batch) -> npt.NDArray[np.float64]:
+    """Tokens behind each loss sum, float64[terms, sources]."""
+    counts = np.zeros((NUM_TERMS, NUM_SOURCES))
+    np.add.at(counts, (batch.term, batch.source), batch.loss_mask.sum(axis=1, dtype=np.float64))
+    return counts
+
+
+def token_weights(batch: Batch, counts: npt.NDArray[np.float64], method: MethodSpec) -> npt.NDArray[np.float32]:
+    """The weight of each token's loss in the objective, float32[B, T]: coefficient / token count of its term, 0 where masked.
+
+    `counts` are those of the whole batch over all ranks and micro-batches, so partial gradients add up to the whole one.
+    """
+    per_term = counts.sum(axis=1)
+    weights = np.divide(np.asarray(method.coefficients), per_term, out=np.zeros(NUM_TERMS), where=per_term > 0)
+    return (weights[batch.term, None] * batch.loss_mask).astype(np.float32)
 
 
 def unpack_step(packed: npt.NDArray[np.float64], counts: npt.NDArray[np.float64]) -> StepReading:
@@ -229,6 +250,15 @@ class Trainer(ABC):
     @abstractmethod
     def peak_memory_bytes(self) -> int:
         """Highest memory use so far: of the device where it has its own, else of the process."""
+
+    def members(self, count: int) -> "list[Trainer]":
+        """A stack of `count` models as single ones, for evaluation and saving; an ordinary trainer is a stack of one."""
+        assert count == 1, "this backend does not stack"
+        return [self]
+
+    def train_stack(self, batches: list[Batch], learning_rates: list[float], active: list[bool]) -> list[StepResult]:
+        """One step of each active member of a stack (capability `stack`)."""
+        raise UserError("This backend cannot train several runs as one: start them one by one.")
 
     def all_sum(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """Sum over ranks."""

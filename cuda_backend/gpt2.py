@@ -1,0 +1,133 @@
+"""GPT-2 in PyTorch as functions of a dict of weights in Hugging Face names, and the cross-entropy that never holds all logits.
+
+Shapes: B rows, T tokens, D width, H heads, V vocabulary, N = B * T.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from mlx_forget.ladder import LAYER_NORM_EPSILON, ModelSpec
+
+Weights = Mapping[str, Tensor]
+
+# Elements of one chunk of logits: on a CPU a chunk should stay in cache, on a GPU it should fill the device.
+_CHUNK_ELEMENTS_CPU = 1 << 21
+_CHUNK_ELEMENTS_GPU = 1 << 27
+
+
+def hidden_states(
+    weights: Weights, spec: ModelSpec, tokens_BT: Tensor, segment_BT: Tensor | None = None, *, grad_checkpoint: bool = False
+) -> Tensor:
+    """Final hidden states [B, T, D] of int64[B, T] tokens; attention stays inside segments where they are given."""
+    positions = weights["transformer.wpe.weight"][: tokens_BT.shape[1]]
+    x_BTD = F.embedding(tokens_BT, weights["transformer.wte.weight"]) + positions
+    mask = None if segment_BT is None else _segment_mask(segment_BT)
+    for i in range(spec.num_layers):
+        if grad_checkpoint and torch.is_grad_enabled():
+            x_BTD = checkpoint(block, weights, f"transformer.h.{i}.", spec, x_BTD, mask, use_reentrant=False)
+        else:
+            x_BTD = block(weights, f"transformer.h.{i}.", spec, x_BTD, mask)
+    return _norm(x_BTD, weights, "transformer.ln_f")
+
+
+def block(weights: Weights, prefix: str, spec: ModelSpec, x_BTD: Tensor, mask: Tensor | None) -> Tensor:
+    """One pre-norm block."""
+    B, T, D = x_BTD.shape
+    normed = _norm(x_BTD, weights, prefix + "ln_1")
+    qkv = _linear(normed, weights, prefix + "attn.c_attn").view(B, T, 3, spec.num_heads, spec.head_dim)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+    x_BTD = x_BTD + _linear(mixed.transpose(1, 2).reshape(B, T, D), weights, prefix + "attn.c_proj")
+    expanded = F.gelu(_linear(_norm(x_BTD, weights, prefix + "ln_2"), weights, prefix + "mlp.c_fc"), approximate="tanh")
+    return x_BTD + _linear(expanded, weights, prefix + "mlp.c_proj")
+
+
+def next_logits(weights: Weights, spec: ModelSpec, token_B: Tensor, position: int, cache: Tensor) -> Tensor:
+    """Logits [B, V] after one more token; `cache` [L, 2, B, H, T, head_dim] holds keys and values and is written at `position`."""
+    B = len(token_B)
+    x_BD = F.embedding(token_B, weights["transformer.wte.weight"]) + weights["transformer.wpe.weight"][position]
+    for i in range(spec.num_layers):
+        prefix = f"transformer.h.{i}."
+        qkv = _linear(_norm(x_BD, weights, prefix + "ln_1"), weights, prefix + "attn.c_attn")
+        q, k, v = qkv.view(B, 3, spec.num_heads, spec.head_dim).unbind(1)
+        cache[i, 0, :, :, position] = k
+        cache[i, 1, :, :, position] = v
+        past = cache[i, :, :, :, : position + 1]
+        mixed = F.scaled_dot_product_attention(q[:, :, None], past[0], past[1])
+        x_BD = x_BD + _linear(mixed.reshape(B, -1), weights, prefix + "attn.c_proj")
+        expanded = F.gelu(_linear(_norm(x_BD, weights, prefix + "ln_2"), weights, prefix + "mlp.c_fc"), approximate="tanh")
+        x_BD = x_BD + _linear(expanded, weights, prefix + "mlp.c_proj")
+    return (_norm(x_BD, weights, "transformer.ln_f") @ weights["transformer.wte.weight"].T).float()
+
+
+def chunk_rows(vocab_size: int, device: torch.device) -> int:
+    """How many tokens' logits are held at once."""
+    elements = _CHUNK_ELEMENTS_CPU if device.type == "cpu" else _CHUNK_ELEMENTS_GPU
+    return max(64, elements // vocab_size)
+
+
+class FusedCrossEntropy(torch.autograd.Function):
+    """Tied head and weighted cross-entropy in chunks of rows, with the gradients made while the logits are at hand.
+
+    `apply(x [N, D], head [V, D], labels int64[N], weight float32[N], chunk)` returns (objective, nll): the sum of weight * nll,
+    and the nll in nats, float32[N], which carries no gradient. The logits of a chunk are float32 whatever the type of x.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, head: Tensor, labels: Tensor, weight: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+        nll = torch.empty(len(x), dtype=torch.float32, device=x.device)
+        grad_x, grad_head = torch.empty_like(x), torch.zeros_like(head, dtype=torch.float32)
+        compute_head = head.to(x.dtype)
+        for start in range(0, len(x), chunk):
+            rows = slice(start, start + chunk)
+            probabilities, nll[rows] = _softmax_and_nll(x[rows], compute_head, labels[rows])
+            grad_logits = probabilities.scatter_add_(1, labels[rows, None], -torch.ones_like(weight[rows, None]))
+            grad_logits = grad_logits.mul_(weight[rows, None]).to(x.dtype)
+            torch.mm(grad_logits, compute_head, out=grad_x[rows])
+            if x.dtype == torch.float32:
+                grad_head.addmm_(grad_logits.T, x[rows])
+            else:
+                grad_head += grad_logits.T @ x[rows]
+        ctx.save_for_backward(grad_x, grad_head)
+        ctx.mark_non_differentiable(nll)
+        ctx.head_dtype = head.dtype
+        return (nll * weight).sum(), nll
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        grad_x, grad_head = ctx.saved_tensors
+        return grad_x * grads[0], (grad_head * grads[0]).to(ctx.head_dtype), None, None, None
+
+
+def token_nll(x: Tensor, head: Tensor, labels: Tensor, chunk: int) -> Tensor:
+    """Next-token losses in nats, float32[N], in chunks, without gradients."""
+    head = head.to(x.dtype)
+    return torch.cat([_softmax_and_nll(x[s : s + chunk], head, labels[s : s + chunk])[1] for s in range(0, len(x), chunk)])
+
+
+def _softmax_and_nll(x: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    logits = (x @ head.T).float()
+    top = logits.amax(1, keepdim=True)
+    label_logit = logits.gather(1, labels[:, None])
+    exponentials = logits.sub_(top).exp_()
+    total = exponentials.sum(1, keepdim=True)
+    return exponentials.div_(total), (total.log() + top - label_logit)[:, 0]
+
+
+def _norm(x: Tensor, weights: Weights, name: str) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weights[name + ".weight"], weights[name + ".bias"], LAYER_NORM_EPSILON)
+
+
+def _linear(x: Tensor, weights: Weights, name: str) -> Tensor:
+    weight, bias = weights[name + ".weight"], weights[name + ".bias"]
+    return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[1])
+
+
+def _segment_mask(segment_BT: Tensor) -> Tensor:
+    same = segment_BT[:, None, :, None] == segment_BT[:, None, None, :]
+    return same & torch.ones(segment_BT.shape[1], segment_BT.shape[1], dtype=torch.bool, device=same.device).tril()

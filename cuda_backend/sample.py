@@ -1,0 +1,31 @@
+"""Ancestral sampling with a key-value cache, driven by uniforms that the core makes."""
+
+import torch
+from torch import Tensor
+
+from cuda_backend.gpt2 import Weights, next_logits
+from mlx_forget.ladder import ModelSpec
+
+
+@torch.no_grad()
+def sample(weights: Weights, spec: ModelSpec, prompts_BP: Tensor, u_BT: Tensor, temperature: float) -> Tensor:
+    """Continue int64[B, P] prompts by inverse-CDF sampling; returns int64[B, T] for uniforms float64[B, T].
+
+    The token is the first whose cumulative probability, in float64, exceeds u.
+    """
+    B, P = prompts_BP.shape
+    length = P + u_BT.shape[1]
+    dtype = weights["transformer.wte.weight"].dtype
+    cache = torch.empty(spec.num_layers, 2, B, spec.num_heads, length, spec.head_dim, dtype=dtype, device=u_BT.device)
+    out = torch.empty(B, u_BT.shape[1], dtype=torch.int64, device=u_BT.device)
+    token = prompts_BP[:, 0]
+    for position in range(length - 1):
+        logits = next_logits(weights, spec, token, position, cache)
+        if position + 1 < P:
+            token = prompts_BP[:, position + 1]
+            continue
+        cumulative = torch.softmax(logits.double() / temperature, dim=-1).cumsum(-1)
+        u = u_BT[:, position + 1 - P, None] * cumulative[:, -1:]
+        token = torch.searchsorted(cumulative, u, right=True)[:, 0].clamp_(max=spec.vocab_size - 1)
+        out[:, position + 1 - P] = token
+    return out

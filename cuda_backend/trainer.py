@@ -1,0 +1,300 @@
+"""The PyTorch trainer: CUDA where a GPU is, the CPU otherwise (announced)."""
+
+import resource
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from cuda_backend import gpt2
+from cuda_backend.sample import sample
+from mlx_forget.errors import UserError
+from mlx_forget.ladder import decays, initial_weights, param_shapes
+from mlx_forget.methods import NUM_SOURCES, NUM_TERMS, TERM_REPLAY_NTP, TERM_TASK
+from mlx_forget.trainer import (
+    Batch,
+    Capabilities,
+    Comparison,
+    StepReading,
+    StepResult,
+    Trainer,
+    TrainerSpec,
+    group_counts,
+    token_weights,
+    unpack_step,
+)
+
+_EVAL_TOKENS = 1 << 13
+
+
+class TorchStep(StepResult):
+    """A step whose numbers are still on the device."""
+
+    def __init__(self, packed: Tensor, counts: npt.NDArray[np.float64]) -> None:
+        self._packed = packed
+        self._counts = counts
+
+    def read(self) -> StepReading:
+        return unpack_step(self._packed.double().cpu().numpy(), self._counts)
+
+
+class TorchTrainer(Trainer):
+    """GPT-2 with AdamW on one device."""
+
+    def __init__(self, spec: TrainerSpec) -> None:
+        runtime = spec.runtime
+        if spec.adapter is not None:
+            raise UserError("The ladder trains all its weights: adapters need a Hugging Face model.")
+        self.spec = spec
+        self._notes: list[str] = []
+        self._torch_device = self._choose_device(runtime.device)
+        if runtime.num_threads is not None:
+            torch.set_num_threads(runtime.num_threads)
+        self._dtype = torch.bfloat16 if runtime.precision == "bf16" else torch.float32
+        self._chunk = gpt2.chunk_rows(spec.model.vocab_size, self._torch_device)
+        self._weights = {
+            name: torch.from_numpy(value).to(self._torch_device).requires_grad_()
+            for name, value in initial_weights(spec.model, spec.seed)
+        }
+        self._decayed = [name for name in self._weights if decays(name)]
+        self._plain = [name for name in self._weights if not decays(name)]
+        self._exp_avg = {name: torch.zeros_like(value) for name, value in self._weights.items()}
+        self._exp_avg_sq = {name: torch.zeros_like(value) for name, value in self._weights.items()}
+        self._steps = {name: torch.zeros((), device=self._torch_device) for name in self._weights}
+        self._reference: dict[str, Tensor] | None = None
+        self._hidden_states = self._maybe_compiled(gpt2.hidden_states)
+
+    @classmethod
+    def describe(cls) -> Capabilities:
+        return Capabilities(
+            precisions=("fp32", "bf16"),
+            terms=(TERM_TASK, TERM_REPLAY_NTP),
+            sample=True,
+            bitwise_resume=not torch.cuda.is_available(),
+            fast_bf16=torch.cuda.is_available() or torch.cpu._is_amx_tile_supported(),
+        )
+
+    @property
+    def device(self) -> str:
+        if self._torch_device.type == "cuda":
+            return torch.cuda.get_device_name(self._torch_device)
+        return f"cpu ({torch.get_num_threads()} threads)"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return tuple(self._notes)
+
+    def train_step(self, batch: Batch, learning_rate: float) -> StepResult:
+        counts = group_counts(batch)
+        token_weight = token_weights(batch, counts, self.spec.method)
+        group = torch.from_numpy(batch.term.astype(np.int64) * NUM_SOURCES + batch.source).to(self._torch_device)
+        sums = torch.zeros(NUM_TERMS * NUM_SOURCES, device=self._torch_device)
+        size = self.spec.runtime.micro_batch_size or len(batch.tokens)
+        for start in range(0, len(batch.tokens), size):
+            rows = slice(start, start + size)
+            nll = self._accumulate_gradient(batch, rows, token_weight[rows])
+            mask = torch.from_numpy(batch.loss_mask[rows]).to(self._torch_device)
+            sums.index_add_(0, group[rows], (nll * mask).sum(1))
+        norm, skipped = self._update(learning_rate)
+        return TorchStep(torch.cat([sums, torch.stack([norm, skipped])]), counts)
+
+    def token_losses(self, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+        losses = np.empty((len(tokens), tokens.shape[1] - 1), np.float32)
+        for rows in self._eval_slices(tokens):
+            inputs, labels = self._split(tokens[rows])
+            with torch.no_grad():
+                x = self._forward(self._weights, inputs)
+                nll = gpt2.token_nll(x, self._weights["transformer.wte.weight"], labels, self._chunk)
+            losses[rows] = nll.view(inputs.shape).cpu().numpy()
+        return losses
+
+    def compare(self, tokens: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8]) -> Comparison:
+        if self._reference is None:
+            raise UserError("compare needs a reference: call set_reference first.")
+        measures = np.zeros((6, len(tokens), tokens.shape[1] - 1), np.float32)
+        for rows in self._eval_slices(tokens):
+            inputs, labels = self._split(tokens[rows])
+            with torch.no_grad():
+                pair = [(self._forward(w, inputs), w["transformer.wte.weight"]) for w in (self._weights, self._reference)]
+                chunks = []
+                for start in range(0, len(labels), self._chunk):
+                    here = slice(start, start + self._chunk)
+                    logp, ref_logp = (torch.log_softmax((x[here] @ head.to(x.dtype).T).float(), 1) for x, head in pair)
+                    chunks.append(_compare(logp, ref_logp, labels[here]))
+                measures[:, rows] = torch.cat(chunks, dim=1).view(6, *inputs.shape).cpu().numpy()
+        return Comparison(*(measures * mask))
+
+    def set_reference(self, reference: Literal["start", "adapters_off"] | Path | None) -> None:
+        if reference is None:
+            self._reference = None
+        elif reference == "adapters_off":
+            raise UserError("The reference 'adapters_off' needs adapters, and this model has none.")
+        elif reference == "start":
+            self._reference = {name: value.detach().clone() for name, value in self._weights.items()}
+        else:
+            self._reference = self._read_weights(reference)
+
+    def save(self, path: Path, *, trainable_only: bool = False) -> None:
+        save_file({name: value.detach().contiguous() for name, value in self._weights.items()}, path, metadata={"format": "pt"})
+
+    def load(self, path: Path) -> None:
+        for name, value in self._read_weights(path).items():
+            self._weights[name].data.copy_(value)
+
+    def save_state(self, path: Path) -> None:
+        moments = {f"exp_avg.{name}": value for name, value in self._exp_avg.items()}
+        moments |= {f"exp_avg_sq.{name}": value for name, value in self._exp_avg_sq.items()}
+        save_file(moments | {"step": next(iter(self._steps.values())).reshape(1)}, path)
+
+    def load_state(self, path: Path) -> None:
+        state = load_file(path, device=str(self._torch_device))
+        wanted = {f"{kind}.{name}" for kind in ("exp_avg", "exp_avg_sq") for name in self._weights} | {"step"}
+        if set(state) != wanted:
+            raise UserError(f"{path} is not the training state of this model.")
+        for name in self._weights:
+            self._exp_avg[name].copy_(state[f"exp_avg.{name}"])
+            self._exp_avg_sq[name].copy_(state[f"exp_avg_sq.{name}"])
+            self._steps[name].copy_(state["step"][0])
+
+    def sample(
+        self, prompts: npt.NDArray[np.int32], u: npt.NDArray[np.float64], *, temperature: float = 1.0
+    ) -> npt.NDArray[np.int32]:
+        if prompts.shape[1] + u.shape[1] > self.spec.model.context_length:
+            raise UserError(f"Prompt and sample together exceed the context of {self.spec.model.context_length} tokens.")
+        out = sample(
+            {name: value.detach().to(self._dtype) for name, value in self._weights.items()},
+            self.spec.model,
+            torch.from_numpy(prompts.astype(np.int64)).to(self._torch_device),
+            torch.from_numpy(u).to(self._torch_device),
+            temperature,
+        )
+        return out.cpu().numpy().astype(np.int32)
+
+    def peak_memory_bytes(self) -> int:
+        if self._torch_device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._torch_device)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+    def _choose_device(self, wanted: str | None) -> torch.device:
+        if wanted is None:
+            if torch.cuda.is_available():
+                return torch.device("cuda", torch.cuda.current_device())
+            self._notes.append("PyTorch sees no CUDA device: training runs on the CPU.")
+            return torch.device("cpu")
+        if wanted.startswith("cuda") and not torch.cuda.is_available():
+            raise UserError(f"--device {wanted}: PyTorch sees no CUDA device here. Leave --device out to run on the CPU.")
+        try:
+            return torch.device(wanted)
+        except RuntimeError:
+            raise UserError(f"--device {wanted}: PyTorch knows no such device; use cpu, cuda or cuda:1.") from None
+
+    def _maybe_compiled(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        on_gpu = self._torch_device.type == "cuda"
+        if self.spec.runtime.compile is False or (self.spec.runtime.compile is None and not on_gpu):
+            return function
+        if shutil.which("c++") is None and shutil.which("g++") is None and shutil.which("clang++") is None:
+            self._notes.append("No C++ compiler is found, so torch.compile is off and the step runs eagerly.")
+            return function
+        compiled: Callable[..., Tensor] = torch.compile(function, dynamic=False)
+        return compiled
+
+    def _forward(self, weights: dict[str, Tensor], inputs: Tensor) -> Tensor:
+        """Hidden states [N, D] without gradients, always eager: evaluation shapes vary."""
+        with self._autocast():
+            return gpt2.hidden_states(weights, self.spec.model, inputs).flatten(0, 1).to(self._dtype)
+
+    def _accumulate_gradient(self, batch: Batch, rows: slice, weight: npt.NDArray[np.float32]) -> Tensor:
+        """Add the gradient of the weighted token losses of some rows; returns their nll, float32[B, T]."""
+        inputs, labels = self._split(batch.tokens[rows])
+        segment = None if batch.segment is None else torch.from_numpy(batch.segment[rows]).to(self._torch_device)
+        with self._autocast():
+            checkpointed = self.spec.runtime.grad_checkpoint
+            x = self._hidden_states(self._weights, self.spec.model, inputs, segment, grad_checkpoint=checkpointed)
+        objective, nll = gpt2.FusedCrossEntropy.apply(
+            x.flatten(0, 1).to(self._dtype),
+            self._weights["transformer.wte.weight"],
+            labels,
+            torch.from_numpy(weight).to(self._torch_device).flatten(),
+            self._chunk,
+        )
+        objective.backward()
+        result: Tensor = nll.view(inputs.shape)
+        return result
+
+    def _update(self, learning_rate: float) -> tuple[Tensor, Tensor]:
+        """Clip, step and clear the gradients; returns (gradient norm, 1 if the step was masked), both on the device."""
+        optim = self.spec.optim
+        gradients = {name: value.grad for name, value in self._weights.items() if value.grad is not None}
+        norms = torch._foreach_norm(list(gradients.values()))
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        skipped = (~torch.isfinite(norm)).float()
+        # The fused kernel divides gradients by grad_scale and does nothing where found_inf is 1: clipping and masking cost no pass.
+        limit = optim.max_grad_norm
+        scale = torch.clamp(norm / limit, min=1.0) if limit > 0 else torch.ones_like(norm)
+        for names, weight_decay in ((self._decayed, optim.weight_decay), (self._plain, 0.0)):
+            adamw(
+                [self._weights[name].detach() for name in names],
+                [gradients[name] for name in names],
+                [self._exp_avg[name] for name in names],
+                [self._exp_avg_sq[name] for name in names],
+                [],
+                [self._steps[name] for name in names],
+                fused=True,
+                grad_scale=scale,
+                found_inf=skipped,
+                amsgrad=False,
+                beta1=optim.beta1,
+                beta2=optim.beta2,
+                lr=learning_rate,
+                weight_decay=weight_decay,
+                eps=optim.epsilon,
+                maximize=False,
+            )
+        for value in self._weights.values():
+            value.grad = None
+        return norm, skipped
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self._torch_device.type, dtype=torch.bfloat16, enabled=self._dtype == torch.bfloat16)
+
+    def _split(self, tokens: npt.NDArray[np.int32]) -> tuple[Tensor, Tensor]:
+        on_device = torch.from_numpy(tokens).to(self._torch_device, non_blocking=True).long()
+        return on_device[:, :-1], on_device[:, 1:].reshape(-1)
+
+    def _eval_slices(self, tokens: npt.NDArray[np.int32]) -> list[slice]:
+        size = max(1, _EVAL_TOKENS // tokens.shape[1])
+        return [slice(start, start + size) for start in range(0, len(tokens), size)]
+
+    def _read_weights(self, path: Path) -> dict[str, Tensor]:
+        weights = load_file(path, device=str(self._torch_device))
+        weights.pop("lm_head.weight", None)
+        shapes = {name: tuple(value.shape) for name, value in weights.items()}
+        if shapes != param_shapes(self.spec.model):
+            raise UserError(f"{path} does not hold the weights of this model: names or shapes differ.")
+        return {name: value.float() for name, value in weights.items()}
+
+
+def _compare(logp: Tensor, ref_logp: Tensor, labels: Tensor) -> Tensor:
+    """The six measures of `Comparison`, float32[6, N]."""
+    reference = ref_logp.exp()
+    top = ref_logp.argmax(1)
+    soft_ce = -(reference * logp).sum(1)
+    return torch.stack(
+        [
+            -logp.gather(1, labels[:, None])[:, 0],
+            -ref_logp.gather(1, labels[:, None])[:, 0],
+            soft_ce + (reference * ref_logp).sum(1),
+            soft_ce,
+            -logp.gather(1, top[:, None])[:, 0],
+            (logp.argmax(1) == top).float(),
+        ]
+    )

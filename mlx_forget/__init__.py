@@ -1,0 +1,36 @@
+"""Finetune language models without forgetting, measure what was forgotten, and predict it first.
+
+The public names load on first use, so that importing the package costs nothing.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_PUBLIC = {
+    "TrainConfig": "mlx_forget.config",
+    "UserError": "mlx_forget.errors",
+    "RunFailed": "mlx_forget.errors",
+    "Plan": "mlx_forget.run",
+    "Watch": "mlx_forget.run",
+    "execute": "mlx_forget.run",
+    "plan_run": "mlx_forget.run",
+    "Trainer": "mlx_forget.trainer",
+    "TrainerSpec": "mlx_forget.trainer",
+    "load_backend": "mlx_forget.trainer",
+    "open_store": "mlx_forget.pipeline.store",
+    "Tokenizer": "mlx_forget.pipeline.tokenizer",
+    "train_tokenizer": "mlx_forget.pipeline.tokenizer",
+    "find_runs": "mlx_forget.records",
+}
+
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

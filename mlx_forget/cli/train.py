@@ -1,0 +1,103 @@
+"""`forget train`."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mlx_forget.cli.options import given, with_options
+from mlx_forget.config import SMOKE, TrainConfig, from_mapping, read_yaml
+
+app = typer.Typer()
+
+
+@app.command()
+@with_options(TrainConfig)
+def train(
+    config: Annotated[Path | None, typer.Option("-c", "--config", help="YAML file of these keys; options override it.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/ID-BACKEND]")] = None,
+    resume: Annotated[
+        bool | None, typer.Option("--resume/--no-resume", help="Insist on a checkpoint to go on from, or refuse one.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would run, train nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record (or the dry run) as one JSON object.")] = False,
+    **values: Any,
+) -> None:
+    """Pretrain or finetune a model.
+
+    Without options: a 0.65M-parameter base model is pretrained on built-in prose (once; it is kept), then finetuned on built-in code with
+    1% of prose injected, and what it forgot is measured.
+
+    Example: forget train --target notes.txt --p 1% --iters 300
+    """
+    from rich.console import Console
+
+    from mlx_forget.cli.signals import graceful_stop
+    from mlx_forget.progress import Preparation, RunProgress
+    from mlx_forget.run import Watch, execute, plan_run
+
+    console = Console(stderr=True)
+    defaults = SMOKE if os.environ.get("FORGET_SCALE") == "smoke" else {}
+    from_file = read_yaml(config) if config is not None else {}
+    resolved = from_mapping(TrainConfig, {**defaults, **from_file, **given(values)})
+
+    watched: list[RunProgress] = []
+
+    def observer(title: str, folder: Path) -> RunProgress:
+        watched.append(RunProgress(console, title, folder))
+        return watched[-1]
+
+    def say(sentence: str) -> None:
+        console.print(sentence, highlight=False, soft_wrap=True)
+
+    with graceful_stop(say) as interrupted:
+        watch = Watch(say=say, progress=Preparation(console), observer=observer, interrupted=interrupted)
+        plan = plan_run(resolved, folder=output, watch=watch)
+        if dry_run:
+            _print_plan(plan.summary(), as_json=as_json)
+            return
+        try:
+            record = execute(plan, resume=resume, watch=watch)
+        finally:
+            for progress in watched:
+                progress.close()
+    if as_json:
+        json.dump(record, sys.stdout)
+        sys.stdout.write("\n")
+    else:
+        _print_record(record)
+    say(f"Record: {plan.folder / 'record.json'}")
+
+
+def _print_plan(summary: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(summary))
+        return
+    base = summary["base"]
+    if base is not None:
+        print(f"base       {base['num_params']:,} parameters, {base['num_steps']:,} steps, {base['num_tokens']:,} tokens ({base['folder']})")
+    print(f"run        {summary['run_id']} in {summary['folder']}")
+    print(f"model      {summary['num_params']:,} parameters ({summary['num_non_embedding_params']:,} without embeddings), {summary['precision']}")
+    print(f"steps      {summary['num_steps']:,}, learning rate {summary['learning_rate']:.3g}")
+    print(f"tokens     {summary['num_tokens']:,}, of them {summary['num_pretrain_tokens']:,} injected; {summary['unique_target_tokens']:,} unique")
+    print(f"compute    {summary['train_flops']:.3g} FLOPs")
+
+
+def _print_record(record: dict[str, Any]) -> None:
+    losses = record["losses"]
+    print(f"{record['status']}: {record['reason']}")
+    for name in ("start", "best", "end"):
+        row = losses[name]
+        pretrain = "" if row["pretrain_val"] is None else f"   pretraining {row['pretrain_val']:.4f}"
+        print(f"{name:<6} step {row['step']:>7,}   target train {row['target_train']:.4f}   validation {row['target_val']:.4f}{pretrain}")
+    if record["forgetting_nats"] is not None:
+        lost = record["progress_lost"]
+        readings = [
+            f"{value:.1%} of the pretraining progress ({name})"
+            for name, value in (("loss", lost["loss_fraction"]), ("token equivalent", lost["token_equivalent"]))
+            if value is not None
+        ]
+        print(f"forgotten at the best step: {record['forgetting_nats']:+.4f} nats" + (": " + ", ".join(readings) if readings else ""))

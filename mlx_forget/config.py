@@ -1,0 +1,284 @@
+"""The configuration of a run: one frozen dataclass that is the only source of every default.
+
+A value comes from the command line, else from the YAML file, else from here. Keys are strict: an unknown one is an error that names the
+nearest. `run_id` hashes the keys that change the science and nothing about the machine.
+"""
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from mlx_forget.errors import UserError, unknown
+from mlx_forget.ladder import SIZES, ModelSpec, num_params
+from mlx_forget.methods import METHODS
+from mlx_forget.pipeline.mixture import parse_share
+from mlx_forget.schedule import Decay, Schedule
+from mlx_forget.trainer import OptimSpec, Precision, RuntimeSpec
+
+# Raised when the same configuration would give other numbers than before.
+SCIENCE_VERSION = 1
+
+
+def _key(default: Any, text: str, *, science: bool = True, aliases: tuple[str, ...] = ()) -> Any:
+    return field(default=default, metadata={"help": text, "science": science, "aliases": aliases})
+
+
+def _machine(default: Any, text: str, *, aliases: tuple[str, ...] = ()) -> Any:
+    return _key(default, text, science=False, aliases=aliases)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Every key of `forget train`, in the order of `--help`."""
+
+    backend: str = _machine("auto", "mlx, cuda (PyTorch, also on a CPU) or auto.")
+    model: str = _key("0.65m", f"Ladder size ({', '.join(SIZES)}) or LAYERSxWIDTH.")
+    init: str = _key("auto", "Start weights: a run or checkpoint folder, scratch, or auto: the base model of `base`, trained once and kept.")
+    target: str = _key("code", "What to learn: a built-in corpus, a store, a text or JSONL file, or a folder of them.", aliases=("data",))
+    pretrain: str | None = _key("prose", "What not to forget, in the same forms; none measures no forgetting.", aliases=("replay",))
+    p: str = _key("1%", "Share of rows that are pretraining data.", aliases=("replay_ratio",))
+    target_tokens: int | None = _key(300_000, "Unique target tokens (D_ft); smaller sets are prefixes of larger ones. all: everything.")
+    mixture: Literal["exact", "bernoulli"] = _key("exact", "How p is realised: exact counts, or independent draws.")
+    method: str = _key("injection", f"How to keep from forgetting: {', '.join(METHODS)}.")
+    tokenizer: str | None = _key(None, "A tokenizer.model; default: the base's, else one trained on the built-in prose.")
+    vocab_size: int = _key(2048, "Vocabulary of the built-in tokenizer.")
+
+    iters: int = _key(500, "Optimiser steps.", aliases=("max_steps",))
+    batch_size: int = _key(32, "Rows per step, over all devices.")
+    max_seq_length: int | None = _key(None, "Tokens per row; default: the base's context, 128 for laptop sizes, 1024 above.", aliases=("sequence_len",))
+    learning_rate: float | None = _key(None, "Peak rate; default: by size from scratch, and a fixed share of the base's peak when finetuning.")
+    lr_schedule: Decay | None = _key(None, "cosine or constant; default: cosine from scratch, constant when finetuning.")
+    warmup: float = _key(0.005, "Share of the steps that warm up.")
+    weight_decay: float = _key(0.1, "Decoupled decay of matrices and embeddings, multiplied by the rate.")
+    beta1: float = _key(0.9, "AdamW's first decay.")
+    beta2: float = _key(0.95, "AdamW's second decay.")
+    max_grad_norm: float = _key(5.0, "Clip the global gradient norm; 0: never.")
+    seed: int = _key(0, "Orders the data; initialises a model from scratch.")
+
+    steps_per_eval: int | None = _key(None, "Steps between evaluations; default: a twenty-fifth of the run.", aliases=("eval_steps",))
+    eval_rows: int = _key(128, "Frozen windows per evaluation set.")
+    stop_target_loss: float | None = _key(None, "Stop once the target validation loss is at or below this.")
+    stop_patience: int | None = _key(None, "Stop after this many evaluations without a better target validation loss.")
+    stop_tokens: int | None = _key(None, "Stop after this many training tokens.")
+    stop_epochs: float | None = _key(None, "Stop after this many passes over the target tokens.")
+    max_forgetting: float | None = _key(None, "Stop once pretraining loss has risen by more than this, in nats; best stays under it.")
+    max_skipped: int = _key(0, "Non-finite updates to survive before the run counts as diverged.")
+    stop_minutes: float | None = _machine(None, "Stop after this many minutes of training.")
+
+    precision: Literal["auto", "fp32", "bf16"] = _machine("auto", "auto: bf16 where the hardware multiplies it fast, else fp32.")
+    device: str | None = _machine(None, "Insist on a device such as cuda:1 or cpu.")
+    compile: bool | None = _machine(None, "Compile the step; default: where it pays.")
+    micro_batch_size: int | None = _machine(None, "Rows per forward pass; the result is that of the whole batch.")
+    grad_checkpoint: bool = _machine(False, "Recompute activations to save memory.", aliases=("gradient_checkpointing",))
+    num_threads: int | None = _machine(None, "CPU threads.")
+    memory_limit_gb: float | None = _machine(None, "Never use more memory than this.")
+    steps_per_report: int = _machine(10, "Steps between progress reports.", aliases=("logging_steps",))
+    save_every: int | None = _machine(None, "Steps between checkpoints; default: at every evaluation.", aliases=("save_steps",))
+
+    base: Mapping[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "Keys of the pretraining run behind init: auto.", "science": True, "aliases": (), "cli": False},
+    )
+
+    def __post_init__(self) -> None:
+        share = parse_share(self.p)
+        if self.method not in METHODS:
+            raise unknown("method", self.method, METHODS)
+        for name in ("iters", "batch_size", "eval_rows", "steps_per_report", "vocab_size"):
+            _positive(name, getattr(self, name))
+        for name in ("target_tokens", "max_seq_length", "steps_per_eval", "save_every", "micro_batch_size", "num_threads", "learning_rate",
+                     "stop_patience", "stop_tokens", "stop_epochs", "stop_minutes", "max_forgetting", "memory_limit_gb"):
+            if getattr(self, name) is not None:
+                _positive(name, getattr(self, name))
+        for name in ("warmup", "weight_decay", "max_grad_norm", "max_skipped", "seed"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} must not be negative, it is {getattr(self, name)}.")
+        if share and self.pretrain is None:
+            raise UserError(f"p is {self.p}, but there is no pretraining data to inject: give --pretrain, or --p 0.")
+
+    @property
+    def is_pretraining(self) -> bool:
+        return self.init == "scratch"
+
+    def optim(self) -> OptimSpec:
+        return OptimSpec(
+            beta1=self.beta1, beta2=self.beta2, weight_decay=self.weight_decay, max_grad_norm=self.max_grad_norm
+        )
+
+    def runtime(self, precision: Precision) -> RuntimeSpec:
+        return RuntimeSpec(
+            precision=precision,
+            device=self.device,
+            compile=self.compile,
+            micro_batch_size=self.micro_batch_size,
+            grad_checkpoint=self.grad_checkpoint,
+            num_threads=self.num_threads,
+            memory_limit_gb=self.memory_limit_gb,
+        )
+
+    def base_config(self) -> "TrainConfig":
+        """The pretraining run that `init: auto` stands for: this run's model and pretraining data, and the keys of `base`."""
+        if self.pretrain is None:
+            raise UserError("init: auto trains a base model on --pretrain, which is none: give --init FOLDER or scratch.")
+        shared = ("backend", "model", "tokenizer", "vocab_size", "max_seq_length", "eval_rows", "precision", "device", "compile",
+                  "micro_batch_size", "grad_checkpoint", "num_threads", "memory_limit_gb", "steps_per_report")
+        values = {name: getattr(self, name) for name in shared}
+        values |= {"init": "scratch", "target": self.pretrain, "pretrain": None, "p": "0", "target_tokens": None, "iters": 1500}
+        return from_mapping(TrainConfig, {**values, **self.base}, where="base")
+
+
+# The defaults of FORGET_SCALE=smoke: every command runs end to end in seconds, and its numbers mean nothing.
+SMOKE: dict[str, Any] = {
+    "model": "0.16m",
+    "vocab_size": 512,
+    "target_tokens": 20_000,
+    "iters": 24,
+    "batch_size": 8,
+    "eval_rows": 16,
+    "steps_per_eval": 6,
+    "base": {"iters": 24, "batch_size": 8, "steps_per_eval": 6},
+}
+
+
+def default_peak(spec: ModelSpec) -> float:
+    """Peak pretraining rate by size, our choice (the paper's are not known): 6e-3 at 0.65M parameters, falling as N^-0.3."""
+    return 6e-3 * (num_params(spec) / 656_448) ** -0.3
+
+
+def finetuning_ratio(spec: ModelSpec) -> float:
+    """Finetuning rate over pretraining peak: the paper's 1/30; 1/5 for models of at most 20M parameters, which run far fewer steps."""
+    return 1 / 5 if num_params(spec) <= 20_000_000 else 1 / 30
+
+
+def schedule(config: TrainConfig, spec: ModelSpec, base_peak: float | None) -> Schedule:
+    """The learning-rate schedule of a run.
+
+    Raises:
+        UserError: a finetune whose start checkpoint does not say its peak rate, without a rate of its own.
+    """
+    if config.learning_rate is not None:
+        peak = config.learning_rate
+    elif config.is_pretraining:
+        peak = default_peak(spec)
+    elif base_peak is not None:
+        peak = base_peak * finetuning_ratio(spec)
+    else:
+        raise UserError("The start checkpoint does not say its peak learning rate: give --learning-rate.")
+    decay: Decay = config.lr_schedule or ("cosine" if config.is_pretraining else "constant")
+    return Schedule(peak=peak, num_steps=config.iters, decay=decay, warmup_fraction=config.warmup)
+
+
+Config = TypeVar("Config")
+
+
+def from_mapping(kind: type[Config], values: Mapping[str, Any], *, where: str = "configuration") -> Config:
+    """A configuration from a mapping whose keys may be aliases; values are converted to the declared types.
+
+    Raises:
+        UserError: an unknown key (with the nearest one), a key given twice, or a value of the wrong type.
+    """
+    names = {alias: f.name for f in dataclasses.fields(kind) for alias in (f.name, *f.metadata["aliases"])}  # type: ignore[arg-type]
+    types_of = typing.get_type_hints(kind)
+    given: dict[str, Any] = {}
+    for key, value in values.items():
+        name = names.get(str(key).replace("-", "_"))
+        if name is None:
+            raise unknown(f"{where} key", key, names)
+        if name in given:
+            raise UserError(f"{where}: {name!r} is given twice, once under another name.")
+        given[name] = _convert(name, value, types_of[name])
+    return kind(**given)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file whose top level is a mapping.
+
+    Raises:
+        UserError: missing, unreadable, or not such a file.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"Cannot read {path}: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must be a mapping of keys to values.")
+    return content
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """The resolved configuration as YAML that reads back to the same values."""
+    import yaml
+
+    text: str = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+    return text
+
+
+def science(config: TrainConfig) -> dict[str, Any]:
+    """The keys that change the science and differ from their defaults; p as an exact share, data by fingerprint elsewhere."""
+    given = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        default = {} if f.name == "base" else f.default
+        if f.metadata["science"] and value != default and f.name not in ("base", "init", "target", "pretrain", "tokenizer"):
+            given[f.name] = value
+    return given | {"p": str(parse_share(config.p))}
+
+
+def run_id(config: TrainConfig, *, precision: Precision, learning_rate: float, data: Mapping[str, str | None], init: str) -> str:
+    """Twelve hex digits that name a run: science keys, precision, resolved rate, data fingerprints and start weights."""
+    content = {
+        "science_version": SCIENCE_VERSION,
+        "keys": science(config) | {"learning_rate": learning_rate},
+        "precision": precision,
+        "data": dict(data),
+        "init": init,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def _positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise UserError(f"{name} must be positive, it is {value}.")
+
+
+def _convert(name: str, value: Any, wanted: Any) -> Any:
+    origin, choices = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin in (typing.Union, types.UnionType):
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "null", "all")):
+            return None
+        return _convert(name, value, next(choice for choice in choices if choice is not type(None)))
+    if origin is Literal:
+        if value not in choices:
+            raise unknown(name, value, [str(choice) for choice in choices])
+        return value
+    if origin is not None:
+        if not isinstance(value, Mapping):
+            raise UserError(f"{name} must be a mapping of keys to values, not {value!r}.")
+        return dict(value)
+    try:
+        if wanted is bool:
+            if isinstance(value, str):
+                return {"true": True, "false": False}[value.lower()]
+            if not isinstance(value, bool):
+                raise ValueError
+            return value
+        if wanted is int:
+            number = float(value) if isinstance(value, str) else value
+            if isinstance(value, bool) or number != int(number):
+                raise ValueError
+            return int(number)
+        return wanted(value)
+    except (ValueError, TypeError, KeyError, OverflowError):
+        raise UserError(f"{name} must be of type {wanted.__name__}, not {value!r}.") from None

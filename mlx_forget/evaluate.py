@@ -1,0 +1,97 @@
+"""Losses on frozen windows: the same rows at every evaluation of every run, summed in float64, with standard errors.
+
+A standard error treats windows as independent draws. Differences between two evaluations of the same windows are paired: most of
+the spread between windows cancels.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from mlx_forget.pipeline.batches import RowSubset
+from mlx_forget.trainer import Trainer
+
+Losses = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Frozen evaluation rows, int32[num_windows, T+1]."""
+
+    name: str
+    tokens: npt.NDArray[np.int32]
+
+    @classmethod
+    def of(cls, name: str, subset: RowSubset, num_windows: int) -> "Windows":
+        """The first windows of a subset, in the order that no seed changes; fewer if there are fewer."""
+        index = np.arange(min(num_windows, subset.num_rows), dtype=np.int64)
+        tokens = np.empty((len(index), subset.row_length + 1), np.int32)
+        subset.read(index, tokens)
+        return cls(name, tokens)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean in nats per token and its standard error."""
+
+    mean: float
+    stderr: float
+
+
+def window_losses(trainer: Trainer, windows: Windows) -> Losses:
+    """Mean loss of each window in nats per token, float64[num_windows]; ranks share the work."""
+    losses = np.zeros(len(windows.tokens))
+    mine = slice(trainer.rank, None, trainer.world_size)
+    if len(windows.tokens[mine]):
+        losses[mine] = trainer.token_losses(windows.tokens[mine]).mean(axis=1, dtype=np.float64)
+    return trainer.all_sum(losses)
+
+
+def estimate(losses: Losses) -> Estimate:
+    """Mean over windows and its standard error (nan for a single window)."""
+    spread = float(losses.std(ddof=1)) if len(losses) > 1 else math.nan
+    return Estimate(float(losses.mean()), spread / math.sqrt(len(losses)))
+
+
+def paired_difference(after: Losses, before: Losses) -> Estimate:
+    """Mean of `after - before` over the same windows and the standard error of that mean."""
+    return estimate(np.asarray(after) - np.asarray(before))
+
+
+@dataclass(frozen=True)
+class ProgressLost:
+    """Two readings of the share of pretraining progress that a finetune undid; the paper does not define its own.
+
+    Args:
+        loss_fraction: (L_after - L_before) / (L_random - L_before), L_random being the loss at initialisation.
+        token_equivalent: 1 - D'/D, where the pretraining run had the loss L_after at D' of its D tokens.
+    """
+
+    loss_fraction: float | None
+    token_equivalent: float | None
+
+
+def progress_lost(curve: list[tuple[float, float]], before: float, after: float) -> ProgressLost:
+    """Both readings from a pretraining curve of (tokens, pretraining validation loss), first point at initialisation.
+
+    The curve is inverted on its running minimum, linearly in log tokens (linearly in tokens before the first evaluation). Nothing
+    lost is 0; without a curve both are None.
+    """
+    if len(curve) < 2:
+        return ProgressLost(None, None)
+    loss_fraction = (after - before) / (curve[0][1] - before)
+    tokens = np.array([point[0] for point in curve], np.float64)
+    best = np.minimum.accumulate([point[1] for point in curve])
+    if after <= best[-1]:
+        return ProgressLost(loss_fraction, 0.0)
+    if after >= best[0]:
+        return ProgressLost(loss_fraction, 1.0)
+    later = int(np.argmax(best <= after))
+    share = (best[later - 1] - after) / (best[later - 1] - best[later])
+    if tokens[later - 1] == 0:
+        equivalent = share * tokens[later]
+    else:
+        equivalent = tokens[later - 1] * (tokens[later] / tokens[later - 1]) ** share
+    return ProgressLost(loss_fraction, float(1 - equivalent / tokens[-1]))

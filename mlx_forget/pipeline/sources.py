@@ -1,0 +1,111 @@
+"""Documents from what a user has: text files, JSON lines, and folders of them.
+
+A `.txt` file is one document, a `.jsonl` line is one document (key `text`). A folder may hold `train` and `valid` files by name; other
+files, and single files, are split by document hash: about 3% validate.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from mlx_forget.errors import UserError
+
+SplitName = Literal["train", "validation"]
+SUFFIXES = (".txt", ".md", ".jsonl")
+
+_VALIDATION_SHARE = 0.03
+_CHARS_PER_DOCUMENT = 20_000
+_SPLIT_OF_STEM: dict[str, SplitName] = {"train": "train", "valid": "validation", "validation": "validation", "val": "validation"}
+
+
+def find_files(path: Path) -> list[Path]:
+    """The text files that a path names, sorted; `test` files are left out.
+
+    Raises:
+        UserError: nothing there, or nothing in a known format.
+    """
+    if path.is_file():
+        if path.suffix not in SUFFIXES:
+            raise UserError(f"{path} has an unknown format; known: {', '.join(SUFFIXES)}.")
+        return [path]
+    if not path.exists():
+        raise UserError(f"There is no file or folder {path}.")
+    files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file() and file.stem != "test")
+    if not files:
+        raise UserError(f"{path} has no files of a known format ({', '.join(SUFFIXES)}).")
+    return files
+
+
+def read_documents(path: Path) -> Iterator[tuple[SplitName, str]]:
+    """Each document of a file or folder with the split it belongs to.
+
+    Raises:
+        UserError: a file that is not UTF-8 or not JSON lines with `text` (file and line named), or no text at all.
+    """
+    files = find_files(path)
+    named = any(file.stem in _SPLIT_OF_STEM and _SPLIT_OF_STEM[file.stem] == "validation" for file in files)
+    empty = True
+    for file in files:
+        for text in _read_file(file):
+            if not text.strip():
+                continue
+            empty = False
+            yield (_SPLIT_OF_STEM.get(file.stem, "train") if named else split_of(text)), text
+    if empty:
+        raise UserError(f"{path} holds no text.")
+
+
+def split_of(text: str) -> SplitName:
+    """The split of a document, from its content alone."""
+    draw = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+    return "validation" if draw < _VALIDATION_SHARE else "train"
+
+
+def content_hash(path: Path) -> str:
+    """A hash of the names and bytes of every file that a path names."""
+    total = hashlib.sha256()
+    for file in find_files(path):
+        try:
+            with file.open("rb") as handle:
+                digest = hashlib.file_digest(handle, "sha256").hexdigest()
+        except OSError as error:
+            raise UserError(f"Cannot read {file}: {error.strerror}.") from None
+        total.update(f"{file.name if path.is_file() else file.relative_to(path)}\n{digest}\n".encode())
+    return total.hexdigest()
+
+
+def _read_file(file: Path) -> Iterator[str]:
+    try:
+        with file.open(encoding="utf-8", newline="") as handle:
+            if file.suffix == ".jsonl":
+                for number, line in enumerate(handle, 1):
+                    if line.strip():
+                        yield _text_of(line, file, number)
+            else:
+                yield from _pieces(handle.read())
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 (byte {error.start}): convert it, for example with iconv.") from None
+    except OSError as error:
+        raise UserError(f"Cannot read {file}: {error.strerror}.") from None
+
+
+def _text_of(line: str, file: Path, number: int) -> str:
+    try:
+        text = json.loads(line)["text"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f'{file}, line {number}: expected one JSON object with a "text" key.') from None
+    if not isinstance(text, str):
+        raise UserError(f'{file}, line {number}: "text" must be a string.')
+    return text
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """A long text as documents of about 20,000 characters that end at line ends, so that both splits get some."""
+    start = 0
+    while start < len(text):
+        stop = text.find("\n", start + _CHARS_PER_DOCUMENT)
+        stop = len(text) if stop < 0 else stop + 1
+        yield text[start:stop]
+        start = stop

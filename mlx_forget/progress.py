@@ -1,0 +1,122 @@
+"""What a person or a supervising process sees of long work: a rich bar on a terminal, plain lines elsewhere, a file for supervisors."""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from mlx_forget.loop import Report
+
+PROGRESS_FILE = "progress.json"
+
+_SECONDS_BETWEEN_FILES = 0.5
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+def losses_text(row: dict[str, Any]) -> str:
+    """The losses of an evaluation in one line."""
+    parts = [f"target {row['target_val_loss']:.4f}"]
+    if row["pretrain_val_loss"] is not None:
+        parts.append(f"pretraining {row['pretrain_val_loss']:.4f}")
+        if row["forgetting_nats"] and not math.isnan(row["forgetting_nats"]):
+            parts.append(f"forgetting {row['forgetting_nats']:+.4f}")
+    if row["best"] is not None and row["best"]["step"] == row["step"] and row["step"]:
+        parts.append("best so far")
+    return " · ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss, or m:ss below an hour."""
+    if not math.isfinite(seconds):
+        return "?"
+    whole = round(seconds)
+    hours, minutes = divmod(whole // 60, 60)
+    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
+
+
+class RunProgress:
+    """Watches one run: a bar with tokens/s, time left and losses on a terminal, a line per evaluation, and `progress.json`."""
+
+    def __init__(self, console: Console, title: str, folder: Path) -> None:
+        self._console = console
+        self._title = title
+        self._file = folder / PROGRESS_FILE
+        self._losses = ""
+        self._last_report: Report | None = None
+        self._written = -math.inf
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        if console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.completed:,}/{task.total:,} steps · {task.fields[rate]} · {task.fields[left]} left · {task.fields[losses]}"),
+                TimeElapsedColumn(),
+                console=console,
+                transient=True,
+            )
+
+    def on_report(self, report: Report) -> None:
+        self._last_report = report
+        rate, left = f"{report.tokens_per_second:,.0f} tokens/s", duration(report.seconds_left)
+        if self._bar is not None:
+            if self._task is None:
+                self._bar.start()
+                self._task = self._bar.add_task(self._title, total=report.num_steps, rate=rate, left=left, losses=self._losses)
+            self._bar.update(self._task, completed=report.step, rate=rate, left=left, losses=self._losses)
+            if report.step >= report.num_steps:
+                self.close()
+        self._write()
+
+    def on_evaluation(self, row: dict[str, Any]) -> None:
+        self._losses = losses_text(row)
+        report = self._last_report
+        rate = f" · {report.tokens_per_second:,.0f} tokens/s · {duration(report.seconds_left)} left" if report else ""
+        self._console.print(f"{self._title} · step {row['step']:,} · {self._losses}{rate}", highlight=False, soft_wrap=True)
+        self._write(force=True)
+
+    def close(self) -> None:
+        """Take the bar off the terminal."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _write(self, *, force: bool = False) -> None:
+        now = time.monotonic()
+        if self._last_report is None or (not force and now - self._written < _SECONDS_BETWEEN_FILES):
+            return
+        self._written = now
+        report = self._last_report
+        content = {
+            "title": self._title,
+            "step": report.step,
+            "num_steps": report.num_steps,
+            "tokens_per_second": report.tokens_per_second,
+            "seconds_left": report.seconds_left,
+            "losses": self._losses,
+        }
+        aside = self._file.with_name(f".{self._file.name}.part")
+        aside.write_text(json.dumps(content), encoding="utf-8")
+        os.replace(aside, self._file)
+
+
+class Preparation:
+    """Progress of preparing data: a line when an activity starts, and at most one every few seconds."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._activity = ""
+        self._printed = -math.inf
+
+    def __call__(self, activity: str, fraction: float) -> None:
+        now = time.monotonic()
+        if activity != self._activity or now - self._printed > _SECONDS_BETWEEN_LINES:
+            if fraction < 1:
+                done = f" ({fraction:.0%})" if fraction else ""
+                self._console.print(f"{activity}{done}", highlight=False, soft_wrap=True)
+            self._printed, self._activity = now, activity

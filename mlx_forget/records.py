@@ -1,0 +1,79 @@
+"""Run records: `record.json`, written once by atomic rename when a run has ended for good. Its existence means done."""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from mlx_forget.errors import UserError
+
+SCHEMA_VERSION = 1
+RECORD = "record.json"
+HISTORY = "history.arrows"
+CONFIG = "config.yaml"
+
+_VERSIONED = ("mlx-forget", "numpy", "pyarrow", "sentencepiece", "torch", "mlx")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its folder and its record."""
+
+    folder: Path
+    record: dict[str, Any]
+
+    @property
+    def history(self) -> Path:
+        return self.folder / HISTORY
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Write `record.json`, aside first."""
+    aside = folder / f".{RECORD}.part"
+    with aside.open("w", encoding="utf-8") as file:
+        json.dump({"schema_version": SCHEMA_VERSION, **record}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, folder / RECORD)
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """The record of a run folder, or None while the run has not ended.
+
+    Raises:
+        UserError: the record is damaged or of a newer schema.
+    """
+    path = folder / RECORD
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found = record["schema_version"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged: remove it, and the run can be resumed or repeated.") from None
+    if found != SCHEMA_VERSION:
+        raise UserError(f"{path} has record schema {found}, this version reads {SCHEMA_VERSION}.")
+    return record
+
+
+def find_runs(folder: Path) -> Iterator[Run]:
+    """Every finished run at or below a folder, in the order of their names; unfinished ones are passed over."""
+    for path in sorted([folder, *folder.glob("*"), *folder.glob("*/*")]):
+        if (path / RECORD).is_file():
+            record = read_record(path)
+            if record is not None:
+                yield Run(path, record)
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of the packages that shape results, where installed."""
+    found = {}
+    for name in _VERSIONED:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

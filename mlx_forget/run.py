@@ -1,0 +1,429 @@
+"""One run, from a configuration to a record: plan it (cheap, and where all bad input is refused), then execute it."""
+
+import dataclasses
+import fcntl
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_forget import checkpoint, records
+from mlx_forget.checkpoint import Checkpoint
+from mlx_forget.config import SCIENCE_VERSION, TrainConfig, read_yaml, run_id, schedule, to_yaml
+from mlx_forget.errors import RunFailed, UserError
+from mlx_forget.evaluate import Windows, progress_lost
+from mlx_forget.ladder import ModelSpec, model_spec, num_non_embedding_params, num_params, train_flops_per_token
+from mlx_forget.loop import Cadence, Observer, Report, RunState, StopRules, drive
+from mlx_forget.methods import METHODS
+from mlx_forget.pipeline.batches import BatchStream, RowSubset
+from mlx_forget.pipeline.catalog import Progress, builtin_tokenizer, resolve_store, silent
+from mlx_forget.pipeline.corpora import CORPORA, forget_home
+from mlx_forget.pipeline.mixture import Mixture, parse_share
+from mlx_forget.pipeline.store import TokenStore
+from mlx_forget.pipeline.tokenizer import Tokenizer
+from mlx_forget.schedule import Schedule
+from mlx_forget.trainer import Precision, Trainer, TrainerSpec, choose_backend, load_backend
+
+_EVALUATIONS_PER_RUN = 25
+
+
+class NoObserver(Observer):
+    """Nobody watches."""
+
+    def on_report(self, report: Report) -> None:
+        pass
+
+    def on_evaluation(self, row: dict[str, Any]) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Watch:
+    """How a run talks to its caller.
+
+    Args:
+        say: one announced sentence.
+        progress: preparation work (activity, fraction done).
+        observer: makes the observer of a run from its title.
+        interrupted: true once the user wants to stop.
+    """
+
+    say: Callable[[str], None] = lambda sentence: None
+    progress: Progress = silent
+    observer: Callable[[str, Path], Observer] = lambda title, folder: NoObserver()
+    interrupted: Callable[[], bool] = lambda: False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that can start: everything is resolved and checked.
+
+    Args:
+        base: the plan of the base model that `init: auto` stands for, or None.
+        start: the checkpoint to start from, or None: from scratch, or from `base` once that is trained.
+    """
+
+    config: TrainConfig
+    backend: str
+    precision: Precision
+    model: ModelSpec
+    schedule: Schedule
+    stream: BatchStream
+    windows: tuple[Windows, Windows, Windows | None]
+    stores: dict[str, TokenStore]
+    tokenizer: Path
+    num_steps: int
+    run_id: str
+    folder: Path
+    base: "Plan | None"
+    start: Checkpoint | None
+
+    def summary(self) -> dict[str, Any]:
+        """What the run will be and cost."""
+        tokens = self.num_steps * self.stream.batch_size * self.stream.target.row_length
+        return {
+            "run_id": self.run_id,
+            "folder": str(self.folder),
+            "backend": self.backend,
+            "precision": self.precision,
+            "model": dataclasses.asdict(self.model),
+            "num_params": num_params(self.model),
+            "num_non_embedding_params": num_non_embedding_params(self.model),
+            "num_steps": self.num_steps,
+            "num_tokens": tokens,
+            "num_pretrain_tokens": self.stream.mixture.num_pretrain_before(self.num_steps * self.stream.batch_size)
+            * self.stream.target.row_length,
+            "unique_target_tokens": self.stream.target.num_rows * self.stream.target.row_length,
+            "learning_rate": self.schedule.peak,
+            "train_flops": tokens * train_flops_per_token(self.model),
+            "base": None if self.base is None else self.base.summary(),
+        }
+
+
+def plan_run(config: TrainConfig, *, folder: Path | None = None, watch: Watch | None = None) -> Plan:
+    """Resolve and check a run. Corpora and files are tokenised here if they are not yet; nothing is trained.
+
+    Raises:
+        UserError: anything about the request that cannot work.
+    """
+    watch = watch or Watch()
+    backend = config.backend
+    if backend == "auto":
+        backend, reason = choose_backend()
+        watch.say(f"Backend {backend}: {reason}.")
+    capabilities = load_backend(backend).describe()
+    precision: Precision = config.precision if config.precision != "auto" else "bf16" if capabilities.fast_bf16 else "fp32"
+    for term, coefficient in enumerate(METHODS[config.method].coefficients):
+        if coefficient and term not in capabilities.terms:
+            raise UserError(f"Backend {backend!r} does not have what method {config.method!r} needs.")
+
+    base, start = None, None
+    if config.init == "auto":
+        base = plan_run(config.base_config(), watch=dataclasses.replace(watch, say=lambda sentence: None))
+        base = dataclasses.replace(base, folder=forget_home() / "bases" / base.folder.name)
+        tokenizer, model, base_peak, init = base.tokenizer, base.model, base.schedule.peak, base.run_id
+    elif config.init == "scratch":
+        tokenizer = _tokenizer_file(config, watch)
+        vocab_size = Tokenizer.load(tokenizer).vocab_size
+        model = model_spec(config.model, vocab_size, config.max_seq_length or _default_context(config.model))
+        base_peak, init = None, "scratch"
+    else:
+        start = checkpoint.find_checkpoint(Path(config.init).expanduser())
+        tokenizer, model = start.tokenizer, start.model_spec()
+        base_peak, init = start.state.get("peak_learning_rate"), start.state["files"][checkpoint.WEIGHTS]
+        if config.tokenizer is not None and Tokenizer.load(Path(config.tokenizer)).hash != Tokenizer.load(tokenizer).hash:
+            raise UserError(f"--tokenizer {config.tokenizer} is not the tokenizer that {config.init} was trained with: leave it out.")
+    row_length = config.max_seq_length or model.context_length
+    if row_length > model.context_length:
+        raise UserError(f"--max-seq-length {row_length} exceeds the model's context of {model.context_length} tokens.")
+
+    stores = {config.target: resolve_store(config.target, tokenizer, progress=watch.progress)}
+    if config.pretrain is not None and config.pretrain not in stores:
+        stores[config.pretrain] = resolve_store(config.pretrain, tokenizer, progress=watch.progress)
+    stream, windows, num_steps = _data(config, stores, row_length)
+    rates = schedule(config, model, base_peak)
+    identifier = run_id(
+        config,
+        precision=precision,
+        learning_rate=rates.peak,
+        data={
+            "target": stores[config.target].fingerprint,
+            "pretrain": stores[config.pretrain].fingerprint if config.pretrain is not None else None,
+        },
+        init=init,
+    )
+    return Plan(
+        config=config,
+        backend=backend,
+        precision=precision,
+        model=model,
+        schedule=rates,
+        stream=stream,
+        windows=windows,
+        stores=stores,
+        tokenizer=tokenizer,
+        num_steps=num_steps,
+        run_id=identifier,
+        folder=folder or Path("runs") / f"{identifier}-{backend}",
+        base=base,
+        start=start,
+    )
+
+
+def execute(
+    plan: Plan, *, resume: bool | None = None, watch: Watch | None = None, wait: bool = False
+) -> dict[str, Any]:
+    """Train a planned run to its end and return its record; a run that is done returns its record at once.
+
+    Args:
+        resume: True insists on a checkpoint to go on from, False refuses one, None goes on from one if it is there.
+        wait: wait for another process that is training in the same folder, instead of refusing.
+
+    Raises:
+        UserError: the folder holds another run, is in use, or `resume` cannot be met.
+        RunFailed: the run diverged.
+        KeyboardInterrupt: the run was interrupted; it has a checkpoint.
+    """
+    watch = watch or Watch()
+    if plan.base is not None:
+        plan = _with_base(plan, watch)
+    _make_folder(plan.folder)
+    with _only_process(plan.folder, wait=wait):
+        record = records.read_record(plan.folder)
+        if record is not None:
+            _check_same_run(plan, record["run_id"])
+            watch.say(f"This run is done already: {plan.folder / records.RECORD}")
+            return record
+        latest, problem = checkpoint.latest_checkpoint(plan.folder / "checkpoints")
+        if problem is not None:
+            watch.say(f"{problem} Going on from the checkpoint before it.")
+        if latest is not None:
+            _check_same_run(plan, latest.state["run_id"])
+            if resume is False:
+                raise UserError(f"{plan.folder} holds an unfinished run: leave out --no-resume to go on, or choose another --output.")
+        elif resume:
+            raise UserError(f"There is nothing to resume in {plan.folder}.")
+        _write_config(plan)
+        record = _train(plan, latest, watch)
+        records.write_record(plan.folder, record)
+        checkpoint.prune(plan.folder / "checkpoints")
+        if record["status"] == "diverged":
+            raise RunFailed(f"The run diverged: {record['reason']}. Its record: {plan.folder / records.RECORD}")
+        return record
+
+
+def _train(plan: Plan, latest: Checkpoint | None, watch: Watch) -> dict[str, Any]:
+    config = plan.config
+    trainer = load_backend(plan.backend)(
+        TrainerSpec(
+            model=plan.model,
+            optim=config.optim(),
+            method=METHODS[config.method],
+            runtime=config.runtime(plan.precision),
+            seed=config.seed,
+        )
+    )
+    for note in trainer.notes:
+        watch.say(note)
+    evaluate = config.steps_per_eval or max(1, math.ceil(plan.num_steps / _EVALUATIONS_PER_RUN))
+    curve = plan.start.state["curve"] if plan.start is not None and plan.start.state["is_pretraining"] else []
+    identity = {
+        "run_id": plan.run_id,
+        "backend": plan.backend,
+        "is_pretraining": config.is_pretraining,
+        "tokenizer_hash": plan.stores[config.target].tokenizer_hash,
+        "base_curve": curve,
+    }
+    target_train, target_val, pretrain_val = plan.windows
+    run = RunState(
+        folder=plan.folder,
+        model=plan.model,
+        tokenizer=plan.tokenizer,
+        schedule=plan.schedule,
+        stream=plan.stream,
+        target_train=target_train,
+        target_val=target_val,
+        pretrain_val=pretrain_val,
+        cadence=Cadence(report=config.steps_per_report, evaluate=evaluate, save=config.save_every or evaluate),
+        stop=StopRules(
+            num_steps=plan.num_steps,
+            target_loss=config.stop_target_loss,
+            patience=config.stop_patience,
+            max_forgetting=config.max_forgetting,
+            max_seconds=None if config.stop_minutes is None else config.stop_minutes * 60,
+            max_skipped=config.max_skipped,
+        ),
+        observer=watch.observer("pretraining" if config.is_pretraining else f"finetuning, p = {config.p}", plan.folder),
+        identity=identity,
+    )
+    if latest is not None:
+        trainer.load(latest.weights)
+        trainer.load_state(latest.training_state)
+        run.resume(latest.state)
+        watch.say(f"Resuming at step {run.step:,} of {plan.num_steps:,}.")
+    elif plan.start is not None:
+        trainer.load(plan.start.weights)
+    drive(trainer, [run], interrupted=watch.interrupted)
+    if run.status == "interrupted":
+        raise KeyboardInterrupt(f"{run.reason}; the same command goes on from there")
+    return _record(plan, run, trainer)
+
+
+def _record(plan: Plan, run: RunState, trainer: Trainer) -> dict[str, Any]:
+    config = plan.config
+    assert run.start is not None
+    best = run.best or run.start
+    rows = run.step * plan.stream.batch_size
+    pretrain_rows = plan.stream.mixture.num_pretrain_before(rows)
+    length = plan.stream.target.row_length
+    data = {
+        config.target: {
+            "fingerprint": plan.stores[config.target].fingerprint,
+            "role": "target",
+            "unique_tokens": plan.stream.target.num_rows * length,
+            "tokens_seen": (rows - pretrain_rows) * length,
+        }
+    }
+    if config.pretrain is not None and config.pretrain != config.target:
+        pool = plan.stream.pretrain
+        data[config.pretrain] = {
+            "fingerprint": plan.stores[config.pretrain].fingerprint,
+            "role": "pretrain",
+            "unique_tokens": 0 if pool is None else pool.num_rows * length,
+            "tokens_seen": pretrain_rows * length,
+        }
+    forgetting, lost = None, None
+    if best["pretrain_val"] is not None and not config.is_pretraining:
+        forgetting = best["pretrain_val"] - run.start["pretrain_val"]
+        curve = [(point[0], point[1]) for point in run.identity["base_curve"]]
+        lost = dataclasses.asdict(progress_lost(curve, run.start["pretrain_val"], best["pretrain_val"]))
+    return {
+        "run_id": plan.run_id,
+        "science_version": SCIENCE_VERSION,
+        "status": run.status,
+        "reason": run.reason,
+        "backend": plan.backend,
+        "device": trainer.device,
+        "precision": plan.precision,
+        "config": dataclasses.asdict(config),
+        "versions": records.installed_versions(),
+        "seed": config.seed,
+        "init": "scratch" if plan.start is None else plan.start.state["run_id"],
+        "num_params": num_params(plan.model),
+        "num_non_embedding_params": num_non_embedding_params(plan.model),
+        "num_steps": run.step,
+        "learning_rate": plan.schedule.peak,
+        "wall_seconds": run.elapsed_seconds,
+        "tokens_per_second": run.step * run.tokens_per_step / run.elapsed_seconds if run.elapsed_seconds else None,
+        "peak_memory_bytes": trainer.peak_memory_bytes(),
+        "num_resumes": run.num_resumes,
+        "num_skipped": run.num_skipped,
+        "p": {"asked": config.p, "rows": pretrain_rows / rows if rows else 0.0, "tokens": pretrain_rows / rows if rows else 0.0},
+        "data": data,
+        "losses": {"start": run.start, "best": best, "end": run.last},
+        "forgetting_nats": forgetting,
+        "progress_lost": lost,
+        "pretrain_curve": run.curve if config.is_pretraining else None,
+        "ended_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _data(
+    config: TrainConfig, stores: dict[str, TokenStore], row_length: int
+) -> tuple[BatchStream, tuple[Windows, Windows, Windows | None], int]:
+    """The batch stream, the three frozen window sets and the number of steps after token and epoch limits."""
+    share = parse_share(config.p)
+    target_store = stores[config.target]
+    target = RowSubset.of_tokens(target_store.split("train"), row_length, config.target_tokens)
+    pretrain = None
+    if config.pretrain is not None and not config.is_pretraining:
+        pretrain = RowSubset.of_tokens(stores[config.pretrain].split("train"), row_length, None)
+    mixture = Mixture(target.num_rows, pretrain.num_rows if pretrain else 0, share, config.seed, config.mixture)
+    num_steps = config.iters
+    if config.stop_tokens is not None:
+        num_steps = min(num_steps, config.stop_tokens // (config.batch_size * row_length))
+    if config.stop_epochs is not None:
+        target_rows = config.stop_epochs * target.num_rows
+        num_steps = min(num_steps, int(target_rows / (config.batch_size * (1 - share))))
+    if num_steps < 1:
+        raise UserError("The token or epoch limit is below one step: raise it, or lower --batch-size.")
+    mixture.check_pool(num_steps * config.batch_size, row_length)
+    stream = BatchStream(target=target, pretrain=pretrain, mixture=mixture, batch_size=config.batch_size, num_steps=num_steps)
+
+    def validation(name: str) -> Windows:
+        split = RowSubset.of_tokens(stores[name].split("validation"), row_length, None)
+        return Windows.of(name, split, config.eval_rows)
+
+    target_val = validation(config.target)
+    if config.is_pretraining or config.pretrain == config.target:
+        pretrain_val: Windows | None = target_val
+    else:
+        pretrain_val = None if config.pretrain is None else validation(config.pretrain)
+    return stream, (Windows.of("train", target, config.eval_rows), target_val, pretrain_val), num_steps
+
+
+def _with_base(plan: Plan, watch: Watch) -> Plan:
+    """The plan with its base model trained, by this process or by the one that holds its folder."""
+    assert plan.base is not None
+    folder = plan.base.folder
+    if records.read_record(folder) is None:
+        watch.say(f"Training the base model first; it is kept in {folder}")
+        execute(plan.base, watch=watch, wait=True)
+    return dataclasses.replace(plan, base=None, start=checkpoint.open_checkpoint(folder / "checkpoints" / "last"))
+
+
+def _tokenizer_file(config: TrainConfig, watch: Watch) -> Path:
+    if config.tokenizer is not None:
+        return Path(config.tokenizer).expanduser()
+    for name in (config.target, config.pretrain):
+        stored = Path(name).expanduser() / checkpoint.TOKENIZER if name is not None and name not in CORPORA else None
+        if stored is not None and stored.is_file():
+            return stored
+    return builtin_tokenizer(config.vocab_size, progress=watch.progress)
+
+
+def _default_context(model: str) -> int:
+    """128 for the laptop sizes, 1,024 for the paper's."""
+    return 1024 if model_spec(model, 1, 1).width >= 512 else 128
+
+
+def _check_same_run(plan: Plan, found: str) -> None:
+    if found == plan.run_id:
+        return
+    differing = ""
+    stored = plan.folder / records.CONFIG
+    if stored.is_file():
+        before, now = read_yaml(stored), dataclasses.asdict(plan.config)
+        keys = [key for key in now if before.get(key) != now[key]]
+        differing = f" (differing: {', '.join(keys)})" if keys else ""
+    raise UserError(f"{plan.folder} holds another run, {found}{differing}: choose another --output.")
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"Cannot write to {folder}: {error.strerror}.") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"Cannot write to {folder}: no permission.")
+
+
+def _write_config(plan: Plan) -> None:
+    aside = plan.folder / f".{records.CONFIG}.part"
+    aside.write_text(to_yaml(plan.config), encoding="utf-8")
+    os.replace(aside, plan.folder / records.CONFIG)
+
+
+@contextmanager
+def _only_process(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold a run folder for this process; the lock goes with the process, however it ends."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise UserError(f"Another process is training in {folder}: wait for it, or choose another --output.") from None
+        yield

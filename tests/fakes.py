@@ -1,0 +1,135 @@
+"""A NumPy bigram model behind the trainer interface: loop, sweep and command-line tests take milliseconds with it."""
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from mlx_forget.errors import UserError
+from mlx_forget.methods import NUM_SOURCES, NUM_TERMS
+from mlx_forget.trainer import (
+    Capabilities,
+    Comparison,
+    StepResult,
+    Trainer,
+    TrainerSpec,
+    group_counts,
+    token_weights,
+    unpack_step,
+)
+from tests.reference import AdamW, softmax
+
+NAME = "bigram.weight"
+# A table of logits needs larger steps than a network.
+RATE = 20
+
+
+class FakeStep(StepResult):
+    def __init__(self, packed, counts):
+        self.packed, self.counts = packed, counts
+
+    def read(self):
+        return unpack_step(self.packed, self.counts)
+
+
+class BigramTrainer(Trainer):
+    """Logits of the next token are a row of one [V, V] table."""
+
+    def __init__(self, spec: TrainerSpec):
+        self.spec = spec
+        size = spec.model.vocab_size
+        self.weight = np.random.Generator(np.random.Philox(key=[spec.seed, 0])).normal(0, 0.02, (size, size))
+        self.adamw = AdamW(spec.optim)
+        self.adamw.m[NAME] = np.zeros_like(self.weight)
+        self.adamw.v[NAME] = np.zeros_like(self.weight)
+        self.reference = None
+        self.num_steps = 0
+        self.spoil_step = None
+
+    @classmethod
+    def describe(cls):
+        return Capabilities(precisions=("fp32",), terms=(0, 1), sample=True, bitwise_resume=True)
+
+    @property
+    def device(self):
+        return "numpy"
+
+    def train_step(self, batch, learning_rate):
+        counts = group_counts(batch)
+        weights = token_weights(batch, counts, self.spec.method).astype(np.float64)
+        inputs, labels = batch.tokens[:, :-1], batch.tokens[:, 1:]
+        probability = softmax(self.weight[inputs])
+        nll = -np.log(np.take_along_axis(probability, labels[..., None], -1)[..., 0])
+        sums = np.zeros(NUM_TERMS * NUM_SOURCES)
+        np.add.at(sums, batch.term.astype(int) * NUM_SOURCES + batch.source, (nll * batch.loss_mask).sum(1))
+        np.put_along_axis(probability, labels[..., None], np.take_along_axis(probability, labels[..., None], -1) - 1, -1)
+        gradient = np.zeros_like(self.weight)
+        np.add.at(gradient, inputs, probability * weights[..., None])
+        self.num_steps += 1
+        if self.spoil_step == self.num_steps:
+            gradient[0, 0] = np.nan
+        norm = np.sqrt((gradient**2).sum())
+        skipped = not np.isfinite(norm)
+        if not skipped:
+            new, _ = self.adamw.update({NAME: self.weight}, {NAME: gradient}, learning_rate * RATE)
+            self.weight = new[NAME]
+        return FakeStep(np.concatenate([sums, [norm, float(skipped)]]), counts)
+
+    def token_losses(self, tokens):
+        probability = softmax(self.weight[tokens[:, :-1]])
+        return -np.log(np.take_along_axis(probability, tokens[:, 1:, None], -1)[..., 0]).astype(np.float32)
+
+    def compare(self, tokens, mask):
+        if self.reference is None:
+            raise UserError("compare needs a reference: call set_reference first.")
+        labels = tokens[:, 1:, None]
+        logp, ref = (np.log(softmax(w[tokens[:, :-1]])) for w in (self.weight, self.reference))
+        top = ref.argmax(-1)
+        measures = (
+            -np.take_along_axis(logp, labels, -1)[..., 0],
+            -np.take_along_axis(ref, labels, -1)[..., 0],
+            (np.exp(ref) * (ref - logp)).sum(-1),
+            -(np.exp(ref) * logp).sum(-1),
+            -np.take_along_axis(logp, top[..., None], -1)[..., 0],
+            (logp.argmax(-1) == top),
+        )
+        return Comparison(*((m * mask).astype(np.float32) for m in measures))
+
+    def set_reference(self, reference):
+        if reference == "adapters_off":
+            raise UserError("The reference 'adapters_off' needs adapters, and this model has none.")
+        if reference is None:
+            self.reference = None
+        else:
+            self.reference = self.weight.copy() if reference == "start" else load_file(reference)[NAME]
+
+    def save(self, path, *, trainable_only=False):
+        save_file({NAME: self.weight}, path)
+
+    def load(self, path):
+        weight = load_file(path).get(NAME)
+        if weight is None or weight.shape != self.weight.shape:
+            raise UserError(f"{path} does not hold the weights of this model: names or shapes differ.")
+        self.weight = weight
+
+    def save_state(self, path):
+        moments = {f"exp_avg.{NAME}": self.adamw.m[NAME], f"exp_avg_sq.{NAME}": self.adamw.v[NAME]}
+        save_file(moments | {"step": np.array([self.adamw.step], np.float32)}, path)
+
+    def load_state(self, path):
+        state = load_file(path)
+        if set(state) != {f"exp_avg.{NAME}", f"exp_avg_sq.{NAME}", "step"}:
+            raise UserError(f"{path} is not the training state of this model.")
+        self.adamw.m[NAME], self.adamw.v[NAME] = state[f"exp_avg.{NAME}"], state[f"exp_avg_sq.{NAME}"]
+        self.adamw.step = int(state["step"][0])
+
+    def sample(self, prompts, u, *, temperature=1.0):
+        if prompts.shape[1] + u.shape[1] > self.spec.model.context_length:
+            raise UserError(f"Prompt and sample together exceed the context of {self.spec.model.context_length} tokens.")
+        token, out = prompts[:, -1], np.empty(u.shape, np.int32)
+        for t in range(u.shape[1]):
+            cumulative = softmax(self.weight[token] / temperature).cumsum(-1)
+            token = np.minimum((cumulative <= u[:, t, None] * cumulative[:, -1:]).sum(-1), self.weight.shape[0] - 1)
+            out[:, t] = token
+        return out
+
+    def peak_memory_bytes(self):
+        return self.weight.nbytes
