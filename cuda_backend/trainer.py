@@ -79,6 +79,7 @@ class TorchTrainer(Trainer):
             terms=(TERM_TASK, TERM_REPLAY_NTP),
             sample=True,
             bitwise_resume=not torch.cuda.is_available(),
+            accelerator=torch.cuda.is_available(),
             fast_bf16=torch.cuda.is_available() or torch.cpu._is_amx_tile_supported(),
         )
 

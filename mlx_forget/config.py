@@ -7,6 +7,7 @@ nearest. `run_id` hashes the keys that change the science and nothing about the 
 import dataclasses
 import hashlib
 import json
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -144,6 +145,11 @@ SMOKE: dict[str, Any] = {
     "steps_per_eval": 6,
     "base": {"iters": 24, "batch_size": 8, "steps_per_eval": 6},
 }
+
+
+def scale_defaults() -> dict[str, Any]:
+    """What the environment's FORGET_SCALE lays over the defaults: nothing, or the smoke scale."""
+    return SMOKE if os.environ.get("FORGET_SCALE") == "smoke" else {}
 
 
 def default_peak(spec: ModelSpec) -> float:

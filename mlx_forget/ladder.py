@@ -15,7 +15,8 @@ import numpy.typing as npt
 from mlx_forget.errors import UserError, unknown
 
 LAYER_NORM_EPSILON = 1e-5
-INIT_STD = 0.02
+# GPT-2's 0.02 at its own width of 768, scaled so that activations keep their size along the ladder.
+INIT_STD_AT_768 = 0.02
 
 # name -> (num_layers, width). The first five carry the paper's names and reproduce its parameter counts.
 SIZES: dict[str, tuple[int, int]] = {
@@ -125,17 +126,20 @@ def decays(name: str) -> bool:
 
 
 def initial_weights(spec: ModelSpec, seed: int) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
-    """Yield (name, float32 array), one tensor at a time: normal(0, 0.02), residual projections / sqrt(2 L), norms one, biases zero.
+    """Yield (name, float32 array), one tensor at a time: norms one, biases zero, matrices normal.
+
+    The standard deviation is 0.02 sqrt(768 / width), divided by sqrt(2 L) in the residual projections (as GPT-2, at its width).
 
     Each tensor draws from a counter-based generator keyed by (seed, its index), so its values depend on nothing else.
     """
+    matrix_std = INIT_STD_AT_768 * (768 / spec.width) ** 0.5
     for index, (name, shape) in enumerate(param_shapes(spec).items()):
         if ".ln_" in name and name.endswith("weight"):
             yield name, np.ones(shape, np.float32)
         elif name.endswith("bias"):
             yield name, np.zeros(shape, np.float32)
         else:
-            std = INIT_STD / (2 * spec.num_layers) ** 0.5 if "c_proj" in name else INIT_STD
+            std = matrix_std / (2 * spec.num_layers) ** 0.5 if "c_proj" in name else matrix_std
             generator = np.random.Generator(np.random.Philox(key=[seed, index]))
             yield name, generator.standard_normal(shape, np.float32) * np.float32(std)
 

@@ -310,7 +310,8 @@ def _evaluate(run: RunState, trainer: Trainer) -> str | None:
     if losses["pretrain_val"] is not None:
         run.curve.append((row["tokens"], losses["pretrain_val"]))
     forgetting = _forgetting(run, losses)
-    too_much = run.stop.max_forgetting is not None and forgetting > run.stop.max_forgetting
+    limit = run.stop.max_forgetting
+    too_much = limit is not None and forgetting is not None and forgetting > limit
     if not too_much and (run.best is None or losses["target_val"] < run.best["target_val"]):
         run.best = losses
         run.evaluations_since_best = 0
@@ -322,7 +323,7 @@ def _evaluate(run: RunState, trainer: Trainer) -> str | None:
     run.observer.on_evaluation({**row, "best": run.best, "forgetting_nats": forgetting})
     run._rate_mark = (run.step, time.perf_counter())
     if too_much:
-        return f"pretraining loss rose by {forgetting:.3f} nats, over the limit of {run.stop.max_forgetting:g}"
+        return f"pretraining loss rose by {forgetting:.3f} nats, over the limit of {limit:g}"
     if run.stop.target_loss is not None and losses["target_val"] <= run.stop.target_loss:
         return f"target validation loss {losses['target_val']:.4f} reached {run.stop.target_loss:g}"
     if run.stop.patience is not None and run.evaluations_since_best >= run.stop.patience:
@@ -330,10 +331,11 @@ def _evaluate(run: RunState, trainer: Trainer) -> str | None:
     return None
 
 
-def _forgetting(run: RunState, losses: dict[str, Any]) -> float:
+def _forgetting(run: RunState, losses: dict[str, Any]) -> float | None:
+    """The rise of the pretraining loss since the start; None where that loss is not read, or is what is being learnt."""
     assert run.start is not None
-    if losses["pretrain_val"] is None:
-        return math.nan
+    if run.pretrain_val is None or run.pretrain_val is run.target_val:
+        return None
     return float(losses["pretrain_val"] - run.start["pretrain_val"])
 
 

@@ -21,10 +21,8 @@ _SECONDS_BETWEEN_LINES = 5.0
 def losses_text(row: dict[str, Any]) -> str:
     """The losses of an evaluation in one line."""
     parts = [f"target {row['target_val_loss']:.4f}"]
-    if row["pretrain_val_loss"] is not None:
-        parts.append(f"pretraining {row['pretrain_val_loss']:.4f}")
-        if row["forgetting_nats"] and not math.isnan(row["forgetting_nats"]):
-            parts.append(f"forgetting {row['forgetting_nats']:+.4f}")
+    if row["forgetting_nats"] is not None:
+        parts.append(f"pretraining {row['pretrain_val_loss']:.4f} ({row['forgetting_nats']:+.4f})")
     if row["best"] is not None and row["best"]["step"] == row["step"] and row["step"]:
         parts.append("best so far")
     return " · ".join(parts)

@@ -120,6 +120,7 @@ class Capabilities:
     distributed: bool = False
     bitwise_resume: bool = False
     fast_bf16: bool = False
+    accelerator: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """`forget train`."""
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from mlx_forget.cli.options import given, with_options
-from mlx_forget.config import SMOKE, TrainConfig, from_mapping, read_yaml
+from mlx_forget.config import TrainConfig, from_mapping, read_yaml, scale_defaults
 
 app = typer.Typer()
 
@@ -40,9 +39,8 @@ def train(
     from mlx_forget.run import Watch, execute, plan_run
 
     console = Console(stderr=True)
-    defaults = SMOKE if os.environ.get("FORGET_SCALE") == "smoke" else {}
     from_file = read_yaml(config) if config is not None else {}
-    resolved = from_mapping(TrainConfig, {**defaults, **from_file, **given(values)})
+    resolved = from_mapping(TrainConfig, {**scale_defaults(), **from_file, **given(values)})
 
     watched: list[RunProgress] = []
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -52,22 +53,48 @@ def resolve_store(name: str, tokenizer_file: Path, *, progress: Progress = silen
                 f"prepare it again with --tokenizer {tokenizer_file}"
             )
         return store
-    if name in CORPORA:
-        corpus = build_corpus(name, progress=progress)
-        key, documents, source = corpus.fingerprint, _corpus_documents(corpus), f"built-in corpus {name}"
-        num_bytes = sum(corpus.num_bytes.values())
-    elif path.exists():
-        progress(f"reading {name}", 0.0)
-        key, documents, source = sources.content_hash(path), sources.read_documents(path), str(path)
-        num_bytes = sum(file.stat().st_size for file in sources.find_files(path))
-    elif os.sep in name or path.suffix:
-        raise UserError(f"There is no file or folder {name}.")
-    else:
-        raise unknown("corpus or path", name, CORPORA)
-    folder = forget_home() / "stores" / f"{path.stem or name}-{key[:16]}-{tokenizer.hash[:16]}"
+    named = documents_of(name, progress=progress)
+    folder = forget_home() / "stores" / f"{path.stem}-{named.key[:16]}-{tokenizer.hash[:16]}"
     if (folder / MANIFEST).is_file():
         return open_store(folder)
-    return write_store(folder, documents, tokenizer_file, source=source, num_bytes=num_bytes, progress=progress)
+    return write_store(folder, named.read(), tokenizer_file, source=named.source, num_bytes=named.num_bytes, progress=progress)
+
+
+@dataclass(frozen=True)
+class NamedDocuments:
+    """Text that a user named.
+
+    Args:
+        key: a hash of the content.
+        source: what it is, in words.
+        num_bytes: UTF-8 bytes of all documents, about.
+        read: starts a new pass over (split, text).
+    """
+
+    key: str
+    source: str
+    num_bytes: int
+    read: Callable[[], Iterator[tuple[str, str]]]
+
+
+def documents_of(name: str, *, progress: Progress = silent) -> NamedDocuments:
+    """The documents behind a built-in corpus, a file or a folder.
+
+    Raises:
+        UserError: nothing by that name, or nothing readable.
+    """
+    path = Path(name).expanduser()
+    if name in CORPORA:
+        corpus = build_corpus(name, progress=progress)
+        num_bytes = sum(corpus.num_bytes.values())
+        return NamedDocuments(corpus.fingerprint, f"built-in corpus {name}", num_bytes, lambda: _corpus_documents(corpus))
+    if path.exists():
+        progress(f"reading {name}", 0.0)
+        num_bytes = sum(file.stat().st_size for file in sources.find_files(path))
+        return NamedDocuments(sources.content_hash(path), str(path), num_bytes, lambda: iter(sources.read_documents(path)))
+    if os.sep in name or path.suffix:
+        raise UserError(f"There is no file or folder {name}.")
+    raise unknown("corpus or path", name, CORPORA)
 
 
 def write_store(

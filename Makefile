@@ -1,0 +1,57 @@
+# Everything a newcomer needs: `make reproduce-figure1` and `make test`. `make setup` is implied and does nothing when current.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# What this machine can use: PyTorch everywhere; MLX on Apple silicon and Linux. `make setup BACKENDS=cuda` or `=mlx` narrows it.
+UNAME := $(shell uname -s)
+BACKENDS ?= $(if $(filter Darwin,$(UNAME)),mlx,cuda,mlx)
+comma := ,
+EXTRAS := $(subst $(eval ) ,$(comma),$(strip $(subst $(comma), ,$(BACKENDS)) dev))
+STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
+
+# The headline figure; for the paper's own scale: make reproduce-figure1 SIZE=small BACKEND=cuda DATA=... PRETRAIN=...
+RECIPE ?= figure1
+SEED ?= 0
+BACKEND ?= auto
+OUTPUT ?= runs/$(RECIPE)-seed$(SEED)
+SETTINGS = --set seed=$(SEED) --set backend=$(BACKEND) $(if $(SIZE),--set model=$(SIZE)) $(if $(DATA),--set target=$(DATA)) $(if $(PRETRAIN),--set pretrain=$(PRETRAIN))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup lint type test test-full bench reproduce-figure1 clean
+
+help:  ## this list
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-20s %s\n", $$1, $$2}'
+
+setup: $(STAMP)  ## install into .venv what this machine can use (BACKENDS=cuda or mlx narrows it)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(if $(findstring cuda,$(BACKENDS)),$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)")
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@rm -f $(VENV)/.installed-*
+	@touch $@
+
+lint: setup  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: setup  ## mypy, strict
+	$(BIN)/mypy
+
+test: setup  ## every suite in its short form: at most 15 minutes on two cores
+	$(BIN)/python -m pytest -q -m "not full" -n 2 --dist loadfile
+
+test-full: setup  ## every suite in its long form
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+bench: setup  ## speed against named baselines, as ratios measured in one run
+	for file in tests/benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
+
+reproduce-figure1: setup  ## Figure 1 of the paper at laptop scale; SEED= SIZE= DATA= PRETRAIN= BACKEND= OUTPUT=
+	$(BIN)/forget sweep $(RECIPE) $(SETTINGS) --output $(OUTPUT)
+	$(BIN)/forget plot $(OUTPUT) --output figures --name $(if $(filter 0,$(SEED)),$(RECIPE),$(RECIPE)-seed$(SEED))
+
+clean:  ## remove the environment, builds and caches of tools; runs, figures and corpora stay
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

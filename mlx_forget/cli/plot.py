@@ -1,0 +1,76 @@
+"""`forget plot`."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from mlx_forget.figure1 import Row
+
+app = typer.Typer()
+
+
+@app.command()
+def plot(
+    sweep: Annotated[Path, typer.Argument(help="Folder of a sweep over p.")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for the files. \\[default: figures]")] = None,
+    name: Annotated[str | None, typer.Option(help="Stem of the files. \\[default: the sweep folder's name]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Which seed, if the sweep has several.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the table as one JSON object.")] = False,
+) -> None:
+    """Draw Figure 1 from the runs of a sweep: PNG, PDF and CSV, and a table of what is read at the minimum.
+
+    Example: forget plot runs/figure1 --output figures
+    """
+    from rich.console import Console
+
+    from mlx_forget.errors import UserError
+    from mlx_forget.figure1 import as_json as table_json
+    from mlx_forget.figure1 import load_curves, table, write_csv
+    from mlx_forget.plots import draw_figure1, save_figure
+    from mlx_forget.records import find_runs
+
+    if not sweep.is_dir():
+        raise UserError(f"There is no sweep folder {sweep}.")
+    curves = load_curves(list(find_runs(sweep)), seed)
+    rows = table(curves)
+    folder, stem = output or Path("figures"), name or sweep.name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"Cannot write to {folder}: {error.strerror}.") from None
+    record = curves[0].record
+    config = record["config"]
+    title = f"{record['num_params'] / 1e6:.2g}M parameters, {config['pretrain']} to {config['target']}, seed {record['seed']}"
+    figure = draw_figure1(curves, title=title)
+    for suffix in (".png", ".pdf"):
+        save_figure(figure, folder / f"{stem}{suffix}")
+    write_csv(curves, folder / f"{stem}.csv")
+    if as_json:
+        print(json.dumps({"rows": table_json(rows), "files": [str(folder / f"{stem}{s}") for s in (".png", ".pdf", ".csv")]}))
+    else:
+        _print_table(rows)
+    Console(stderr=True).print(f"Wrote {folder / stem}.png, .pdf, .csv", highlight=False, soft_wrap=True)
+
+
+def _print_table(rows: "list[Row]") -> None:
+    """Plain aligned text: it goes into logs and papers."""
+    header = (
+        f"{'p':>6}  {'minimum at':>13}  {'target val':>15}  {'pretraining val':>15}  {'forgetting (nats)':>17}  "
+        f"{'to p=0':>6}  {'progress lost: loss, tokens':>27}  {'less than row above':>19}  {'rise at end':>11}"
+    )
+    print(header)
+    for row in rows:
+        best, lost = row.curve.at_best, row.curve.record["progress_lost"]
+        steps = f"{best['step']:,}/{row.curve.rows[-1]['step']:,}"
+        ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
+        shares = ", ".join("?" if value is None else f"{value:.1%}" for value in (lost["loss_fraction"], lost["token_equivalent"]))
+        less = row.less_than_previous
+        fall = "" if less is None else f"{less.mean:+.4f}±{less.stderr:.4f}"
+        print(
+            f"{row.curve.label:>6}  {steps:>13}  {row.target.mean:>8.4f}±{row.target.stderr:.4f}  {row.pretrain.mean:>8.4f}±{row.pretrain.stderr:.4f}  "
+            f"{row.forgetting.mean:>+10.4f}±{row.forgetting.stderr:.4f}  {ratio:>6}  {shares:>27}  {fall:>19}  {row.rise:>+11.4f}"
+        )
+    print("± is one standard error over evaluation windows; differences are paired by window.")

@@ -1,0 +1,71 @@
+"""Figures, drawn with matplotlib in a palette that colour-blind readers can tell apart, each line also marked by its own shape."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlx_forget.figure1 import Curve
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette without its yellow, which is too faint on white.
+COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+_PANELS = (
+    ("target_val_loss", "target validation loss"),
+    ("target_train_loss", "target train loss"),
+    ("pretrain_val_loss", "pretraining validation loss"),
+)
+
+
+def draw_figure1(curves: Sequence[Curve], *, title: str) -> "Figure":
+    """Three panels against the step: target validation, target train and pretraining loss, one line per p, the minimum marked."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.9), layout="constrained")
+    axes = figure.subplots(1, 3, sharex=True)
+    for axis, (column, name) in zip(axes, _PANELS, strict=True):
+        for number, curve in enumerate(curves):
+            colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+            steps = [row["step"] for row in curve.rows]
+            axis.plot(
+                steps,
+                [row[column] for row in curve.rows],
+                color=colour,
+                marker=marker,
+                markersize=3.5,
+                linewidth=1.4,
+                label=f"p = {curve.label}",
+            )
+            axis.plot(
+                curve.at_best["step"],
+                curve.at_best[column],
+                marker="o",
+                markersize=9,
+                markerfacecolor="none",
+                markeredgecolor="black",
+                markeredgewidth=1.6,
+                linestyle="none",
+                label="minimum of the target validation loss" if number == len(curves) - 1 else None,
+            )
+        axis.set_title(name, fontsize=11)
+        axis.set_xlabel("finetuning step")
+        axis.set_ylabel("loss (nats per token)")
+        axis.grid(alpha=0.25, linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Write a figure in the format of the path's suffix, aside first."""
+    aside = path.with_name(f".{path.stem}.part{path.suffix}")
+    # Without dates, the same runs give the same files.
+    metadata = {"CreationDate": None} if path.suffix == ".pdf" else None
+    figure.savefig(aside, dpi=160, metadata=metadata)
+    os.replace(aside, path)

@@ -1,0 +1,232 @@
+"""A recipe is a grid of runs. Each run is the ordinary command in a process of its own; what is done is skipped, what was begun resumes.
+
+    name: figure1
+    config: {model: 0.65m, target: code, ...}     # keys of TrainConfig
+    grid: {p: [0, 1%], seed: [0, 1]}              # every combination is a run
+    smoke: {config: {...}, grid: {...}}           # laid over the above when FORGET_SCALE=smoke
+"""
+
+import dataclasses
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_forget import records
+from mlx_forget.config import TrainConfig, from_mapping, read_yaml, to_yaml
+from mlx_forget.errors import UserError, unknown
+from mlx_forget.progress import PROGRESS_FILE
+from mlx_forget.run import Plan, Watch, plan_run
+
+_SECONDS_BETWEEN_POLLS = 0.25
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named grid over training configurations."""
+
+    name: str
+    config: Mapping[str, Any]
+    grid: Mapping[str, list[Any]]
+    description: str = ""
+
+    def configs(self, overrides: Mapping[str, Any]) -> list[TrainConfig]:
+        """Every run of the grid, `overrides` laid over both (a list value replaces or adds an axis).
+
+        Raises:
+            UserError: an axis that names no key, or an empty one.
+        """
+        fixed = {key: value for key, value in overrides.items() if not isinstance(value, list)}
+        axes = {key: values for key, values in {**self.grid, **overrides}.items() if isinstance(values, list)}
+        axes = {key: values for key, values in axes.items() if key not in fixed}
+        for key, values in axes.items():
+            if not values:
+                raise UserError(f"Grid axis {key!r} is empty.")
+        base = {**self.config.get("base", {}), **fixed.pop("base", {})}
+        runs = []
+        for values in itertools.product(*axes.values()):
+            cell = {**self.config, **fixed, **dict(zip(axes, values, strict=True))}
+            runs.append(from_mapping(TrainConfig, {**cell, "base": base} if base else cell, where="recipe"))
+        return runs
+
+
+def read_recipe(path: Path) -> Recipe:
+    """A recipe file.
+
+    Raises:
+        UserError: not a recipe, or unknown keys.
+    """
+    content = read_yaml(path)
+    known = {"name", "description", "config", "grid", "smoke"}
+    for key in content:
+        if key not in known:
+            raise unknown("recipe key", key, known)
+    smoke = content.get("smoke") or {}
+    config, grid = dict(content.get("config") or {}), dict(content.get("grid") or {})
+    if os.environ.get("FORGET_SCALE") == "smoke":
+        config, grid = {**config, **(smoke.get("config") or {})}, {**grid, **(smoke.get("grid") or {})}
+    for key, values in grid.items():
+        if not isinstance(values, list):
+            raise UserError(f"{path}: grid axis {key!r} must be a list of values.")
+    return Recipe(content.get("name", path.stem), config, grid, content.get("description", ""))
+
+
+@dataclass
+class Job:
+    """One run of a sweep and the process that trains it."""
+
+    plan: Plan
+    title: str
+    process: "subprocess.Popen[bytes] | None" = None
+    exit_code: int | None = None
+    progress: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def state(self) -> str:
+        if self.process is not None:
+            return "running"
+        if self.exit_code is None:
+            return "waiting"
+        return {0: "done", 130: "interrupted", 143: "interrupted"}.get(self.exit_code, "failed")
+
+    @property
+    def log(self) -> Path:
+        return self.plan.folder / "log.txt"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A planned sweep: the runs, and the base models that must be there first."""
+
+    folder: Path
+    jobs: list[Job]
+    bases: list[Job]
+
+
+def plan_sweep(recipe: Recipe, folder: Path, *, overrides: Mapping[str, Any] | None = None, watch: Watch | None = None) -> Sweep:
+    """Resolve and check every run.
+
+    Raises:
+        UserError: anything that cannot work, or two runs with one id.
+    """
+    configs = recipe.configs(overrides or {})
+    jobs: dict[str, Job] = {}
+    bases: dict[Path, Job] = {}
+    for number, config in enumerate(configs):
+        plan = plan_run(config, watch=watch if number == 0 else Watch(progress=watch.progress) if watch else None)
+        plan = dataclasses.replace(plan, folder=folder / plan.folder.name)
+        if plan.run_id in jobs:
+            raise UserError(f"Two runs of the grid are the same run, {plan.run_id}: {jobs[plan.run_id].title} and {_title(config, configs)}.")
+        jobs[plan.run_id] = Job(plan, _title(config, configs))
+        if plan.base is not None:
+            bases.setdefault(plan.base.folder, Job(plan.base, f"base {plan.base.config.model}, seed {plan.base.config.seed}"))
+    return Sweep(folder, list(jobs.values()), list(bases.values()))
+
+
+def execute_sweep(
+    sweep: Sweep,
+    *,
+    num_processes: int,
+    num_threads: int,
+    on_change: Callable[[list[Job]], None] = lambda jobs: None,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> list[Job]:
+    """Train what is not done: base models first, then runs, `num_processes` at a time with `num_threads` threads each.
+
+    A single base gets all threads. Returns every job; an interrupted sweep leaves checkpoints and raises KeyboardInterrupt.
+    """
+    everything = [*sweep.bases, *sweep.jobs]
+    for stage in (sweep.bases, sweep.jobs):
+        if not stage:
+            continue
+        at_once = min(num_processes, len(stage))
+        threads = max(num_threads, num_processes * num_threads // at_once)
+        _run_stage(stage, everything, at_once, threads, on_change, interrupted)
+        if any(job.state == "failed" for job in stage):
+            break
+    return everything
+
+
+def _run_stage(
+    stage: list[Job],
+    everything: list[Job],
+    at_once: int,
+    num_threads: int,
+    on_change: Callable[[list[Job]], None],
+    interrupted: Callable[[], bool],
+) -> None:
+    waiting = []
+    for job in stage:
+        if records.read_record(job.plan.folder) is None:
+            waiting.append(job)
+        else:
+            job.exit_code = 0
+    stopping = False
+    try:
+        while waiting or any(job.process for job in stage):
+            if interrupted() and not stopping:
+                stopping, waiting = True, []
+                for job in stage:
+                    if job.process is not None:
+                        job.process.send_signal(signal.SIGINT)
+            while waiting and sum(job.process is not None for job in stage) < at_once:
+                _start(waiting.pop(0), num_threads)
+            for job in stage:
+                _poll(job)
+            on_change(everything)
+            time.sleep(_SECONDS_BETWEEN_POLLS)
+    finally:
+        for job in stage:
+            if job.process is not None:
+                job.process.kill()
+    if stopping:
+        raise KeyboardInterrupt("interrupted; the same command goes on from there")
+    on_change(everything)
+
+
+def _start(job: Job, num_threads: int) -> None:
+    folder = job.plan.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    config = folder / "requested.yaml"
+    config.write_text(to_yaml(dataclasses.replace(job.plan.config, num_threads=num_threads)), encoding="utf-8")
+    command = [sys.executable, "-m", "mlx_forget", "train", "--config", str(config), "--output", str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads), "PYTHONUNBUFFERED": "1"}
+    with job.log.open("ab") as log:
+        # A session of its own: a Ctrl-C on the terminal reaches the sweep alone, which passes it on once.
+        job.process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+        )
+
+
+def _poll(job: Job) -> None:
+    if job.process is None:
+        return
+    try:
+        job.progress = json.loads((job.plan.folder / PROGRESS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        job.progress = {}
+    code = job.process.poll()
+    if code is not None:
+        job.process, job.exit_code = None, 128 - code if code < 0 else code
+
+
+def _title(config: TrainConfig, configs: list[TrainConfig]) -> str:
+    """The keys in which a run differs from the others."""
+    varying = [
+        f.name for f in dataclasses.fields(config) if len({str(getattr(other, f.name)) for other in configs}) > 1
+    ] or ["p"]
+    return ", ".join(f"{name} = {getattr(config, name)}" for name in varying)
+
+
+def default_processes() -> int:
+    """Processes that run side by side on the CPU: one a core, at most eight."""
+    return int(np.clip(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 1, 8))
