@@ -21,7 +21,12 @@ _CHUNK_ELEMENTS_GPU = 1 << 27
 
 
 def hidden_states(
-    weights: Weights, spec: ModelSpec, tokens_BT: Tensor, segment_BT: Tensor | None = None, *, grad_checkpoint: bool = False
+    weights: Weights,
+    spec: ModelSpec,
+    tokens_BT: Tensor,
+    segment_BT: Tensor | None = None,
+    *,
+    grad_checkpoint: bool = False,
 ) -> Tensor:
     """Final hidden states [B, T, D] of int64[B, T] tokens; attention stays inside segments where they are given."""
     positions = weights["transformer.wpe.weight"][: tokens_BT.shape[1]]

@@ -144,7 +144,11 @@ class TorchTrainer(Trainer):
             self._reference = self._read_weights(reference)
 
     def save(self, path: Path, *, trainable_only: bool = False) -> None:
-        save_file({name: value.detach().contiguous() for name, value in self._weights.items()}, path, metadata={"format": "pt"})
+        save_file(
+            {name: value.detach().contiguous() for name, value in self._weights.items()},
+            path,
+            metadata={"format": "pt"},
+        )
 
     def load(self, path: Path) -> None:
         for name, value in self._read_weights(path).items():
@@ -220,7 +224,7 @@ class TorchTrainer(Trainer):
         with self._autocast():
             checkpointed = self.spec.runtime.grad_checkpoint
             x = self._hidden_states(self._weights, self.spec.model, inputs, segment, grad_checkpoint=checkpointed)
-        objective, nll = gpt2.FusedCrossEntropy.apply(
+        objective, nll = gpt2.FusedCrossEntropy.apply(  # type: ignore[no-untyped-call]
             x.flatten(0, 1).to(self._dtype),
             self._weights["transformer.wte.weight"],
             labels,

@@ -59,7 +59,13 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    folder: Path, trainer: Trainer, model: ModelSpec, tokenizer: Path, state: dict[str, Any], *, with_training_state: bool
+    folder: Path,
+    trainer: Trainer,
+    model: ModelSpec,
+    tokenizer: Path,
+    state: dict[str, Any],
+    *,
+    with_training_state: bool,
 ) -> None:
     """Write a checkpoint at `folder`; one that stood there becomes `previous` beside it (`best` is simply replaced)."""
     aside = folder.with_name(f".{folder.name}.part")

@@ -7,6 +7,7 @@ nearest. `run_id` hashes the keys that change the science and nothing about the 
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import types
 import typing
@@ -40,11 +41,21 @@ class TrainConfig:
 
     backend: str = _machine("auto", "mlx, cuda (PyTorch, also on a CPU) or auto.")
     model: str = _key("0.65m", f"Ladder size ({', '.join(SIZES)}) or LAYERSxWIDTH.")
-    init: str = _key("auto", "Start weights: a run or checkpoint folder, scratch, or auto: the base model of `base`, trained once and kept.")
-    target: str = _key("code", "What to learn: a built-in corpus, a store, a text or JSONL file, or a folder of them.", aliases=("data",))
+    init: str = _key(
+        "auto",
+        "Start weights: a run or checkpoint folder, scratch, or auto: the base model of `base`, trained once and kept.",
+    )
+    target: str = _key(
+        "code",
+        "What to learn: a built-in corpus, a store, a text or JSONL file, or a folder of them.",
+        aliases=("data",),
+    )
     pretrain: str | None = _key("prose", "What not to forget, in the same forms; none measures no forgetting.", aliases=("replay",))
     p: str = _key("1%", "Share of rows that are pretraining data.", aliases=("replay_ratio",))
-    target_tokens: int | None = _key(300_000, "Unique target tokens (D_ft); smaller sets are prefixes of larger ones. all: everything.")
+    target_tokens: int | None = _key(
+        None,
+        "Unique target tokens (D_ft); smaller sets are prefixes of larger ones. Default: 300,000 of a built-in corpus, else all.",
+    )
     mixture: Literal["exact", "bernoulli"] = _key("exact", "How p is realised: exact counts, or independent draws.")
     method: str = _key("injection", f"How to keep from forgetting: {', '.join(METHODS)}.")
     tokenizer: str | None = _key(None, "A tokenizer.model; default: the base's, else one trained on the built-in prose.")
@@ -52,8 +63,15 @@ class TrainConfig:
 
     iters: int = _key(500, "Optimiser steps.", aliases=("max_steps",))
     batch_size: int = _key(32, "Rows per step, over all devices.")
-    max_seq_length: int | None = _key(None, "Tokens per row; default: the base's context, 128 for laptop sizes, 1024 above.", aliases=("sequence_len",))
-    learning_rate: float | None = _key(None, "Peak rate; default: by size from scratch, and a fixed share of the base's peak when finetuning.")
+    max_seq_length: int | None = _key(
+        None,
+        "Tokens per row; default: the base's context, 128 for laptop sizes, 1024 above.",
+        aliases=("sequence_len",),
+    )
+    learning_rate: float | None = _key(
+        None,
+        "Peak rate; default: by size from scratch, and a fixed share of the base's peak when finetuning.",
+    )
     lr_schedule: Decay | None = _key(None, "cosine or constant; default: cosine from scratch, constant when finetuning.")
     warmup: float = _key(0.005, "Share of the steps that warm up.")
     weight_decay: float = _key(0.1, "Decoupled decay of matrices and embeddings, multiplied by the rate.")
@@ -62,13 +80,17 @@ class TrainConfig:
     max_grad_norm: float = _key(5.0, "Clip the global gradient norm; 0: never.")
     seed: int = _key(0, "Orders the data; initialises a model from scratch.")
 
-    steps_per_eval: int | None = _key(None, "Steps between evaluations; default: a twenty-fifth of the run.", aliases=("eval_steps",))
+    steps_per_eval: int | None = _key(
+        None, "Steps between evaluations; default: a twenty-fifth of the run.", aliases=("eval_steps",)
+    )
     eval_rows: int = _key(128, "Frozen windows per evaluation set.")
     stop_target_loss: float | None = _key(None, "Stop once the target validation loss is at or below this.")
     stop_patience: int | None = _key(None, "Stop after this many evaluations without a better target validation loss.")
     stop_tokens: int | None = _key(None, "Stop after this many training tokens.")
     stop_epochs: float | None = _key(None, "Stop after this many passes over the target tokens.")
-    max_forgetting: float | None = _key(None, "Stop once pretraining loss has risen by more than this, in nats; best stays under it.")
+    max_forgetting: float | None = _key(
+        None, "Stop once pretraining loss has risen by more than this, in nats; best stays under it."
+    )
     max_skipped: int = _key(0, "Non-finite updates to survive before the run counts as diverged.")
     stop_minutes: float | None = _machine(None, "Stop after this many minutes of training.")
 
@@ -84,7 +106,12 @@ class TrainConfig:
 
     base: Mapping[str, Any] = field(
         default_factory=dict,
-        metadata={"help": "Keys of the pretraining run behind init: auto.", "science": True, "aliases": (), "cli": False},
+        metadata={
+            "help": "Keys of the pretraining run behind init: auto.",
+            "science": True,
+            "aliases": (),
+            "cli": False,
+        },
     )
 
     def __post_init__(self) -> None:
@@ -93,8 +120,21 @@ class TrainConfig:
             raise unknown("method", self.method, METHODS)
         for name in ("iters", "batch_size", "eval_rows", "steps_per_report", "vocab_size"):
             _positive(name, getattr(self, name))
-        for name in ("target_tokens", "max_seq_length", "steps_per_eval", "save_every", "micro_batch_size", "num_threads", "learning_rate",
-                     "stop_patience", "stop_tokens", "stop_epochs", "stop_minutes", "max_forgetting", "memory_limit_gb"):
+        for name in (
+            "target_tokens",
+            "max_seq_length",
+            "steps_per_eval",
+            "save_every",
+            "micro_batch_size",
+            "num_threads",
+            "learning_rate",
+            "stop_patience",
+            "stop_tokens",
+            "stop_epochs",
+            "stop_minutes",
+            "max_forgetting",
+            "memory_limit_gb",
+        ):
             if getattr(self, name) is not None:
                 _positive(name, getattr(self, name))
         for name in ("warmup", "weight_decay", "max_grad_norm", "max_skipped", "seed"):
@@ -109,7 +149,10 @@ class TrainConfig:
 
     def optim(self) -> OptimSpec:
         return OptimSpec(
-            beta1=self.beta1, beta2=self.beta2, weight_decay=self.weight_decay, max_grad_norm=self.max_grad_norm
+            beta1=self.beta1,
+            beta2=self.beta2,
+            weight_decay=self.weight_decay,
+            max_grad_norm=self.max_grad_norm,
         )
 
     def runtime(self, precision: Precision) -> RuntimeSpec:
@@ -127,18 +170,38 @@ class TrainConfig:
         """The pretraining run that `init: auto` stands for: this run's model and pretraining data, and the keys of `base`."""
         if self.pretrain is None:
             raise UserError("init: auto trains a base model on --pretrain, which is none: give --init FOLDER or scratch.")
-        shared = ("backend", "model", "tokenizer", "vocab_size", "max_seq_length", "eval_rows", "precision", "device", "compile",
-                  "micro_batch_size", "grad_checkpoint", "num_threads", "memory_limit_gb", "steps_per_report")
+        shared = (
+            "backend",
+            "model",
+            "tokenizer",
+            "vocab_size",
+            "max_seq_length",
+            "eval_rows",
+            "precision",
+            "device",
+            "compile",
+            "micro_batch_size",
+            "grad_checkpoint",
+            "num_threads",
+            "memory_limit_gb",
+            "steps_per_report",
+        )
         values = {name: getattr(self, name) for name in shared}
-        values |= {"init": "scratch", "target": self.pretrain, "pretrain": None, "p": "0", "target_tokens": None, "iters": 1500}
-        return from_mapping(TrainConfig, {**values, **self.base}, where="base")
+        values |= {
+            "init": "scratch",
+            "target": self.pretrain,
+            "pretrain": None,
+            "p": "0",
+            "target_tokens": None,
+            "iters": 1500,
+        }
+        return from_layers(TrainConfig, values, self.base, where="base")
 
 
 # The defaults of FORGET_SCALE=smoke: every command runs end to end in seconds, and its numbers mean nothing.
 SMOKE: dict[str, Any] = {
     "model": "0.16m",
     "vocab_size": 512,
-    "target_tokens": 20_000,
     "iters": 24,
     "batch_size": 8,
     "eval_rows": 16,
@@ -154,7 +217,7 @@ def scale_defaults() -> dict[str, Any]:
 
 def default_peak(spec: ModelSpec) -> float:
     """Peak pretraining rate by size, our choice (the paper's are not known): 6e-3 at 0.65M parameters, falling as N^-0.3."""
-    return 6e-3 * (num_params(spec) / 656_448) ** -0.3
+    return 6e-3 * math.pow(num_params(spec) / 656_448, -0.3)
 
 
 def finetuning_ratio(spec: ModelSpec) -> float:
@@ -183,23 +246,30 @@ def schedule(config: TrainConfig, spec: ModelSpec, base_peak: float | None) -> S
 Config = TypeVar("Config")
 
 
-def from_mapping(kind: type[Config], values: Mapping[str, Any], *, where: str = "configuration") -> Config:
-    """A configuration from a mapping whose keys may be aliases; values are converted to the declared types.
+def from_layers(kind: type[Config], *layers: Mapping[str, Any], where: str = "configuration") -> Config:
+    """A configuration from mappings, later ones laid over earlier ones; keys may be aliases, values take the declared types.
+
+    A field that is itself a mapping is merged key by key.
 
     Raises:
-        UserError: an unknown key (with the nearest one), a key given twice, or a value of the wrong type.
+        UserError: an unknown key (with the nearest one), a key given twice in one layer, or a value of the wrong type.
     """
     names = {alias: f.name for f in dataclasses.fields(kind) for alias in (f.name, *f.metadata["aliases"])}  # type: ignore[arg-type]
     types_of = typing.get_type_hints(kind)
-    given: dict[str, Any] = {}
-    for key, value in values.items():
-        name = names.get(str(key).replace("-", "_"))
-        if name is None:
-            raise unknown(f"{where} key", key, names)
-        if name in given:
-            raise UserError(f"{where}: {name!r} is given twice, once under another name.")
-        given[name] = _convert(name, value, types_of[name])
-    return kind(**given)
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        given: dict[str, Any] = {}
+        for key, value in layer.items():
+            name = names.get(str(key).replace("-", "_"))
+            if name is None:
+                raise unknown(f"{where} key", key, names)
+            if name in given:
+                raise UserError(f"{where}: {name!r} is given twice, once under another name.")
+            given[name] = _convert(name, value, types_of[name])
+            if isinstance(given[name], dict):
+                given[name] = merged.get(name, {}) | given[name]
+        merged |= given
+    return kind(**merged)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -242,7 +312,14 @@ def science(config: TrainConfig) -> dict[str, Any]:
     return given | {"p": str(parse_share(config.p))}
 
 
-def run_id(config: TrainConfig, *, precision: Precision, learning_rate: float, data: Mapping[str, str | None], init: str) -> str:
+def run_id(
+    config: TrainConfig,
+    *,
+    precision: Precision,
+    learning_rate: float,
+    data: Mapping[str, str | None],
+    init: str,
+) -> str:
     """Twelve hex digits that name a run: science keys, precision, resolved rate, data fingerprints and start weights."""
     content = {
         "science_version": SCIENCE_VERSION,

@@ -15,6 +15,17 @@ class RunFailed(RuntimeError):
     """The request was right, and the work failed or diverged: exit code 1."""
 
 
+class Interrupted(BaseException):
+    """A signal stopped the work, which can be resumed: exit code 128 + signal.
+
+    Not an `Exception`, so that no handler on the way takes it for a fault.
+    """
+
+    def __init__(self, sentence: str, *, signal: int = 2) -> None:
+        super().__init__(sentence)
+        self.signal = signal
+
+
 def unknown(kind: str, name: object, choices: Iterable[str]) -> UserError:
     """The error for a name that is none of `choices`: it suggests the nearest, then lists them all."""
     known = sorted(choices)

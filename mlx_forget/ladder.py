@@ -172,7 +172,11 @@ def spec_from_hf_config(config: dict[str, Any]) -> ModelSpec:
     Raises:
         UserError: the configuration is not a GPT-2 that the ladder can hold.
     """
-    fixed = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": LAYER_NORM_EPSILON}
+    fixed = {
+        "model_type": "gpt2",
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": LAYER_NORM_EPSILON,
+    }
     for key, wanted in fixed.items():
         if config.get(key) != wanted:
             raise UserError(f"Not a ladder checkpoint: config.json has {key}={config.get(key)!r}, the ladder needs {wanted!r}.")

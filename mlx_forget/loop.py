@@ -18,7 +18,7 @@ from mlx_forget import checkpoint
 from mlx_forget.evaluate import Windows, window_losses
 from mlx_forget.history import HistoryWriter
 from mlx_forget.ladder import ModelSpec
-from mlx_forget.methods import SOURCE_PRETRAIN, SOURCE_TARGET
+from mlx_forget.methods import SOURCE_TARGET
 from mlx_forget.pipeline.batches import BatchStream
 from mlx_forget.records import HISTORY
 from mlx_forget.schedule import Schedule
@@ -164,8 +164,8 @@ class RunState:
         }
 
 
-def drive(trainer: Trainer, runs: Sequence[RunState], *, interrupted: Callable[[], bool] = lambda: False) -> None:
-    """Train every run to its end, or until `interrupted` turns true; each then has its `status` and `reason`.
+def drive(trainer: Trainer, runs: Sequence[RunState], *, interrupted: Callable[[], int | None] = lambda: None) -> None:
+    """Train every run to its end, or until `interrupted` names a signal; each then has its `status` and `reason`.
 
     An interrupted run has a checkpoint at the step it reached. A diverged one keeps its last good checkpoint.
     """
@@ -197,7 +197,9 @@ def _open(run: RunState, trainer: Trainer) -> None:
 
 
 def _train_step(trainer: Trainer, runs: Sequence[RunState]) -> None:
-    batches = [run.stream.batch(min(run.step, run.stop.num_steps - 1), rank=trainer.rank, world_size=trainer.world_size) for run in runs]
+    batches = [
+        run.stream.batch(min(run.step, run.stop.num_steps - 1), rank=trainer.rank, world_size=trainer.world_size) for run in runs
+    ]
     rates = [run.schedule(run.step) for run in runs]
     active = [run.status is None for run in runs]
     if not any(active):
@@ -209,11 +211,11 @@ def _train_step(trainer: Trainer, runs: Sequence[RunState]) -> None:
             run.step += 1
 
 
-def _after_step(run: RunState, trainer: Trainer, interrupted: Callable[[], bool]) -> None:
+def _after_step(run: RunState, trainer: Trainer, interrupted: Callable[[], int | None]) -> None:
     last = run.step >= run.stop.num_steps
     evaluate = last or run.step % run.cadence.evaluate == 0
     save = last or run.step % run.cadence.save == 0
-    stop_now = interrupted()
+    stop_now = bool(interrupted())
     if trainer.world_size > 1 and (evaluate or save or run.step % run.cadence.report == 0):
         stop_now = bool(trainer.all_sum(np.array([float(stop_now)]))[0])
     elif trainer.world_size > 1:
@@ -349,7 +351,12 @@ def _save(run: RunState, trainer: Trainer) -> None:
     if trainer.rank == 0:
         folder = run.folder / "checkpoints"
         checkpoint.save_checkpoint(
-            folder / "last", trainer, run.model, run.tokenizer, run.checkpoint_state(), with_training_state=True
+            folder / "last",
+            trainer,
+            run.model,
+            run.tokenizer,
+            run.checkpoint_state(),
+            with_training_state=True,
         )
     trainer.barrier()
     run._rate_mark = (run.step, time.perf_counter())

@@ -13,9 +13,17 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from mlx_forget.loop import Report
 
 PROGRESS_FILE = "progress.json"
+# Set by a sweep for the processes it starts: its own process number.
+SUPERVISOR = "FORGET_SUPERVISOR"
 
 _SECONDS_BETWEEN_FILES = 0.5
 _SECONDS_BETWEEN_LINES = 5.0
+
+
+def supervisor() -> int | None:
+    """The process that started this one as part of a sweep, if one did."""
+    number = os.environ.get(SUPERVISOR)
+    return None if number is None else int(number)
 
 
 def losses_text(row: dict[str, Any]) -> str:
@@ -53,7 +61,9 @@ class RunProgress:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24),
-                TextColumn("{task.completed:,}/{task.total:,} steps · {task.fields[rate]} · {task.fields[left]} left · {task.fields[losses]}"),
+                TextColumn(
+                    "{task.completed:,}/{task.total:,} steps · {task.fields[rate]} · {task.fields[left]} left · {task.fields[losses]}"
+                ),
                 TimeElapsedColumn(),
                 console=console,
                 transient=True,

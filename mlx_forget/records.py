@@ -34,7 +34,7 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Write `record.json`, aside first."""
     aside = folder / f".{RECORD}.part"
     with aside.open("w", encoding="utf-8") as file:
-        json.dump({"schema_version": SCHEMA_VERSION, **record}, file, indent=1)
+        json.dump(record, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, folder / RECORD)

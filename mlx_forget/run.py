@@ -14,9 +14,15 @@ from typing import Any
 from mlx_forget import checkpoint, records
 from mlx_forget.checkpoint import Checkpoint
 from mlx_forget.config import SCIENCE_VERSION, TrainConfig, read_yaml, run_id, schedule, to_yaml
-from mlx_forget.errors import RunFailed, UserError
+from mlx_forget.errors import Interrupted, RunFailed, UserError
 from mlx_forget.evaluate import Windows, progress_lost
-from mlx_forget.ladder import ModelSpec, model_spec, num_non_embedding_params, num_params, train_flops_per_token
+from mlx_forget.ladder import (
+    ModelSpec,
+    model_spec,
+    num_non_embedding_params,
+    num_params,
+    train_flops_per_token,
+)
 from mlx_forget.loop import Cadence, Observer, Report, RunState, StopRules, drive
 from mlx_forget.methods import METHODS
 from mlx_forget.pipeline.batches import BatchStream, RowSubset
@@ -29,6 +35,8 @@ from mlx_forget.schedule import Schedule
 from mlx_forget.trainer import Precision, Trainer, TrainerSpec, choose_backend, load_backend
 
 _EVALUATIONS_PER_RUN = 25
+# A built-in corpus stands for the small set a user has; the paper's smallest is of this size.
+_BUILTIN_TARGET_TOKENS = 300_000
 
 
 class NoObserver(Observer):
@@ -49,13 +57,13 @@ class Watch:
         say: one announced sentence.
         progress: preparation work (activity, fraction done).
         observer: makes the observer of a run from its title.
-        interrupted: true once the user wants to stop.
+        interrupted: the number of the signal that asked to stop, or None.
     """
 
     say: Callable[[str], None] = lambda sentence: None
     progress: Progress = silent
     observer: Callable[[str, Path], Observer] = lambda title, folder: NoObserver()
-    interrupted: Callable[[], bool] = lambda: False
+    interrupted: Callable[[], int | None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -136,7 +144,9 @@ def plan_run(config: TrainConfig, *, folder: Path | None = None, watch: Watch | 
         tokenizer, model = start.tokenizer, start.model_spec()
         base_peak, init = start.state.get("peak_learning_rate"), start.state["files"][checkpoint.WEIGHTS]
         if config.tokenizer is not None and Tokenizer.load(Path(config.tokenizer)).hash != Tokenizer.load(tokenizer).hash:
-            raise UserError(f"--tokenizer {config.tokenizer} is not the tokenizer that {config.init} was trained with: leave it out.")
+            raise UserError(
+                f"--tokenizer {config.tokenizer} is not the tokenizer that {config.init} was trained with: leave it out."
+            )
     row_length = config.max_seq_length or model.context_length
     if row_length > model.context_length:
         raise UserError(f"--max-seq-length {row_length} exceeds the model's context of {model.context_length} tokens.")
@@ -174,9 +184,7 @@ def plan_run(config: TrainConfig, *, folder: Path | None = None, watch: Watch | 
     )
 
 
-def execute(
-    plan: Plan, *, resume: bool | None = None, watch: Watch | None = None, wait: bool = False
-) -> dict[str, Any]:
+def execute(plan: Plan, *, resume: bool | None = None, watch: Watch | None = None, wait: bool = False) -> dict[str, Any]:
     """Train a planned run to its end and return its record; a run that is done returns its record at once.
 
     Args:
@@ -186,7 +194,7 @@ def execute(
     Raises:
         UserError: the folder holds another run, is in use, or `resume` cannot be met.
         RunFailed: the run diverged.
-        KeyboardInterrupt: the run was interrupted; it has a checkpoint.
+        Interrupted: a stop was asked for; the run has a checkpoint.
     """
     watch = watch or Watch()
     if plan.base is not None:
@@ -204,7 +212,9 @@ def execute(
         if latest is not None:
             _check_same_run(plan, latest.state["run_id"])
             if resume is False:
-                raise UserError(f"{plan.folder} holds an unfinished run: leave out --no-resume to go on, or choose another --output.")
+                raise UserError(
+                    f"{plan.folder} holds an unfinished run: leave out --no-resume to go on, or choose another --output."
+                )
         elif resume:
             raise UserError(f"There is nothing to resume in {plan.folder}.")
         _write_config(plan)
@@ -269,7 +279,7 @@ def _train(plan: Plan, latest: Checkpoint | None, watch: Watch) -> dict[str, Any
         trainer.load(plan.start.weights)
     drive(trainer, [run], interrupted=watch.interrupted)
     if run.status == "interrupted":
-        raise KeyboardInterrupt(f"{run.reason}; the same command goes on from there")
+        raise Interrupted(f"{run.reason}; the same command goes on from there", signal=watch.interrupted() or 2)
     return _record(plan, run, trainer)
 
 
@@ -302,6 +312,7 @@ def _record(plan: Plan, run: RunState, trainer: Trainer) -> dict[str, Any]:
         curve = [(point[0], point[1]) for point in run.identity["base_curve"]]
         lost = dataclasses.asdict(progress_lost(curve, run.start["pretrain_val"], best["pretrain_val"]))
     return {
+        "schema_version": records.SCHEMA_VERSION,
         "run_id": plan.run_id,
         "science_version": SCIENCE_VERSION,
         "status": run.status,
@@ -322,7 +333,11 @@ def _record(plan: Plan, run: RunState, trainer: Trainer) -> dict[str, Any]:
         "peak_memory_bytes": trainer.peak_memory_bytes(),
         "num_resumes": run.num_resumes,
         "num_skipped": run.num_skipped,
-        "p": {"asked": config.p, "rows": pretrain_rows / rows if rows else 0.0, "tokens": pretrain_rows / rows if rows else 0.0},
+        "p": {
+            "asked": config.p,
+            "rows": pretrain_rows / rows if rows else 0.0,
+            "tokens": pretrain_rows / rows if rows else 0.0,
+        },
         "data": data,
         "losses": {"start": run.start, "best": best, "end": run.last},
         "forgetting_nats": forgetting,
@@ -338,7 +353,10 @@ def _data(
     """The batch stream, the three frozen window sets and the number of steps after token and epoch limits."""
     share = parse_share(config.p)
     target_store = stores[config.target]
-    target = RowSubset.of_tokens(target_store.split("train"), row_length, config.target_tokens)
+    num_tokens = config.target_tokens
+    if num_tokens is None and config.target in CORPORA and not config.is_pretraining:
+        num_tokens = min(_BUILTIN_TARGET_TOKENS, target_store.split("train").num_tokens)
+    target = RowSubset.of_tokens(target_store.split("train"), row_length, num_tokens)
     pretrain = None
     if config.pretrain is not None and not config.is_pretraining:
         pretrain = RowSubset.of_tokens(stores[config.pretrain].split("train"), row_length, None)

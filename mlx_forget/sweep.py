@@ -1,9 +1,9 @@
 """A recipe is a grid of runs. Each run is the ordinary command in a process of its own; what is done is skipped, what was begun resumes.
 
-    name: figure1
-    config: {model: 0.65m, target: code, ...}     # keys of TrainConfig
-    grid: {p: [0, 1%], seed: [0, 1]}              # every combination is a run
-    smoke: {config: {...}, grid: {...}}           # laid over the above when FORGET_SCALE=smoke
+name: figure1
+config: {model: 0.65m, target: code, ...}     # keys of TrainConfig
+grid: {p: [0, 1%], seed: [0, 1]}              # every combination is a run
+smoke: {config: {...}, grid: {...}}           # laid over the above when FORGET_SCALE=smoke
 """
 
 import dataclasses
@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 
 from mlx_forget import records
-from mlx_forget.config import TrainConfig, from_mapping, read_yaml, to_yaml
-from mlx_forget.errors import UserError, unknown
-from mlx_forget.progress import PROGRESS_FILE
+from mlx_forget.config import TrainConfig, from_layers, read_yaml, to_yaml
+from mlx_forget.errors import Interrupted, UserError, unknown
+from mlx_forget.progress import PROGRESS_FILE, SUPERVISOR
 from mlx_forget.run import Plan, Watch, plan_run
 
 _SECONDS_BETWEEN_POLLS = 0.25
@@ -40,23 +40,18 @@ class Recipe:
     description: str = ""
 
     def configs(self, overrides: Mapping[str, Any]) -> list[TrainConfig]:
-        """Every run of the grid, `overrides` laid over both (a list value replaces or adds an axis).
+        """Every run of the grid, `overrides` laid over it: a list adds or replaces an axis, any other value takes an axis away.
 
         Raises:
             UserError: an axis that names no key, or an empty one.
         """
         fixed = {key: value for key, value in overrides.items() if not isinstance(value, list)}
-        axes = {key: values for key, values in {**self.grid, **overrides}.items() if isinstance(values, list)}
-        axes = {key: values for key, values in axes.items() if key not in fixed}
+        axes = {key: value for key, value in {**self.grid, **overrides}.items() if isinstance(value, list)}
         for key, values in axes.items():
             if not values:
                 raise UserError(f"Grid axis {key!r} is empty.")
-        base = {**self.config.get("base", {}), **fixed.pop("base", {})}
-        runs = []
-        for values in itertools.product(*axes.values()):
-            cell = {**self.config, **fixed, **dict(zip(axes, values, strict=True))}
-            runs.append(from_mapping(TrainConfig, {**cell, "base": base} if base else cell, where="recipe"))
-        return runs
+        cells = (dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values()))
+        return [from_layers(TrainConfig, self.config, fixed, cell, where="recipe") for cell in cells]
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -73,7 +68,7 @@ def read_recipe(path: Path) -> Recipe:
     smoke = content.get("smoke") or {}
     config, grid = dict(content.get("config") or {}), dict(content.get("grid") or {})
     if os.environ.get("FORGET_SCALE") == "smoke":
-        config, grid = {**config, **(smoke.get("config") or {})}, {**grid, **(smoke.get("grid") or {})}
+        config, grid = config | (smoke.get("config") or {}), grid | (smoke.get("grid") or {})
     for key, values in grid.items():
         if not isinstance(values, list):
             raise UserError(f"{path}: grid axis {key!r} must be a list of values.")
@@ -125,10 +120,15 @@ def plan_sweep(recipe: Recipe, folder: Path, *, overrides: Mapping[str, Any] | N
         plan = plan_run(config, watch=watch if number == 0 else Watch(progress=watch.progress) if watch else None)
         plan = dataclasses.replace(plan, folder=folder / plan.folder.name)
         if plan.run_id in jobs:
-            raise UserError(f"Two runs of the grid are the same run, {plan.run_id}: {jobs[plan.run_id].title} and {_title(config, configs)}.")
+            raise UserError(
+                f"Two runs of the grid are the same run, {plan.run_id}: {jobs[plan.run_id].title} and {_title(config, configs)}."
+            )
         jobs[plan.run_id] = Job(plan, _title(config, configs))
         if plan.base is not None:
-            bases.setdefault(plan.base.folder, Job(plan.base, f"base {plan.base.config.model}, seed {plan.base.config.seed}"))
+            bases.setdefault(
+                plan.base.folder,
+                Job(plan.base, f"base {plan.base.config.model}, seed {plan.base.config.seed}"),
+            )
     return Sweep(folder, list(jobs.values()), list(bases.values()))
 
 
@@ -138,11 +138,11 @@ def execute_sweep(
     num_processes: int,
     num_threads: int,
     on_change: Callable[[list[Job]], None] = lambda jobs: None,
-    interrupted: Callable[[], bool] = lambda: False,
+    interrupted: Callable[[], int | None] = lambda: None,
 ) -> list[Job]:
     """Train what is not done: base models first, then runs, `num_processes` at a time with `num_threads` threads each.
 
-    A single base gets all threads. Returns every job; an interrupted sweep leaves checkpoints and raises KeyboardInterrupt.
+    A single base gets all threads. Returns every job; an interrupted sweep leaves checkpoints and raises Interrupted.
     """
     everything = [*sweep.bases, *sweep.jobs]
     for stage in (sweep.bases, sweep.jobs):
@@ -162,7 +162,7 @@ def _run_stage(
     at_once: int,
     num_threads: int,
     on_change: Callable[[list[Job]], None],
-    interrupted: Callable[[], bool],
+    interrupted: Callable[[], int | None],
 ) -> None:
     waiting = []
     for job in stage:
@@ -177,7 +177,7 @@ def _run_stage(
                 stopping, waiting = True, []
                 for job in stage:
                     if job.process is not None:
-                        job.process.send_signal(signal.SIGINT)
+                        job.process.send_signal(signal.SIGTERM)
             while waiting and sum(job.process is not None for job in stage) < at_once:
                 _start(waiting.pop(0), num_threads)
             for job in stage:
@@ -189,7 +189,7 @@ def _run_stage(
             if job.process is not None:
                 job.process.kill()
     if stopping:
-        raise KeyboardInterrupt("interrupted; the same command goes on from there")
+        raise Interrupted("interrupted; the same command goes on from there", signal=interrupted() or signal.SIGINT)
     on_change(everything)
 
 
@@ -199,7 +199,7 @@ def _start(job: Job, num_threads: int) -> None:
     config = folder / "requested.yaml"
     config.write_text(to_yaml(dataclasses.replace(job.plan.config, num_threads=num_threads)), encoding="utf-8")
     command = [sys.executable, "-m", "mlx_forget", "train", "--config", str(config), "--output", str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads), "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, SUPERVISOR: str(os.getpid()), "OMP_NUM_THREADS": str(num_threads), "PYTHONUNBUFFERED": "1"}
     with job.log.open("ab") as log:
         # A session of its own: a Ctrl-C on the terminal reaches the sweep alone, which passes it on once.
         job.process = subprocess.Popen(
@@ -221,9 +221,7 @@ def _poll(job: Job) -> None:
 
 def _title(config: TrainConfig, configs: list[TrainConfig]) -> str:
     """The keys in which a run differs from the others."""
-    varying = [
-        f.name for f in dataclasses.fields(config) if len({str(getattr(other, f.name)) for other in configs}) > 1
-    ] or ["p"]
+    varying = [f.name for f in dataclasses.fields(config) if len({str(getattr(other, f.name)) for other in configs}) > 1] or ["p"]
     return ", ".join(f"{name} = {getattr(config, name)}" for name in varying)
 
 

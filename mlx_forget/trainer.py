@@ -161,7 +161,8 @@ def token_weights(batch: Batch, counts: npt.NDArray[np.float64], method: MethodS
     """
     per_term = counts.sum(axis=1)
     weights = np.divide(np.asarray(method.coefficients), per_term, out=np.zeros(NUM_TERMS), where=per_term > 0)
-    return (weights[batch.term, None] * batch.loss_mask).astype(np.float32)
+    per_token: npt.NDArray[np.float64] = weights[batch.term, None] * batch.loss_mask
+    return per_token.astype(np.float32)
 
 
 def unpack_step(packed: npt.NDArray[np.float64], counts: npt.NDArray[np.float64]) -> StepReading:
@@ -269,7 +270,7 @@ class Trainer(ABC):
         """Rank 0's values."""
         return values
 
-    def barrier(self) -> None:
+    def barrier(self) -> None:  # noqa: B027 - one device has nothing to wait for
         """Wait for every rank."""
 
 

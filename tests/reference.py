@@ -87,7 +87,12 @@ class GPT2:
         H, hd = self.spec.num_heads, self.spec.head_dim
         grads = {}
         grad = softmax(logits)
-        np.put_along_axis(grad, tokens[:, 1:, None].astype(int), np.take_along_axis(grad, tokens[:, 1:, None].astype(int), -1) - 1, -1)
+        np.put_along_axis(
+            grad,
+            tokens[:, 1:, None].astype(int),
+            np.take_along_axis(grad, tokens[:, 1:, None].astype(int), -1) - 1,
+            -1,
+        )
         grad = grad * token_weight[..., None]
         embedding = self.w["transformer.wte.weight"]
         grads["transformer.wte.weight"] = np.einsum("btv,btd->vd", grad, final)

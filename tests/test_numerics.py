@@ -47,9 +47,7 @@ def token_weight(batch):
 
 def test_forward_matches_numpy(backend):
     batch = make_batch(0)
-    np.testing.assert_allclose(
-        trainer_of(backend).token_losses(batch.tokens), GPT2(start(), SPEC).losses(batch.tokens), atol=2e-5
-    )
+    np.testing.assert_allclose(trainer_of(backend).token_losses(batch.tokens), GPT2(start(), SPEC).losses(batch.tokens), atol=2e-5)
 
 
 @pytest.mark.parametrize("segment", [False, True])
@@ -147,6 +145,12 @@ def test_bf16_follows_fp32_and_keeps_fp32_masters(backend, tmp_path):
 def test_the_ladder_has_the_papers_counts():
     from mlx_forget.ladder import num_params
 
-    counts = {"tiny": 42_128_384, "small": 110_418_432, "medium": 336_128_000, "large": 667_657_600, "xl": 1_276_235_776}
+    counts = {
+        "tiny": 42_128_384,
+        "small": 110_418_432,
+        "medium": 336_128_000,
+        "large": 667_657_600,
+        "xl": 1_276_235_776,
+    }
     for name, count in counts.items():
         assert num_params(model_spec(name, 32_000, 1024)) == count

@@ -9,17 +9,26 @@ import sys
 from importlib import import_module
 from typing import Any
 
-import click
 import typer
+import typer.core
+
+from mlx_forget.cli.signals import interruptible
+from mlx_forget.errors import Interrupted, RunFailed, UserError
 
 # name -> (module with a Typer `app`, one line of help)
 COMMANDS = {
     "prepare": ("mlx_forget.cli.prepare", "Tokenise text into a store."),
     "data": ("mlx_forget.cli.data", "Look into a store: info, head, sample, verify."),
     "train": ("mlx_forget.cli.train", "Pretrain or finetune a model."),
-    "sweep": ("mlx_forget.cli.sweep", "Train a grid of runs from a recipe, resumably."),
+    "sweep": (
+        "mlx_forget.cli.sweep",
+        "Train a grid of runs from a recipe. Done runs are skipped, begun ones resume.",
+    ),
     "runs": ("mlx_forget.cli.runs", "List finished runs, or show one."),
-    "plot": ("mlx_forget.cli.plot", "Draw the figures of a sweep."),
+    "plot": (
+        "mlx_forget.cli.plot",
+        "Draw Figure 1 from the runs of a sweep, and print what is read at the minimum.",
+    ),
     "doctor": ("mlx_forget.cli.doctor", "What this machine can run, and what is missing."),
 }
 
@@ -27,27 +36,20 @@ COMMANDS = {
 class LazyGroup(typer.core.TyperGroup):
     """Lists commands from the table, and imports the one that is called."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
-            return None
-        return click.Command(cmd_name, help=COMMANDS[cmd_name][1])
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return typer.core.TyperCommand(cmd_name, help=COMMANDS[cmd_name][1]) if cmd_name in COMMANDS else None
 
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, command, rest = super().resolve_command(ctx, args)
-        if name in COMMANDS and command is not None:
-            command = load_command(name)
-        return name, command, rest
+        return name, load_command(name) if name in COMMANDS and command is not None else command, rest
 
 
-def load_command(name: str) -> click.Command:
+def load_command(name: str) -> Any:
     """The real command behind a row of the table."""
-    module = import_module(COMMANDS[name][0])
-    return typer.main.get_command(module.app)
+    return typer.main.get_command(import_module(COMMANDS[name][0]).app)
 
 
 app = typer.Typer(
@@ -68,33 +70,29 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line: one clear line for an error, a traceback only with --debug."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
-    sys.exit(_run([argument for argument in arguments if argument != "--debug"], debug=debug))
+    with interruptible():
+        code = _run([argument for argument in arguments if argument != "--debug"], debug=debug)
+    sys.exit(code)
 
 
 def _run(arguments: list[str], *, debug: bool) -> int:
-    from mlx_forget.errors import RunFailed, UserError
-
     try:
-        result: Any = app(args=arguments, prog_name="forget", standalone_mode=False)
-        return result if isinstance(result, int) else 0
-    except click.exceptions.Exit as stop:
-        return int(stop.exit_code)
-    except click.exceptions.ClickException as error:
-        error.show()
-        return 2
+        app(args=arguments, prog_name="forget")
+        return 0
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0
     except (UserError, RunFailed) as error:
         if debug:
             raise
         _say(str(error))
         return 2 if isinstance(error, UserError) else 1
-    except (KeyboardInterrupt, click.exceptions.Abort) as error:
-        from mlx_forget.cli.signals import received
-
-        _say(str(error) or "interrupted")
-        return 143 if received() == signal.SIGTERM else 130
+    except Interrupted as error:
+        _say(str(error))
+        return 128 + error.signal
     except BrokenPipeError:
+        # Whoever read our output has gone; nothing more can be said there.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return 128 + signal.SIGPIPE
     except OSError as error:
         if debug or error.filename is None:
             raise

@@ -72,7 +72,11 @@ def print_facts(store: "TokenStore", *, as_json: bool) -> None:
     splits: dict[str, dict[str, Any]] = {}
     for name, split in store.splits.items():
         num_bytes = sum(int(split.documents(number)[1].sum()) for number in range(len(split.shards)))
-        splits[name] = {"num_tokens": split.num_tokens, "num_documents": split.num_documents, "num_bytes": num_bytes}
+        splits[name] = {
+            "num_tokens": split.num_tokens,
+            "num_documents": split.num_documents,
+            "num_bytes": num_bytes,
+        }
     facts = {
         "store": str(store.folder),
         "source": store.source,
@@ -84,7 +88,9 @@ def print_facts(store: "TokenStore", *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(facts))
         return
-    print(f"source       {store.source}\nfingerprint  {store.fingerprint}\ntokenizer    {store.tokenizer_hash} ({store.vocab_size:,} pieces)")
+    print(
+        f"source       {store.source}\nfingerprint  {store.fingerprint}\ntokenizer    {store.tokenizer_hash} ({store.vocab_size:,} pieces)"
+    )
     for name, row in splits.items():
         per_token = row["num_bytes"] / max(1, row["num_tokens"])
         print(
@@ -107,7 +113,14 @@ def _print_documents(folder: Path, split: str, num: int | None, *, as_json: bool
     tokenizer = Tokenizer.load(tokenizer_of(folder))
     texts = [tokenizer.decode(chosen.document(int(index))) for index in order]
     if as_json:
-        print(json.dumps({"split": split, "documents": [{"index": int(i), "text": text} for i, text in zip(order, texts, strict=True)]}))
+        print(
+            json.dumps(
+                {
+                    "split": split,
+                    "documents": [{"index": int(i), "text": text} for i, text in zip(order, texts, strict=True)],
+                }
+            )
+        )
         return
     for index, text in zip(order, texts, strict=True):
         print(f"--- document {index:,} of {chosen.num_documents:,} ({split})\n{text}")

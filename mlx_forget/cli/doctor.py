@@ -41,6 +41,8 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
         chosen, reason = None, str(error)
     home = forget_home()
     beside = next(folder for folder in (home, *home.parents) if folder.exists())
+    compiler = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+    free_gb, writable = round(shutil.disk_usage(beside).free / 1e9, 1), os.access(beside, os.W_OK)
     facts = {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -48,8 +50,8 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
         "versions": installed_versions(),
         "backends": backends,
         "auto": {"backend": chosen, "reason": reason},
-        "compiler": next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None),
-        "cache": {"folder": str(home), "writable": os.access(beside, os.W_OK), "free_gb": round(shutil.disk_usage(beside).free / 1e9, 1)},
+        "compiler": compiler,
+        "cache": {"folder": str(home), "writable": writable, "free_gb": free_gb},
     }
     if as_json:
         print(json.dumps(facts))
@@ -63,5 +65,5 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
         else:
             print(f"{name:<10} not usable: {row['missing']}")
     print(f"auto       {chosen or 'nothing'}: {reason}")
-    print(f"compiler   {facts['compiler'] or 'none: torch.compile is off'}")
-    print(f"cache      {home} ({facts['cache']['free_gb']} GB free{'' if facts['cache']['writable'] else ', NOT writable'})")  # type: ignore[index]
+    print(f"compiler   {compiler or 'none: torch.compile is off'}")
+    print(f"cache      {home} ({free_gb} GB free{'' if writable else ', NOT writable'})")

@@ -20,7 +20,9 @@ def plot(
     seed: Annotated[int | None, typer.Option(help="Which seed, if the sweep has several.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the table as one JSON object.")] = False,
 ) -> None:
-    """Draw Figure 1 from the runs of a sweep: PNG, PDF and CSV, and a table of what is read at the minimum.
+    """Draw Figure 1 from the runs of a sweep, and print what is read at the minimum.
+
+    Writes PNG, PDF and CSV.
 
     Example: forget plot runs/figure1 --output figures
     """
@@ -49,7 +51,14 @@ def plot(
         save_figure(figure, folder / f"{stem}{suffix}")
     write_csv(curves, folder / f"{stem}.csv")
     if as_json:
-        print(json.dumps({"rows": table_json(rows), "files": [str(folder / f"{stem}{s}") for s in (".png", ".pdf", ".csv")]}))
+        print(
+            json.dumps(
+                {
+                    "rows": table_json(rows),
+                    "files": [str(folder / f"{stem}{s}") for s in (".png", ".pdf", ".csv")],
+                }
+            )
+        )
     else:
         _print_table(rows)
     Console(stderr=True).print(f"Wrote {folder / stem}.png, .pdf, .csv", highlight=False, soft_wrap=True)

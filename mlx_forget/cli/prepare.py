@@ -13,7 +13,8 @@ def prepare(
     source: Annotated[str, typer.Argument(help="A built-in corpus, a .txt or .jsonl file, or a folder of them.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The store to make; must not exist.")],
     tokenizer: Annotated[
-        str | None, typer.Option(help="A tokenizer.model, a run or checkpoint folder, or new: train one on this text. \\[default: built-in]")
+        str | None,
+        typer.Option(help="A tokenizer.model, a run or checkpoint folder, or new: train one on this text. \\[default: built-in]"),
     ] = None,
     vocab_size: Annotated[int | None, typer.Option(help="Vocabulary of a built-in or new tokenizer. \\[default: 2048]")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the store's facts as one JSON object.")] = False,
@@ -55,5 +56,3 @@ def prepare(
     if as_json:
         return
     console.print(f"Wrote {output}", highlight=False, soft_wrap=True)
-
-

@@ -13,7 +13,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 @app.command("list")
 def list_runs(
-    folder: Annotated[Path | None, typer.Argument(help="Where to look. \\[default: runs]")] = None, as_json: AsJson = False
+    folder: Annotated[Path | None, typer.Argument(help="Where to look. \\[default: runs]")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """List the finished runs at or below a folder.
 
@@ -55,4 +56,7 @@ def show(folder: Annotated[Path, typer.Argument(help="A run folder.")], as_json:
     if record is None:
         begun = " It was begun: resume it with forget train." if (folder / PROGRESS_FILE).exists() else ""
         raise UserError(f"{folder} holds no finished run.{begun}")
-    print(json.dumps(record) if as_json else yaml.safe_dump(record, sort_keys=False, allow_unicode=True), end="\n" if as_json else "")
+    print(
+        json.dumps(record) if as_json else yaml.safe_dump(record, sort_keys=False, allow_unicode=True),
+        end="\n" if as_json else "",
+    )

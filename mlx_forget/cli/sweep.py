@@ -17,7 +17,11 @@ def sweep(
     recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of one that comes with mlx-forget.")],
     output: Annotated[Path | None, typer.Option(help="Sweep folder. \\[default: runs/NAME]")] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="KEY=VALUE over the recipe; KEY=[A, B] makes a grid axis; base.KEY reaches the base model.")
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="KEY=VALUE over the recipe; KEY=[A, B] makes a grid axis; base.KEY reaches the base model.",
+        ),
     ] = None,
     jobs: Annotated[int | None, typer.Option(help="Runs side by side. \\[default: one a core; one on a GPU]")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads a run. \\[default: 1, or the cores on a GPU]")] = None,
@@ -68,11 +72,23 @@ def sweep(
                 )
         else:
             done = execute_sweep(
-                planned, num_processes=num_processes, num_threads=num_threads, on_change=watcher.lines, interrupted=interrupted
+                planned,
+                num_processes=num_processes,
+                num_threads=num_threads,
+                on_change=watcher.lines,
+                interrupted=interrupted,
             )
     outcome = {
         "folder": str(folder),
-        "runs": [{"run_id": job.plan.run_id, "title": job.title, "state": job.state, "folder": str(job.plan.folder)} for job in done],
+        "runs": [
+            {
+                "run_id": job.plan.run_id,
+                "title": job.title,
+                "state": job.state,
+                "folder": str(job.plan.folder),
+            }
+            for job in done
+        ],
     }
     if as_json:
         print(json.dumps(outcome))
@@ -100,7 +116,9 @@ class _Watcher:
         for job in jobs:
             p = job.progress
             step = f"{p['step']:,}/{p['num_steps']:,}" if p else ""
-            rate, left = (f"{p['tokens_per_second']:,.0f}", duration(p["seconds_left"])) if p and job.state == "running" else ("", "")
+            rate, left = (
+                (f"{p['tokens_per_second']:,.0f}", duration(p["seconds_left"])) if p and job.state == "running" else ("", "")
+            )
             table.add_row(job.title, job.state, step, rate, left, p.get("losses", ""))
         return table
 
@@ -152,7 +170,9 @@ def _print_plan(planned: "Sweep", *, as_json: bool) -> None:
             f"{row['run_id']}  {row['title']:<24} {row['num_params']:>13,} parameters {row['num_steps']:>7,} steps "
             f"{row['num_tokens']:>13,} tokens {row['train_flops']:.2e} FLOPs"
         )
-    print(f"{len(summaries)} runs, {sum(row['num_tokens'] for row in summaries):,} tokens, {sum(row['train_flops'] for row in summaries):.2e} FLOPs")
+    print(
+        f"{len(summaries)} runs, {sum(row['num_tokens'] for row in summaries):,} tokens, {sum(row['train_flops'] for row in summaries):.2e} FLOPs"
+    )
 
 
 def _last_line(path: Path) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from mlx_forget.cli.options import given, with_options
-from mlx_forget.config import TrainConfig, from_mapping, read_yaml, scale_defaults
+from mlx_forget.config import TrainConfig, from_layers, read_yaml, scale_defaults
 
 app = typer.Typer()
 
@@ -19,7 +19,8 @@ def train(
     config: Annotated[Path | None, typer.Option("-c", "--config", help="YAML file of these keys; options override it.")] = None,
     output: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/ID-BACKEND]")] = None,
     resume: Annotated[
-        bool | None, typer.Option("--resume/--no-resume", help="Insist on a checkpoint to go on from, or refuse one.")
+        bool | None,
+        typer.Option("--resume/--no-resume", help="Insist on a checkpoint to go on from, or refuse one."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would run, train nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record (or the dry run) as one JSON object.")] = False,
@@ -35,12 +36,12 @@ def train(
     from rich.console import Console
 
     from mlx_forget.cli.signals import graceful_stop
-    from mlx_forget.progress import Preparation, RunProgress
+    from mlx_forget.progress import Preparation, RunProgress, supervisor
     from mlx_forget.run import Watch, execute, plan_run
 
     console = Console(stderr=True)
     from_file = read_yaml(config) if config is not None else {}
-    resolved = from_mapping(TrainConfig, {**scale_defaults(), **from_file, **given(values)})
+    resolved = from_layers(TrainConfig, scale_defaults(), from_file, given(values))
 
     watched: list[RunProgress] = []
 
@@ -51,14 +52,15 @@ def train(
     def say(sentence: str) -> None:
         console.print(sentence, highlight=False, soft_wrap=True)
 
-    with graceful_stop(say) as interrupted:
+    with graceful_stop(say, supervisor=supervisor()) as interrupted:
         watch = Watch(say=say, progress=Preparation(console), observer=observer, interrupted=interrupted)
         plan = plan_run(resolved, folder=output, watch=watch)
         if dry_run:
             _print_plan(plan.summary(), as_json=as_json)
             return
         try:
-            record = execute(plan, resume=resume, watch=watch)
+            # The runs of a sweep that was killed may still be writing their last checkpoint.
+            record = execute(plan, resume=resume, watch=watch, wait=supervisor() is not None)
         finally:
             for progress in watched:
                 progress.close()
@@ -76,11 +78,17 @@ def _print_plan(summary: dict[str, Any], *, as_json: bool) -> None:
         return
     base = summary["base"]
     if base is not None:
-        print(f"base       {base['num_params']:,} parameters, {base['num_steps']:,} steps, {base['num_tokens']:,} tokens ({base['folder']})")
+        print(
+            f"base       {base['num_params']:,} parameters, {base['num_steps']:,} steps, {base['num_tokens']:,} tokens ({base['folder']})"
+        )
     print(f"run        {summary['run_id']} in {summary['folder']}")
-    print(f"model      {summary['num_params']:,} parameters ({summary['num_non_embedding_params']:,} without embeddings), {summary['precision']}")
+    print(
+        f"model      {summary['num_params']:,} parameters ({summary['num_non_embedding_params']:,} without embeddings), {summary['precision']}"
+    )
     print(f"steps      {summary['num_steps']:,}, learning rate {summary['learning_rate']:.3g}")
-    print(f"tokens     {summary['num_tokens']:,}, of them {summary['num_pretrain_tokens']:,} injected; {summary['unique_target_tokens']:,} unique")
+    print(
+        f"tokens     {summary['num_tokens']:,}, of them {summary['num_pretrain_tokens']:,} injected; {summary['unique_target_tokens']:,} unique"
+    )
     print(f"compute    {summary['train_flops']:.3g} FLOPs")
 
 
@@ -90,12 +98,19 @@ def _print_record(record: dict[str, Any]) -> None:
     for name in ("start", "best", "end"):
         row = losses[name]
         pretrain = "" if row["pretrain_val"] is None else f"   pretraining {row['pretrain_val']:.4f}"
-        print(f"{name:<6} step {row['step']:>7,}   target train {row['target_train']:.4f}   validation {row['target_val']:.4f}{pretrain}")
+        print(
+            f"{name:<6} step {row['step']:>7,}   target train {row['target_train']:.4f}   validation {row['target_val']:.4f}{pretrain}"
+        )
     if record["forgetting_nats"] is not None:
         lost = record["progress_lost"]
         readings = [
             f"{value:.1%} of the pretraining progress ({name})"
-            for name, value in (("loss", lost["loss_fraction"]), ("token equivalent", lost["token_equivalent"]))
+            for name, value in (
+                ("loss", lost["loss_fraction"]),
+                ("token equivalent", lost["token_equivalent"]),
+            )
             if value is not None
         ]
-        print(f"forgotten at the best step: {record['forgetting_nats']:+.4f} nats" + (": " + ", ".join(readings) if readings else ""))
+        print(
+            f"forgotten at the best step: {record['forgetting_nats']:+.4f} nats" + (": " + ", ".join(readings) if readings else "")
+        )

@@ -57,7 +57,14 @@ def resolve_store(name: str, tokenizer_file: Path, *, progress: Progress = silen
     folder = forget_home() / "stores" / f"{path.stem}-{named.key[:16]}-{tokenizer.hash[:16]}"
     if (folder / MANIFEST).is_file():
         return open_store(folder)
-    return write_store(folder, named.read(), tokenizer_file, source=named.source, num_bytes=named.num_bytes, progress=progress)
+    return write_store(
+        folder,
+        named.read(),
+        tokenizer_file,
+        source=named.source,
+        num_bytes=named.num_bytes,
+        progress=progress,
+    )
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """The built-in corpora: real text cut from what every installation has, so that nothing is downloaded.
 
-`prose` is English documentation and `code` Python source, both from a fixed list of distributions; `cpp` is C and
-C++ headers; `math` comes from our own generator. A corpus is built once and cached under `$FORGET_HOME/corpora`.
-With the versions of constraints.txt it has the published fingerprint; elsewhere it says what differs.
+`prose` is English documentation and `code` Python source, both from a fixed list of distributions; `cpp` is C
+and C++ headers; `math` comes from our own generator. A corpus is built once and cached under
+`$FORGET_HOME/corpora`. With the versions of constraints.txt it has the published fingerprint; elsewhere it
+says what differs.
 """
 
 import contextlib
@@ -51,14 +52,10 @@ CORPORA: Mapping[str, Corpus] = MappingProxyType(
     {
         corpus.name: corpus
         for corpus in (
-            Corpus(
-                "prose", "English documentation of Python and its packages", "pretraining", 40_000_000, 0.03
-            ),
-            Corpus("code", "Python source without docstrings and comments", "target", 12_000_000, 0.04),
-            Corpus("cpp", "C and C++ headers of installed packages", "target", 12_000_000, 0.04),
-            Corpus(
-                "math", "generated questions and answers from school mathematics", "target", 18_000_000, 0.04
-            ),
+            Corpus("prose", "English documentation of Python and its packages", "pretraining", 40_000_000, 0.03),
+            Corpus("code", "Python source without docstrings and comments", "target", 12_000_000, 0.05),
+            Corpus("cpp", "C and C++ headers of installed packages", "target", 12_000_000, 0.05),
+            Corpus("math", "generated questions and answers from school mathematics", "target", 18_000_000, 0.04),
         )
     }
 )
@@ -187,9 +184,7 @@ def _recipe(name: str) -> _Recipe:
         return _Recipe(("math",), smoke, {})
     if name == "cpp":
         return _Recipe(("cpp",), smoke, installation.SMOKE_HEADERS if smoke else installation.PINNED_HEADERS)
-    return _Recipe(
-        ("prose", "code"), smoke, installation.SMOKE_SOURCES if smoke else installation.PINNED_SOURCES
-    )
+    return _Recipe(("prose", "code"), smoke, installation.SMOKE_SOURCES if smoke else installation.PINNED_SOURCES)
 
 
 def _open(recipe: _Recipe, corpora: Path, name: str) -> BuiltCorpus | None:
@@ -197,9 +192,7 @@ def _open(recipe: _Recipe, corpora: Path, name: str) -> BuiltCorpus | None:
     folder = recipe.folder(corpora, name)
     try:
         manifest: dict[str, Any] = json.loads((folder / "corpus.json").read_text())
-        whole = all(
-            (folder / f"{split}.arrow").stat().st_size == manifest["file_bytes"][split] for split in SPLITS
-        )
+        whole = all((folder / f"{split}.arrow").stat().st_size == manifest["file_bytes"][split] for split in SPLITS)
     except (OSError, ValueError, KeyError):
         return None
     if not whole:
@@ -207,15 +200,13 @@ def _open(recipe: _Recipe, corpora: Path, name: str) -> BuiltCorpus | None:
     published = manifest["fingerprint"] == PUBLISHED.get(name)
     differences = tuple(manifest["differences"])
     if not published and not differences:
-        differences = (
-            "the same versions, but other files: packages of another platform, or changed by hand",
-        )
+        differences = ("the same versions, but other files: packages of another platform, or changed by hand",)
     return BuiltCorpus(
         name=name,
         folder=folder,
         fingerprint=manifest["fingerprint"],
-        num_bytes=MappingProxyType(manifest["num_bytes"]),
-        num_documents=MappingProxyType(manifest["num_documents"]),
+        num_bytes=manifest["num_bytes"],
+        num_documents=manifest["num_documents"],
         published=published,
         differences=() if published else differences,
     )
@@ -270,9 +261,7 @@ def _documents(recipe: _Recipe, progress: Progress) -> Iterator[tuple[str, dict[
         yield "math", _questions(recipe, progress)
         return
     cpp = recipe.group == ("cpp",)
-    files = installation.source_files(
-        recipe.pinned, languages={"cpp"} if cpp else {"python", "stub", "cython"}, smoke=recipe.smoke
-    )
+    files = installation.source_files(recipe.pinned, languages={"cpp"} if cpp else {"python", "stub", "cython"}, smoke=recipe.smoke)
     harvests = harvest(
         files,
         code_share=1.0 if recipe.smoke else _CODE_SHARE,
@@ -281,9 +270,7 @@ def _documents(recipe: _Recipe, progress: Progress) -> Iterator[tuple[str, dict[
     prose = SeenText()
     progress("removing copies", 0.9)
     if not cpp:
-        texts = documents.prose(
-            [found.english for found in harvests] + documents.topics(smoke=recipe.smoke), seen=prose
-        )
+        texts = documents.prose([found.english for found in harvests] + documents.topics(smoke=recipe.smoke), seen=prose)
         yield (
             "prose",
             documents.split(
@@ -297,7 +284,7 @@ def _documents(recipe: _Recipe, progress: Progress) -> Iterator[tuple[str, dict[
     yield (
         name,
         documents.code(
-            [piece for found in harvests for piece in found.code],
+            [found.code for found in harvests if found.code],
             prose=prose,
             validation_share=recipe.validation_share(name),
             max_bytes=recipe.max_bytes(name),

@@ -1,7 +1,10 @@
-"""Documents of the built-in corpora: passages in the order of their hashes, without near-copies, in splits."""
+"""Documents of the built-in corpora: passages in the order of their hashes, without near-copies, split.
+
+The hash of a file decides on the split of all that comes from it: two pieces of one file share too much.
+"""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 from mlx_forget.pipeline.near_copies import SeenText
@@ -34,8 +37,8 @@ def topics(*, smoke: bool = False) -> list[English]:
     return [(english_passages(texts[name].replace("\r\n", "\n")),) for name in names]
 
 
-def prose(sources: Iterable[English], *, seen: SeenText) -> Iterator[str]:
-    """One document per source file: its English in order, without the paragraphs of earlier documents.
+def prose(sources: Iterable[English], *, seen: SeenText) -> Iterator[list[str]]:
+    """The documents of each source file: its English in order, without the paragraphs of earlier files.
 
     Args:
         sources: the English of each file, in any order.
@@ -56,10 +59,9 @@ def prose(sources: Iterable[English], *, seen: SeenText) -> Iterator[str]:
 
     for source in sorted(filter(None, sources), key=_hash_of_english):
         texts = (
-            "\n\n".join(without_empty_sections([passage.text for passage in passages if is_new(passage)]))
-            for passages in source
+            "\n\n".join(without_empty_sections([passage.text for passage in passages if is_new(passage)])) for passages in source
         )
-        yield from _gather(text for text in texts if len(text) >= MIN_DOCSTRING_CHARS)
+        yield list(_gather(text for text in texts if len(text) >= MIN_DOCSTRING_CHARS))
 
 
 def _hash_of_english(source: English) -> str:
@@ -80,54 +82,70 @@ def _gather(texts: Iterable[str]) -> Iterator[str]:
         yield pending + "\n"
 
 
-def code(
-    candidates: Iterable[Passage], *, prose: SeenText, validation_share: float, max_bytes: int
-) -> dict[Split, list[str]]:
+def code(files: Iterable[Sequence[Passage]], *, prose: SeenText, validation_share: float, max_bytes: int) -> dict[Split, list[str]]:
     """Pieces of code in the order of their hashes, without copies of each other or of prose, up to the cap.
 
-    A copy of a validation piece would be a leak: those come first, and the bar for the others is higher.
+    A copy of a validation piece would be a leak, so the bar is higher there, and in both directions.
+
+    Args:
+        files: the pieces of each file, all of which go to one split.
+        prose: what is in the prose, empty where that does not matter.
+        validation_share: the share of files that validate, and of the cap that is theirs.
+        max_bytes: the cap.
     """
-    hashed = sorted(((_hash(piece.text), piece) for piece in candidates), key=lambda entry: entry[0])
-    seen, validation = SeenText(), SeenText()
-    splits: dict[Split, list[str]] = {"train": [], "validation": []}
-    for split, limit in (
-        ("validation", max_bytes * validation_share),
-        ("train", max_bytes * (1 - validation_share)),
-    ):
-        assert split in ("train", "validation")
+    candidates: dict[Split, list[tuple[str, Passage]]] = {"train": [], "validation": []}
+    for pieces_of_file in files:
+        split = _split_of([piece.text for piece in pieces_of_file], validation_share)
+        candidates[split] += [(_hash(piece.text), piece) for piece in pieces_of_file]
+    limits: dict[Split, float] = {
+        "validation": max_bytes * validation_share,
+        "train": max_bytes * (1 - validation_share),
+    }
+    chosen: dict[Split, list[Passage]] = {"train": [], "validation": []}
+    seen: dict[Split, SeenText] = {"train": SeenText(), "validation": SeenText()}
+    for split, limit in limits.items():
         size = 0
-        for digest, piece in hashed:
-            if split_of(digest, validation_share=validation_share) != split:
-                continue
+        for _, piece in sorted(candidates[split], key=lambda entry: entry[0]):
             if size >= limit:
                 break
-            if seen.share(piece.marks) >= MAX_SEEN_SHARE or prose.share(piece.marks) >= MAX_FOREIGN_SHARE:
+            if seen[split].share(piece.marks) >= MAX_SEEN_SHARE or prose.share(piece.marks) >= MAX_FOREIGN_SHARE:
                 continue
-            if validation.share(piece.marks) >= MAX_FOREIGN_SHARE:
+            if split == "train" and seen["validation"].share(piece.marks) >= MAX_FOREIGN_SHARE:
                 continue
-            seen.add([piece.marks])
-            if split == "validation":
-                validation.add([piece.marks])
+            seen[split].add([piece.marks])
             size += len(piece.text.encode())
-            splits[split].append(piece.text)
-    return splits
+            chosen[split].append(piece)
+    return {
+        "train": [piece.text for piece in chosen["train"]],
+        # Small pieces can be in the midst of large ones, which the comparison the other way does not see.
+        "validation": [piece.text for piece in chosen["validation"] if seen["train"].share(piece.marks) < MAX_SEEN_SHARE],
+    }
 
 
-def split(texts: Iterable[str], *, validation_share: float, max_bytes: int) -> dict[Split, list[str]]:
-    """Documents by the hash of their text, in its order and up to the cap: any prefix is a random sample."""
+def split(sources: Iterable[Sequence[str]], *, validation_share: float, max_bytes: int) -> dict[Split, list[str]]:
+    """Documents in the order of their hashes, up to the cap, so that any prefix is a random sample.
+
+    Args:
+        sources: the documents of each source, all of which go to one split.
+        validation_share: the share of sources that validate.
+        max_bytes: the cap.
+    """
+    placed = sorted(
+        (_hash(text), text, where) for texts in sources for where in [_split_of(texts, validation_share)] for text in texts
+    )
     splits: dict[Split, list[str]] = {"train": [], "validation": []}
     size = 0
-    for digest, text in sorted((_hash(text), text) for text in texts):
+    for _, text, where in placed:
         if size >= max_bytes:
             break
         size += len(text.encode())
-        splits[split_of(digest, validation_share=validation_share)].append(text)
+        splits[where].append(text)
     return splits
 
 
-def split_of(digest: str, *, validation_share: float) -> Split:
-    """The split of a document with that sha256. The first digits order the documents, so the last decide."""
-    return "validation" if int(digest[-8:], 16) < validation_share * 2**32 else "train"
+def _split_of(texts: Sequence[str], validation_share: float) -> Split:
+    """The split of all that comes from one file, by the hash of its text."""
+    return "validation" if int(_hash("\n".join(texts))[:8], 16) < validation_share * 2**32 else "train"
 
 
 def _hash(text: str) -> str:

@@ -1,7 +1,7 @@
 """Source files read by several processes at a time, with the same result for every number of them.
 
-The workers are children of our own that talk pickle over their pipes. Unlike a multiprocessing pool they neither
-fork a process that may hold threads (PyTorch, MLX) nor need a guard in the caller's main module, and they end
+The workers are children of our own that talk pickle over their pipes. Unlike a multiprocessing pool they fork
+no process that may hold threads (PyTorch, MLX) and need no guard in the caller's main module, and they end
 when the parent does, however it ends: their input is closed.
 """
 

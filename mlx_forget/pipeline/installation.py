@@ -1,4 +1,4 @@
-"""Where the built-in corpora are cut from: a pinned list of distributions, and their files as installed here."""
+"""Where the built-in corpora are cut from: a pinned list of distributions, and their installed files."""
 
 import contextlib
 import os
@@ -92,9 +92,7 @@ def differences(pinned: dict[str, str]) -> list[str]:
     return clauses
 
 
-def source_files(
-    pinned: dict[str, str], *, languages: set[Language], smoke: bool = False
-) -> list[SourceFile]:
+def source_files(pinned: dict[str, str], *, languages: set[Language], smoke: bool = False) -> list[SourceFile]:
     """The files in these languages, sorted by their names inside the installation, wherever that is.
 
     `smoke` takes a few folders of the standard library only. Nothing is imported.
@@ -117,9 +115,7 @@ def source_files(
 
 def _is_wanted(name: str) -> bool:
     *folders, file = name.split("/")
-    return not (
-        _SKIPPED_FOLDERS.intersection(folders) or file in _SKIPPED_FILES or name.startswith(_SKIPPED_PREFIXES)
-    )
+    return not (_SKIPPED_FOLDERS.intersection(folders) or file in _SKIPPED_FILES or name.startswith(_SKIPPED_PREFIXES))
 
 
 def _standard_library(*, smoke: bool) -> Iterator[tuple[str, Path]]:

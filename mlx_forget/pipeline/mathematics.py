@@ -1,8 +1,8 @@
 """Questions and answers from school mathematics, drawn from a seed; after DM Mathematics (Saxton 2019).
 
 A family is a function of a random source and a difficulty (0 easy, 1 medium, 2 hard) that returns a question
-and its answer. Numbers are written with digits, polynomials as `3*x**2 - x + 4`, fractions as `3/4`. The stream is
-lazy and without end; no question comes twice, and the hash of a question alone decides on its split.
+and its answer. Numbers are written with digits, polynomials as `3*x**2 - x + 4`, fractions as `3/4`. The
+stream is lazy and without end; no question comes twice, and the hash of a question alone decides its split.
 """
 
 import hashlib
@@ -168,9 +168,7 @@ def _linear_system(draw: Draw, level: int) -> Answered:
 def _common_divisor(draw: Draw, level: int) -> Answered:
     factor = draw.between(1, 10 ** (1 + level))
     a, b = (factor * draw.between(2, 10 ** (1 + level)) for _ in range(2))
-    question = draw.one_of(
-        ["Calculate the greatest common divisor of", "What is the highest common factor of"]
-    )
+    question = draw.one_of(["Calculate the greatest common divisor of", "What is the highest common factor of"])
     return f"{question} {a} and {b}{'?' if question.startswith('W') else '.'}", str(math.gcd(a, b))
 
 
@@ -196,7 +194,7 @@ def _prime_factors(draw: Draw, level: int) -> Answered:
 
 
 def _base_conversion(draw: Draw, level: int) -> Answered:
-    source, target = draw.some_of([10, *range(2, 17)] if level else [10, 2, 8, 16], 2)
+    source, target = draw.some_of(range(2, 17) if level else [2, 8, 10, 16], 2)
     number = draw.between(1, 10 ** (3 + level))
     question = f"Convert {in_base(number, source)} from base {source} to base {target}."
     return question, in_base(number, target)
@@ -206,9 +204,7 @@ def _polynomial_value(draw: Draw, level: int) -> Answered:
     coefficients = _coefficients(draw, draw.between(1, 2 + level // 2), 9 * 2**level)
     function, name, point = draw.one_of("fghpqru"), draw.one_of("xyztwn"), draw.between(-6 - level, 6 + level)
     value = sum(c * point**i for i, c in enumerate(coefficients))
-    return f"Let {function}({name}) = {_polynomial(coefficients, name)}. What is {function}({point})?", str(
-        value
-    )
+    return f"Let {function}({name}) = {_polynomial(coefficients, name)}. What is {function}({point})?", str(value)
 
 
 def _derivative(draw: Draw, level: int) -> Answered:
@@ -299,9 +295,7 @@ def _rounding(draw: Draw, level: int) -> Answered:
     if draw.below(2):
         value, places = draw.decimal(2 + level, 3 + level), draw.between(1, 2 + level)
         noun = "decimal place" if places == 1 else "decimal places"
-        return f"Round {in_decimal(value)} to {places} {noun}.", in_decimal(
-            _round_half_away(value, places), places
-        )
+        return f"Round {in_decimal(value)} to {places} {noun}.", in_decimal(_round_half_away(value, places), places)
     value = Fraction(draw.between(10, 10 ** (4 + level)))
     places = draw.between(1, 2 + level)
     unit = ["ten", "hundred", "thousand", "ten thousand"][places - 1]
@@ -331,9 +325,7 @@ def _sorting(draw: Draw, level: int) -> Answered:
     pool: dict[Fraction, str] = {}
     while len(pool) < 3 + 2 * level:
         kind = draw.below(1 + level)
-        value = Fraction(
-            draw.nonzero(10 ** (2 + level // 2)), 10 if kind == 1 else draw.between(2, 9) if kind else 1
-        )
+        value = Fraction(draw.nonzero(10 ** (2 + level // 2)), 10 if kind == 1 else draw.between(2, 9) if kind else 1)
         pool[value] = in_decimal(value) if kind == 1 else str(value)
     order, down = ("descending", True) if draw.below(2) else ("ascending", False)
     shown = ", ".join(pool.values())

@@ -1,6 +1,6 @@
 """Near-copies: passages that share most of their five-word sequences with text seen before.
 
-A passage is known by a sample of the hashes of its five-word windows (Broder 1997; the sample is taken modulo 4).
+A passage is known by a sample of the hashes of its five-word windows (Broder 1997; the sample is modulo 4).
 Words are runs of letters, digits and underscores in lower case, so a change of layout or punctuation does not
 hide a copy; a word changed in twenty does not either.
 """

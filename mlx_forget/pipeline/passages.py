@@ -102,9 +102,7 @@ _FENCE = re.compile(r"^[ \t]*(```|~~~).*?(?:^[ \t]*\1[ \t]*$|\Z)", re.MULTILINE 
 _SESSION = re.compile(r"^\s*(>>>|In \[\d)", re.MULTILINE)
 _BLANK = re.compile(r"\n(?:[ \t]*\n)+")
 _TAG = re.compile(r"\A\s*(</?\w+>\s*)+\Z|\A\s*\.\. [\w-]+::\s*\Z")
-_HEADING = re.compile(
-    r"\A[ \t]*[^\n]{1,60}\n[ \t]*([-=~^])\1{2,}\s*\Z|\A\W*(?:examples?|usage|e\.g\.)\W*\Z", re.IGNORECASE
-)
+_HEADING = re.compile(r"\A[ \t]*[^\n]{1,60}\n[ \t]*([-=~^])\1{2,}\s*\Z|\A\W*(?:examples?|usage|e\.g\.)\W*\Z", re.IGNORECASE)
 
 
 def paragraphs(text: str) -> list[str]:

@@ -1,6 +1,6 @@
 """One Python source file, taken apart into its English (docstrings, long comments) and its bare code.
 
-The syntax tree says where the docstrings are; a regular expression that steps over strings finds the comments,
+The syntax tree says where the docstrings are; a regular expression that steps over strings finds comments,
 several times as fast as `tokenize` does. The code that is left parses: `strip` tries.
 """
 
@@ -65,9 +65,7 @@ def parse(source: bytes) -> ParsedSource | None:
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
     comments = tuple(
-        (found.start(), found.end(), found.lastgroup == "whole")
-        for found in _COMMENT_OR_STRING.finditer(text)
-        if found.lastgroup
+        (found.start(), found.end(), found.lastgroup == "whole") for found in _COMMENT_OR_STRING.finditer(text) if found.lastgroup
     )
     return ParsedSource(text, tree, tuple(_string_statements(tree, text)), comments)
 
@@ -81,7 +79,7 @@ def english(source: ParsedSource) -> list[str]:
 
 
 def strip(source: ParsedSource) -> str | None:
-    """The code without docstrings, comments and runs of blank lines; None where nothing is left that parses."""
+    """The code without docstrings, comments and runs of blank lines, or None where that does not parse."""
     text = source.text
     cuts = [(start, end, "pass" if needed else "") for start, end, needed in source.docstrings]
     cuts += [(start, end, "") for start, end, _ in source.comments]
@@ -156,19 +154,11 @@ def _attached(tree: ast.Module) -> Iterator[tuple[int, str]]:
             continue
         for argument in statement.value.args:
             inner: ast.expr = argument
-            if (
-                isinstance(inner, ast.Call)
-                and isinstance(inner.func, ast.Attribute)
-                and inner.func.attr == "format"
-            ):
+            if isinstance(inner, ast.Call) and isinstance(inner.func, ast.Attribute) and inner.func.attr == "format":
                 inner = inner.func.value
             if isinstance(inner, ast.BinOp):
                 inner = inner.left
-            if (
-                isinstance(inner, ast.Constant)
-                and isinstance(inner.value, str)
-                and len(inner.value) >= MIN_ATTACHED_CHARS
-            ):
+            if isinstance(inner, ast.Constant) and isinstance(inner.value, str) and len(inner.value) >= MIN_ATTACHED_CHARS:
                 yield inner.lineno, inspect.cleandoc(inner.value)
 
 
@@ -191,9 +181,7 @@ def _comment_blocks(source: ParsedSource) -> Iterator[tuple[int, str]]:
 def is_english(text: str) -> bool:
     """Whether a share of the words and signs that only running English has are function words."""
     words = _WORD.findall(text)
-    return sum(word.lower() in _FUNCTION_WORDS for word in words) >= _MIN_FUNCTION_WORD_SHARE * max(
-        1, len(words)
-    )
+    return sum(word.lower() in _FUNCTION_WORDS for word in words) >= _MIN_FUNCTION_WORD_SHARE * max(1, len(words))
 
 
 def _string_statements(tree: ast.Module, text: str) -> Iterator[tuple[int, int, bool]]:

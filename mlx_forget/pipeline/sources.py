@@ -17,7 +17,12 @@ SUFFIXES = (".txt", ".md", ".jsonl")
 
 _VALIDATION_SHARE = 0.03
 _CHARS_PER_DOCUMENT = 20_000
-_SPLIT_OF_STEM: dict[str, SplitName] = {"train": "train", "valid": "validation", "validation": "validation", "val": "validation"}
+_SPLIT_OF_STEM: dict[str, SplitName] = {
+    "train": "train",
+    "valid": "validation",
+    "validation": "validation",
+    "val": "validation",
+}
 
 
 def find_files(path: Path) -> list[Path]:

@@ -240,7 +240,11 @@ class StoreWriter:
         starts = np.array(self._starts.pop(split), dtype=np.int64)
         tokens = np.concatenate(documents)
         stem = f"{split}-{len(self._shards.get(split, [])):05d}"
-        metadata = {"schema_version": str(SCHEMA_VERSION), "tokenizer_hash": self.tokenizer_hash, "split": split}
+        metadata = {
+            "schema_version": str(SCHEMA_VERSION),
+            "tokenizer_hash": self.tokenizer_hash,
+            "split": split,
+        }
         names = {"tokens": f"{stem}.arrow", "documents": f"{stem}.documents.arrow"}
         _write_batch(self._aside / names["tokens"], {"token": tokens}, metadata)
         _write_batch(self._aside / names["documents"], {"start": starts[:, 0], "num_bytes": starts[:, 1]}, metadata)
@@ -257,7 +261,9 @@ class StoreWriter:
 
 
 def _fingerprint(manifest: Mapping[str, Any]) -> str:
-    content = {key: manifest[key] for key in ("schema_version", "tokenizer_hash", "vocab_size", "bos_id", "eos_id", "dtype", "splits")}
+    content = {
+        key: manifest[key] for key in ("schema_version", "tokenizer_hash", "vocab_size", "bos_id", "eos_id", "dtype", "splits")
+    }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

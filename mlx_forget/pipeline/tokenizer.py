@@ -73,9 +73,7 @@ class Tokenizer:
         """
         return self.encode_batch([text], num_threads=1)[0]
 
-    def encode_batch(
-        self, texts: Sequence[str], *, num_threads: int | None = None
-    ) -> list[NDArray[np.int32]]:
+    def encode_batch(self, texts: Sequence[str], *, num_threads: int | None = None) -> list[NDArray[np.int32]]:
         """Ids int32[T] of each text. `num_threads` None uses every core; the result does not depend on it.
 
         Raises:
@@ -89,9 +87,7 @@ class Tokenizer:
             _check_scalars(text)
             parts.extend(text.split(_SPACE))
             ends.append(len(parts))
-        encoded: list[list[int]] = self._processor.encode(
-            parts, out_type=int, num_threads=num_threads or os.cpu_count() or 1
-        )
+        encoded: list[list[int]] = self._processor.encode(parts, out_type=int, num_threads=num_threads or os.cpu_count() or 1)
         ids = [np.array(part, np.int32) for part in encoded]
         return [_join(ids[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
 
@@ -201,8 +197,7 @@ def _training_error(error: RuntimeError, vocab_size: int) -> Exception:
     message = str(error)
     if found := re.search(r"too high.*<= (\d+)", message):
         return UserError(
-            f"The text is too small for a vocabulary of {vocab_size:,}: "
-            f"the largest that it supports is {int(found[1]):,}."
+            f"The text is too small for a vocabulary of {vocab_size:,}: the largest that it supports is {int(found[1]):,}."
         )
     if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         return UserError(
@@ -249,8 +244,7 @@ def _check_scalars(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            f"Character {error.start} of a text is the lone surrogate U+{ord(text[error.start]):04X}: "
-            "it is no valid Unicode text."
+            f"Character {error.start} of a text is the lone surrogate U+{ord(text[error.start]):04X}: it is no valid Unicode text."
         ) from None
 
 
@@ -286,9 +280,7 @@ def _piece_bytes(processor: Any) -> list[bytes]:
         if i >= size or found[i] != piece:
             got = repr(found[i]) if i < size else "nothing"
             raise UserError(f"Its reserved ids are not ours: id {i} is {got} instead of {piece!r}.")
-    if any(not processor.is_control(i) for i in range(NUM_RESERVED) if i != UNK) or not all(
-        map(processor.is_byte, BYTE_IDS)
-    ):
+    if any(not processor.is_control(i) for i in range(NUM_RESERVED) if i != UNK) or not all(map(processor.is_byte, BYTE_IDS)):
         raise UserError("Its reserved ids are not ours: they are ordinary pieces, which text could produce.")
     table = [b""] * NUM_RESERVED + [bytes([byte]) for byte in range(256)]
     return table + [processor.id_to_piece(i).replace(_SPACE, " ").encode() for i in range(len(table), size)]

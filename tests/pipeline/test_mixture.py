@@ -45,7 +45,11 @@ def test_every_prefix_holds_within_one_of_p_times_its_length(p, seed, start, len
 
 @pytest.mark.parametrize("mode", ["exact", "bernoulli"])
 @given(
-    p=SHARES, seed=st.integers(0, 99), batch=st.integers(1, 64), step=st.integers(0, 300), rows=st.integers(1, 300)
+    p=SHARES,
+    seed=st.integers(0, 99),
+    batch=st.integers(1, 64),
+    step=st.integers(0, 300),
+    rows=st.integers(1, 300),
 )
 @settings(max_examples=40, deadline=None)
 def test_a_batch_computed_directly_is_the_batch_of_the_whole_stream(mode, p, seed, batch, step, rows):
@@ -95,7 +99,13 @@ def test_too_small_a_pool_says_by_how_much():
 
 @pytest.mark.parametrize(
     "text, share",
-    [("1%", Fraction(1, 100)), (0.01, Fraction(1, 100)), ("0.1%", Fraction(1, 1000)), ("1/128", Fraction(1, 128)), (0, 0)],
+    [
+        ("1%", Fraction(1, 100)),
+        (0.01, Fraction(1, 100)),
+        ("0.1%", Fraction(1, 1000)),
+        ("1/128", Fraction(1, 128)),
+        (0, 0),
+    ],
 )
 def test_shares_are_read_exactly(text, share):
     assert parse_share(text) == share

@@ -87,9 +87,7 @@ def test_hard_texts_come_back_and_never_produce_reserved_ids(tokenizer: Tokenize
 
 
 @given(texts=st.lists(scalars(), max_size=8), num_threads=st.sampled_from([1, 3, None]))
-def test_a_batch_equals_its_texts_one_by_one(
-    tokenizer: Tokenizer, texts: list[str], num_threads: int | None
-) -> None:
+def test_a_batch_equals_its_texts_one_by_one(tokenizer: Tokenizer, texts: list[str], num_threads: int | None) -> None:
     batch = tokenizer.encode_batch([*texts, *HARD], num_threads=num_threads)
     assert [ids.tolist() for ids in batch] == [tokenizer.encode(text).tolist() for text in [*texts, *HARD]]
 
@@ -150,9 +148,7 @@ def test_the_sample_is_bounded_and_spread_over_the_texts() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_too_large_a_vocabulary_is_refused_with_one_that_works(kind: Kind) -> None:
     texts = ["a few words, and a few more words; not a book.\n" * 5]
-    with pytest.raises(
-        UserError, match=r"too small for a vocabulary of 5,000: the largest that it supports is (\d+)"
-    ) as error:
+    with pytest.raises(UserError, match=r"too small for a vocabulary of 5,000: the largest that it supports is (\d+)") as error:
         train_tokenizer(texts, vocab_size=5000, kind=kind)
     largest = int(str(error.value).rstrip(".").split()[-1])
     assert train_tokenizer(texts, vocab_size=largest, kind=kind).vocab_size == largest

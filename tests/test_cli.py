@@ -1,0 +1,267 @@
+"""The command line: what scripts rely on, and one clear line for every wrong request."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mlx_forget import trainer as trainer_module
+from mlx_forget.cli import COMMANDS, load_command
+from mlx_forget.history import read_history
+
+
+@pytest.fixture
+def fake_backend(monkeypatch):
+    """`--backend fake` is the NumPy bigram, in this process only."""
+    row = trainer_module.Backend("tests.fakes:BigramTrainer", "numpy", "nothing to install")
+    monkeypatch.setitem(trainer_module.BACKENDS, "fake", row)
+    return "fake"
+
+
+@pytest.fixture
+def train(run_forget, fake_backend, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: run_forget("train", "--backend", "fake", *arguments)
+
+
+def test_the_command_table_says_what_the_commands_say():
+    for name, (_, text) in COMMANDS.items():
+        assert load_command(name).help.strip().splitlines()[0] == text, name
+
+
+CONTRACT = set(
+    """schema_version run_id status backend device config versions seed num_params num_non_embedding_params num_steps wall_seconds
+    tokens_per_second peak_memory_bytes data losses forgetting_nats progress_lost""".split()
+)
+
+
+def test_a_finetune_with_no_arguments_trains_its_base_once_and_writes_the_contract(train, run_forget, tmp_path):
+    code, out, err = train("--json")
+    assert code == 0, err
+    record = json.loads(out)
+    assert out.count("\n") == 1
+    assert set(record) >= CONTRACT
+    assert record["status"] == "finished"
+    assert set(record["losses"]) == {"start", "best", "end"}
+    assert set(record["losses"]["best"]) == {"step", "target_train", "target_val", "pretrain_val"}
+    assert set(record["progress_lost"]) == {"loss_fraction", "token_equivalent"}
+    difference = record["losses"]["best"]["pretrain_val"] - record["losses"]["start"]["pretrain_val"]
+    assert record["forgetting_nats"] == pytest.approx(difference)
+    roles = {row["role"]: row for row in record["data"].values()}
+    assert set(roles) == {"target", "pretrain"}
+    assert set(roles["target"]) == {"fingerprint", "role", "unique_tokens", "tokens_seen"}
+    folder = tmp_path / "runs" / f"{record['run_id']}-fake"
+    assert json.loads((folder / "record.json").read_text()) == record
+    assert yaml.safe_load((folder / "config.yaml").read_text())["target"] == "code"
+    assert read_history(folder / "history.arrows").num_rows == 5
+    assert not (folder / "checkpoints" / "previous").exists()
+
+    code, out, err = train("--json")
+    assert (code, json.loads(out)) == (0, record)
+    assert "done already" in err
+
+    code, out, err = run_forget("runs", "list", "runs", "--json")
+    assert [row["run_id"] for row in json.loads(out)["runs"]] == [record["run_id"]]
+    assert run_forget("runs", "show", folder, "--json")[1].strip() == json.dumps(record)
+    code, out, _ = train("--dry-run", "--p", "5%", "--json")
+    plan = json.loads(out)
+    assert plan["run_id"] != record["run_id"]
+    assert plan["num_pretrain_tokens"] > 0
+
+
+def test_a_flag_beats_the_file_and_the_file_beats_the_default(train, tmp_path):
+    (tmp_path / "c.yaml").write_text("replay-ratio: 2%\nmax_steps: 3\neval_rows: 8\n")
+    code, out, err = train("-c", "c.yaml", "--iters", "2", "--dry-run", "--json")
+    assert code == 0, err
+    assert json.loads(out)["num_steps"] == 2
+
+
+WRONG = [
+    (["--p", "1.5"], "p must lie in [0, 1)"),
+    (["--p", "lots"], "p must be a share"),
+    (["--model", "0.66m"], "Did you mean '0.65m'"),
+    (["--target", "cod"], "Did you mean 'code'"),
+    (["--target", "missing.txt"], "no file or folder missing.txt"),
+    (["--target", "empty.txt"], "holds no text"),
+    (["--target", "latin.txt"], "is not UTF-8"),
+    (["--target", "tiny.txt"], "smaller than one row"),
+    (["--target", "bad.jsonl"], "bad.jsonl, line 2"),
+    (["--backend", "cudda"], "Did you mean 'cuda'"),
+    (["--method", "injektion"], "Did you mean 'injection'"),
+    (["--iters", "0"], "iters must be positive"),
+    (["--iters", "many"], "iters must be of type int"),
+    (["--init", "nowhere"], "no checkpoint at nowhere"),
+    (["--pretrain", "none"], "no pretraining data to inject"),
+    (["--target-tokens", "999999999"], "too few"),
+    (["--p", "90%", "--iters", "100000"], "never repeated"),
+    (["-c", "missing.yaml"], "Cannot read missing.yaml"),
+    (["-c", "unknown.yaml"], "Did you mean 'batch_size'"),
+    (["-c", "twice.yaml"], "given twice"),
+    (["-c", "broken.yaml"], "not valid YAML"),
+    (["--resume"], "nothing to resume"),
+    (["--tokenizer", "empty.txt"], "empty.txt"),
+    (["--no-such-option"], "No such option"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", WRONG, ids=[" ".join(a) for a, _ in WRONG])
+def test_a_wrong_request_is_one_line_and_exit_code_2(train, tmp_path, arguments, message):
+    (tmp_path / "empty.txt").write_text("  \n")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 100)
+    (tmp_path / "tiny.txt").write_text("a word")
+    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"words": 3}\n')
+    (tmp_path / "unknown.yaml").write_text("batch_sizes: 3\n")
+    (tmp_path / "twice.yaml").write_text("p: 1%\nreplay_ratio: 2%\n")
+    (tmp_path / "broken.yaml").write_text("p: [\n")
+    code, out, err = train(*arguments)
+    assert code == 2
+    assert message in " ".join(err.split()).replace("│ ", "")
+    assert "Traceback" not in err
+    assert out == ""
+    assert not (tmp_path / "runs").exists() or arguments == ["--resume"]
+
+
+def test_a_run_folder_with_another_config_is_refused_and_kept(train, tmp_path):
+    assert train("--output", "r", "--iters", "6")[0] == 0
+    before = (tmp_path / "r" / "record.json").read_text()
+    code, _, err = train("--output", "r", "--iters", "7")
+    assert code == 2
+    assert "another run" in err
+    assert "iters" in err
+    assert (tmp_path / "r" / "record.json").read_text() == before
+
+
+def test_a_folder_without_write_permission_is_refused(train, tmp_path):
+    if os.geteuid() == 0:
+        (tmp_path / "file").write_text("")
+        code, _, err = train("--output", tmp_path / "file" / "r")
+    else:
+        (tmp_path / "closed").mkdir(mode=0o500)
+        code, _, err = train("--output", tmp_path / "closed" / "r")
+    assert code == 2
+    assert "Cannot write" in err
+
+
+def test_a_backend_that_is_not_installed_gives_the_pip_line(train, monkeypatch):
+    row = trainer_module.Backend("nowhere:T", "no_such_framework", "pip install 'mlx-forget[cuda]'")
+    monkeypatch.setitem(trainer_module.BACKENDS, "cuda", row)
+    code, _, err = train("--backend", "cuda")
+    assert code == 2
+    assert "pip install 'mlx-forget[cuda]'" in err
+
+
+def test_device_cuda_without_a_gpu_is_an_error(run_forget, tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch", reason="a job without torch has no CUDA backend to refuse")
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run_forget(
+        "train",
+        "--backend",
+        "cuda",
+        "--device",
+        "cuda",
+        "--init",
+        "scratch",
+        "--pretrain",
+        "none",
+        "--p",
+        "0",
+    )
+    assert code == 2
+    assert "no CUDA device" in err
+
+
+def test_prepare_and_data_round_trip_a_users_text(run_forget, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = "".join(f"line {i}: spaces  and\ttabs, ünïcödé, ▁ and emoji 🙂\n" for i in range(1500))
+    Path("notes.txt").write_text(text, encoding="utf-8")
+    code, out, err = run_forget("prepare", "notes.txt", "--output", "store", "--json")
+    assert code == 0, err
+    facts = json.loads(out)
+    assert sum(row["num_bytes"] for row in facts["splits"].values()) == len(text.encode())
+    code, out, _ = run_forget("data", "head", "store", "-n", "100", "--json")
+    head = "".join(row["text"] for row in json.loads(out)["documents"])
+    assert head in text
+    assert run_forget("data", "info", "store", "--json")[1] == json.dumps(facts) + "\n"
+    assert "line" in run_forget("data", "sample", "store", "-n", "1")[1]
+    assert run_forget("data", "verify", "store")[0] == 0
+    code, _, err = run_forget("prepare", "notes.txt", "--output", "store")
+    assert code == 2
+    assert "exists already" in err
+    shard = Path("store/train-00000.arrow")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    code, _, err = run_forget("data", "verify", "store")
+    assert code == 2
+    assert "train-00000.arrow is damaged" in err
+
+
+def test_a_store_of_another_tokenizer_is_refused(train, run_forget, tmp_path):
+    Path("notes.txt").write_text("some words to learn by heart\n" * 2000)
+    assert run_forget("prepare", "notes.txt", "-o", "store", "--tokenizer", "new", "--vocab-size", "287")[0] == 0
+    code, _, err = train("--target", "store")
+    assert code == 2
+    assert "another tokenizer" in err
+    code, _, err = train("--target", "store", "--init", "scratch", "--pretrain", "none", "--p", "0", "--iters", "3")
+    assert code == 0, err
+
+
+def test_a_damaged_checkpoint_is_named_and_not_used(train, tmp_path):
+    assert (
+        train(
+            "--output",
+            "base",
+            "--init",
+            "scratch",
+            "--target",
+            "prose",
+            "--pretrain",
+            "none",
+            "--p",
+            "0",
+            "--iters",
+            "4",
+        )[0]
+        == 0
+    )
+    code, _, err = train("--init", "base", "--max-seq-length", "4096")
+    assert code == 2
+    assert "exceeds the model's context of 128" in err
+    weights = tmp_path / "base" / "checkpoints" / "last" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    code, _, err = train("--init", "base")
+    assert code == 2
+    assert "model.safetensors is damaged" in err
+
+
+def test_a_corrupt_record_is_named(train, run_forget, tmp_path):
+    assert train("--output", "r", "--iters", "4")[0] == 0
+    (tmp_path / "r" / "record.json").write_text("{")
+    code, _, err = run_forget("runs", "show", "r")
+    assert code == 2
+    assert "record.json is damaged" in err
+
+
+def test_doctor_names_every_backend(run_forget):
+    code, out, err = run_forget("doctor", "--json")
+    assert code == 0, err
+    facts = json.loads(out)
+    assert {"mlx", "cuda"} <= set(facts["backends"])
+    assert run_forget("doctor")[0] == 0
+
+
+def test_two_processes_do_not_train_in_one_folder(train, tmp_path):
+    import fcntl
+
+    (tmp_path / "r").mkdir()
+    with (tmp_path / "r" / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        code, _, err = train("--output", "r")
+    assert code == 2
+    assert "Another process" in err

@@ -1,0 +1,68 @@
+"""Who may import whom, proven in fresh interpreters; and what start-up must not load."""
+
+import subprocess
+import sys
+
+import pytest
+
+FRAMEWORKS = {
+    "torch",
+    "mlx",
+    "scipy",
+    "sentencepiece",
+    "datasets",
+    "tokenizers",
+    "transformers",
+    "matplotlib",
+}
+
+
+def loaded_by(statement, *watched):
+    """Top-level modules among `watched` that a statement loads in a fresh interpreter."""
+    script = f"import sys\n{statement}\nprint(' '.join(sorted({{name.split('.')[0] for name in sys.modules}})))"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(result.stdout.split()) & set(watched)
+
+
+@pytest.mark.parametrize("statement", ["import mlx_forget", "import mlx_forget.cli", "import mlx_forget.errors"])
+def test_importing_the_package_loads_nothing_heavy(statement):
+    assert loaded_by(statement, *FRAMEWORKS, "numpy", "pyarrow", "yaml") == set()
+
+
+def test_help_loads_nothing_heavy():
+    statement = "from mlx_forget.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass"
+    script = f"import sys, io, contextlib\nwith contextlib.redirect_stdout(io.StringIO()):\n    exec({statement!r})"
+    assert loaded_by(script, *FRAMEWORKS, "numpy", "pyarrow", "yaml") == set()
+
+
+@pytest.mark.parametrize("module", ["store", "mixture", "batches", "sources", "tokenizer", "corpora", "catalog"])
+def test_the_pipeline_needs_numpy_and_arrow_only(module):
+    assert loaded_by(f"import mlx_forget.pipeline.{module}", *FRAMEWORKS, "yaml", "safetensors") == set()
+
+
+def test_the_laws_need_numpy_and_scipy_only():
+    assert loaded_by("import mlx_forget.laws", *(FRAMEWORKS - {"scipy"}), "pyarrow", "yaml") == set()
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "config",
+        "trainer",
+        "ladder",
+        "loop",
+        "evaluate",
+        "checkpoint",
+        "history",
+        "records",
+        "run",
+        "sweep",
+        "figure1",
+    ],
+)
+def test_the_core_loads_no_framework(module):
+    assert loaded_by(f"import mlx_forget.{module}", *FRAMEWORKS) == set()
+
+
+def test_backends_do_not_import_each_other():
+    assert "mlx" not in loaded_by("import cuda_backend.trainer", "mlx")
