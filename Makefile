@@ -11,7 +11,7 @@ EXTRAS := $(subst $(eval ) ,$(comma),$(strip $(subst $(comma), ,$(BACKENDS)) dev
 STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
 # The headline figure; for the paper's own scale: make reproduce-figure1 SIZE=small BACKEND=cuda DATA=... PRETRAIN=...
-RECIPE ?= figure1
+RECIPE ?= $(if $(filter tiny small medium large xl,$(SIZE)),figure1-paper,figure1)
 SEED ?= 0
 BACKEND ?= auto
 OUTPUT ?= runs/$(RECIPE)-seed$(SEED)

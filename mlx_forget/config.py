@@ -54,15 +54,16 @@ class TrainConfig:
     p: str = _key("1%", "Share of rows that are pretraining data.", aliases=("replay_ratio",))
     target_tokens: int | None = _key(
         None,
-        "Unique target tokens (D_ft); smaller sets are prefixes of larger ones. Default: 300,000 of a built-in corpus, else all.",
+        "Unique target tokens (D_ft); smaller sets are prefixes of larger ones. Default: 100,000 of a built-in corpus, else all.",
     )
     mixture: Literal["exact", "bernoulli"] = _key("exact", "How p is realised: exact counts, or independent draws.")
     method: str = _key("injection", f"How to keep from forgetting: {', '.join(METHODS)}.")
     tokenizer: str | None = _key(None, "A tokenizer.model; default: the base's, else one trained on the built-in prose.")
     vocab_size: int = _key(2048, "Vocabulary of the built-in tokenizer.")
 
-    iters: int = _key(500, "Optimiser steps.", aliases=("max_steps",))
-    batch_size: int = _key(32, "Rows per step, over all devices.")
+    iters: int = _key(600, "Optimiser steps.", aliases=("max_steps",))
+    tokens_per_param: float | None = _key(None, "Train this many tokens per parameter instead of --iters steps.")
+    batch_size: int = _key(16, "Rows per step, over all devices.")
     max_seq_length: int | None = _key(
         None,
         "Tokens per row; default: the base's context, 128 for laptop sizes, 1024 above.",
@@ -80,9 +81,7 @@ class TrainConfig:
     max_grad_norm: float = _key(5.0, "Clip the global gradient norm; 0: never.")
     seed: int = _key(0, "Orders the data; initialises a model from scratch.")
 
-    steps_per_eval: int | None = _key(
-        None, "Steps between evaluations; default: a twenty-fifth of the run.", aliases=("eval_steps",)
-    )
+    steps_per_eval: int | None = _key(None, "Steps between evaluations; default: a twentieth of the run.", aliases=("eval_steps",))
     eval_rows: int = _key(128, "Frozen windows per evaluation set.")
     stop_target_loss: float | None = _key(None, "Stop once the target validation loss is at or below this.")
     stop_patience: int | None = _key(None, "Stop after this many evaluations without a better target validation loss.")
@@ -128,6 +127,7 @@ class TrainConfig:
             "micro_batch_size",
             "num_threads",
             "learning_rate",
+            "tokens_per_param",
             "stop_patience",
             "stop_tokens",
             "stop_epochs",
@@ -193,7 +193,7 @@ class TrainConfig:
             "pretrain": None,
             "p": "0",
             "target_tokens": None,
-            "iters": 1500,
+            "iters": 2500,
         }
         return from_layers(TrainConfig, values, self.base, where="base")
 
@@ -216,8 +216,8 @@ def scale_defaults() -> dict[str, Any]:
 
 
 def default_peak(spec: ModelSpec) -> float:
-    """Peak pretraining rate by size, our choice (the paper's are not known): 6e-3 at 0.65M parameters, falling as N^-0.3."""
-    return 6e-3 * math.pow(num_params(spec) / 656_448, -0.3)
+    """Peak pretraining rate by size, our choice (the paper's are not known): 3e-3 at 0.65M parameters, falling as N^-0.3."""
+    return 3e-3 * math.pow(num_params(spec) / 656_448, -0.3)
 
 
 def finetuning_ratio(spec: ModelSpec) -> float:

@@ -34,9 +34,9 @@ from mlx_forget.pipeline.tokenizer import Tokenizer
 from mlx_forget.schedule import Schedule
 from mlx_forget.trainer import Precision, Trainer, TrainerSpec, choose_backend, load_backend
 
-_EVALUATIONS_PER_RUN = 25
-# A built-in corpus stands for the small set a user has; the paper's smallest is of this size.
-_BUILTIN_TARGET_TOKENS = 300_000
+_EVALUATIONS_PER_RUN = 20
+# A built-in corpus stands for the small set that a user has.
+_BUILTIN_TARGET_TOKENS = 100_000
 
 
 class NoObserver(Observer):
@@ -154,6 +154,9 @@ def plan_run(config: TrainConfig, *, folder: Path | None = None, watch: Watch | 
     stores = {config.target: resolve_store(config.target, tokenizer, progress=watch.progress)}
     if config.pretrain is not None and config.pretrain not in stores:
         stores[config.pretrain] = resolve_store(config.pretrain, tokenizer, progress=watch.progress)
+    if config.tokens_per_param is not None:
+        num_tokens = config.tokens_per_param * num_params(model)
+        config = dataclasses.replace(config, iters=math.ceil(num_tokens / (config.batch_size * row_length)), tokens_per_param=None)
     stream, windows, num_steps = _data(config, stores, row_length)
     rates = schedule(config, model, base_peak)
     identifier = run_id(

@@ -65,7 +65,7 @@ _SKIPPED_FOLDERS = {
 }
 # What an installation writes for itself: versions, paths and build settings.
 _SKIPPED_FILES = {"__config__.py", "_distributor_init.py", "_version.py", "version.py"}
-_SKIPPED_PREFIXES = ("_sysconfigdata", "torch/include/ATen/ops/")
+_SKIPPED_PREFIXES = ("_sysconfigdata", "config-3", "torch/include/ATen/ops/")
 
 
 def installed_version(name: str) -> str | None:
