@@ -90,9 +90,10 @@ class FusedCrossEntropy(torch.autograd.Function):
         compute_head = head.to(x.dtype)
         for start in range(0, len(x), chunk):
             rows = slice(start, start + chunk)
-            probabilities, nll[rows] = _softmax_and_nll(x[rows], compute_head, labels[rows])
-            grad_logits = probabilities.scatter_add_(1, labels[rows, None], -torch.ones_like(weight[rows, None]))
-            grad_logits = grad_logits.mul_(weight[rows, None]).to(x.dtype)
+            exponentials, total, nll[rows] = _exponentials(x[rows], compute_head, labels[rows])
+            # weight * (softmax - one-hot), in one pass over the chunk.
+            grad_logits = exponentials.mul_(weight[rows, None] / total).scatter_add_(1, labels[rows, None], -weight[rows, None])
+            grad_logits = grad_logits.to(x.dtype)
             torch.mm(grad_logits, compute_head, out=grad_x[rows])
             if x.dtype == torch.float32:
                 grad_head.addmm_(grad_logits.T, x[rows])
@@ -112,16 +113,17 @@ class FusedCrossEntropy(torch.autograd.Function):
 def token_nll(x: Tensor, head: Tensor, labels: Tensor, chunk: int) -> Tensor:
     """Next-token losses in nats, float32[N], in chunks, without gradients."""
     head = head.to(x.dtype)
-    return torch.cat([_softmax_and_nll(x[s : s + chunk], head, labels[s : s + chunk])[1] for s in range(0, len(x), chunk)])
+    return torch.cat([_exponentials(x[s : s + chunk], head, labels[s : s + chunk])[2] for s in range(0, len(x), chunk)])
 
 
-def _softmax_and_nll(x: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _exponentials(x: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """exp(logits - max) [N, V], its row sums [N, 1] and the nll [N], float32."""
     logits = (x @ head.T).float()
     top = logits.amax(1, keepdim=True)
     label_logit = logits.gather(1, labels[:, None])
     exponentials = logits.sub_(top).exp_()
     total = exponentials.sum(1, keepdim=True)
-    return exponentials.div_(total), (total.log() + top - label_logit)[:, 0]
+    return exponentials, total, (total.log() + top - label_logit)[:, 0]
 
 
 def _norm(x: Tensor, weights: Weights, name: str) -> Tensor:

@@ -101,7 +101,8 @@ def test_token_losses_do_not_depend_on_how_many_rows_are_asked_at_once(backend):
 
 def test_an_untrained_model_knows_nothing(backend):
     losses = backend(spec()).token_losses(make_batch(rows=64).tokens)
-    assert losses.mean() == pytest.approx(np.log(SPEC.vocab_size), abs=0.05)
+    # Logits have a standard deviation of 0.55 at the start, as GPT-2 has: 0.15 nats above a uniform guess.
+    assert losses.mean() == pytest.approx(np.log(SPEC.vocab_size) + 0.15, abs=0.15)
 
 
 def test_the_seed_decides_the_start_weights(backend, tmp_path):

@@ -75,7 +75,9 @@ def test_twenty_steps_match_numpy(backend, tmp_path):
         gradients = GPT2(weights, SPEC).gradients(batch.tokens, token_weight(batch))
         weights, _ = reference.update(weights, gradients, rate)
     for name, value in saved(trainer, tmp_path).items():
-        np.testing.assert_allclose(value, weights[name], atol=3e-4, err_msg=name)
+        # A bias of the keys adds the same to a whole row of attention scores: its gradient is zero but for rounding, which Adam scales up.
+        compared = np.r_[:32, 64:96] if name.endswith("c_attn.bias") else slice(None)
+        np.testing.assert_allclose(value[compared], weights[name][compared], atol=3e-4, err_msg=name)
     probe = make_batch(99).tokens
     difference = trainer.token_losses(probe) - GPT2(weights, SPEC).losses(probe)
     assert abs(difference.mean()) < 1e-4
