@@ -17,7 +17,7 @@ from torch.optim.adamw import adamw
 from cuda_backend import gpt2
 from cuda_backend.sample import sample
 from mlx_forget.errors import UserError
-from mlx_forget.ladder import decays, initial_weights, param_shapes
+from mlx_forget.ladder import decays, initial_weights, num_params, param_shapes
 from mlx_forget.methods import NUM_SOURCES, NUM_TERMS, TERM_REPLAY_NTP, TERM_TASK
 from mlx_forget.trainer import (
     Batch,
@@ -58,6 +58,8 @@ class TorchTrainer(Trainer):
         self._torch_device = self._choose_device(runtime.device)
         if runtime.num_threads is not None:
             torch.set_num_threads(runtime.num_threads)
+        if runtime.memory_limit_gb is not None:
+            self._limit_memory(runtime.memory_limit_gb)
         self._dtype = torch.bfloat16 if runtime.precision == "bf16" else torch.float32
         self._chunk = gpt2.chunk_rows(spec.model.vocab_size, self._torch_device)
         self._weights = {
@@ -80,7 +82,7 @@ class TorchTrainer(Trainer):
             sample=True,
             bitwise_resume=not torch.cuda.is_available(),
             accelerator=torch.cuda.is_available(),
-            fast_bf16=torch.cuda.is_available() or torch.cpu._is_amx_tile_supported(),
+            fast_bf16=torch.cuda.is_bf16_supported() if torch.cuda.is_available() else torch.cpu._is_amx_tile_supported(),
         )
 
     @property
@@ -201,6 +203,16 @@ class TorchTrainer(Trainer):
             return torch.device(wanted)
         except RuntimeError:
             raise UserError(f"--device {wanted}: PyTorch knows no such device; use cpu, cuda or cuda:1.") from None
+
+    def _limit_memory(self, limit_gb: float) -> None:
+        if self._torch_device.type != "cuda":
+            raise UserError("PyTorch cannot limit its memory on a CPU: leave --memory-limit-gb out.")
+        # Weights, gradients and two moments in fp32, before any activation.
+        need_gb = 16 * num_params(self.spec.model) / 1e9
+        if need_gb > limit_gb:
+            raise UserError(f"--memory-limit-gb {limit_gb:g}: the weights and their optimiser alone need {need_gb:.2f} GB.")
+        total = torch.cuda.get_device_properties(self._torch_device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit_gb * 1e9 / total), self._torch_device)
 
     def _maybe_compiled(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         on_gpu = self._torch_device.type == "cuda"

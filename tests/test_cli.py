@@ -78,6 +78,21 @@ def test_a_flag_beats_the_file_and_the_file_beats_the_default(train, tmp_path):
     assert json.loads(out)["num_steps"] == 2
 
 
+@pytest.mark.parametrize(
+    "limit, steps",
+    [
+        (["--stop-tokens", "4096"], 4),
+        (["--stop-epochs", "1", "--target-tokens", "5120"], 10),
+        (["--tokens-per-param", "0.1"], None),
+    ],
+)
+def test_token_and_epoch_limits_set_the_number_of_steps(train, limit, steps):
+    code, out, err = train("--p", "50%", "--iters", "500", "--dry-run", "--json", *limit)
+    assert code == 0, err
+    plan = json.loads(out)
+    assert plan["num_steps"] == steps or plan["num_tokens"] == pytest.approx(0.1 * plan["num_params"], abs=8 * 128)
+
+
 WRONG = [
     (["--p", "1.5"], "p must lie in [0, 1)"),
     (["--p", "lots"], "p must be a share"),
@@ -102,6 +117,7 @@ WRONG = [
     (["-c", "broken.yaml"], "not valid YAML"),
     (["--resume"], "nothing to resume"),
     (["--tokenizer", "empty.txt"], "empty.txt"),
+    (["--stop-tokens", "10"], "below one step"),
     (["--no-such-option"], "No such option"),
 ]
 

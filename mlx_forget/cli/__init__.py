@@ -48,8 +48,9 @@ class LazyGroup(typer.core.TyperGroup):
 
 
 def load_command(name: str) -> Any:
-    """The real command behind a row of the table."""
-    return typer.main.get_command(import_module(COMMANDS[name][0]).app)
+    """The real command behind a row of the table: its module's app, or the command of that name in it."""
+    command: Any = typer.main.get_command(import_module(COMMANDS[name][0]).app)
+    return getattr(command, "commands", {}).get(name, command)
 
 
 app = typer.Typer(

@@ -106,7 +106,7 @@ _HEADING = re.compile(r"\A[ \t]*[^\n]{1,60}\n[ \t]*([-=~^])\1{2,}\s*\Z|\A\W*(?:e
 
 
 def paragraphs(text: str) -> list[str]:
-    """The paragraphs of a docstring that are English: no sessions, literal blocks, tables or bare tags."""
+    """The paragraphs of a docstring that are English: no doctests, literal blocks, tables or bare tags."""
     kept: list[str] = []
     literal: int | None = None
     for paragraph in _BLANK.split(_FENCE.sub("", text)):

@@ -294,7 +294,7 @@ def sources(*texts: str) -> list[documents.English]:
 
 
 def test_prose_keeps_one_of_two_copies_and_all_that_is_new() -> None:
-    new = "This paragraph is found in one of the two files only, so it stays. " + "and so on, " * 20
+    new = "This paragraph is found in one of the two files only, so it stays. " + "And so on. " * 19 + "The end."
     texts = [STORY + "\n\n" + STORY.replace("eleven", "twelve") + "\n\n" + new, STORY + "\n\n" + new[::-1]]
     kept = "".join(text for found in documents.prose(sources(*texts), seen=SeenText()) for text in found)
     assert kept.count("The lamp on the harbour wall") == 1
