@@ -194,6 +194,7 @@ class TrainConfig:
             "p": "0",
             "target_tokens": None,
             "iters": 2500,
+            "steps_per_eval": 125,
         }
         return from_layers(TrainConfig, values, self.base, where="base")
 

@@ -27,7 +27,7 @@ from mlx_forget.loop import Cadence, Observer, Report, RunState, StopRules, driv
 from mlx_forget.methods import METHODS
 from mlx_forget.pipeline.batches import BatchStream, RowSubset
 from mlx_forget.pipeline.catalog import Progress, builtin_tokenizer, resolve_store, silent
-from mlx_forget.pipeline.corpora import CORPORA, forget_home
+from mlx_forget.pipeline.corpora import CORPORA, build_corpus, forget_home
 from mlx_forget.pipeline.mixture import Mixture, parse_share
 from mlx_forget.pipeline.store import TokenStore
 from mlx_forget.pipeline.tokenizer import Tokenizer
@@ -73,6 +73,7 @@ class Plan:
     Args:
         base: the plan of the base model that `init: auto` stands for, or None.
         start: the checkpoint to start from, or None: from scratch, or from `base` once that is trained.
+        published: whether each built-in corpus is the one that published numbers were measured on.
     """
 
     config: TrainConfig
@@ -83,6 +84,7 @@ class Plan:
     stream: BatchStream
     windows: tuple[Windows, Windows, Windows | None]
     stores: dict[str, TokenStore]
+    published: dict[str, bool]
     tokenizer: Path
     num_steps: int
     run_id: str
@@ -154,6 +156,7 @@ def plan_run(config: TrainConfig, *, folder: Path | None = None, watch: Watch | 
     stores = {config.target: resolve_store(config.target, tokenizer, progress=watch.progress)}
     if config.pretrain is not None and config.pretrain not in stores:
         stores[config.pretrain] = resolve_store(config.pretrain, tokenizer, progress=watch.progress)
+    published = {name: _same_as_published(name, watch) for name in stores if name in CORPORA}
     if config.tokens_per_param is not None:
         num_tokens = config.tokens_per_param * num_params(model)
         config = dataclasses.replace(config, iters=math.ceil(num_tokens / (config.batch_size * row_length)), tokens_per_param=None)
@@ -178,6 +181,7 @@ def plan_run(config: TrainConfig, *, folder: Path | None = None, watch: Watch | 
         stream=stream,
         windows=windows,
         stores=stores,
+        published=published,
         tokenizer=tokenizer,
         num_steps=num_steps,
         run_id=identifier,
@@ -293,7 +297,7 @@ def _record(plan: Plan, run: RunState, trainer: Trainer) -> dict[str, Any]:
     rows = run.step * plan.stream.batch_size
     pretrain_rows = plan.stream.mixture.num_pretrain_before(rows)
     length = plan.stream.target.row_length
-    data = {
+    data: dict[str, dict[str, Any]] = {
         config.target: {
             "fingerprint": plan.stores[config.target].fingerprint,
             "role": "target",
@@ -314,6 +318,8 @@ def _record(plan: Plan, run: RunState, trainer: Trainer) -> dict[str, Any]:
         forgetting = best["pretrain_val"] - run.start["pretrain_val"]
         curve = [(point[0], point[1]) for point in run.identity["base_curve"]]
         lost = dataclasses.asdict(progress_lost(curve, run.start["pretrain_val"], best["pretrain_val"]))
+    for name, same in plan.published.items():
+        data[name]["same_as_published"] = same
     return {
         "schema_version": records.SCHEMA_VERSION,
         "run_id": plan.run_id,
@@ -385,6 +391,14 @@ def _data(
     else:
         pretrain_val = None if config.pretrain is None else validation(config.pretrain)
     return stream, (Windows.of("train", target, config.eval_rows), target_val, pretrain_val), num_steps
+
+
+def _same_as_published(name: str, watch: Watch) -> bool:
+    """Whether a built-in corpus is the published one; the answer is announced with what differs."""
+    corpus = build_corpus(name)
+    differences = "" if corpus.published else f" ({'; '.join(corpus.differences)})" if corpus.differences else ""
+    watch.say(f"Corpus {name}: same as published: {'yes' if corpus.published else 'no'}{differences}")
+    return corpus.published
 
 
 def _with_base(plan: Plan, watch: Watch) -> Plan:

@@ -51,7 +51,8 @@ def test_a_finetune_with_no_arguments_trains_its_base_once_and_writes_the_contra
     assert record["forgetting_nats"] == pytest.approx(difference)
     roles = {row["role"]: row for row in record["data"].values()}
     assert set(roles) == {"target", "pretrain"}
-    assert set(roles["target"]) == {"fingerprint", "role", "unique_tokens", "tokens_seen"}
+    assert set(roles["target"]) == {"fingerprint", "role", "unique_tokens", "tokens_seen", "same_as_published"}
+    assert "Corpus code: same as published: no" in err
     folder = tmp_path / "runs" / f"{record['run_id']}-fake"
     assert json.loads((folder / "record.json").read_text()) == record
     assert yaml.safe_load((folder / "config.yaml").read_text())["target"] == "code"

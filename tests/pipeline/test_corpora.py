@@ -321,9 +321,14 @@ def test_code_that_repeats_prose_or_validation_is_left_out() -> None:
     assert sorted(clean["train"] + clean["validation"]) == sorted(files)
     assert len(clean["validation"]) > 5
     # A training piece that swallows a validation piece, whichever of the two is the larger.
-    for whole in (clean["validation"][0] + " and one more", clean["validation"][0] + " " + " ".join(files[:9])):
-        again = documents.code(code_passages(*files, whole), prose=prose, validation_share=0.3, max_bytes=10**6)
-        assert not (whole in again["train"] and clean["validation"][0] in again["validation"])
+    small, noise = clean["validation"][0], [f"noise_{i}" for i in range(600)]
+    for length in (2, 600):
+        texts = [" ".join([small, *noise[:length], ending]) for ending in "abcdefgh"]
+        results = [
+            documents.code(code_passages(*files, whole), prose=prose, validation_share=0.3, max_bytes=10**6) for whole in texts
+        ]
+        assert not any(small in found["validation"] and set(found["train"]) & set(texts) for found in results)
+        assert any(set(found["train"]) & set(texts) for found in results) == (length == 600)
 
 
 def test_all_of_a_file_goes_to_one_split_and_the_cap_holds() -> None:
