@@ -43,7 +43,7 @@ class FitOptions:
     num_first_steps: int | None = None
     num_finalists: int | None = None
     first_delta: float = 0.05
-    max_steps: int = 400
+    max_steps: int = 200
     allow_duplicates: bool = False
     allow_units: bool = False
 
@@ -53,7 +53,7 @@ class FitOptions:
         Measured on 60 exact data sets per law: up to 5 coordinates 10 starts always reach the optimum; the 12 of the
         overfitting gap need about 100.
         """
-        usual = (10, 6, 4) if num_free <= 5 else (12 * (num_free - 3), 12, num_free + 2)
+        usual = (10, 6, 4) if num_free <= 5 else (12 * (num_free - 3), 20, num_free + 2)
         asked = (self.num_starts, self.num_first_steps, self.num_finalists)
         starts, steps, finalists = (own if own is not None else default for own, default in zip(asked, usual, strict=True))
         return starts, steps, finalists

@@ -21,6 +21,7 @@ from mlx_forget.laws.objective import Problem
 CONVERGED, STALLED, OUT_OF_STEPS = 0, 1, 2
 STATUS_NAMES = ("converged", "stalled", "iteration limit")
 MAX_STEP = 3.0
+DIAGONAL_SHARE = 1e-5
 TOLERANCE = 1e-11
 # Squared residuals below this are rounding: a fit of exact data has arrived.
 ROUNDING = 1e-28
@@ -82,14 +83,17 @@ def solve_small(matrices: Array, vectors: Array) -> Array:
     return x.T
 
 
-def _step(matrix: Array, gradient: Array, held: npt.NDArray[np.bool_]) -> Array:
-    """The step of (matrix) step = -gradient with held coordinates at zero, after scaling to a unit diagonal."""
+def _step(matrix: Array, gradient: Array, held: npt.NDArray[np.bool_], damping: Array) -> Array:
+    """The step of (matrix) step = -gradient with held coordinates at zero, after scaling to a unit diagonal.
+
+    Where columns are collinear, no multiple of `outer` regularises: a trace of the damping goes on the diagonal as well.
+    """
     k = gradient.shape[1]
     diagonal = np.arange(k)
     size = matrix[:, diagonal, diagonal]
     scale = np.where(held | ~(size > 0), 0.0, 1.0 / np.sqrt(np.where(size > 0, size, 1.0)))
     scaled = matrix * scale[:, :, None] * scale[:, None, :]
-    scaled[:, diagonal, diagonal] = 1.0 + 1e-14
+    scaled[:, diagonal, diagonal] = 1.0 + 1e-14 + DIAGONAL_SHARE * damping[:, None] * (scale != 0)
     return -solve_small(scaled, gradient * scale) * scale
 
 
@@ -136,7 +140,7 @@ def minimise(
         if has_bounds:
             hold = hold | ((ua <= low) & (g > 0)) | ((ua >= high) & (g < 0))
         matrix = inner[active] + lam[active, None, None] * outer[active]
-        d = _step(matrix, g, hold)
+        d = _step(matrix, g, hold, lam[active])
         d = np.where(np.isfinite(d), d, 0.0)
         np.clip(d, -MAX_STEP, MAX_STEP, out=d)
         if has_bounds:
@@ -145,14 +149,15 @@ def minimise(
                 some = np.flatnonzero(crossing.any(axis=1))
                 cut = np.where(crossing[some], np.clip(ua[some] + d[some], low, high) - ua[some], 0.0)
                 shifted = g[some] + np.einsum("rij,rj->ri", matrix[some], cut)
-                again = _step(matrix[some], shifted, hold[some] | crossing[some])
+                again = _step(matrix[some], shifted, hold[some] | crossing[some], lam[active][some])
                 again = np.clip(np.where(np.isfinite(again), again, 0.0), -MAX_STEP, MAX_STEP)
                 d[some] = np.clip(ua[some] + again + cut, low, high) - ua[some]
         expected = -(g * d).sum(1) - 0.5 * np.einsum("ri,rij,rj->r", d, matrix, d)
         trial = np.clip(ua + d, low, high)
         there = problem(active, trial)
         steps[active] += 1
-        fall = np.where(np.isfinite(there.value), value[active] - there.value, -np.inf)
+        with np.errstate(invalid="ignore"):
+            fall = np.where(np.isfinite(there.value), value[active] - there.value, -np.inf)
         accepted = fall > 0
         ratio = fall / np.maximum(expected, 1e-300)
         moved = active[accepted]
@@ -163,7 +168,7 @@ def minimise(
         lam[active] = np.clip(
             np.where(~accepted, was * 6 + 1e-4, np.where(ratio > 0.7, was * 0.1, np.where(ratio < 0.25, was * 3, was))), 1e-10, 1e9
         )
-        decrement[active] = np.maximum(expected, np.where(accepted, fall, 0.0)) / scale
+        decrement[active] = np.maximum(np.abs(expected), np.where(accepted, fall, 0.0)) / scale
         is_quiet = decrement[active] < tolerance
         quiet[active] = np.where(is_quiet, quiet[active] + 1, 0)
         # One quiet step is enough where it was an undamped one that kept its promise.

@@ -77,12 +77,11 @@ def projected_starts(law: Law, features: Features, loss: Array, weights: Array, 
     normal[:, :, upper[0], upper[1]] = packed
     normal[:, :, upper[1], upper[0]] = packed
     trace = np.einsum("rgii->rg", normal)[..., None, None]
-    solved = np.linalg.solve(normal + RIDGE * trace * np.eye(m) + 1e-300 * np.eye(m), right[..., None])[..., 0]
     low = np.array([law.parameters[j].low for j in columns])
     high = np.array([law.parameters[j].high for j in columns])
     # A positive amplitude keeps at least a thousandth of the loss, so that its logarithm can still move.
     smallest = np.where(at_one, 1e-3 / np.maximum(np.abs(basis).mean(axis=2), 1e-300), low)
-    solved = np.clip(solved, smallest, high)
+    solved = _bounded_solve(normal, right, np.broadcast_to(smallest, right.shape), high)
     misfit = (
         weights @ (target**2).T
         - 2 * (right * solved).sum(-1)
@@ -93,3 +92,22 @@ def projected_starts(law: Law, features: Features, loss: Array, weights: Array, 
     starts = grid[order]
     starts[..., columns] = np.where(at_one, np.log(np.where(at_one, picked, 1.0)), picked)
     return np.asarray(starts)
+
+
+def _bounded_solve(normal: Array, right: Array, low: Array, high: Array) -> Array:
+    """Least squares from normal equations [..., m, m] and [..., m], amplitudes that leave their bounds held there."""
+    m = right.shape[-1]
+    eye = np.eye(m)
+    ridge = RIDGE * np.einsum("...ii->...", normal)[..., None, None] * eye + 1e-300 * eye
+    solved = np.linalg.solve(normal + ridge, right[..., None])[..., 0]
+    outside = np.zeros(solved.shape, dtype=bool)
+    for _ in range(m - 1):
+        crossing = (solved < low) | (solved > high)
+        if not crossing.any():
+            break
+        outside |= crossing
+        held = np.where(outside, np.clip(solved, low, high), 0.0)
+        known = np.where(outside, held, right - np.einsum("...ij,...j->...i", normal, held))
+        apart = outside[..., :, None] | outside[..., None, :]
+        solved = np.linalg.solve(np.where(apart, eye, normal + ridge), known[..., None])[..., 0]
+    return np.clip(solved, low, high)
