@@ -49,7 +49,13 @@ def _bracket(f: Features, theta: Sequence[Array]) -> tuple[Array, list[Array]]:
     total = params + steps
     term = total**rho
     slope = rho * term / total
-    partials = [slope * params, slope * steps, -f["P"] * slope * params, -f["steps"] * slope * steps, rho * term * np.log(total)]
+    partials = [
+        slope * params,
+        slope * steps,
+        -f["P"] * slope * params,
+        -f["steps"] * slope * steps,
+        rho * term * np.log(total),
+    ]
     return term, partials
 
 
@@ -95,7 +101,9 @@ def _starts(sign: float) -> Starts:
         scale = np.maximum(sign * scale, 1e-3 * np.abs(response).mean() / np.maximum(mean, 1e-300))
         offset = centre - sign * scale * mean
         shift = np.log(scale)[:, None] / rho
-        return np.concatenate([shift + ratio / 2, shift - ratio / 2, alpha, beta, np.log(rho), offset[:, None]], axis=1)
+        return np.concatenate(
+            [shift + ratio / 2, shift - ratio / 2, alpha, beta, np.log(rho), offset[:, None]], axis=1
+        )
 
     return starts
 
@@ -109,7 +117,9 @@ def _elasticity(amplitude: int) -> Contrast:
         rest = np.exp(params[other_power] * np.log(params[other] / references[other_column]))
         return np.asarray(params["rho"] * (own + rest) ** (params["rho"] - 1) * own * params[power])
 
-    return Contrast(f"slope in log {column}", f"nats per factor e of {column} at the middle of the data", value)
+    return Contrast(
+        f"slope in log {column}", f"nats per factor e of {column} at the middle of the data", value
+    )
 
 
 def _size(params: Mapping[str, Array], references: Mapping[str, float]) -> Array:
@@ -128,8 +138,24 @@ PARAMETERS = (
 )
 
 for _name, _text, _latex, _equation, _evaluate, _sign, _response in (
-    ("kalajdzievski-finetuning", "loss = ((a / P)^alpha + (b / steps)^beta)^rho + s", "L_{ft} = [{}]^{\\rho} + s", 5, _finetuning, 1.0, "target"),
-    ("kalajdzievski-forgetting", "loss = s - ((a / P)^alpha + (b / steps)^beta)^rho", "L_f = s - [{}]^{\\rho}", 6, _forgetting, -1.0, "pretraining"),
+    (
+        "kalajdzievski-finetuning",
+        "loss = ((a / P)^alpha + (b / steps)^beta)^rho + s",
+        "L_{ft} = [{}]^{\\rho} + s",
+        5,
+        _finetuning,
+        1.0,
+        "target",
+    ),
+    (
+        "kalajdzievski-forgetting",
+        "loss = s - ((a / P)^alpha + (b / steps)^beta)^rho",
+        "L_f = s - [{}]^{\\rho}",
+        6,
+        _forgetting,
+        -1.0,
+        "pretraining",
+    ),
 ):
     register(
         Law(

@@ -55,7 +55,9 @@ class FitOptions:
         """
         usual = (10, 6, 4) if num_free <= 5 else (12 * (num_free - 3), 20, num_free + 2)
         asked = (self.num_starts, self.num_first_steps, self.num_finalists)
-        starts, steps, finalists = (own if own is not None else default for own, default in zip(asked, usual, strict=True))
+        starts, steps, finalists = (
+            own if own is not None else default for own, default in zip(asked, usual, strict=True)
+        )
         return starts, steps, finalists
 
 
@@ -153,7 +155,10 @@ class Fit:
     def data_range(self) -> dict[str, tuple[float, float]]:
         """The smallest and largest value of every column of the law, and of the loss."""
         columns = self.table.columns
-        return {name: (float(columns[name].min()), float(columns[name].max())) for name in (*self.law.columns, "loss")}
+        return {
+            name: (float(columns[name].min()), float(columns[name].max()))
+            for name in (*self.law.columns, "loss")
+        }
 
     @property
     def covariance(self) -> Array:
@@ -165,7 +170,9 @@ class Fit:
         return predict_at(self, self.u[None], columns, group=group)[0]
 
 
-def predict_at(fit: Fit, u: Array, columns: Mapping[str, npt.ArrayLike], *, group: str | None = None) -> Array:
+def predict_at(
+    fit: Fit, u: Array, columns: Mapping[str, npt.ArrayLike], *, group: str | None = None
+) -> Array:
     """Predictions [R, n] of a fit's law at free coordinates [R, K].
 
     Raises:
@@ -173,13 +180,17 @@ def predict_at(fit: Fit, u: Array, columns: Mapping[str, npt.ArrayLike], *, grou
     """
     for name in fit.law.columns:
         if name not in columns:
-            raise UserError(f"{fit.law.name} needs {name!r} to predict; it reads {', '.join(fit.law.columns)}.")
+            raise UserError(
+                f"{fit.law.name} needs {name!r} to predict; it reads {', '.join(fit.law.columns)}."
+            )
     length = max(np.size(np.asarray(columns[name])) for name in fit.law.columns)
     arrays = {name: np.broadcast_to(np.asarray(columns[name], float), (length,)) for name in fit.law.columns}
     which = None
     if len(fit.model.groups) > 1:
         if group not in fit.model.groups:
-            raise UserError(f"This fit has the groups {', '.join(fit.model.groups)}; name one of them, not {group!r}.")
+            raise UserError(
+                f"This fit has the groups {', '.join(fit.model.groups)}; name one of them, not {group!r}."
+            )
         which = np.full(length, fit.model.groups.index(group))
     return fit.model.predict(u, arrays, which)
 
@@ -220,7 +231,9 @@ def fit_law(
     law = get_law(law) if isinstance(law, str) else law
     if by is None:
         if constraints.shared:
-            raise UserError("Parameters are shared across groups: name the column of the groups with by (--by COLUMN).")
+            raise UserError(
+                "Parameters are shared across groups: name the column of the groups with by (--by COLUMN)."
+            )
         return _fit_separately([table], law, constraints, options, None if weights is None else [weights])[0]
     return _fit_jointly(table, law, constraints, by, options)
 
@@ -279,7 +292,9 @@ def _fit_separately(
         starts.append(u)
         dataset.extend([i] * len(u))
         for name, values in own.items():
-            features.setdefault(name, []).append(_pad(values[0], longest) if values.shape[1] > 1 or table.num_rows == 1 else values[0])
+            features.setdefault(name, []).append(
+                _pad(values[0], longest) if values.shape[1] > 1 or table.num_rows == 1 else values[0]
+            )
         response.append(_pad(options.objective.transform(table.columns["loss"]), longest))
         weight_rows.append(np.pad(own_weights, (0, longest - table.num_rows)))
     which = np.asarray(dataset)
@@ -295,7 +310,10 @@ def _fit_separately(
     low, high = models[0].low, models[0].high
     first = minimise(problem, np.concatenate(starts), low=low, high=high, max_steps=num_first_steps)
     finalists = np.concatenate(
-        [np.flatnonzero(which == i)[np.argsort(first.value[which == i])[:num_finalists]] for i in range(len(tables))]
+        [
+            np.flatnonzero(which == i)[np.argsort(first.value[which == i])[:num_finalists]]
+            for i in range(len(tables))
+        ]
     )
     subset = replace(
         problem,
@@ -308,7 +326,17 @@ def _fit_separately(
     fits = []
     for i, (table, model) in enumerate(zip(tables, models, strict=True)):
         mine = last.take(np.flatnonzero(which[finalists] == i))
-        fits.append(_finish(model, options.objective, constraints, table, None, mine, None if weights is None else weights[i]))
+        fits.append(
+            _finish(
+                model,
+                options.objective,
+                constraints,
+                table,
+                None,
+                mine,
+                None if weights is None else weights[i],
+            )
+        )
     return fits
 
 
@@ -335,7 +363,9 @@ def _fit_jointly(table: Table, law: Law, constraints: Constraints, by: str, opti
             _check(part, law, constraints, options)
         except UserError as error:
             raise UserError(f"Group {name!r}: {error}") from None
-    order = np.concatenate([np.flatnonzero(np.isin(table.row_numbers, part.row_numbers)) for part in groups.values()])
+    order = np.concatenate(
+        [np.flatnonzero(np.isin(table.row_numbers, part.row_numbers)) for part in groups.values()]
+    )
     group = np.empty(table.num_rows, np.int64)
     start = 0
     for g, part in enumerate(groups.values()):
@@ -372,7 +402,9 @@ def _finish(
     best = int(np.argmin(ends.value))
     u, value = ends.u[best], float(ends.value[best])
     if not np.isfinite(value):
-        raise UserError(f"{model.law.name} gives no positive loss anywhere near these data: is 'loss' (or 'L0') in the right column?")
+        raise UserError(
+            f"{model.law.name} gives no positive loss anywhere near these data: is 'loss' (or 'L0') in the right column?"
+        )
     row_weights = np.ones(table.num_rows) if weights is None else weights
     problem = LawProblem(
         model,
@@ -387,7 +419,9 @@ def _finish(
     curvature = problem(np.array([0]), u[None])
     agree = int(np.sum(ends.value <= value * (1 + AGREEMENT) + ROUNDING * table.num_rows))
     at_low, at_high = u <= model.low, u >= model.high
-    bounds = tuple(name for name, low, high in zip(model.coordinates, at_low, at_high, strict=True) if low or high)
+    bounds = tuple(
+        name for name, low, high in zip(model.coordinates, at_low, at_high, strict=True) if low or high
+    )
     inside = ~(at_low | at_high)
     gradient, outer = curvature.gradient[0][inside], curvature.outer[0][np.ix_(inside, inside)]
     squared = float(gradient @ np.linalg.pinv(outer, rcond=1e-12) @ gradient) if inside.any() else 0.0
@@ -397,15 +431,35 @@ def _finish(
     if ends.status[best] == CONVERGED:
         reason = f"converged in {ends.steps[best]} evaluations; {agree} of {len(ends.value)} starts reach the same objective"
     else:
-        reason = f"{status} after {ends.steps[best]} evaluations: the objective may still fall; look at the ridges"
+        reason = (
+            f"{status} after {ends.steps[best]} evaluations: the objective may still fall; look at the ridges"
+        )
     if bounds:
         reason += f"; on a bound: {', '.join(bounds)}"
     certificate = Certificate(
-        status, reason, len(ends.value), agree, excess, float(np.sqrt(max(squared, 0.0) / scale)), bounds, int(ends.steps[best])
+        status,
+        reason,
+        len(ends.value),
+        agree,
+        excess,
+        float(np.sqrt(max(squared, 0.0) / scale)),
+        bounds,
+        int(ends.steps[best]),
     )
     used = row_weights > 0
     noise = estimate_noise(residual[0][used], objective, model.num_free)
     made = Fit(
-        model.law, model, objective, constraints, table, group, u, value, residual[0], jacobian[0].T.copy(), noise, certificate
+        model.law,
+        model,
+        objective,
+        constraints,
+        table,
+        group,
+        u,
+        value,
+        residual[0],
+        jacobian[0].T.copy(),
+        noise,
+        certificate,
     )
     return replace(made, flags=fit_flags(made.model, made.u, made.jacobian[used], made.noise, table, bounds))

@@ -28,7 +28,12 @@ LOG_LIMIT_ALPHA = 0.15
 # Relative noise assumed before any fit: what seeds do to a validation loss.
 ASSUMED_NOISE = 0.004
 SHARE_MENU = (0.0, 0.002, 0.01, 0.05, 0.25, 0.5, 1.0)
-COUNT_MENU = {"N": (0.1, 0.25, 4.0, 10.0), "D": (0.03, 0.1, 10.0, 30.0), "P": (0.125, 8.0), "steps": (0.125, 8.0)}
+COUNT_MENU = {
+    "N": (0.1, 0.25, 4.0, 10.0),
+    "D": (0.03, 0.1, 10.0, 30.0),
+    "P": (0.125, 8.0),
+    "steps": (0.125, 8.0),
+}
 
 
 @dataclass(frozen=True)
@@ -92,14 +97,18 @@ def ridges(jacobian: Array, limit: Array, noise: float, *, degrees: int) -> tupl
     return extents[::-1], directions[::-1]
 
 
-def fit_flags(model: Model, u: Array, jacobian: Array, noise: Noise, table: Table, at_bounds: tuple[str, ...]) -> tuple[Flag, ...]:
+def fit_flags(
+    model: Model, u: Array, jacobian: Array, noise: Noise, table: Table, at_bounds: tuple[str, ...]
+) -> tuple[Flag, ...]:
     """The flags of a fit: free directions with the run that would break the tie, bounds, and degenerate data."""
     loss = table.columns["loss"]
     limit = limits(model, loss)
     found = list(_data_flags(model, table))
     degrees = table.num_rows - model.num_free
     known = {name for flag in found for name in flag.parameters}
-    extents, directions = ridges(np.where(np.isfinite(jacobian), jacobian, 0.0), limit, noise.estimator, degrees=degrees)
+    extents, directions = ridges(
+        np.where(np.isfinite(jacobian), jacobian, 0.0), limit, noise.estimator, degrees=degrees
+    )
     for extent, direction in zip(extents, directions, strict=True):
         if not extent > 1:
             break
@@ -113,12 +122,18 @@ def fit_flags(model: Model, u: Array, jacobian: Array, noise: Noise, table: Tabl
         found.append(Flag("bound", (name,), _bound_words(model, u, name)))
     if degrees < 1:
         found.append(
-            Flag("data", (), f"{table.num_rows} rows for {model.num_free} free parameters: the law passes through them, and no interval is possible")
+            Flag(
+                "data",
+                (),
+                f"{table.num_rows} rows for {model.num_free} free parameters: the law passes through them, and no interval is possible",
+            )
         )
     return tuple(found)
 
 
-def design_flags(law: Law, table: Table, *, constraints: Constraints = FREE, noise: float = ASSUMED_NOISE) -> tuple[Flag, ...]:
+def design_flags(
+    law: Law, table: Table, *, constraints: Constraints = FREE, noise: float = ASSUMED_NOISE
+) -> tuple[Flag, ...]:
     """What the columns of a table, before any loss is measured, will leave undetermined.
 
     The law's sensitivity is taken at a spread of plausible parameters; a direction counts only where it is free at most
@@ -154,10 +169,16 @@ def _plausible(model: Model) -> list[Array]:
     axes = []
     for parameter in model.law.parameters:
         if parameter.linear:
-            axes.append([0.0] if parameter.log else [1.0 if not np.isfinite(parameter.low) or parameter.low < 1 else parameter.low])
+            axes.append(
+                [0.0]
+                if parameter.log
+                else [1.0 if not np.isfinite(parameter.low) or parameter.low < 1 else parameter.low]
+            )
         elif parameter.grid:
             middle = len(parameter.grid) // 2
-            axes.append([parameter.encode(value) for value in parameter.grid[max(middle - 1, 0) : middle + 1]])
+            axes.append(
+                [parameter.encode(value) for value in parameter.grid[max(middle - 1, 0) : middle + 1]]
+            )
         else:
             axes.append([parameter.encode(1.0) if parameter.log else 0.3])
     points = np.array(list(product(*axes)))
@@ -193,7 +214,9 @@ def _names(coordinates: tuple[str, ...], direction: Array) -> tuple[str, ...]:
     return tuple(coordinates[j] for j in order[:4] if abs(direction[j]) > 0.15 * strongest)
 
 
-def _words(model: Model, u: Array, names: tuple[str, ...], direction: Array, extent: float, limit: Array) -> str:
+def _words(
+    model: Model, u: Array, names: tuple[str, ...], direction: Array, extent: float, limit: Array
+) -> str:
     spans = []
     for name in names:
         m = model.coordinates.index(name)
@@ -201,7 +224,9 @@ def _words(model: Model, u: Array, names: tuple[str, ...], direction: Array, ext
             continue
         half = extent * abs(direction[m]) * limit[m]
         parameter = model.law.parameters[int(np.argmax(np.any(model.matrix[:, :, m] != 0, axis=0)))]
-        spans.append(f"{name} by a factor {np.exp(min(half, 99.0)):.3g}" if parameter.log else f"{name} by {half:.2g}")
+        spans.append(
+            f"{name} by a factor {np.exp(min(half, 99.0)):.3g}" if parameter.log else f"{name} by {half:.2g}"
+        )
     joined = " and ".join(names) if len(names) < 3 else ", ".join(names[:-1]) + " and " + names[-1]
     if len(names) == 1:
         text = f"the data do not determine {joined}"
@@ -240,7 +265,10 @@ def candidate_runs(law: Law, table: Table) -> list[dict[str, float]]:
     """Neighbours of the runs of a table: the middle and extreme rows with one column changed."""
     columns = {name: table.columns[name] for name in law.columns}
     order = np.lexsort([columns[name] for name in law.columns])
-    bases = [{name: float(values[row]) for name, values in columns.items()} for row in {int(order[0]), int(order[-1]), int(order[len(order) // 2])}]
+    bases = [
+        {name: float(values[row]) for name, values in columns.items()}
+        for row in {int(order[0]), int(order[-1]), int(order[len(order) // 2])}
+    ]
     made: list[dict[str, float]] = []
     for base in bases:
         for name in law.columns:
@@ -258,7 +286,11 @@ def candidate_runs(law: Law, table: Table) -> list[dict[str, float]]:
 
 def describe_run(run: Mapping[str, float]) -> str:
     """A run in words: `N = 1.27e+09, D = 3e+06, p = 1%`."""
-    parts = [f"{name} = {value:.3g}" if name not in ("p", "r", "R") else f"{name} = {100 * value:g}%" for name, value in run.items() if name != "L0"]
+    parts = [
+        f"{name} = {value:.3g}" if name not in ("p", "r", "R") else f"{name} = {100 * value:g}%"
+        for name, value in run.items()
+        if name != "L0"
+    ]
     return ", ".join(parts)
 
 
@@ -274,7 +306,14 @@ def _remedy(model: Model, u: Array, scaled: Array, limit: Array, table: Table) -
         value, partials = model.evaluate(model.law.features(columns, model.references), None, u[None])
         shape = (1, len(candidates))
         raw = np.stack([np.broadcast_to(partial, shape)[0] for partial in partials], axis=1)
-        rows = np.nan_to_num(raw / np.maximum(np.abs(np.broadcast_to(value, shape)[0]), 1e-3)[:, None], posinf=0.0, neginf=0.0) * limit
+        rows = (
+            np.nan_to_num(
+                raw / np.maximum(np.abs(np.broadcast_to(value, shape)[0]), 1e-3)[:, None],
+                posinf=0.0,
+                neginf=0.0,
+            )
+            * limit
+        )
     gram = np.nan_to_num(scaled).T @ np.nan_to_num(scaled)
     picked: list[int] = []
     first = float(np.linalg.eigvalsh(gram)[0])

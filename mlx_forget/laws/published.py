@@ -24,7 +24,9 @@ def amplitude(name: str, meaning: str, unit: str = "nats x units of the columns"
     return Parameter(name, meaning, unit, log=True, low=1e-200, high=1e200, linear=True)
 
 
-def exponent(name: str, meaning: str, *, grid: tuple[float, ...] = EXPONENTS, low: float = 0.0, high: float = 10.0) -> Parameter:
+def exponent(
+    name: str, meaning: str, *, grid: tuple[float, ...] = EXPONENTS, low: float = 0.0, high: float = 10.0
+) -> Parameter:
     return Parameter(name, meaning, low=low, high=high, grid=grid)
 
 
@@ -74,7 +76,11 @@ chinchilla = register(
         logs=("N", "D"),
         rescales=(Rescale("A", "N", "alpha", 1.0), Rescale("B", "D", "beta", 1.0)),
         contrasts=(
-            Contrast("beta / (alpha + beta)", "exponent of the compute-optimal model size in compute", _compute_split),
+            Contrast(
+                "beta / (alpha + beta)",
+                "exponent of the compute-optimal model size in compute",
+                _compute_split,
+            ),
         ),
         alternatives=(
             Alternative("chinchilla", "chinchilla"),
@@ -109,13 +115,22 @@ FORGETTING_PARAMETERS = (
 )
 FORGETTING_RESCALES = (Rescale("A", "N", "alpha", 1.0), Rescale("A", "D", "beta", -1.0))
 FORGETTING_RIVALS = (
-    Alternative("no p", "bethune-forgetting/no-p", inside=("p on N", "p on D", "p added to N", "p saturates", "with E")),
+    Alternative(
+        "no p",
+        "bethune-forgetting/no-p",
+        inside=("p on N", "p on D", "p added to N", "p saturates", "with E"),
+    ),
     Alternative("p on N", "bethune-forgetting", inside=("p saturates", "with E")),
     Alternative("p on D", "bethune-forgetting/on-d"),
     Alternative("p added to N", "bethune-forgetting/additive"),
     Alternative("p saturates", "bethune-forgetting/saturating"),
     Alternative("with E", "bethune-forgetting-e"),
-    Alternative("tied exponents", "bethune-forgetting", tied={"beta": "alpha"}, inside=("p on N", "p saturates", "with E")),
+    Alternative(
+        "tied exponents",
+        "bethune-forgetting",
+        tied={"beta": "alpha"},
+        inside=("p on N", "p saturates", "with E"),
+    ),
     Alternative("log limit", "bethune-forgetting/log-limit"),
 )
 
@@ -143,7 +158,9 @@ register(
         columns=("N", "D", "p", "L0"),
         parameters=(
             *FORGETTING_PARAMETERS,
-            Parameter("E", "forgetting that neither size nor replay removes; may be negative", "nats", linear=True),
+            Parameter(
+                "E", "forgetting that neither size nor replay removes; may be negative", "nats", linear=True
+            ),
         ),
         evaluate=_forgetting,
         logs=("N", "D"),
@@ -196,14 +213,18 @@ def _log_limit(f: Features, theta: Sequence[Array]) -> tuple[Array, Sequence[Par
 
 def _log_limit_natural(theta: Array, references: Mapping[str, float]) -> Array:
     values = np.array(theta)
-    values[..., 0] = theta[..., 0] - theta[..., 1] * np.log(references["D"]) + theta[..., 2] * np.log(references["N"])
+    values[..., 0] = (
+        theta[..., 0] - theta[..., 1] * np.log(references["D"]) + theta[..., 2] * np.log(references["N"])
+    )
     values[..., 3] = np.exp(theta[..., 3])
     return values
 
 
 def _log_limit_internal(values: Array, references: Mapping[str, float]) -> Array:
     theta = np.array(values)
-    theta[..., 0] = values[..., 0] + values[..., 1] * np.log(references["D"]) - values[..., 2] * np.log(references["N"])
+    theta[..., 0] = (
+        values[..., 0] + values[..., 1] * np.log(references["D"]) - values[..., 2] * np.log(references["N"])
+    )
     theta[..., 3] = np.log(values[..., 3])
     return theta
 
@@ -248,7 +269,13 @@ register(
         parameters=(
             *FORGETTING_PARAMETERS[:3],
             Parameter(
-                "B", "capacity that a share of 1 would add", "parameters", log=True, low=1.0, high=1e16, grid=(1e8, 1e10, 1e12)
+                "B",
+                "capacity that a share of 1 would add",
+                "parameters",
+                log=True,
+                low=1.0,
+                high=1e16,
+                grid=(1e8, 1e10, 1e12),
             ),
         ),
         evaluate=_replay_added,
@@ -327,7 +354,9 @@ register(
         rescales=(Rescale("A", "N", "alpha", 1.0), Rescale("A", "D", "beta", 1.0)),
         alternatives=(
             Alternative("finetuning", "bethune-finetuning"),
-            Alternative("tied exponents", "bethune-finetuning", tied={"beta": "alpha"}, inside=("finetuning",)),
+            Alternative(
+                "tied exponents", "bethune-finetuning", tied={"beta": "alpha"}, inside=("finetuning",)
+            ),
             Alternative("E = 0", "bethune-finetuning", fixed={"E": 0.0}, inside=("finetuning",)),
         ),
         response="target",
@@ -429,7 +458,14 @@ register(
             exponent("beta", "how fast the loss falls with tokens", grid=(0.1, 0.3, 0.7)),
             amplitude("C", "size of the mixture term", "nats"),
             exponent("gamma", "how fast the loss falls with the share", grid=(0.3, 1.0, 2.0)),
-            Parameter("eps", "share that the model knows already", log=True, low=1e-6, high=10.0, grid=(0.02, 0.1, 0.5)),
+            Parameter(
+                "eps",
+                "share that the model knows already",
+                log=True,
+                low=1e-6,
+                high=10.0,
+                grid=(0.02, 0.1, 0.5),
+            ),
         ),
         evaluate=_dcpt,
         logs=("N", "D"),
@@ -459,7 +495,11 @@ register(
         parameters=(
             Parameter("a", "size and sign of the effect of the share", "nats", linear=True),
             Parameter(
-                "s", "exponent of the share; either sign", low=-20.0, high=20.0, grid=(-2.0, -0.7, -0.2, -0.03, 0.03, 0.2, 0.7, 2.0)
+                "s",
+                "exponent of the share; either sign",
+                low=-20.0,
+                high=20.0,
+                grid=(-2.0, -0.7, -0.2, -0.03, 0.03, 0.2, 0.7, 2.0),
             ),
             Parameter("b", "loss without the effect", "nats", linear=True),
         ),
@@ -508,15 +548,27 @@ register(
         columns=("D", "r"),
         parameters=(
             amplitude("A", "size of the training term", "nats / tokens^b"),
-            Parameter("b_s", "exponent of the training term on domain data", low=-10.0, high=10.0, grid=(-0.5, -0.1)),
-            Parameter("b_g", "exponent of the training term on general data", low=-10.0, high=10.0, grid=(-0.5, -0.1)),
+            Parameter(
+                "b_s", "exponent of the training term on domain data", low=-10.0, high=10.0, grid=(-0.5, -0.1)
+            ),
+            Parameter(
+                "b_g",
+                "exponent of the training term on general data",
+                low=-10.0,
+                high=10.0,
+                grid=(-0.5, -0.1),
+            ),
             Parameter("k0", "asymptote", "nats", linear=True),
             Parameter("k1", "fall of the asymptote with log share", "nats", linear=True),
-            Parameter("k2", "share at which that fall begins", log=True, low=1e-8, high=10.0, grid=(1e-3, 1e-2)),
+            Parameter(
+                "k2", "share at which that fall begins", log=True, low=1e-8, high=10.0, grid=(1e-3, 1e-2)
+            ),
             Parameter("k3", "linear fall of the asymptote", "nats", linear=True),
             amplitude("a1", "size of the overfitting gap", "nats / tokens^g"),
             Parameter("a2", "power of the gap in the share", low=0.0, high=10.0, grid=(0.5, 1.0)),
-            Parameter("a3", "exponential rate of the gap in the share", low=-1000.0, high=1000.0, grid=(-5.0, 5.0)),
+            Parameter(
+                "a3", "exponential rate of the gap in the share", low=-1000.0, high=1000.0, grid=(-5.0, 5.0)
+            ),
             Parameter("g_s", "exponent of the gap on domain data", low=-10.0, high=20.0, grid=(0.5, 2.0)),
             Parameter("g_g", "exponent of the gap on general data", low=-10.0, high=20.0, grid=(0.3, 1.0)),
         ),

@@ -46,7 +46,9 @@ class Solution:
     steps: npt.NDArray[np.int64]
 
     def take(self, rows: npt.NDArray[np.int64]) -> "Solution":
-        return Solution(self.u[rows], self.value[rows], self.status[rows], self.decrement[rows], self.steps[rows])
+        return Solution(
+            self.u[rows], self.value[rows], self.status[rows], self.decrement[rows], self.steps[rows]
+        )
 
 
 def solve_small(matrices: Array, vectors: Array) -> Array:
@@ -163,16 +165,30 @@ def minimise(
         moved = active[accepted]
         scale = np.maximum(np.minimum(value[active], np.where(accepted, there.value, np.inf)), floor)
         u[moved], gradient[moved] = trial[accepted], there.gradient[accepted]
-        inner[moved], outer[moved], value[moved] = there.inner[accepted], there.outer[accepted], there.value[accepted]
+        inner[moved], outer[moved], value[moved] = (
+            there.inner[accepted],
+            there.outer[accepted],
+            there.value[accepted],
+        )
         was = lam[active]
         lam[active] = np.clip(
-            np.where(~accepted, was * 6 + 1e-4, np.where(ratio > 0.7, was * 0.1, np.where(ratio < 0.25, was * 3, was))), 1e-10, 1e9
+            np.where(
+                ~accepted,
+                was * 6 + 1e-4,
+                np.where(ratio > 0.7, was * 0.1, np.where(ratio < 0.25, was * 3, was)),
+            ),
+            1e-10,
+            1e9,
         )
         decrement[active] = np.maximum(np.abs(expected), np.where(accepted, fall, 0.0)) / scale
         is_quiet = decrement[active] < tolerance
         quiet[active] = np.where(is_quiet, quiet[active] + 1, 0)
         # One quiet step is enough where it was an undamped one that kept its promise.
-        arrived = (quiet[active] >= 2) | (value[active] <= floor) | (is_quiet & accepted & (was < 1e-3) & (ratio > 0.5))
+        arrived = (
+            (quiet[active] >= 2)
+            | (value[active] <= floor)
+            | (is_quiet & accepted & (was < 1e-3) & (ratio > 0.5))
+        )
         stuck = (lam[active] > 1e7) & ~arrived
         status[active[arrived]] = CONVERGED
         # No representable step descends any more: at the optimum to rounding, or at a point where the model is wrong.

@@ -18,13 +18,17 @@ RIDGE = 1e-9
 def exponent_grid(law: Law) -> Array:
     """Internal coordinates [S, k] over the product of the parameters' grids, amplitudes one and offsets zero."""
     axes = [parameter.grid or (_neutral(parameter.low, parameter.high),) for parameter in law.parameters]
-    axes = [(1.0 if p.log else 0.0,) if p.linear else axis for p, axis in zip(law.parameters, axes, strict=True)]
+    axes = [
+        (1.0 if p.log else 0.0,) if p.linear else axis for p, axis in zip(law.parameters, axes, strict=True)
+    ]
     size = int(np.prod([len(axis) for axis in axes]))
     if size <= MAX_GRID:
         points = np.array(list(product(*axes)))
     else:
         generator = np.random.default_rng(0)
-        points = np.stack([np.resize(generator.permutation(np.resize(axis, MAX_GRID)), MAX_GRID) for axis in axes], axis=1)
+        points = np.stack(
+            [np.resize(generator.permutation(np.resize(axis, MAX_GRID)), MAX_GRID) for axis in axes], axis=1
+        )
     return np.stack([[p.encode(v) for v in points[:, j]] for j, p in enumerate(law.parameters)], axis=1)
 
 

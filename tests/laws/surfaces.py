@@ -40,7 +40,11 @@ class Surface:
         for _ in range(count):
             natural = {}
             for name, (low, high, how) in self.ranges.items():
-                natural[name] = float(np.exp(generator.uniform(np.log(low), np.log(high))) if how == "log" else generator.uniform(low, high))
+                natural[name] = float(
+                    np.exp(generator.uniform(np.log(low), np.log(high)))
+                    if how == "log"
+                    else generator.uniform(low, high)
+                )
             for rule in law.rescales:
                 power = 1.0 if rule.power is None else natural[rule.power]
                 natural[rule.amplitude] *= references[rule.column] ** (rule.sign * power)
@@ -72,10 +76,18 @@ def paper_grid(sizes: Array = SIZES, tokens: Array = TOKENS, shares: Array = SHA
 def scattered(count: int, seed: int = 0) -> dict[str, Array]:
     """Models of 1e7..1e10 parameters on 3e8..3e11 tokens, log-uniform."""
     generator = np.random.default_rng(seed)
-    return {"N": np.exp(generator.uniform(np.log(1e7), np.log(1e10), count)), "D": np.exp(generator.uniform(np.log(3e8), np.log(3e11), count))}
+    return {
+        "N": np.exp(generator.uniform(np.log(1e7), np.log(1e10), count)),
+        "D": np.exp(generator.uniform(np.log(3e8), np.log(3e11), count)),
+    }
 
 
-FORGETTING = {"A": (0.05, 0.6, "log"), "alpha": (0.2, 0.8, "plain"), "beta": (0.2, 0.7, "plain"), "B": (50.0, 5000.0, "log")}
+FORGETTING = {
+    "A": (0.05, 0.6, "log"),
+    "alpha": (0.2, 0.8, "plain"),
+    "beta": (0.2, 0.7, "plain"),
+    "B": (50.0, 5000.0, "log"),
+}
 STEPS = {
     "alpha": (0.1, 0.5, "plain"),
     "beta": (0.1, 0.5, "plain"),
@@ -88,31 +100,57 @@ SURFACES: dict[str, Surface] = {
     "chinchilla": Surface(
         "chinchilla",
         scattered(120),
-        {"E": (1.2, 2.2, "plain"), "A": (0.1, 1.0, "log"), "B": (0.1, 1.0, "log"), "alpha": (0.2, 0.6, "plain"), "beta": (0.2, 0.6, "plain")},
+        {
+            "E": (1.2, 2.2, "plain"),
+            "A": (0.1, 1.0, "log"),
+            "B": (0.1, 1.0, "log"),
+            "alpha": (0.2, 0.6, "plain"),
+            "beta": (0.2, 0.6, "plain"),
+        },
     ),
     "bethune-forgetting": Surface("bethune-forgetting", paper_grid(), FORGETTING),
-    "bethune-forgetting-e": Surface("bethune-forgetting-e", paper_grid(), {**FORGETTING, "E": (-0.02, 0.05, "plain")}),
+    "bethune-forgetting-e": Surface(
+        "bethune-forgetting-e", paper_grid(), {**FORGETTING, "E": (-0.02, 0.05, "plain")}
+    ),
     "bethune-finetuning": Surface(
         "bethune-finetuning",
         grid(N=SIZES, D=TOKENS),
-        {"A": (0.3, 2.0, "log"), "alpha": (0.05, 0.3, "plain"), "beta": (0.05, 0.3, "plain"), "E": (0.3, 1.5, "plain")},
+        {
+            "A": (0.3, 2.0, "log"),
+            "alpha": (0.05, 0.3, "plain"),
+            "beta": (0.05, 0.3, "plain"),
+            "E": (0.3, 1.5, "plain"),
+        },
     ),
     "forgetting-fixed-n": Surface(
         "forgetting-fixed-n",
         {**grid(D=TOKENS, p=SHARES), "L0": np.full(25, 3.2)},
-        {"A": (0.05, 0.6, "log"), "beta": (0.2, 0.7, "plain"), "B": (50.0, 5000.0, "log"), "alpha": (0.2, 0.8, "plain")},
+        {
+            "A": (0.05, 0.6, "log"),
+            "beta": (0.2, 0.7, "plain"),
+            "B": (50.0, 5000.0, "log"),
+            "alpha": (0.2, 0.8, "plain"),
+        },
     ),
     "kalajdzievski-linear": Surface(
-        "kalajdzievski-linear", {"L_ft": np.linspace(0.65, 0.9, 20)}, {"c": (0.8, 2.0, "plain"), "s": (2.0, 3.2, "plain")}
+        "kalajdzievski-linear",
+        {"L_ft": np.linspace(0.65, 0.9, 20)},
+        {"c": (0.8, 2.0, "plain"), "s": (2.0, 3.2, "plain")},
     ),
     "kalajdzievski-finetuning": Surface(
         "kalajdzievski-finetuning",
-        grid(P=2.4986e6 * np.array([1.0, 8, 16, 32, 64, 128, 256]), steps=np.array([60.0, 90, 120, 180, 260, 1000, 4000])),
+        grid(
+            P=2.4986e6 * np.array([1.0, 8, 16, 32, 64, 128, 256]),
+            steps=np.array([60.0, 90, 120, 180, 260, 1000, 4000]),
+        ),
         {**STEPS, "s": (0.4, 1.0, "plain")},
     ),
     "kalajdzievski-forgetting": Surface(
         "kalajdzievski-forgetting",
-        grid(P=2.4986e6 * np.array([1.0, 8, 16, 32, 64, 128, 256]), steps=np.array([60.0, 90, 120, 180, 260, 1000, 4000])),
+        grid(
+            P=2.4986e6 * np.array([1.0, 8, 16, 32, 64, 128, 256]),
+            steps=np.array([60.0, 90, 120, 180, 260, 1000, 4000]),
+        ),
         {**STEPS, "s": (10.0, 12.0, "plain")},
     ),
     "d-cpt": Surface(
@@ -131,7 +169,9 @@ SURFACES: dict[str, Surface] = {
         },
     ),
     "cmr": Surface(
-        "cmr", {"R": np.array([0.05, 0.125, 0.25, 1 / 3, 0.5, 0.75, 1.0])}, {"a": (0.05, 0.4, "plain"), "s": (-0.8, -0.1, "plain"), "b": (1.0, 2.0, "plain")}
+        "cmr",
+        {"R": np.array([0.05, 0.125, 0.25, 1 / 3, 0.5, 0.75, 1.0])},
+        {"a": (0.05, 0.4, "plain"), "s": (-0.8, -0.1, "plain"), "b": (1.0, 2.0, "plain")},
     ),
     "overfitting-gap": Surface(
         "overfitting-gap",
