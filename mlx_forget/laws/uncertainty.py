@@ -7,7 +7,7 @@ Which interval is the default (measured coverage: `tests/laws/coverage.py`):
 - rows independent and fewer than 40: profile-F, since a case bootstrap of 12 rows is far too wide and a residual one too
   narrow;
 - 20 clusters or more, or 40 independent rows or more: percentile bootstrap over clusters, stretched about the fit by
-  sqrt(G / (G - k)) t / z, because a resample of G clusters varies less than G new clusters would;
+  sqrt(G / (G - 1)) t / z, because a resample of G clusters varies less than G new clusters would;
 - fewer than 20 clusters: t with G - 1 degrees of freedom on the bootstrap's standard deviation, and a warning.
 """
 
@@ -243,9 +243,13 @@ def bootstrap(
 Quantity = Callable[[Array], Array]
 
 
-def stretch(num_clusters: int, num_free: int, level: float) -> float:
-    """By how much percentile intervals are widened about the fit: sqrt(G / (G - k)) t / z with G - k degrees of freedom."""
-    degrees = max(num_clusters - num_free, 1)
+def stretch(num_clusters: int, level: float) -> float:
+    """By how much percentile intervals are widened about the fit: sqrt(G / (G - 1)) t / z with G - 1 degrees of freedom.
+
+    Measured over 500 simulations of 20 and 25 runs with 6 checkpoints each: unwidened intervals cover 93 to 96%, widened by
+    sqrt(G / (G - k)) they cover up to 99%, by this 95 to 98%.
+    """
+    degrees = max(num_clusters - 1, 1)
     upper = 0.5 + level / 2
     return float(np.sqrt(num_clusters / degrees) * student.ppf(upper, degrees) / norm.ppf(upper))
 
@@ -270,7 +274,7 @@ def draws_interval(draws: Draws, quantity: Quantity, *, level: float = DEFAULTS.
         half = student.ppf(0.5 + level / 2, max(num - 1, 1)) * spread
         return centre - half, centre + half
     ends = np.quantile(values, [0.5 - level / 2, 0.5 + level / 2], axis=0)
-    factor = stretch(num, fit.model.num_free, level)
+    factor = stretch(num, level)
     return centre + factor * np.minimum(ends[0] - centre, 0.0), centre + factor * np.maximum(
         ends[1] - centre, 0.0
     )
@@ -439,8 +443,8 @@ def profile_prediction(
 ) -> list[Interval]:
     """Profile-F intervals of predictions at points of natural columns [m].
 
-    A prediction is held by one extra row at that point whose weight outbids the whole table: under a Huber loss that
-    penalty is exact, and no law needs a form solved for its prediction.
+    One extra row at that point pulls the prediction away. Wherever the pulled fit comes to rest, it has the lowest
+    objective of all fits with that prediction, so it lies on the profile, and no law needs to be solved for its prediction.
     """
     length = max(np.size(np.asarray(columns[name])) for name in fit.law.columns)
     at = {name: np.broadcast_to(np.asarray(columns[name], float), (length,)) for name in fit.law.columns}
@@ -470,32 +474,31 @@ def _profile_point(fit: Fit, point: Mapping[str, float], level: float, group: st
     all_features = fit.law.features(columns, fit.model.references)
     groups = None if fit.group is None or which is None else np.append(fit.group, which)
     direction = inverse @ gradient / max(gradient @ inverse @ gradient, 1e-300)
+    # Where the ends would be for a law linear in its parameters, and the pull on the extra row there.
+    reach = width * float(np.sqrt(2 * critical / fit.noise.ratio))
+    pull = 2 * critical / reach
+    delta = fit.objective.delta
+    heavy = 20 * pull / (delta if np.isfinite(delta) else reach)
+    one_side = np.array([0.4, 0.7, 0.9, 1.05, 1.2, 1.5, 2.0, 3.0, 6.0, 15.0])
+    offsets = reach * np.concatenate([-one_side, one_side])
+    count = len(offsets)
     own = fit.objective.transform(fit.table.columns["loss"])
-
-    def rises(offsets: Array) -> Array:
-        targets = transformed + offsets
-        response = np.concatenate([np.tile(own, (len(offsets), 1)), targets[:, None]], axis=1)
-        heavy = 1e4 * fit.num_rows
-        weights = np.concatenate(
-            [np.ones((len(offsets), fit.num_rows)), np.full((len(offsets), 1), heavy)], axis=1
-        )
-        problem = LawProblem(fit.model, fit.objective, all_features, response, weights, group=groups)
-        start = fit.u + offsets[:, None] * direction
-        ends = minimise(
-            problem, start, low=fit.model.low, high=fit.model.high, damping=0.1, max_steps=150, tolerance=1e-8
-        )
-        return np.asarray(np.maximum(ends.value - fit.value, 0.0) / critical)
-
+    response = np.concatenate([np.tile(own, (count, 1)), transformed + offsets[:, None]], axis=1)
+    weights = np.concatenate([np.ones((count, fit.num_rows)), np.full((count, 1), heavy)], axis=1)
+    problem = LawProblem(fit.model, fit.objective, all_features, response, weights, group=groups)
+    start = fit.u + offsets[:, None] * direction
+    low_bound, high_bound = fit.model.low, fit.model.high
+    ends = minimise(problem, start, low=low_bound, high=high_bound, damping=0.1, max_steps=80, tolerance=1e-7)
+    with np.errstate(all="ignore"):
+        residual, _ = problem.residual(np.arange(count), ends.u)
+    reached = offsets - residual[:, -1]
+    rises = np.maximum(fit.objective.terms(residual[:, :-1]).sum(axis=1) - fit.value, 0.0) / critical
     found = []
-    for side in (-1.0, 1.0):
-        offsets = side * width * np.array([0.6, 1.2, 1.8, 2.4, 3.2, 5.0, 10.0, 25.0])
-        end, window = _crossing(0.0, offsets, rises(offsets))
-        if np.isfinite(end):
-            end = _refined(end, float(rises(np.array([end]))[0]), window)
-        found.append(end)
+    for side in (slice(0, len(one_side)), slice(len(one_side), None)):
+        order = np.argsort(np.abs(reached[side]))
+        found.append(_crossing(0.0, reached[side][order], rises[side][order])[0])
     low, high = (
-        None if not np.isfinite(end) else float(fit.objective.invert(np.array([transformed + end]))[0])
-        for end in found
+        None if not np.isfinite(end) else float(fit.objective.invert(np.array([transformed + end]))[0]) for end in found
     )
     return Interval(centre, low, high)
 
