@@ -8,6 +8,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -20,7 +21,16 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 SIZE = (6.4, 4.6)
 CURVE_POINTS = 60
-AXIS_NAMES = {"N": "parameters N", "D": "unique tokens D", "p": "share of pretraining data p", "P": "trainable parameters P", "steps": "update steps", "R": "share R", "r": "share r", "L_ft": "finetuning loss"}
+AXIS_NAMES = {
+    "N": "parameters N",
+    "D": "unique tokens D",
+    "p": "share of pretraining data p",
+    "P": "trainable parameters P",
+    "steps": "update steps",
+    "R": "share R",
+    "r": "share r",
+    "L_ft": "finetuning loss",
+}
 matplotlib.rcParams["svg.hashsalt"] = "mlx-forget"
 
 
@@ -44,7 +54,9 @@ def _save(figure: Figure, folder: Path, name: str) -> Path:
 
 
 def plot_fits(fits: Mapping[str, Uncertainty], folder: str | Path) -> list[Path]:
-    """Every figure of the fits of one law into a folder: two overviews, and per group curves with bands and profiles."""
+    """Every figure of the fits of one law into a folder: two overviews, and per group curves with bands and
+    profiles.
+    """
     target = Path(folder)
     made = [plot_predicted(fits, target), plot_residuals(fits, target)]
     for group, uncertainty in fits.items():
@@ -63,7 +75,9 @@ def _rows(fit: Fit, group: str) -> np.ndarray:
     return np.ones(fit.num_rows, bool) if fit.group is None else fit.group == fit.model.groups.index(group)
 
 
-def plot_predicted(fits: Mapping[str, Uncertainty], folder: str | Path, *, name: str = "predicted-measured") -> Path:
+def plot_predicted(
+    fits: Mapping[str, Uncertainty], folder: str | Path, *, name: str = "predicted-measured"
+) -> Path:
     """Predicted against measured loss, all groups; the diagonal is a perfect law."""
     figure, axes = _new(5.6, 5.2)
     low, high = np.inf, -np.inf
@@ -72,12 +86,23 @@ def plot_predicted(fits: Mapping[str, Uncertainty], folder: str | Path, *, name:
         measured, predicted = uncertainty.fit.table.columns["loss"][rows], uncertainty.fit.predicted[rows]
         low, high = min(low, measured.min(), predicted.min()), max(high, measured.max(), predicted.max())
         axes.plot(
-            measured, predicted, MARKERS[i // len(COLOURS) % len(MARKERS)], color=COLOURS[i % len(COLOURS)], ms=4, alpha=0.75, mew=0, label=group or None
+            measured,
+            predicted,
+            MARKERS[(i + i // len(COLOURS)) % len(MARKERS)],
+            color=COLOURS[i % len(COLOURS)],
+            ms=4,
+            alpha=0.75,
+            mew=0,
+            label=group or None,
         )
     axes.plot([low, high], [low, high], color="black", lw=0.9, zorder=0)
     error = np.mean([uncertainty.fit.mre for uncertainty in fits.values()])
     first = next(iter(fits.values())).fit
-    axes.set(xlabel="measured loss (nats per token)", ylabel="predicted loss (nats per token)", title=f"{first.law.name}: mean relative error {100 * error:.2g}%")
+    axes.set(
+        xlabel="measured loss (nats per token)",
+        ylabel="predicted loss (nats per token)",
+        title=f"{first.law.name}: mean relative error {100 * error:.2g}%",
+    )
     _legend(axes, len(fits))
     return _save(figure, Path(folder), name)
 
@@ -96,7 +121,7 @@ def plot_residuals(fits: Mapping[str, Uncertainty], folder: str | Path, *, name:
         axes.plot(
             predicted,
             100 * (measured / predicted - 1),
-            MARKERS[i // len(COLOURS) % len(MARKERS)],
+            MARKERS[(i + i // len(COLOURS)) % len(MARKERS)],
             color=COLOURS[i % len(COLOURS)],
             ms=4,
             alpha=0.75,
@@ -104,21 +129,29 @@ def plot_residuals(fits: Mapping[str, Uncertainty], folder: str | Path, *, name:
             label=group or None,
         )
     axes.axhline(0, color="black", lw=0.9)
-    axes.set(xlabel="predicted loss (nats per token)", ylabel="measured / predicted - 1 (%)", title=f"{next(iter(fits.values())).fit.law.name}: residuals")
+    axes.set(
+        xlabel="predicted loss (nats per token)",
+        ylabel="measured / predicted - 1 (%)",
+        title=f"{next(iter(fits.values())).fit.law.name}: residuals",
+    )
     _legend(axes, len(fits))
     return _save(figure, Path(folder), name)
 
 
 def _curve_columns(predictor: Predictor) -> tuple[str, str | None]:
     """The column along the axis, and the one that tells the curves apart."""
-    columns = [name for name in ("D", "steps", "N", "R", "r", "L_ft", "P", "p") if name in predictor.law.columns]
+    columns = [
+        name for name in ("D", "steps", "N", "R", "r", "L_ft", "P", "p") if name in predictor.law.columns
+    ]
     axis = columns[0]
     rest = [name for name in ("N", "p", "r", "P", "D") if name in predictor.law.columns and name != axis]
     rest = [name for name in rest if len(np.unique(predictor.columns[name])) > 1]
     return axis, rest[0] if rest else None
 
 
-def plot_curves(uncertainty: Uncertainty, folder: str | Path, *, group: str = "", name: str = "curves") -> Path:
+def plot_curves(
+    uncertainty: Uncertainty, folder: str | Path, *, group: str = "", name: str = "curves"
+) -> Path:
     """The law over data, one curve with its 95% band per size (or share), and the measured points.
 
     The other columns stand still at their most frequent value; only rows that have it are drawn.
@@ -143,21 +176,35 @@ def plot_curves(uncertainty: Uncertainty, folder: str | Path, *, group: str = ""
     levels = [np.nan] if splitter is None else _levels(data[splitter])
     is_log = axis not in ("L_ft", "r", "R", "p")
     lows, highs = data[axis].min(), data[axis].max()
-    x = np.geomspace(lows, highs, CURVE_POINTS) if is_log and lows > 0 else np.linspace(lows, highs, CURVE_POINTS)
+    x = (
+        np.geomspace(lows, highs, CURVE_POINTS)
+        if is_log and lows > 0
+        else np.linspace(lows, highs, CURVE_POINTS)
+    )
     for i, level in enumerate(levels):
         member = keep.copy()
-        columns: dict[str, object] = {axis: x, **still}
+        columns: dict[str, npt.ArrayLike] = {axis: x, **still}
         if splitter is not None:
             distance = np.abs(np.log(np.maximum(data[splitter], 1e-12) / max(level, 1e-12)))
             member &= distance <= 0.5 * _gap(levels)
             columns[splitter] = level
         if "L0" in data:
-            columns["L0"] = float(np.median(data["L0"][member])) if member.any() else float(np.median(data["L0"]))
+            columns["L0"] = (
+                float(np.median(data["L0"][member])) if member.any() else float(np.median(data["L0"]))
+            )
         colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
-        label = None if splitter is None else (f"{splitter} = {level:.3g}" if splitter not in ("p", "r") else f"{splitter} = {100 * level:.3g}%")
-        axes.plot(x, predictor.predict(columns), color=colour, lw=1.4, label=label)  # type: ignore[arg-type]
+        label = (
+            None
+            if splitter is None
+            else (
+                f"{splitter} = {level:.3g}"
+                if splitter not in ("p", "r")
+                else f"{splitter} = {100 * level:.3g}%"
+            )
+        )
+        axes.plot(x, predictor.predict(columns), color=colour, lw=1.4, label=label)
         if len(predictor.draws):
-            low, high = predictor.interval(columns)  # type: ignore[arg-type]
+            low, high = predictor.interval(columns)
             axes.fill_between(x, low, high, color=colour, alpha=0.18, lw=0)
         axes.plot(data[axis][member], loss[member], marker, color=colour, ms=4, mew=0)
     if is_log:
@@ -184,8 +231,12 @@ def _gap(levels: list[float]) -> float:
 
 
 def plot_profiles(uncertainty: Uncertainty, folder: str | Path, *, name: str = "profiles") -> Path:
-    """The rise of the objective along each free coordinate; a curve that never reaches the line is not identified."""
-    profiles: Mapping[str, Profile] = uncertainty.profiles or profile_coordinates(uncertainty.fit, level=uncertainty.level)
+    """The rise of the objective along each free coordinate; a curve that never reaches the line is not
+    identified.
+    """
+    profiles: Mapping[str, Profile] = uncertainty.profiles or profile_coordinates(
+        uncertainty.fit, level=uncertainty.level
+    )
     count = len(profiles)
     columns = min(count, 3)
     lines = -(-count // columns)
@@ -208,7 +259,9 @@ def plot_profiles(uncertainty: Uncertainty, folder: str | Path, *, name: str = "
     return _save(figure, Path(folder), name)
 
 
-def plot_advice(predictor: Predictor, advice: Advice, budget: float, confidence: float, folder: str | Path) -> Path:
+def plot_advice(
+    predictor: Predictor, advice: Advice, budget: float, confidence: float, folder: str | Path
+) -> Path:
     """Forgetting over the column that was solved for, with the budget and the answer."""
     name = advice.unknown
     low, high = predictor.data_range[name]
@@ -216,18 +269,41 @@ def plot_advice(predictor: Predictor, advice: Advice, budget: float, confidence:
     best = advice.answer if advice.answer is not None else float(advice.columns[name])
     if name == "p":
         smallest = min(1e-4, best / 3) if best > 0 else 1e-4
-        x = np.concatenate([[0.0], np.geomspace(smallest, max(high, 2 * best), CURVE_POINTS)])
+        x = np.concatenate(
+            [np.linspace(0.0, smallest, 12), np.geomspace(smallest, max(high, 2 * best), CURVE_POINTS)]
+        )
         axes.set_xscale("symlog", linthresh=smallest)
     else:
         x = np.geomspace(min(low, best), max(high, best), CURVE_POINTS)
         axes.set_xscale("log")
-    columns = {**advice.columns, name: x, "L0": 0.0}
+    columns: dict[str, npt.ArrayLike] = {**advice.columns, name: x, "L0": 0.0}
     axes.plot(x, predictor.predict(columns), color=COLOURS[0], lw=1.6, label="expected")
-    axes.plot(x, predictor.upper(columns, confidence=confidence), color=COLOURS[1], lw=1.4, ls="--", label=f"{100 * confidence:g}% stay below")
+    axes.plot(
+        x,
+        predictor.upper(columns, confidence=confidence),
+        color=COLOURS[1],
+        lw=1.4,
+        ls="--",
+        label=f"{100 * confidence:g}% stay below",
+    )
     axes.axhline(budget, color="black", lw=1.0, ls=":", label=f"budget {budget:g} nats")
     if advice.answer is not None:
-        axes.plot([best], [advice.upper], "D", color=COLOURS[2], ms=8, label=f"{name} = {100 * best:.3g}%" if name == "p" else f"{name} = {best:.3g}")
-    others = ", ".join(f"{key} = {value:.3g}" for key, value in advice.columns.items() if key not in (name, "L0"))
-    axes.set(xlabel=AXIS_NAMES.get(name, name), ylabel="forgetting (nats per token)", title=f"Forgetting at {others}", ylim=(0, None))
+        axes.plot(
+            [best],
+            [advice.upper],
+            "D",
+            color=COLOURS[2],
+            ms=8,
+            label=f"{name} = {100 * best:.3g}%" if name == "p" else f"{name} = {best:.3g}",
+        )
+    others = ", ".join(
+        f"{key} = {value:.3g}" for key, value in advice.columns.items() if key not in (name, "L0")
+    )
+    axes.set(
+        xlabel=AXIS_NAMES.get(name, name),
+        ylabel="forgetting (nats per token)",
+        title=f"Forgetting at {others}",
+        ylim=(0, None),
+    )
     axes.legend(fontsize=8, frameon=False)
     return _save(figure, Path(folder), "advice")

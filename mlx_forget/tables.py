@@ -23,18 +23,22 @@ def read_table(
     """Read a table.
 
     Args:
-        path: a CSV, TSV, JSONL, Parquet or Arrow file, or a folder of runs (anything above `record.json` files).
+        path: a CSV, TSV, JSONL, Parquet or Arrow file, or a folder of runs (anything above `record.json`
+            files).
         mapping: {law column: column of the file, or a number for a constant}.
         response: what `loss` is when the source is run folders: "pretraining" or "target".
 
     Raises:
-        UserError: no such file, unknown kind, no rows, a mapped column that is missing, or text where a number must be.
+        UserError: no such file, unknown kind, no rows, a mapped column that is missing, or text where a
+            number must be.
     """
     source = Path(path)
     if source.is_dir():
         rows = record_rows(source, response=response)
     elif not source.is_file():
-        raise UserError(f"No table at {source}: give a CSV, Parquet, Arrow or JSONL file, or a folder of runs.")
+        raise UserError(
+            f"No table at {source}: give a CSV, Parquet, Arrow or JSONL file, or a folder of runs."
+        )
     else:
         rows = _read_rows(source)
     if not rows:
@@ -49,11 +53,20 @@ def _read_rows(source: Path) -> list[dict[str, Any]]:
     try:
         if kind in (".csv", ".tsv"):
             with open(source, newline="", encoding="utf-8-sig") as stream:
-                reader = csv.DictReader(stream, delimiter="\t" if kind == ".tsv" else ",", skipinitialspace=True)
-                return [{(k or "").strip(): v for k, v in row.items() if isinstance(v, str | None)} for row in reader]
+                reader = csv.DictReader(
+                    stream, delimiter="\t" if kind == ".tsv" else ",", skipinitialspace=True
+                )
+                return [
+                    {(k or "").strip(): v for k, v in row.items() if isinstance(v, str | None)}
+                    for row in reader
+                ]
         if kind in (".jsonl", ".ndjson", ".json"):
             text = source.read_text(encoding="utf-8")
-            whole = json.loads(text) if kind == ".json" else [json.loads(line) for line in text.splitlines() if line.strip()]
+            whole = (
+                json.loads(text)
+                if kind == ".json"
+                else [json.loads(line) for line in text.splitlines() if line.strip()]
+            )
             if not isinstance(whole, list) or not all(isinstance(row, dict) for row in whole):
                 raise UserError(f"{source} must hold one object per row.")
             return whole
@@ -109,8 +122,10 @@ def table_from_rows(rows: Sequence[Mapping[str, Any]], *, mapping: Mapping[str, 
             bad = [i + 1 for i, number in enumerate(numbers) if number is None]
             shown = ", ".join(str(row) for row in bad[:8]) + (", ..." if len(bad) > 8 else "")
             raise UserError(
-                f"Column {name!r} ({COLUMNS[name]}) must be numbers; {'row' if len(bad) == 1 else 'rows'} {shown} "
-                f"{'holds' if len(bad) == 1 else 'hold'} {str(values[bad[0] - 1])!r}: correct or remove {'it' if len(bad) == 1 else 'them'}."
+                f"Column {name!r} ({COLUMNS[name]}) must be numbers; "
+                f"{'row' if len(bad) == 1 else 'rows'} {shown} "
+                f"{'holds' if len(bad) == 1 else 'hold'} {str(values[bad[0] - 1])!r}: correct or "
+                f"remove {'it' if len(bad) == 1 else 'them'}."
             )
         else:
             labels[name] = np.asarray(["" if value is None else str(value) for value in values])
@@ -146,7 +161,8 @@ def parse_share(text: str) -> float:
     return value
 
 
-# ------------------------------------------------------------------------------------------------ our own runs
+# ------------------------------------------------------------------------------------------------ our own
+# runs
 
 
 def record_paths(folder: Path) -> list[Path]:
@@ -168,10 +184,13 @@ def record_rows(folder: Path, *, response: str) -> list[dict[str, Any]]:
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError):
-            raise UserError(f"{path} is not JSON: the run did not end for good; remove it or run it again.") from None
+            raise UserError(
+                f"{path} is not JSON: the run did not end for good; remove it or run it again."
+            ) from None
         if record.get("schema_version") != RECORD_VERSION:
             raise UserError(
-                f"{path} has schema version {record.get('schema_version')!r} and this release reads {RECORD_VERSION}: "
+                f"{path} has schema version {record.get('schema_version')!r} and this release reads "
+                f"{RECORD_VERSION}: "
                 f"run it again, or use the release that wrote it."
             )
         if record.get("status") in ("finished", "stopped") and (record.get("losses") or {}).get("best"):
@@ -182,10 +201,14 @@ def record_rows(folder: Path, *, response: str) -> list[dict[str, Any]]:
 
 
 def record_row(record: Mapping[str, Any], *, response: str) -> dict[str, Any]:
-    """The law columns of one record: N, D (unique target tokens), p as served, L0, loss at the best target validation loss."""
+    """The law columns of one record: N, D (unique target tokens), p as served, L0, loss at the best target
+    validation loss.
+    """
     sources: Mapping[str, Mapping[str, Any]] = record.get("data") or {}
     target = {name: source for name, source in sources.items() if source.get("role") == "target"}
-    replayed = {name: source for name, source in sources.items() if source.get("role") in ("pretrain", "replay")}
+    replayed = {
+        name: source for name, source in sources.items() if source.get("role") in ("pretrain", "replay")
+    }
     seen = _total(sources.values(), "tokens_seen")
     losses = record["losses"]
     best, start = losses["best"], losses.get("start") or {}

@@ -1,7 +1,8 @@
-"""From a forgetting law to a decision: the smallest p, the largest D, the smallest N that keep forgetting under a budget.
+"""From a forgetting law to a decision: the smallest p, the largest D, the smallest N that keep forgetting
+under a budget.
 
-Every answer holds with a stated confidence: the budget is compared with an upper quantile of the law's draws, not with
-its central value. An answer far outside the data is refused unless asked for.
+Every answer holds with a stated confidence: the budget is compared with an upper quantile of the law's draws,
+    not with its central value. An answer far outside the data is refused unless asked for.
 """
 
 from collections.abc import Callable, Mapping
@@ -113,7 +114,8 @@ def refuse_distance(predictor: Predictor, columns: Mapping[str, float], options:
     ]
     if too_far and not options.allow_extrapolation:
         raise UserError(
-            f"The question lies too far outside the data: {text}. Run closer to it, or pass --allow-extrapolation to answer anyway."
+            f"The question lies too far outside the data: {text}. Run closer to it, or pass "
+            "--allow-extrapolation to answer anyway."
         )
     return text
 
@@ -136,25 +138,55 @@ def _solve(is_fine: Callable[[float], bool], fine_end: float, bad_end: float, *,
 
 
 def _finish(
-    predictor: Predictor, question: str, unknown: str, answer: float | None, columns: dict[str, float], options: AdviceOptions, epochs: float, words: str
+    predictor: Predictor,
+    question: str,
+    unknown: str,
+    answer: float | None,
+    columns: dict[str, float],
+    options: AdviceOptions,
+    epochs: float,
+    words: str,
 ) -> Advice:
     expected = float(predictor.forgetting(columns)[0])
     upper = _upper(predictor, columns, options.confidence)
-    bare = float(predictor.forgetting({**columns, "p": 0.0})[0]) if "p" in predictor.law.columns else float("nan")
+    bare = (
+        float(predictor.forgetting({**columns, "p": 0.0})[0])
+        if "p" in predictor.law.columns
+        else float("nan")
+    )
     text = refuse_distance(predictor, columns, options)
     if predictor.unidentified:
         names = ", ".join(predictor.unidentified)
-        words += f" Do not rely on it: {names} {'is' if len(predictor.unidentified) == 1 else 'are'} not determined by these runs."
+        words += (
+            f" Do not rely on it: {names} {'is' if len(predictor.unidentified) == 1 else 'are'} "
+            "not determined by these runs."
+        )
     if not len(predictor.draws):
-        words += " The fit carries no draws, so this is the central value without confidence: fit with --bootstrap."
+        words += (
+            " The fit carries no draws, so this is the central value without confidence: fit "
+            "with --bootstrap."
+        )
     if text:
         words += f" Outside the data: {text}."
-    return Advice(question, answer, unknown, columns, expected, upper, bare, run_cost(columns, epochs=epochs), text, words)
+    return Advice(
+        question,
+        answer,
+        unknown,
+        columns,
+        expected,
+        upper,
+        bare,
+        run_cost(columns, epochs=epochs),
+        text,
+        words,
+    )
 
 
 def _need_forgetting(predictor: Predictor, *needed: str) -> None:
     if "L0" not in predictor.law.columns:
-        raise UserError(f"{predictor.law.name} predicts no forgetting (it reads no L0): advise from a forgetting law.")
+        raise UserError(
+            f"{predictor.law.name} predicts no forgetting (it reads no L0): advise from a forgetting law."
+        )
     for column in needed:
         if column not in predictor.law.columns:
             raise UserError(f"{predictor.law.name} does not know {column}, so it cannot be solved for.")
@@ -183,8 +215,13 @@ def smallest_share(
     _need_forgetting(predictor, "p")
     _positive_budget(max_forgetting)
     if "B" in predictor.unidentified:
-        raise UserError(f"The fit cannot say what p does: {predictor.unidentified['B']}. Run one more, at p = 1%, and fit again.")
-    question = f"smallest p with forgetting <= {max_forgetting:g} nats at {100 * options.confidence:g}% confidence"
+        raise UserError(
+            f"The fit cannot say what p does: {predictor.unidentified['B']}. Run one more, at p = 1%, "
+            "and fit again."
+        )
+    question = (
+        f"smallest p with forgetting <= {max_forgetting:g} nats at {100 * options.confidence:g}% confidence"
+    )
     base = {name: float(value) for name, value in columns.items()}
     known = 1.0 if options.allow_extrapolation else predictor.data_range["p"][1] * options.max_share_distance
     limit = min(options.max_share, max(known, 1e-6))
@@ -194,34 +231,54 @@ def smallest_share(
 
     if is_fine(0.0):
         return _finish(
-            predictor, question, "p", 0.0, {**base, "p": 0.0}, options, epochs, f"No replay is needed: forgetting stays below {max_forgetting:g} nats at p = 0."
+            predictor,
+            question,
+            "p",
+            0.0,
+            {**base, "p": 0.0},
+            options,
+            epochs,
+            f"No replay is needed: forgetting stays below {max_forgetting:g} nats at p = 0.",
         )
     if not is_fine(limit):
         advice = _finish(predictor, question, "p", None, {**base, "p": limit}, options, epochs, "")
         words = (
-            f"No p up to {100 * limit:.3g}% keeps forgetting within {max_forgetting:g} nats with {100 * options.confidence:g}% confidence "
-            f"(at that p: {advice.expected:.3g}, at most {advice.upper:.3g}): take fewer tokens or a larger model."
+            f"No p up to {100 * limit:.3g}% keeps forgetting within {max_forgetting:g} nats with "
+            f"{100 * options.confidence:g}% confidence "
+            f"(at that p: {advice.expected:.3g}, at most {advice.upper:.3g}): take fewer tokens or a "
+            "larger model."
         )
         return Advice(**{**advice.__dict__, "words": words + advice.words})
     share = _solve(is_fine, limit, 0.0, log=False)
     chosen = {**base, "p": share}
     cost = run_cost(chosen, epochs=epochs)
     words = (
-        f"Mix in p = {100 * share:.3g}%: forgetting stays within {max_forgetting:g} nats with {100 * options.confidence:g}% confidence, "
+        f"Mix in p = {100 * share:.3g}%: forgetting stays within {max_forgetting:g} nats with "
+        f"{100 * options.confidence:g}% confidence, "
         f"for {100 * cost.overhead:.2g}% more tokens."
     )
     return _finish(predictor, question, "p", share, chosen, options, epochs, words)
 
 
 def largest_data(
-    predictor: Predictor, columns: Mapping[str, float], *, max_forgetting: float, options: AdviceOptions = DEFAULTS, epochs: float = 1.0
+    predictor: Predictor,
+    columns: Mapping[str, float],
+    *,
+    max_forgetting: float,
+    options: AdviceOptions = DEFAULTS,
+    epochs: float = 1.0,
 ) -> Advice:
     """The largest D whose forgetting stays within the budget; arguments and errors as `smallest_share`."""
     return _extreme(predictor, columns, "D", max_forgetting, options, epochs)
 
 
 def smallest_model(
-    predictor: Predictor, columns: Mapping[str, float], *, max_forgetting: float, options: AdviceOptions = DEFAULTS, epochs: float = 1.0
+    predictor: Predictor,
+    columns: Mapping[str, float],
+    *,
+    max_forgetting: float,
+    options: AdviceOptions = DEFAULTS,
+    epochs: float = 1.0,
 ) -> Advice:
     """The smallest N whose forgetting stays within the budget; arguments and errors as `smallest_share`."""
     return _extreme(predictor, columns, "N", max_forgetting, options, epochs)
@@ -229,11 +286,18 @@ def smallest_model(
 
 def _positive_budget(max_forgetting: float) -> None:
     if not max_forgetting > 0:
-        raise UserError(f"The budget of forgetting must be positive, in nats per token, and it is {max_forgetting:g}.")
+        raise UserError(
+            f"The budget of forgetting must be positive, in nats per token, and it is {max_forgetting:g}."
+        )
 
 
 def _extreme(
-    predictor: Predictor, columns: Mapping[str, float], unknown: str, max_forgetting: float, options: AdviceOptions, epochs: float
+    predictor: Predictor,
+    columns: Mapping[str, float],
+    unknown: str,
+    max_forgetting: float,
+    options: AdviceOptions,
+    epochs: float,
 ) -> Advice:
     _need_forgetting(predictor, unknown)
     _positive_budget(max_forgetting)
@@ -242,29 +306,43 @@ def _extreme(
     reach = 1e6 if options.allow_extrapolation else options.max_distance
     # Forgetting grows with D and falls with N: the harmless end first.
     easy, hard = (low / reach, high * reach) if unknown == "D" else (high * reach, low / reach)
-    easy, hard = easy * (1 + 1e-9 if unknown == "D" else 1 - 1e-9), hard * (1 - 1e-9 if unknown == "D" else 1 + 1e-9)
+    easy, hard = (
+        easy * (1 + 1e-9 if unknown == "D" else 1 - 1e-9),
+        hard * (1 - 1e-9 if unknown == "D" else 1 + 1e-9),
+    )
     name = "largest D" if unknown == "D" else "smallest N"
-    question = f"{name} with forgetting <= {max_forgetting:g} nats at {100 * options.confidence:g}% confidence"
+    question = (
+        f"{name} with forgetting <= {max_forgetting:g} nats at {100 * options.confidence:g}% confidence"
+    )
 
     def is_fine(value: float) -> bool:
         return _upper(predictor, {**base, unknown: value}, options.confidence) <= max_forgetting
 
     if not is_fine(easy):
         advice = _finish(predictor, question, unknown, None, {**base, unknown: easy}, options, epochs, "")
-        words = f"No {unknown} between {min(easy, hard):.3g} and {max(easy, hard):.3g} keeps forgetting within {max_forgetting:g} nats: raise p."
+        words = (
+            f"No {unknown} between {min(easy, hard):.3g} and {max(easy, hard):.3g} keeps "
+            f"forgetting within {max_forgetting:g} nats: raise p."
+        )
         return Advice(**{**advice.__dict__, "words": words + advice.words})
     value = hard if is_fine(hard) else _solve(is_fine, easy, hard, log=True)
     word = f"{unknown} = {value:.3g}" + (" or beyond" if value == hard else "")
-    words = f"{name.capitalize()}: {word}; forgetting stays within {max_forgetting:g} nats with {100 * options.confidence:g}% confidence."
+    words = (
+        f"{name.capitalize()}: {word}; forgetting stays within {max_forgetting:g} nats with "
+        f"{100 * options.confidence:g}% confidence."
+    )
     return _finish(predictor, question, unknown, value, {**base, unknown: value}, options, epochs, words)
 
 
-# ------------------------------------------------------------------------------------------------ Pareto front
+# ------------------------------------------------------------------------------------------------ Pareto
+# front
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One point of the front of target loss against forgetting: the run's columns, what it reaches and what it costs."""
+    """One point of the front of target loss against forgetting: the run's columns, what it reaches and what
+    it costs.
+    """
 
     columns: Mapping[str, float]
     target_loss: float
@@ -284,7 +362,8 @@ def pareto(
 ) -> list[Choice]:
     """The runs that no other run beats in target loss and in forgetting, ascending in target loss.
 
-    At a fixed cost replay is paid for with target tokens; without one, every run keeps its D and replay costs FLOPs.
+    At a fixed cost replay is paid for with target tokens; without one, every run keeps its D and replay costs
+    FLOPs.
 
     Args:
         forgetting, target: predictors of the forgetting and the finetuning law.
@@ -301,7 +380,12 @@ def pareto(
                 if max_flops is not None and cost.train_flops > max_flops:
                     continue
                 choices.append(
-                    Choice(columns, float(target.predict(columns)[0]), float(forgetting.forgetting(columns)[0]), cost)
+                    Choice(
+                        columns,
+                        float(target.predict(columns)[0]),
+                        float(forgetting.forgetting(columns)[0]),
+                        cost,
+                    )
                 )
     choices.sort(key=lambda choice: (choice.target_loss, choice.forgetting, choice.cost.train_flops))
     front: list[Choice] = []

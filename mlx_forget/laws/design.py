@@ -1,4 +1,6 @@
-"""Which runs to do next: those that shrink the interval of a stated prediction most per FLOP, and the probe of one model."""
+"""Which runs to do next: those that shrink the interval of a stated prediction most per FLOP, and the probe
+of one model.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +23,8 @@ class Plan:
 
     Args:
         runs: law columns of each run.
-        width: standard deviation of the prediction's logarithm before any of them and after each, float64[len(runs) + 1].
+        width: standard deviation of the prediction's logarithm before any of them and after each,
+            float64[len(runs) + 1].
         flops: cost of each run by 6 N D (1, where N is unknown).
     """
 
@@ -30,13 +33,19 @@ class Plan:
     flops: Array
 
 
-def sensitivity(predictor: Predictor, columns: Mapping[str, npt.ArrayLike], references: Mapping[str, float]) -> Array:
-    """Derivatives [n, k] of the log prediction with respect to the centred internal coordinates, at the fitted parameters."""
+def sensitivity(
+    predictor: Predictor, columns: Mapping[str, npt.ArrayLike], references: Mapping[str, float]
+) -> Array:
+    """Derivatives [n, k] of the log prediction with respect to the centred internal coordinates, at the
+    fitted parameters.
+    """
     law = predictor.law
     arrays = {name: np.atleast_1d(np.asarray(columns[name], float)) for name in law.columns}
     theta = law.internal(np.array([[predictor.params[name] for name in law.names]]), references)
     with np.errstate(all="ignore"):
-        value, partials = law.evaluate(law.features(arrays, references), [theta[:, j, None] for j in range(theta.shape[1])])
+        value, partials = law.evaluate(
+            law.features(arrays, references), [theta[:, j, None] for j in range(theta.shape[1])]
+        )
     length = max(len(values) for values in arrays.values())
     stacked = np.stack([np.broadcast_to(partial, (1, length))[0] for partial in partials], axis=1)
     return np.asarray(stacked / np.broadcast_to(value, (1, length))[0][:, None])
@@ -46,7 +55,9 @@ def run_flops(columns: Mapping[str, npt.ArrayLike]) -> Array:
     """6 N D per pass, with the injected tokens; ones where N is unknown."""
     tokens = np.atleast_1d(np.asarray(columns.get("D", 1.0), float))
     share = np.asarray(columns.get("p", 0.0), float)
-    return np.atleast_1d(6.0 * np.asarray(columns.get("N", 1.0), float) * tokens / (1.0 - np.minimum(share, 0.999)))
+    return np.atleast_1d(
+        6.0 * np.asarray(columns.get("N", 1.0), float) * tokens / (1.0 - np.minimum(share, 0.999))
+    )
 
 
 def next_runs(
@@ -115,7 +126,9 @@ def next_runs(
 
 
 def _swap(information: Array, rows: Array, goal: Array, picked: list[int]) -> list[int]:
-    """Replace a chosen run by another while that shrinks the variance: greedy choices regret their first ones."""
+    """Replace a chosen run by another while that shrinks the variance: greedy choices regret their first
+    ones.
+    """
     chosen = list(picked)
     for _ in range(MAX_SWAPS):
         total = information + rows[chosen].T @ rows[chosen]
@@ -124,7 +137,9 @@ def _swap(information: Array, rows: Array, goal: Array, picked: list[int]) -> li
         for position, out in enumerate(chosen):
             inverse = np.linalg.inv(total - np.outer(rows[out], rows[out]))
             projected = rows @ inverse
-            variance = goal @ inverse @ goal - (projected @ goal) ** 2 / (1.0 + np.einsum("ij,ij->i", projected, rows))
+            variance = goal @ inverse @ goal - (projected @ goal) ** 2 / (
+                1.0 + np.einsum("ij,ij->i", projected, rows)
+            )
             variance[chosen] = np.inf
             index = int(np.argmin(variance))
             if variance[index] < best[0]:
@@ -138,9 +153,9 @@ def _swap(information: Array, rows: Array, goal: Array, picked: list[int]) -> li
 def probe_runs(tokens: float, count: int) -> list[dict[str, float]]:
     """The short runs that someone with one model and no law should do, as {D, p}.
 
-    In F = A D^beta (1 + B p)^-alpha the effects of D and p multiply, so p can be probed at a tenth of the tokens; two runs
-    without replay give the slope in D. Three runs answer at their own D only; four determine the law exactly, without an
-    interval; six leave two degrees of freedom for one.
+    In F = A D^beta (1 + B p)^-alpha the effects of D and p multiply, so p can be probed at a tenth of the
+    tokens; two runs without replay give the slope in D. Three runs answer at their own D only; four determine
+    the law exactly, without an interval; six leave two degrees of freedom for one.
 
     Args:
         tokens: D of the run that is planned.

@@ -69,7 +69,12 @@ def _one(uncertainty: Uncertainty, group: str) -> dict[str, Any]:
             "at_bounds": list(fit.certificate.at_bounds),
         },
         "flags": [
-            {"kind": flag.kind, "parameters": list(flag.parameters), "words": flag.words, "remedy": flag.remedy}
+            {
+                "kind": flag.kind,
+                "parameters": list(flag.parameters),
+                "words": flag.words,
+                "remedy": flag.remedy,
+            }
             for flag in fit.flags
         ],
         "warnings": list(uncertainty.warnings),
@@ -82,7 +87,8 @@ def fit_json(
     """The content of fit.json.
 
     Args:
-        fits: one entry named "" for an ordinary fit, or one per group; the groups of a joint fit share one value.
+        fits: one entry named "" for an ordinary fit, or one per group; the groups of a joint fit share one
+            value.
         by: the column of the groups.
         extrapolation: {train_on, num_test, mre, max}, or None.
     """
@@ -109,7 +115,11 @@ def fit_json(
         return {**head, **described[""], "groups": {}}
     statuses = [entry["status"] for entry in described.values()]
     worst = next((status for status in statuses if status != "converged"), "converged")
-    shared = {name: entry for name, entry in described[next(iter(described))]["params"].items() if name in fit.constraints.shared}
+    shared = {
+        name: entry
+        for name, entry in described[next(iter(described))]["params"].items()
+        if name in fit.constraints.shared
+    }
     rows = sum(entry["num_rows"] for entry in described.values())
     ranges: dict[str, list[float]] = {}
     for entry in described.values():
@@ -123,7 +133,9 @@ def fit_json(
         "objective": fit.value if joint else sum(entry["objective"] for entry in described.values()),
         "num_rows": rows,
         "status": worst,
-        "reason": "; ".join(f"{group}: {entry['reason']}" for group, entry in described.items() if entry["status"] == worst),
+        "reason": "; ".join(
+            f"{group}: {entry['reason']}" for group, entry in described.items() if entry["status"] == worst
+        ),
         "params": shared,
         "data_range": ranges,
         "mre": sum(entry["mre"] * entry["num_rows"] for entry in described.values()) / rows,
@@ -135,8 +147,12 @@ def fit_json(
     }
 
 
-def write_fit(path: str | os.PathLike[str], content: Mapping[str, Any], fits: Mapping[str, Uncertainty]) -> Path:
-    """Write fit.json and, beside it, `<stem>.draws.npz` with the natural parameters of every refit and the fitted rows."""
+def write_fit(
+    path: str | os.PathLike[str], content: Mapping[str, Any], fits: Mapping[str, Uncertainty]
+) -> Path:
+    """Write fit.json and, beside it, `<stem>.draws.npz` with the natural parameters of every refit and the
+    fitted rows.
+    """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, np.ndarray] = {}
@@ -176,7 +192,9 @@ class SavedFit:
             return next(iter(self.predictors.values()))
         if group is None or group not in self.predictors:
             asked = "none was named" if group is None else f"not {group!r}"
-            raise UserError(f"This fit has the groups {', '.join(self.predictors)}: name one with --group, {asked}.")
+            raise UserError(
+                f"This fit has the groups {', '.join(self.predictors)}: name one with --group, {asked}."
+            )
         return self.predictors[group]
 
 
@@ -198,7 +216,8 @@ def read_fit(path: str | os.PathLike[str]) -> SavedFit:
     version = content.get("schema_version")
     if version != SCHEMA_VERSION:
         raise UserError(
-            f"{source} has schema version {version!r} and this release reads {SCHEMA_VERSION}: fit again, or use the release that wrote it."
+            f"{source} has schema version {version!r} and this release reads {SCHEMA_VERSION}: fit "
+            "again, or use the release that wrote it."
         )
     law = get_law(content["law"])
     groups: dict[str, Any] = content["groups"] or {"": content}

@@ -1,7 +1,7 @@
 """Fit a law to a table: global by construction, with a certificate of how the fit ended.
 
-Variable projection gives starts over a grid of exponents; a batched Newton method carries the best of them to the
-optimum; the ends that agree are counted. Groups that share nothing are fitted in the same batch.
+Variable projection gives starts over a grid of exponents; a batched Newton method carries the best of them to
+the optimum; the ends that agree are counted. Groups that share nothing are fitted in the same batch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,7 +32,8 @@ class FitOptions:
         num_starts: starts that are carried some steps; None for what a law of its size needs.
         num_first_steps: those steps; None likewise.
         num_finalists: starts that are carried to the end; None likewise.
-        first_delta: the Huber delta of those steps, at least: far from the optimum a nearly absolute loss has local minima
+        first_delta: the Huber delta of those steps, at least: far from the optimum a nearly absolute loss has
+            local minima
             that a smoother one has not.
         max_steps: evaluations per finalist at most.
         allow_duplicates, allow_units: skip the checks of those names (see `table.check`).
@@ -50,8 +51,8 @@ class FitOptions:
     def effort(self, num_free: int) -> tuple[int, int, int]:
         """(starts, first steps, finalists) for a law of `num_free` coordinates.
 
-        Measured on 60 exact data sets per law: up to 5 coordinates 10 starts always reach the optimum; the 12 of the
-        overfitting gap need about 100.
+        Measured on 60 exact data sets per law: up to 5 coordinates 10 starts always reach the optimum; the 12
+            of the overfitting gap need about 100.
         """
         usual = (10, 6, 4) if num_free <= 5 else (12 * (num_free - 3), 20, num_free + 2)
         asked = (self.num_starts, self.num_first_steps, self.num_finalists)
@@ -71,7 +72,8 @@ class Certificate:
     Args:
         status: "converged", "stalled" or "iteration limit".
         reason: the same in a sentence.
-        num_starts: starts carried to the end, and num_agree of them that ended within 1e-6 of the best objective.
+        num_starts: starts carried to the end, and num_agree of them that ended within 1e-6 of the best
+            objective.
         excess: how far the objective can still be above its local minimum, relative, by the majoriser.
         gradient_norm: the gradient's norm in the majoriser's metric, relative to the objective.
         at_bounds: free coordinates that ended on a bound.
@@ -143,7 +145,9 @@ class Fit:
     @property
     def predicted(self) -> Array:
         """Predictions at the fitted rows, nats, float64[n]."""
-        return self.objective.invert(self.objective.transform(self.table.columns["loss"]) - self.residual)
+        return np.asarray(
+            self.objective.invert(self.objective.transform(self.table.columns["loss"]) - self.residual)
+        )
 
     @property
     def mre(self) -> float:
@@ -162,12 +166,14 @@ class Fit:
 
     @property
     def covariance(self) -> Array:
-        """The estimator's asymptotic covariance of the free coordinates, for independent rows; infinite on ridges."""
+        """The estimator's asymptotic covariance of the free coordinates, for independent rows; infinite on
+        ridges.
+        """
         return sandwich(self.jacobian, self.noise)
 
     def predict(self, columns: Mapping[str, npt.ArrayLike], *, group: str | None = None) -> Array:
         """Predicted losses [n] for natural columns [n] or scalars."""
-        return predict_at(self, self.u[None], columns, group=group)[0]
+        return np.asarray(predict_at(self, self.u[None], columns, group=group)[0])
 
 
 def predict_at(
@@ -196,7 +202,9 @@ def predict_at(
 
 
 def sandwich(jacobian: Array, noise: Noise) -> Array:
-    """tau^2 (J'J)^-1 for J [n, K], through a scaled singular value decomposition that leaves ridges huge, not lost."""
+    """tau^2 (J'J)^-1 for J [n, K], through a scaled singular value decomposition that leaves ridges huge,
+    not lost.
+    """
     norms = np.linalg.norm(jacobian, axis=0)
     scale = np.where(norms > 0, norms, 1.0)
     _, sizes, directions = np.linalg.svd(jacobian / scale, full_matrices=False)
@@ -341,10 +349,11 @@ def _fit_separately(
 
 
 def _starts(model: Model, features: Mapping[str, Array], loss: Array, weights: Array, count: int) -> Array:
-    theta = projected_starts(model.law, features, loss, weights[None], count=count)[0]
+    theta: Array = projected_starts(model.law, features, loss, weights[None], count=count)[0]
     if model.is_plain:
         return theta
-    # A held parameter makes some starts coincide; the least-squares projection keeps the others close to theirs.
+    # A held parameter makes some starts coincide; the least-squares projection keeps the others close to
+    # theirs.
     flat = model.matrix.reshape(-1, model.num_free)
     return np.asarray((theta - model.offset[0]) @ np.linalg.pinv(flat).T)
 
@@ -403,7 +412,8 @@ def _finish(
     u, value = ends.u[best], float(ends.value[best])
     if not np.isfinite(value):
         raise UserError(
-            f"{model.law.name} gives no positive loss anywhere near these data: is 'loss' (or 'L0') in the right column?"
+            f"{model.law.name} gives no positive loss anywhere near these data: is 'loss' (or 'L0') "
+            "in the right column?"
         )
     row_weights = np.ones(table.num_rows) if weights is None else weights
     problem = LawProblem(
@@ -429,7 +439,10 @@ def _finish(
     status = STATUS_NAMES[ends.status[best]]
     excess = float(min(ends.decrement[best], 1.0)) if np.isfinite(ends.decrement[best]) else 1.0
     if ends.status[best] == CONVERGED:
-        reason = f"converged in {ends.steps[best]} evaluations; {agree} of {len(ends.value)} starts reach the same objective"
+        reason = (
+            f"converged in {ends.steps[best]} evaluations; {agree} of {len(ends.value)} starts "
+            "reach the same objective"
+        )
     else:
         reason = (
             f"{status} after {ends.steps[best]} evaluations: the objective may still fall; look at the ridges"

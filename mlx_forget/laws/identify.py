@@ -1,8 +1,10 @@
-"""What a design can and cannot tell: before a fit from the columns alone, after it from the curvature, in words.
+"""What a design can and cannot tell: before a fit from the columns alone, after it from the curvature, in
+words.
 
-A coordinate is *unidentified* when the data leave it free over more than a useful range: a factor of e^2 each way for an
-amplitude or B, half a unit for an exponent, half the loss for an offset. Directions are named by the coordinates that move
-together, and the run that would break the tie is searched among the neighbours of the runs that exist.
+A coordinate is *unidentified* when the data leave it free over more than a useful range: a factor of e^2 each
+way for an amplitude or B, half a unit for an exponent, half the loss for an offset. Directions are named by
+the coordinates that move together, and the run that would break the tie is searched among the neighbours of
+the runs that exist.
 """
 
 from collections.abc import Mapping
@@ -41,7 +43,8 @@ class Flag:
     """One reason not to trust a number.
 
     Args:
-        kind: "unidentified" (the data leave a direction free), "bound" (a parameter ended on a bound), or "data".
+        kind: "unidentified" (the data leave a direction free), "bound" (a parameter ended on a bound), or
+            "data".
         parameters: the free coordinates concerned.
         words: what is wrong.
         remedy: the run that would help, or "".
@@ -85,7 +88,8 @@ def ridges(jacobian: Array, limit: Array, noise: float, *, degrees: int) -> tupl
     if len(scaled) < k:
         scaled = np.concatenate([scaled, np.zeros((k - len(scaled), k))])
     _, sizes, directions = np.linalg.svd(scaled, full_matrices=False)
-    # Flatness to rounding is judged column by column scaled, so that a large parameter does not hide a small one.
+    # Flatness to rounding is judged column by column scaled, so that a large parameter does not hide a small
+    # one.
     unit = scaled / np.where(norms > 0, norms, 1.0)
     _, unit_sizes, _ = np.linalg.svd(unit, full_matrices=False)
     num_flat = int(np.sum(unit_sizes <= STRUCTURAL * max(unit_sizes[0], 1e-300)))
@@ -100,7 +104,9 @@ def ridges(jacobian: Array, limit: Array, noise: float, *, degrees: int) -> tupl
 def fit_flags(
     model: Model, u: Array, jacobian: Array, noise: Noise, table: Table, at_bounds: tuple[str, ...]
 ) -> tuple[Flag, ...]:
-    """The flags of a fit: free directions with the run that would break the tie, bounds, and degenerate data."""
+    """The flags of a fit: free directions with the run that would break the tie, bounds, and degenerate
+    data.
+    """
     loss = table.columns["loss"]
     limit = limits(model, loss)
     found = list(_data_flags(model, table))
@@ -125,7 +131,8 @@ def fit_flags(
             Flag(
                 "data",
                 (),
-                f"{table.num_rows} rows for {model.num_free} free parameters: the law passes through them, and no interval is possible",
+                f"{table.num_rows} rows for {model.num_free} free parameters: the law passes through "
+                "them, and no interval is possible",
             )
         )
     return tuple(found)
@@ -136,8 +143,8 @@ def design_flags(
 ) -> tuple[Flag, ...]:
     """What the columns of a table, before any loss is measured, will leave undetermined.
 
-    The law's sensitivity is taken at a spread of plausible parameters; a direction counts only where it is free at most
-    of them. The table needs no `loss`.
+    The law's sensitivity is taken at a spread of plausible parameters; a direction counts only where it is
+    free at most of them. The table needs no `loss`.
     """
     model = bind(law, table.columns, constraints=constraints)
     found = list(_data_flags(model, table))
@@ -165,7 +172,9 @@ def design_flags(
 
 
 def _plausible(model: Model) -> list[Array]:
-    """Free coordinates of plausible truths: amplitudes of one nat in the middle of the data, two values per other parameter."""
+    """Free coordinates of plausible truths: amplitudes of one nat in the middle of the data, two values per
+    other parameter.
+    """
     axes = []
     for parameter in model.law.parameters:
         if parameter.linear:
@@ -202,7 +211,8 @@ def _data_flags(model: Model, table: Table) -> list[Flag]:
                     "unidentified",
                     coordinates,
                     "every p is 0, so B has no effect on any row and nothing says what replay would do",
-                    "one run with p = 1% (and better a second with p = 5%) at a size and D that exist already",
+                    "one run with p = 1% (and better a second with p = 5%) at a size and D that exist "
+                    "already",
                 )
             )
     return found
@@ -231,11 +241,17 @@ def _words(
     if len(names) == 1:
         text = f"the data do not determine {joined}"
     else:
-        text = f"the data do not tell {joined} apart: they can move together and leave every prediction at these rows as it is"
+        text = (
+            f"the data do not tell {joined} apart: they can move together and leave every "
+            "prediction at these rows as it is"
+        )
     if spans:
         text += f" (each way: {', '.join(spans)})"
     if _is_log_limit(model, u, names):
-        text += "; alpha runs to 0, where the law becomes logarithmic in (1 + B p): fit the log limit instead of reading these numbers"
+        text += (
+            "; alpha runs to 0, where the law becomes logarithmic in (1 + B p): fit the log limit "
+            "instead of reading these numbers"
+        )
     return text
 
 

@@ -1,7 +1,8 @@
-"""A law bound to a table: references, constraints and groups, as one affine map from free coordinates to the law's.
+"""A law bound to a table: references, constraints and groups, as one affine map from free coordinates to the
+law's.
 
-Fixing, tying and sharing parameters are all affine in internal coordinates, so one evaluation serves every fit: for the
-groups g of a joint fit, theta_g = M_g u + t_g.
+Fixing, tying and sharing parameters are all affine in internal coordinates, so one evaluation serves every
+    fit: for the groups g of a joint fit, theta_g = M_g u + t_g.
 """
 
 from collections.abc import Mapping, Sequence
@@ -62,7 +63,7 @@ class Model:
 
     @property
     def num_free(self) -> int:
-        return self.matrix.shape[2]
+        return len(self.coordinates)
 
     @property
     def is_plain(self) -> bool:
@@ -103,7 +104,7 @@ class Model:
         partials_of_free: list[Array | float] = []
         for m in range(self.num_free):
             total: Array | float = 0.0
-            for j in np.flatnonzero(np.any(self.matrix[:, :, m] != 0, axis=0)):
+            for j in np.flatnonzero(np.any(self.matrix[:, :, m] != 0, axis=0)).tolist():
                 weight = self.matrix[0, j, m] if group is None else self.matrix[group, j, m]
                 total = total + raw[j] * weight
             partials_of_free.append(total)
@@ -148,7 +149,8 @@ def bind(
             )
         if law.parameters[law.index(follower)].log != law.parameters[law.index(leader)].log:
             raise UserError(
-                f"{law.name}: cannot tie {follower!r} to {leader!r}: an amplitude and an exponent are different things."
+                f"{law.name}: cannot tie {follower!r} to {leader!r}: an amplitude and an exponent are "
+                "different things."
             )
     for name, value in constraints.fixed.items():
         parameter = law.parameters[law.index(name)]

@@ -91,7 +91,8 @@ chinchilla = register(
 )
 
 
-# ------------------------------------------------------------------------------------------------ Bethune: forgetting
+# ------------------------------------------------------------------------------------------------ Bethune:
+# forgetting
 
 
 def _forgetting(f: Features, theta: Sequence[Array]) -> tuple[Array, Sequence[Partial]]:
@@ -327,7 +328,8 @@ register(
 )
 
 
-# ------------------------------------------------------------------------------------------------ Bethune: finetuning
+# ------------------------------------------------------------------------------------------------ Bethune:
+# finetuning
 
 
 def _finetuning(f: Features, theta: Sequence[Array]) -> tuple[Array, Sequence[Partial]]:
@@ -424,7 +426,8 @@ register(
 )
 
 
-# ------------------------------------------------------------------------------------------------ data mixtures
+# ------------------------------------------------------------------------------------------------ data
+# mixtures
 
 
 def _dcpt(f: Features, theta: Sequence[Array]) -> tuple[Array, Sequence[Partial]]:
@@ -446,7 +449,8 @@ register(
     Law(
         name="d-cpt",
         formula="loss = E + A / N^alpha + B r^eta / D^beta + C / (r + eps)^gamma",
-        latex=r"L = E + \frac{A}{N^{\alpha}} + \frac{B r^{\eta}}{D^{\beta}} + \frac{C}{(r + \epsilon)^{\gamma}}",
+        latex=r"L = E + \frac{A}{N^{\alpha}} + \frac{B r^{\eta}}{D^{\beta}} + \frac{C}{(r + "
+        r"\epsilon)^{\gamma}}",
         source="Que et al., NeurIPS 2024, arXiv 2406.01375",
         columns=("N", "D", "r"),
         parameters=(
@@ -499,7 +503,7 @@ register(
                 "exponent of the share; either sign",
                 low=-20.0,
                 high=20.0,
-                grid=(-2.0, -0.7, -0.2, -0.03, 0.03, 0.2, 0.7, 2.0),
+                grid=(-2.0, -0.7, -0.03, -0.2, 0.2, 0.03, 0.7, 2.0),
             ),
             Parameter("b", "loss without the effect", "nats", linear=True),
         ),
@@ -542,8 +546,10 @@ def _gap(f: Features, theta: Sequence[Array]) -> tuple[Array, Sequence[Partial]]
 register(
     Law(
         name="overfitting-gap",
-        formula="loss = A D^b(r) + k0 - k1 log(r + k2) - k3 r + a1 r^a2 exp(a3 r) D^g(r); b(r) = r b_s + (1 - r) b_g, g(r) = r g_s + (1 - r) g_g",
-        latex=r"L = A D^{b(r)} + \kappa_0 - \kappa_1 \log(r + \kappa_2) - \kappa_3 r + \alpha_1 r^{\alpha_2} e^{\alpha_3 r} D^{g(r)}",
+        formula="loss = A D^b(r) + k0 - k1 log(r + k2) - k3 r + a1 r^a2 exp(a3 r) D^g(r); b(r) = r "
+        "b_s + (1 - r) b_g, g(r) = r g_s + (1 - r) g_g",
+        latex=r"L = A D^{b(r)} + \kappa_0 - \kappa_1 \log(r + \kappa_2) - \kappa_3 r + \alpha_1 "
+        "r^{\alpha_2} e^{\alpha_3 r} D^{g(r)}",
         source="The Finetuner's Fallacy, arXiv 2603.16177 (overfitting law)",
         columns=("D", "r"),
         parameters=(

@@ -1,7 +1,9 @@
-"""Starting points: for every point of a grid of exponents, the best amplitudes by weighted linear least squares.
+"""Starting points: for every point of a grid of exponents, the best amplitudes by weighted linear least
+squares.
 
-Given its exponents a law is linear in its amplitudes, and the basis of that linear problem is the law's own gradient, so
-no law needs code of its own here. For many weight rows at once the normal equations are one matrix product.
+Given its exponents a law is linear in its amplitudes, and the basis of that linear problem is the law's own
+gradient, so no law needs code of its own here. For many weight rows at once the normal equations are one
+matrix product.
 """
 
 from itertools import product
@@ -16,7 +18,9 @@ RIDGE = 1e-9
 
 
 def exponent_grid(law: Law) -> Array:
-    """Internal coordinates [S, k] over the product of the parameters' grids, amplitudes one and offsets zero."""
+    """Internal coordinates [S, k] over the product of the parameters' grids, amplitudes one and offsets
+    zero.
+    """
     axes = [parameter.grid or (_neutral(parameter.low, parameter.high),) for parameter in law.parameters]
     axes = [
         (1.0 if p.log else 0.0,) if p.linear else axis for p, axis in zip(law.parameters, axes, strict=True)
@@ -66,7 +70,8 @@ def projected_starts(law: Law, features: Features, loss: Array, weights: Array, 
         misfit = weights @ ((np.broadcast_to(value, shape) / loss - 1) ** 2).T
         return grid[np.argsort(misfit, axis=1)[:, :count]]
     basis = np.stack([np.broadcast_to(partials[j], shape) for j in columns], axis=1)
-    # A linear amplitude starts at zero in the grid, a logarithmic one at one: what is left at zero is the offset.
+    # A linear amplitude starts at zero in the grid, a logarithmic one at one: what is left at zero is the
+    # offset.
     at_one = np.array([law.parameters[j].log for j in columns])
     offset = np.broadcast_to(value, shape) - basis[:, at_one].sum(axis=1)
     basis, target = basis / loss, 1.0 - offset / loss
@@ -80,7 +85,6 @@ def projected_starts(law: Law, features: Features, loss: Array, weights: Array, 
     normal = np.empty((len(weights), len(grid), m, m))
     normal[:, :, upper[0], upper[1]] = packed
     normal[:, :, upper[1], upper[0]] = packed
-    trace = np.einsum("rgii->rg", normal)[..., None, None]
     low = np.array([law.parameters[j].low for j in columns])
     high = np.array([law.parameters[j].high for j in columns])
     # A positive amplitude keeps at least a thousandth of the loss, so that its logarithm can still move.
@@ -99,7 +103,9 @@ def projected_starts(law: Law, features: Features, loss: Array, weights: Array, 
 
 
 def _bounded_solve(normal: Array, right: Array, low: Array, high: Array) -> Array:
-    """Least squares from normal equations [..., m, m] and [..., m], amplitudes that leave their bounds held there."""
+    """Least squares from normal equations [..., m, m] and [..., m], amplitudes that leave their bounds held
+    there.
+    """
     m = right.shape[-1]
     eye = np.eye(m)
     ridge = RIDGE * np.einsum("...ii->...", normal)[..., None, None] * eye + 1e-300 * eye

@@ -1,4 +1,6 @@
-"""A table of runs in memory: numeric columns, the independent run of each row, and the checks that come before a fit."""
+"""A table of runs in memory: numeric columns, the independent run of each row, and the checks that come
+before a fit.
+"""
 
 import ast
 import difflib
@@ -66,7 +68,7 @@ class Table:
         """The index of each row's independent run, int[n], in 0..num_clusters-1."""
         if self.run is None:
             return np.arange(self.num_rows)
-        return np.unique(self.run, return_inverse=True)[1].astype(np.int64)
+        return np.asarray(np.unique(self.run, return_inverse=True)[1], dtype=np.int64)
 
     @property
     def num_clusters(self) -> int:
@@ -150,7 +152,8 @@ def _mask(node: ast.expr, table: Table, expression: str) -> npt.NDArray[np.bool_
             )
         return result
     raise UserError(
-        f"Cannot read the condition {expression!r}: write comparisons joined by and/or, like 'N<=3.4e8 and D<=3e6'."
+        f"Cannot read the condition {expression!r}: write comparisons joined by and/or, like "
+        "'N<=3.4e8 and D<=3e6'."
     )
 
 
@@ -199,7 +202,8 @@ def _compare(
     ]
     if operation is None or is_text[0] != is_text[1]:
         raise UserError(
-            f"Cannot read the condition {expression!r}: compare with < <= > >= == !=, text with text, numbers with numbers."
+            f"Cannot read the condition {expression!r}: compare with < <= > >= == !=, text with text, "
+            "numbers with numbers."
         )
     return np.asarray(operation(np.asarray(left), np.asarray(right)))
 
@@ -215,7 +219,8 @@ def check(
     """Refuse what a fit could not answer honestly, in one sentence that names the rows and the way out.
 
     Raises:
-        UserError: a column is missing; a value is not finite, not positive or not a share; a count looks as if it were in
+        UserError: a column is missing; a value is not finite, not positive or not a share; a count looks as
+            if it were in
             millions; rows are duplicated; there are fewer rows than free parameters.
     """
     needed = (*law.columns, "loss")
@@ -237,8 +242,10 @@ def check(
         for column in needed:
             if column in SMALLEST and table.num_rows and table.columns[column].max() < SMALLEST[column]:
                 raise UserError(
-                    f"Column {column!r} never exceeds {table.columns[column].max():g}: it looks as if it were in millions or "
-                    f"billions; give plain counts, or pass allow_units (--allow-units) if it really is so small."
+                    f"Column {column!r} never exceeds {table.columns[column].max():g}: it looks as if "
+                    "it were in millions or "
+                    "billions; give plain counts, or pass allow_units (--allow-units) if it really "
+                    "is so small."
                 )
     if not allow_duplicates:
         refuse_duplicates(table, needed)
@@ -255,12 +262,14 @@ def _refuse_rows(table: Table, bad: npt.NDArray[np.bool_], what: str) -> None:
         rows = table.row_numbers[bad]
         shown = ", ".join(str(row) for row in rows[:8]) + (", ..." if len(rows) > 8 else "")
         raise UserError(
-            f"In {'row' if len(rows) == 1 else 'rows'} {shown}, {what}: correct or remove {'it' if len(rows) == 1 else 'them'}."
+            f"In {'row' if len(rows) == 1 else 'rows'} {shown}, {what}: correct or remove "
+            f"{'it' if len(rows) == 1 else 'them'}."
         )
 
 
 def refuse_duplicates(table: Table, columns: Sequence[str]) -> None:
-    """Refuse rows that repeat another in every needed column and in the run: counted twice, they fake precision.
+    """Refuse rows that repeat another in every needed column and in the run: counted twice, they fake
+    precision.
 
     Raises:
         UserError: with the first pair of row numbers.
@@ -276,6 +285,8 @@ def refuse_duplicates(table: Table, columns: Sequence[str]) -> None:
         later = np.flatnonzero(first[inverse] != np.arange(table.num_rows))
         numbers = table.row_numbers
         raise UserError(
-            f"Row {numbers[later[0]]} repeats row {numbers[first[inverse[later[0]]]]} exactly ({len(later)} duplicated "
-            f"{'row' if len(later) == 1 else 'rows'} in all): remove them, or pass --allow-duplicates if they are separate measurements."
+            f"Row {numbers[later[0]]} repeats row {numbers[first[inverse[later[0]]]]} exactly "
+            f"({len(later)} duplicated "
+            f"{'row' if len(later) == 1 else 'rows'} in all): remove them, or pass --allow-duplicates "
+            "if they are separate measurements."
         )

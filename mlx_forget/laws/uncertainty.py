@@ -1,14 +1,15 @@
-"""Intervals that hold what they promise: bootstraps over independent runs, profiles, and their small-sample corrections.
+"""Intervals that hold what they promise: bootstraps over independent runs, profiles, and their small-sample
+corrections.
 
-A resample is a row of weights over one shared design. All resamples first move along the tangent of the law at the fit,
-which costs matrix products only, and finish on the law itself.
+A resample is a row of weights over one shared design. All resamples first move along the tangent of the law
+at the fit, which costs matrix products only, and finish on the law itself.
 
 Which interval is the default (measured coverage: `tests/laws/coverage.py`):
-- rows independent and fewer than 40: profile-F, since a case bootstrap of 12 rows is far too wide and a residual one too
-  narrow;
-- 20 clusters or more, or 40 independent rows or more: percentile bootstrap over clusters, stretched about the fit by
-  sqrt(G / (G - 1)) t / z, because a resample of G clusters varies less than G new clusters would;
-- fewer than 20 clusters: t with G - 1 degrees of freedom on the bootstrap's standard deviation, and a warning.
+- rows independent and fewer than 40: profile-F, since a case bootstrap of 12 rows is far too wide and a
+  residual one too narrow;
+- 20 clusters or more, or 40 independent rows or more: percentile bootstrap over clusters, stretched about the
+  fit by sqrt(G / (G - 1)) t / z, because a resample of G clusters varies less than G new clusters would;
+- fewer than 20 clusters: t with G - 1 degrees of freedom on the bootstrap's spread, and a warning.
 """
 
 from collections.abc import Callable, Mapping
@@ -33,7 +34,8 @@ PROFILE_BELOW = 40
 # Of the objective: a resample is a draw, and its fifth digit is noise already.
 REFIT_TOLERANCE = 1e-9
 FEW_CLUSTERS = 20
-# Where resamples are small, one start per resample misses a better optimum in up to 0.7% of them: measured at 28 to 35 rows.
+# Where resamples are small, one start per resample misses a better optimum in up to 0.7% of them: measured at
+# 28 to 35 rows.
 EXTRA_STARTS_BELOW = 60
 
 
@@ -97,7 +99,9 @@ class Draws:
 
     @cached_property
     def out_of_bag_mre(self) -> float:
-        """The bootstrapped mean relative error: of each resample's fit over the rows it did not see; NaN without weights."""
+        """The bootstrapped mean relative error: of each resample's fit over the rows it did not see; NaN
+        without weights.
+        """
         if self.weights is None or self.method == "bayesian":
             return float("nan")
         loss = self.fit.table.columns["loss"]
@@ -116,7 +120,9 @@ class Draws:
 def cluster_weights(
     clusters: npt.NDArray[np.int64], count: int, *, seed: int, bayesian: bool = False
 ) -> Array:
-    """Weights float64[count, n]: how often each row's cluster was drawn, or its exponential weight (Bayesian bootstrap)."""
+    """Weights float64[count, n]: how often each row's cluster was drawn, or its exponential weight
+    (Bayesian bootstrap).
+    """
     generator = np.random.default_rng(seed)
     num = int(clusters.max()) + 1
     if bayesian:
@@ -219,7 +225,8 @@ def bootstrap(
     Args:
         fit: the fit.
         num_resamples: how many.
-        method: "cluster" draws independent runs with replacement, "bayesian" gives them exponential weights, "residual"
+        method: "cluster" draws independent runs with replacement, "bayesian" gives them exponential weights,
+            "residual"
             keeps the design and draws inflated residuals.
         seed: of the resampling.
     """
@@ -244,10 +251,11 @@ Quantity = Callable[[Array], Array]
 
 
 def stretch(num_clusters: int, level: float) -> float:
-    """By how much percentile intervals are widened about the fit: sqrt(G / (G - 1)) t / z with G - 1 degrees of freedom.
+    """By how much percentile intervals are widened about the fit: sqrt(G / (G - 1)) t / z with G - 1 degrees
+    of freedom.
 
-    Measured over 500 simulations of 20 and 25 runs with 6 checkpoints each: unwidened intervals cover 93 to 96%, widened by
-    sqrt(G / (G - k)) they cover up to 99%, by this 95 to 98%.
+    Measured over 500 simulations of 20 and 25 runs with 6 checkpoints each: unwidened intervals cover 93 to
+        96%, widened by sqrt(G / (G - k)) they cover up to 99%, by this 95 to 98%.
     """
     degrees = max(num_clusters - 1, 1)
     upper = 0.5 + level / 2
@@ -284,7 +292,9 @@ def draws_interval(draws: Draws, quantity: Quantity, *, level: float = DEFAULTS.
 
 
 def critical_fall(fit: Fit, level: float) -> float:
-    """How far the objective may rise along a profile: half the noise ratio times the F quantile with 1 and n - k degrees."""
+    """How far the objective may rise along a profile: half the noise ratio times the F quantile with 1 and
+    n - k degrees.
+    """
     degrees = max(fit.num_rows - fit.model.num_free, 1)
     return float(0.5 * fit.noise.ratio * fisher.ppf(level, 1, degrees))
 
@@ -295,7 +305,8 @@ class Profile:
 
     Args:
         points: float64[m], the held values.
-        rise: float64[m], objective above its minimum, in units of the critical rise (1 is the end of the interval).
+        rise: float64[m], objective above its minimum, in units of the critical rise (1 is the end of the
+            interval).
         low, high: where the rise crosses 1; infinite where it never does within the bounds.
     """
 
@@ -308,10 +319,11 @@ class Profile:
 def profile_coordinates(
     fit: Fit, *, level: float = DEFAULTS.level, coordinates: tuple[str, ...] | None = None
 ) -> dict[str, Profile]:
-    """Profile-F intervals of free coordinates: the values from which no other parameter can win the objective back.
+    """Profile-F intervals of free coordinates: the values from which no other parameter can win the objective
+    back.
 
-    All coordinates, sides and points are one batch; the ends are found by inverse interpolation of the root of the rise,
-    which is about straight, and one refinement.
+    All coordinates, sides and points are one batch; the ends are found by inverse interpolation of the root
+    of the rise, which is about straight, and one refinement.
     """
     names = fit.model.coordinates if coordinates is None else coordinates
     indices = [fit.model.coordinates.index(name) for name in names]
@@ -342,8 +354,8 @@ def profile_coordinates(
     second = evaluate([(j, points) for j, points, _ in refine])
     for i, ((_, points, window), value) in enumerate(zip(refine, second, strict=True)):
         if np.isfinite(ends[i]):
-            rise = float(np.maximum(value[0] - fit.value, 0.0) / critical)
-            ends[i] = _refined(float(points[0]), rise, window)
+            over = float(np.maximum(value[0] - fit.value, 0.0) / critical)
+            ends[i] = _refined(float(points[0]), over, window)
     made = {}
     for i, j in enumerate(indices):
         below, above = requests[2 * i][1], requests[2 * i + 1][1]
@@ -356,7 +368,9 @@ def profile_coordinates(
 
 
 def _crossing(centre: float, points: Array, rise: Array) -> tuple[float, tuple[float, float, float, float]]:
-    """Where sqrt(rise) crosses 1 going outwards, and the bracket (inner point, inner root, outer point, outer root)."""
+    """Where sqrt(rise) crosses 1 going outwards, and the bracket (inner point, inner root, outer point,
+    outer root).
+    """
     roots = np.sqrt(rise)
     above = np.flatnonzero(roots >= 1.0)
     if not len(above):
@@ -443,8 +457,9 @@ def profile_prediction(
 ) -> list[Interval]:
     """Profile-F intervals of predictions at points of natural columns [m].
 
-    One extra row at that point pulls the prediction away. Wherever the pulled fit comes to rest, it has the lowest
-    objective of all fits with that prediction, so it lies on the profile, and no law needs to be solved for its prediction.
+    One extra row at that point pulls the prediction away. Wherever the pulled fit comes to rest, it has the
+    lowest objective of all fits with that prediction, so it lies on the profile, and no law needs to be
+    solved for its prediction.
     """
     length = max(np.size(np.asarray(columns[name])) for name in fit.law.columns)
     at = {name: np.broadcast_to(np.asarray(columns[name], float), (length,)) for name in fit.law.columns}
@@ -498,12 +513,14 @@ def _profile_point(fit: Fit, point: Mapping[str, float], level: float, group: st
         order = np.argsort(np.abs(reached[side]))
         found.append(_crossing(0.0, reached[side][order], rises[side][order])[0])
     low, high = (
-        None if not np.isfinite(end) else float(fit.objective.invert(np.array([transformed + end]))[0]) for end in found
+        None if not np.isfinite(end) else float(fit.objective.invert(np.array([transformed + end]))[0])
+        for end in found
     )
     return Interval(centre, low, high)
 
 
-# ------------------------------------------------------------------------------------------------ what the user reads
+# ------------------------------------------------------------------------------------------------ what the
+# user reads
 
 
 @dataclass(frozen=True)
@@ -512,7 +529,8 @@ class Uncertainty:
 
     Args:
         fit: the fit.
-        method: "cluster bootstrap", "t on the cluster bootstrap", "profile-F", "residual bootstrap" or "Bayesian bootstrap".
+        method: "cluster bootstrap", "t on the cluster bootstrap", "profile-F", "residual bootstrap" or
+            "Bayesian bootstrap".
         level: coverage promised.
         params: intervals of natural parameters, named like `Fit.params`.
         draws: the refits; None where there are none.
@@ -530,7 +548,8 @@ class Uncertainty:
 
 
 def assess(fit: Fit, options: BootstrapOptions = DEFAULTS) -> Uncertainty:
-    """The intervals of a fit's parameters, by the default method for its number of independent runs or by the one asked for.
+    """The intervals of a fit's parameters, by the default method for its number of independent runs or by the
+    one asked for.
 
     Raises:
         UserError: unknown method.
@@ -544,7 +563,8 @@ def assess(fit: Fit, options: BootstrapOptions = DEFAULTS) -> Uncertainty:
     warnings = []
     if num < FEW_CLUSTERS and (clustered or method == "cluster"):
         warnings.append(
-            f"only {num} independent runs: intervals use t with {max(num - 1, 1)} degrees of freedom and may still be too narrow; "
+            f"only {num} independent runs: intervals use t with {max(num - 1, 1)} degrees of freedom "
+            "and may still be too narrow; "
             f"20 or more runs make them dependable"
         )
     draws = None
@@ -555,12 +575,13 @@ def assess(fit: Fit, options: BootstrapOptions = DEFAULTS) -> Uncertainty:
         draws = bootstrap(fit, num_resamples=options.num_resamples, method=kind, seed=options.seed)
         if draws.share_converged < 0.995:
             warnings.append(
-                f"{100 * (1 - draws.share_converged):.1f}% of the resamples did not converge: the law is barely identified on these data"
+                f"{100 * (1 - draws.share_converged):.1f}% of the resamples did not converge: the law "
+                "is barely identified on these data"
             )
     profiles: dict[str, Profile] = {}
     exact = fit.num_rows <= fit.model.num_free or fit.value <= 1e-20 * fit.num_rows
     if fit.num_rows <= fit.model.num_free:
-        ends = {name: (-np.inf, np.inf) for name in fit.model.coordinates}
+        ends = dict.fromkeys(fit.model.coordinates, (-np.inf, np.inf))
         name_of_method = "none (as many parameters as rows)"
     elif method == "profile" and not exact:
         profiles = profile_coordinates(fit, level=options.level)
@@ -601,7 +622,9 @@ def assess(fit: Fit, options: BootstrapOptions = DEFAULTS) -> Uncertainty:
 def _natural_intervals(
     fit: Fit, ends: Mapping[str, tuple[float, float]], draws: Draws | None, level: float
 ) -> dict[str, Interval]:
-    """Intervals of natural parameters: a coordinate's own ends where it is one, the draws' where it mixes several."""
+    """Intervals of natural parameters: a coordinate's own ends where it is one, the draws' where it mixes
+    several.
+    """
     unidentified = {
         name: flag.words for flag in fit.flags if flag.kind == "unidentified" for name in flag.parameters
     }
@@ -609,6 +632,11 @@ def _natural_intervals(
     made: dict[str, Interval] = {}
     mixed: list[str] = []
     names = {rule.amplitude for rule in fit.law.rescales if fit.model.references[rule.column] != 1.0}
+    # A natural amplitude is the coordinate times reference^exponent: it is no better known than its exponent.
+    follows: dict[str, set[str]] = {name: set(unidentified) for name in fit.law.unfixable}
+    for rule in fit.law.rescales:
+        if rule.amplitude in names and rule.power is not None:
+            follows.setdefault(rule.amplitude, set()).add(rule.power)
     for display, value in fit.params.items():
         bare = display.split("[")[0]
         suffix = display[len(bare) :]
@@ -619,6 +647,10 @@ def _natural_intervals(
         coordinate = leader if leader in fit.model.coordinates else leader + suffix
         if coordinate in unidentified:
             made[display] = Interval(value, None, None, unidentified[coordinate])
+            continue
+        lost = [name for name in unidentified if name.split("[")[0] in follows.get(bare, ())]
+        if lost:
+            made[display] = Interval(value, None, None, unidentified[lost[0]])
             continue
         if bare in names or fit.law.to_natural is not None:
             mixed.append(display)
@@ -653,9 +685,11 @@ def _natural_intervals(
 def _mixed_ends(
     fit: Fit, ends: Mapping[str, tuple[float, float]], draws: Draws | None, names: list[str], level: float
 ) -> dict[str, tuple[float | None, float | None]]:
-    """Ends of natural amplitudes, which mix a coordinate with exponents: from the draws, on the logarithm where positive."""
+    """Ends of natural amplitudes, which mix a coordinate with exponents: from the draws, on the logarithm
+    where positive.
+    """
     if draws is None or not draws.converged.any():
-        return {name: (None, None) for name in names}
+        return dict.fromkeys(names, (None, None))
     made: dict[str, tuple[float | None, float | None]] = {}
     for name in names:
         bare, _, rest = name.partition("[")

@@ -1,4 +1,6 @@
-"""How a law does where it was not fitted: hold-outs by construction, interval calibration, and selection among rivals."""
+"""How a law does where it was not fitted: hold-outs by construction, interval calibration, and selection
+among rivals.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +19,8 @@ from mlx_forget.laws.table import Table
 from mlx_forget.laws.uncertainty import BootstrapOptions, assess, predict_intervals
 
 NO_BOOTSTRAP = BootstrapOptions(num_resamples=0)
-# Selection prefers the simpler of two nested laws unless the F test rejects it at this level: rivals are many.
+# Selection prefers the simpler of two nested laws unless the F test rejects it at this level: rivals are
+# many.
 SELECTION_LEVEL = 0.01
 # AICc differences below this are no evidence (Burnham and Anderson 2002, section 2.6).
 AICC_TIE = 2.0
@@ -33,7 +36,8 @@ class HoldOut:
         test: the rows held out.
         predicted: float64[m].
         error: float64[m], relative, signed.
-        covered: share of held-out points inside their 95% interval (parameters and noise); NaN without intervals.
+        covered: share of held-out points inside their 95% interval (parameters and noise); NaN without
+            intervals.
     """
 
     name: str
@@ -71,7 +75,10 @@ def hold_out(
         UserError: nothing is left to train on, or to test.
     """
     if train.all() or not train.any():
-        raise UserError(f"The hold-out {name!r} trains on {int(train.sum())} of {len(train)} rows: leave some on both sides.")
+        raise UserError(
+            f"The hold-out {name!r} trains on {int(train.sum())} of {len(train)} rows: leave some on "
+            "both sides."
+        )
     fit = fit_law(table.select(train), law, constraints=constraints, options=options)
     test = table.select(~train)
     predicted = fit.predict(test.columns)
@@ -92,8 +99,12 @@ def calibration(fit: Fit, test: Table, options: BootstrapOptions) -> float:
     for interval, measured in zip(intervals, response.tolist(), strict=True):
         centre = float(fit.objective.transform(np.array([interval.value]))[0])
         low = -np.inf if interval.low is None else float(fit.objective.transform(np.array([interval.low]))[0])
-        high = np.inf if interval.high is None else float(fit.objective.transform(np.array([interval.high]))[0])
-        inside += centre - np.hypot(centre - low, noise) <= measured <= centre + np.hypot(high - centre, noise)
+        high = (
+            np.inf if interval.high is None else float(fit.objective.transform(np.array([interval.high]))[0])
+        )
+        inside += (
+            centre - np.hypot(centre - low, noise) <= measured <= centre + np.hypot(high - centre, noise)
+        )
     return inside / test.num_rows
 
 
@@ -120,11 +131,24 @@ def leave_out(
         if column in law.columns and len(levels := np.unique(table.columns[column])) > 2:
             masks.extend((f"{column} = {100 * level:g}%", table.columns[column] != level) for level in levels)
     if domain is not None:
-        masks.extend((f"{domain} = {name}", ~np.isin(table.row_numbers, part.row_numbers)) for name, part in table.groups(domain).items())
+        masks.extend(
+            (f"{domain} = {name}", ~np.isin(table.row_numbers, part.row_numbers))
+            for name, part in table.groups(domain).items()
+        )
     made = []
     for name, train in masks:
         try:
-            made.append(hold_out(table, law, train, name=name, constraints=constraints, options=options, bootstrap=bootstrap))
+            made.append(
+                hold_out(
+                    table,
+                    law,
+                    train,
+                    name=name,
+                    constraints=constraints,
+                    options=options,
+                    bootstrap=bootstrap,
+                )
+            )
         except UserError:
             continue
     return made
@@ -145,7 +169,13 @@ def train_on(
         UserError: the condition cannot be read, or leaves nothing on one side.
     """
     return hold_out(
-        table, law, table.where(condition), name=condition, constraints=constraints, options=options, bootstrap=bootstrap
+        table,
+        law,
+        table.where(condition),
+        name=condition,
+        constraints=constraints,
+        options=options,
+        bootstrap=bootstrap,
     )
 
 
@@ -210,10 +240,12 @@ def select(
     alternatives: Sequence[Alternative] | None = None,
     options: FitOptions = DEFAULTS,
 ) -> Selection:
-    """Choose among a law and its rivals by F tests where they are nested, by AICc where they are not, and say why.
+    """Choose among a law and its rivals by F tests where they are nested, by AICc where they are not, and say
+    why.
 
-    All rivals are fitted with one Huber loss whose delta is 1.345 times the noise of the best of them: nearly as sharp as
-    least squares under normal noise, where the usual delta of 1e-3 would throw information away, and still robust.
+    All rivals are fitted with one Huber loss whose delta is 1.345 times the noise of the best of them: nearly
+    as sharp as least squares under normal noise, where the usual delta of 1e-3 would throw information away,
+    and still robust.
 
     Args:
         table: the rows.
@@ -243,7 +275,9 @@ def select(
         train = table.where(condition)
         for name, fit in fits.items():
             try:
-                errors[name] = hold_out(table, fit.law, train, name=condition, constraints=fit.constraints, options=sharp).mre
+                errors[name] = hold_out(
+                    table, fit.law, train, name=condition, constraints=fit.constraints, options=sharp
+                ).mre
             except UserError:
                 continue
     rivals = []
@@ -283,12 +317,16 @@ def _nested_tests(candidates: Sequence[Alternative], fits: Mapping[str, Fit], n:
                 continue
             ratio = estimate_noise(large.residual, large.objective, large.model.num_free).ratio
             statistic = max(2 * (small.value - large.value) / max(ratio, 1e-300) / extra, 0.0)
-            made.append(FTest(candidate.name, larger, float(statistic), float(fisher.sf(statistic, extra, degrees))))
+            made.append(
+                FTest(candidate.name, larger, float(statistic), float(fisher.sf(statistic, extra, degrees)))
+            )
     return made
 
 
 def _choose(rivals: Sequence[Rival], tests: Sequence[FTest]) -> tuple[str, list[FTest]]:
-    """Start from the lowest AICc and step down to a simpler law for as long as an F test does not reject it."""
+    """Start from the lowest AICc and step down to a simpler law for as long as an F test does not reject
+    it.
+    """
     chosen = rivals[0].name
     order = {rival.name: rival.aicc for rival in rivals}
     steps: list[FTest] = []
@@ -302,25 +340,48 @@ def _choose(rivals: Sequence[Rival], tests: Sequence[FTest]) -> tuple[str, list[
 
 
 def _verdict(
-    chosen: str, rivals: Sequence[Rival], tests: Sequence[FTest], steps: Sequence[FTest], condition: str | None
+    chosen: str,
+    rivals: Sequence[Rival],
+    tests: Sequence[FTest],
+    steps: Sequence[FTest],
+    condition: str | None,
 ) -> str:
     by_name = {rival.name: rival for rival in rivals}
     parts = [f"{chosen!r} is chosen"]
     if steps:
         last = steps[-1]
-        parts.append(f"{last.larger!r} fits no better than chance would (F = {last.statistic:.2g}, p = {last.p_value:.2g})")
-    rejected = [test for test in tests if test.smaller != chosen and test.larger == chosen and test.p_value <= SELECTION_LEVEL]
+        parts.append(
+            f"{last.larger!r} fits no better than chance would (F = {last.statistic:.2g}, p = "
+            f"{last.p_value:.2g})"
+        )
+    rejected = [
+        test
+        for test in tests
+        if test.smaller != chosen and test.larger == chosen and test.p_value <= SELECTION_LEVEL
+    ]
     for test in rejected:
-        parts.append(f"the simpler {test.smaller!r} is rejected (F = {test.statistic:.3g}, p = {test.p_value:.1g})")
-    related = {name for test in tests for name in (test.smaller, test.larger) if chosen in (test.smaller, test.larger)}
+        parts.append(
+            f"the simpler {test.smaller!r} is rejected (F = {test.statistic:.3g}, p = {test.p_value:.1g})"
+        )
+    related = {
+        name
+        for test in tests
+        for name in (test.smaller, test.larger)
+        if chosen in (test.smaller, test.larger)
+    }
     others = [rival for rival in rivals if rival.name != chosen and rival.name not in related]
     if others:
         runner_up = others[0]
         gap = runner_up.aicc - by_name[chosen].aicc
         if gap < AICC_TIE:
-            parts.append(f"but {runner_up.name!r} explains the data as well (AICc differs by {gap:.2g}): more runs must decide")
+            parts.append(
+                f"but {runner_up.name!r} explains the data as well (AICc differs by {gap:.2g}): more "
+                "runs must decide"
+            )
         else:
-            parts.append(f"the best rival that it does not contain, {runner_up.name!r}, is {gap:.3g} AICc units worse")
+            parts.append(
+                f"the best rival that it does not contain, {runner_up.name!r}, is {gap:.3g} AICc units worse"
+            )
     if condition is not None and np.isfinite(by_name[chosen].hold_out):
         outside = [rival for rival in rivals if np.isfinite(rival.hold_out)]
         best = min(outside, key=lambda rival: rival.hold_out)

@@ -1,7 +1,8 @@
-"""How often nominal 95% intervals cover the truth, by simulation: `python tests/laws/coverage.py [--simulations 2000]`.
+"""How often nominal 95% intervals cover the truth, by simulation: `python tests/laws/coverage.py
+[--simulations 2000]`.
 
-Each scenario draws data from a known law and asks the default method for intervals of the exponents, log B and a
-prediction beyond the data. `make coverage` runs it whole; the tests run a short form.
+Each scenario draws data from a known law and asks the default method for intervals of the exponents, log B
+and a prediction beyond the data. `make coverage` runs it whole; the tests run a short form.
 """
 
 import argparse
@@ -54,22 +55,63 @@ class Scenario:
 
 def scenarios() -> list[Scenario]:
     independent = paper_grid()
-    # 25 runs (5 sizes x 5 shares) of 6 checkpoints each: what a checkpoint shares with its run is most of the noise.
+    # 25 runs (5 sizes x 5 shares) of 6 checkpoints each: what a checkpoint shares with its run is most of the
+    # noise.
     tokens = np.geomspace(3e5, 3e7, 6)
     clustered = paper_grid(tokens=tokens)
     run = np.unique(np.stack([clustered["N"], clustered["p"]]), axis=1, return_inverse=True)[1].astype(float)
     # 20 runs: 4 sizes x 5 shares.
     twenty = paper_grid(sizes=SIZES[1:], tokens=tokens)
-    run_of_twenty = np.unique(np.stack([twenty["N"], twenty["p"]]), axis=1, return_inverse=True)[1].astype(float)
-    small = paper_grid(sizes=SIZES[[0, 2, 4]], tokens=np.array([3e5, 3e6, 3e7]), shares=np.array([0.0, 0.005, 0.05]))
+    run_of_twenty = np.unique(np.stack([twenty["N"], twenty["p"]]), axis=1, return_inverse=True)[1].astype(
+        float
+    )
+    small = paper_grid(
+        sizes=SIZES[[0, 2, 4]], tokens=np.array([3e5, 3e6, 3e7]), shares=np.array([0.0, 0.005, 0.05])
+    )
     judged = ("alpha", "beta", "B")
     return [
-        Scenario("125 independent runs", "bethune-forgetting", FORGETTING_TRUTH, independent, None, 0.004, 0.0, judged),
-        Scenario("25 runs x 6 checkpoints", "bethune-forgetting", FORGETTING_TRUTH, clustered, run, 0.002, 0.004, judged),
-        Scenario("20 runs x 6 checkpoints", "bethune-forgetting", FORGETTING_TRUTH, twenty, run_of_twenty, 0.002, 0.004, judged),
-        Scenario("27 independent runs", "bethune-forgetting", FORGETTING_TRUTH, small, None, 0.004, 0.0, judged),
         Scenario(
-            "25 independent runs, finetuning", "bethune-finetuning", FINETUNING_TRUTH, grid(N=SIZES, D=tokens[:5]), None, 0.004, 0.0, ("alpha", "beta")
+            "125 independent runs",
+            "bethune-forgetting",
+            FORGETTING_TRUTH,
+            independent,
+            None,
+            0.004,
+            0.0,
+            judged,
+        ),
+        Scenario(
+            "25 runs x 6 checkpoints",
+            "bethune-forgetting",
+            FORGETTING_TRUTH,
+            clustered,
+            run,
+            0.002,
+            0.004,
+            judged,
+        ),
+        Scenario(
+            "20 runs x 6 checkpoints",
+            "bethune-forgetting",
+            FORGETTING_TRUTH,
+            twenty,
+            run_of_twenty,
+            0.002,
+            0.004,
+            judged,
+        ),
+        Scenario(
+            "27 independent runs", "bethune-forgetting", FORGETTING_TRUTH, small, None, 0.004, 0.0, judged
+        ),
+        Scenario(
+            "25 independent runs, finetuning",
+            "bethune-finetuning",
+            FINETUNING_TRUTH,
+            grid(N=SIZES, D=tokens[:5]),
+            None,
+            0.004,
+            0.0,
+            ("alpha", "beta"),
         ),
     ]
 
@@ -101,7 +143,10 @@ def measure(scenario: Scenario, *, simulations: int, resamples: int, seed: int =
         assert predicted.low is not None
         assert predicted.high is not None
         hits["prediction"] += predicted.low <= answer <= predicted.high
-    return {**{name: count / simulations for name, count in hits.items()}, "converged": converged / simulations}
+    return {
+        **{name: count / simulations for name, count in hits.items()},
+        "converged": converged / simulations,
+    }
 
 
 def main() -> int:
@@ -118,7 +163,12 @@ def main() -> int:
         found = measure(scenario, simulations=arguments.simulations, resamples=arguments.resamples)
         covered = [value for name, value in found.items() if name != "converged"]
         worst = max(worst, *(abs(value - 0.95) for value in covered))
-        print(json.dumps({"scenario": scenario.name, **found, "seconds": round(time.perf_counter() - began, 1)}), flush=True)
+        print(
+            json.dumps(
+                {"scenario": scenario.name, **found, "seconds": round(time.perf_counter() - began, 1)}
+            ),
+            flush=True,
+        )
     # Three points, and what a binomial of that many simulations strays by.
     allowed = 0.03 + 2 * (0.05 * 0.95 / arguments.simulations) ** 0.5
     return 0 if worst <= allowed else 1
