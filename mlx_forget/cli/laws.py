@@ -596,7 +596,9 @@ def load_source(
 def front(
     forgetting: "Predictor", path: Path, group: str | None, columns: Mapping[str, float], epochs: float
 ) -> list[dict[str, Any]]:
-    """The Pareto front over the sizes of the data, at the advised D."""
+    """The Pareto front of the asked size: fewer tokens forget less and learn less, replay forgets less and
+    costs.
+    """
     import numpy as np
 
     from mlx_forget.laws.advise import pareto
@@ -604,20 +606,20 @@ def front(
 
     if "N" not in forgetting.law.columns:
         raise UserError(f"{forgetting.law.name} knows one model only: a Pareto front needs a law with N.")
-    low, high = forgetting.data_range["N"]
+    fewest = min(forgetting.data_range["D"][0], columns["D"])
     shares = np.array([0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05])
     choices = pareto(
         forgetting,
         read_fit(path).pick(group),
-        sizes=np.unique(np.append(np.geomspace(low, high, 7), columns["N"])),
-        tokens=np.array([columns["D"]]),
+        sizes=np.array([columns["N"]]),
+        tokens=np.geomspace(fewest, columns["D"], 7),
         shares=shares[shares <= forgetting.data_range["p"][1]],
         epochs=epochs,
     )
     say("target loss against forgetting, the runs that nothing beats:")
     for choice in choices:
         say(
-            f"  N={choice.columns['N']:.3g} p={100 * choice.columns['p']:g}%: target "
+            f"  D={choice.columns['D']:.3g} p={100 * choice.columns['p']:g}%: target "
             f"{choice.target_loss:.4g}, "
             f"forgetting {choice.forgetting:.3g}, {choice.cost.train_flops:.2g} FLOPs"
         )

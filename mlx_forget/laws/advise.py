@@ -362,8 +362,7 @@ def pareto(
 ) -> list[Choice]:
     """The runs that no other run beats in target loss and in forgetting, ascending in target loss.
 
-    At a fixed cost replay is paid for with target tokens; without one, every run keeps its D and replay costs
-    FLOPs.
+    More tokens lower the target loss and forget more; replay forgets less and costs FLOPs.
 
     Args:
         forgetting, target: predictors of the forgetting and the finetuning law.

@@ -583,6 +583,7 @@ def assess(fit: Fit, options: BootstrapOptions = DEFAULTS) -> Uncertainty:
     if fit.num_rows <= fit.model.num_free:
         ends = dict.fromkeys(fit.model.coordinates, (-np.inf, np.inf))
         name_of_method = "none (as many parameters as rows)"
+        draws = None
     elif method == "profile" and not exact:
         profiles = profile_coordinates(fit, level=options.level)
         ends = {name: (made.low, made.high) for name, made in profiles.items()}
