@@ -132,7 +132,7 @@ FORGETTING_RIVALS = (
         tied={"beta": "alpha"},
         inside=("p on N", "p saturates", "with E"),
     ),
-    Alternative("log limit", "bethune-forgetting/log-limit"),
+    Alternative("log limit", "bethune-forgetting/log-limit", inside=("with E",)),
 )
 
 register(

@@ -16,21 +16,19 @@ ALL_FORMS = sorted({alternative.law for law in laws() for alternative in law.alt
 
 
 def test_every_named_law_is_registered():
-    assert {law.name for law in laws()} >= set(
-        [
-            "chinchilla",
-            "bethune-forgetting",
-            "bethune-forgetting-e",
-            "bethune-finetuning",
-            "forgetting-fixed-n",
-            "kalajdzievski-linear",
-            "kalajdzievski-finetuning",
-            "kalajdzievski-forgetting",
-            "d-cpt",
-            "cmr",
-            "overfitting-gap",
-        ]
-    )
+    assert {law.name for law in laws()} >= {
+        "chinchilla",
+        "bethune-forgetting",
+        "bethune-forgetting-e",
+        "bethune-finetuning",
+        "forgetting-fixed-n",
+        "kalajdzievski-linear",
+        "kalajdzievski-finetuning",
+        "kalajdzievski-forgetting",
+        "d-cpt",
+        "cmr",
+        "overfitting-gap",
+    }
 
 
 def _internal_point(law: Law) -> np.ndarray:
