@@ -21,6 +21,9 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 SIZE = (6.4, 4.6)
 CURVE_POINTS = 60
+# Up to this many sizes each gets its curve; of a continuum, five do, with the points within 15% of them.
+MOST_LEVELS = 6
+NEAR = 0.15
 AXIS_NAMES = {
     "N": "parameters N",
     "D": "unique tokens D",
@@ -108,8 +111,10 @@ def plot_predicted(
 
 
 def _legend(axes: Axes, count: int) -> None:
-    if count > 1:
-        axes.legend(fontsize=7, ncols=1 + (count > 8), frameon=False)
+    if count > 6:
+        axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    elif count > 1:
+        axes.legend(fontsize=7, frameon=False)
 
 
 def plot_residuals(fits: Mapping[str, Uncertainty], folder: str | Path, *, name: str = "residuals") -> Path:
@@ -174,6 +179,7 @@ def plot_curves(
             keep &= data[column] == still[column]
     figure, axes = _new()
     levels = [np.nan] if splitter is None else _levels(data[splitter])
+    is_grid = splitter is None or len(np.unique(data[splitter])) <= MOST_LEVELS
     is_log = axis not in ("L_ft", "r", "R", "p")
     lows, highs = data[axis].min(), data[axis].max()
     x = (
@@ -186,7 +192,7 @@ def plot_curves(
         columns: dict[str, npt.ArrayLike] = {axis: x, **still}
         if splitter is not None:
             distance = np.abs(np.log(np.maximum(data[splitter], 1e-12) / max(level, 1e-12)))
-            member &= distance <= 0.5 * _gap(levels)
+            member &= distance <= (0.5 * _gap(levels) if is_grid else min(NEAR, 0.5 * _gap(levels)))
             columns[splitter] = level
         if "L0" in data:
             columns["L0"] = (
@@ -219,7 +225,7 @@ def plot_curves(
 
 def _levels(values: np.ndarray) -> list[float]:
     distinct = np.unique(values)
-    if len(distinct) <= 6:
+    if len(distinct) <= MOST_LEVELS:
         return [float(value) for value in distinct]
     return [float(value) for value in np.geomspace(max(distinct[0], 1e-12), distinct[-1], 5)]
 

@@ -1,7 +1,7 @@
 """Make `chinchilla_twin.csv`: 240 synthetic runs from the refitted Chinchilla parameters. No measured point
 enters.
 
-Sizes and budgets span what the original covered (44M to 16B parameters, 6e18 to 3e21 FLOPs); the noise is
+Budgets and sizes span about what the original covered (6e18 to 3e21 FLOPs, tens of millions to 16B parameters); the noise is
 Laplace, as the published objective assumes. `python data/reference/make_chinchilla_twin.py` writes the file
 beside itself, the same bytes each time.
 """
@@ -19,8 +19,9 @@ NUM_RUNS = 240
 def twin() -> list[tuple[float, float, float]]:
     """(N, D, loss) of every run."""
     generator = np.random.Generator(np.random.Philox(20240415))
-    size = np.exp(generator.uniform(np.log(44e6), np.log(16e9), NUM_RUNS))
     flops = np.exp(generator.uniform(np.log(6e18), np.log(3e21), NUM_RUNS))
+    # Around 20 tokens per parameter, up to a factor 6 smaller or larger in size.
+    size = np.sqrt(flops / 120) * np.exp(generator.uniform(-np.log(6), np.log(6), NUM_RUNS))
     tokens = flops / (6 * size)
     loss = GOLDEN["E"] + GOLDEN["A"] / size ** GOLDEN["alpha"] + GOLDEN["B"] / tokens ** GOLDEN["beta"]
     loss = loss * np.exp(generator.laplace(0.0, NOISE / np.sqrt(2), NUM_RUNS))

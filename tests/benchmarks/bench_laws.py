@@ -1,10 +1,9 @@
 # ruff: noqa: E402  (the thread count must be set before NumPy is loaded)
 """How fast the law core is, against tuned scipy in the same run.
 
-`python tests/benchmarks/bench_laws.py [--json]`. One core, one BLAS thread. `cpu` is the median processor time, which
-is what the code costs even on a shared machine; `wall` the median time a user waits. Ratios are baseline /
-ours in
-processor time, both measured here.
+`python tests/benchmarks/bench_laws.py [--json]`. One core, one BLAS thread. `cpu` is the median processor
+time, which is what the code costs even on a shared machine; `wall` the median time a user waits. Ratios are
+baseline / ours in processor time, both measured here.
 """
 
 import os
