@@ -1,9 +1,8 @@
-"""Make `chinchilla_twin.csv`: 240 synthetic runs from the refitted Chinchilla parameters. No measured point
-enters.
+"""Make `chinchilla_twin.csv`: 240 synthetic runs from the refitted Chinchilla parameters, no measured point.
 
-Budgets and sizes span about what the original covered (6e18 to 3e21 FLOPs, tens of millions to 16B parameters); the noise is
-Laplace, as the published objective assumes. `python data/reference/make_chinchilla_twin.py` writes the file
-beside itself, the same bytes each time.
+Budgets and sizes span about what the original covered (6e18 to 3e21 FLOPs, tens of millions to 16B
+parameters); the noise is Laplace, as the published objective assumes. `python
+data/reference/make_chinchilla_twin.py` writes the file beside itself, the same bytes each time.
 """
 
 import csv

@@ -130,7 +130,7 @@ FORGETTING_RIVALS = (
         "tied exponents",
         "bethune-forgetting",
         tied={"beta": "alpha"},
-        inside=("p on N", "p saturates", "with E"),
+        inside=("p on N", "p on D", "p saturates", "with E"),
     ),
     Alternative("log limit", "bethune-forgetting/log-limit", inside=("with E",)),
 )

@@ -324,10 +324,12 @@ def _nested_tests(candidates: Sequence[Alternative], fits: Mapping[str, Fit], n:
 
 
 def _choose(rivals: Sequence[Rival], tests: Sequence[FTest]) -> tuple[str, list[FTest]]:
-    """Start from the lowest AICc and step down to a simpler law for as long as an F test does not reject
-    it.
+    """Of the rivals that tie with the lowest AICc take the one with fewest parameters, then step down to a
+    simpler
+    law for as long as an F test does not reject it.
     """
-    chosen = rivals[0].name
+    tied = [rival for rival in rivals if rival.aicc <= rivals[0].aicc + AICC_TIE]
+    chosen = min(tied, key=lambda rival: (rival.fit.model.num_free, rival.aicc)).name
     order = {rival.name: rival.aicc for rival in rivals}
     steps: list[FTest] = []
     while True:

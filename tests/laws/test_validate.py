@@ -10,16 +10,16 @@ from mlx_forget.laws.validate import leave_out, select, train_on
 from .surfaces import SURFACES, paper_grid
 
 COLUMNS = paper_grid()
-BASE = {"A": 3.0, "alpha": 0.45, "beta": 0.4, "B": 600.0}
+BASE = {"A": 12.0, "alpha": 0.45, "beta": 0.3, "B": 600.0}
 # Each rival's own surface, far enough from the others for 125 runs with 0.4% noise to tell.
 TRUTHS = {
-    "no p": ("bethune-forgetting/no-p", {"A": 3.0, "alpha": 0.45, "beta": 0.4}),
+    "no p": ("bethune-forgetting/no-p", {"A": 12.0, "alpha": 0.45, "beta": 0.3}),
     "p on N": ("bethune-forgetting", BASE),
-    "p on D": ("bethune-forgetting/on-d", {**BASE, "beta": 0.3, "A": 12.0}),
+    "p on D": ("bethune-forgetting/on-d", BASE),
     "p added to N": ("bethune-forgetting/additive", {**BASE, "B": 2e11}),
     "p saturates": ("bethune-forgetting/saturating", {**BASE, "S": 0.25}),
     "with E": ("bethune-forgetting-e", {**BASE, "E": 0.08}),
-    "tied exponents": ("bethune-forgetting", {**BASE, "A": 8.0, "beta": 0.45}),
+    "tied exponents": ("bethune-forgetting", {**BASE, "A": 1.2, "beta": 0.45}),
     "log limit": ("bethune-forgetting/log-limit", {"C": 1.6, "b": 0.05, "a": 0.08, "B": 600.0}),
 }
 
