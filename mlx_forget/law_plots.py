@@ -1,0 +1,315 @@
+"""Figures of fitted laws: predicted against measured, curves over data, residuals, profiles, bands, advice.
+
+Colours are Okabe and Ito's, told apart by colour-blind readers; every series also has its own marker.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from mlx_forget.laws.advise import Advice
+from mlx_forget.laws.fit import Fit
+from mlx_forget.laws.predictor import Predictor
+from mlx_forget.laws.uncertainty import Profile, Uncertainty, profile_coordinates
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+SIZE = (6.4, 4.6)
+CURVE_POINTS = 60
+# Up to this many sizes each gets its curve; of a continuum, five do, with the points within 15% of them.
+MOST_LEVELS = 6
+NEAR = 0.15
+AXIS_NAMES = {
+    "N": "parameters N",
+    "D": "unique tokens D",
+    "p": "share of pretraining data p",
+    "P": "trainable parameters P",
+    "steps": "update steps",
+    "R": "share R",
+    "r": "share r",
+    "L_ft": "finetuning loss",
+}
+matplotlib.rcParams["svg.hashsalt"] = "mlx-forget"
+
+
+def _new(width: float = SIZE[0], height: float = SIZE[1]) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    _tidy(axes)
+    return figure, axes
+
+
+def _tidy(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(True, alpha=0.25, linewidth=0.6)
+
+
+def _save(figure: Figure, folder: Path, name: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.png"
+    figure.savefig(path, dpi=140, metadata={"Software": "mlx-forget"})
+    return path
+
+
+def plot_fits(fits: Mapping[str, Uncertainty], folder: str | Path) -> list[Path]:
+    """Every figure of the fits of one law into a folder: two overviews, and per group curves with bands and
+    profiles.
+    """
+    target = Path(folder)
+    made = [plot_predicted(fits, target), plot_residuals(fits, target)]
+    for group, uncertainty in fits.items():
+        suffix = f"-{_file_name(group)}" if group else ""
+        made.append(plot_curves(uncertainty, target, group=group, name=f"curves{suffix}"))
+        if uncertainty.fit.group is None and not any(flag.kind == "data" for flag in uncertainty.fit.flags):
+            made.append(plot_profiles(uncertainty, target, name=f"profiles{suffix}"))
+    return made
+
+
+def _file_name(group: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in group)
+
+
+def _rows(fit: Fit, group: str) -> np.ndarray:
+    return np.ones(fit.num_rows, bool) if fit.group is None else fit.group == fit.model.groups.index(group)
+
+
+def plot_predicted(
+    fits: Mapping[str, Uncertainty], folder: str | Path, *, name: str = "predicted-measured"
+) -> Path:
+    """Predicted against measured loss, all groups; the diagonal is a perfect law."""
+    figure, axes = _new(5.6, 5.2)
+    low, high = np.inf, -np.inf
+    for i, (group, uncertainty) in enumerate(fits.items()):
+        rows = _rows(uncertainty.fit, group)
+        measured, predicted = uncertainty.fit.table.columns["loss"][rows], uncertainty.fit.predicted[rows]
+        low, high = min(low, measured.min(), predicted.min()), max(high, measured.max(), predicted.max())
+        axes.plot(
+            measured,
+            predicted,
+            MARKERS[(i + i // len(COLOURS)) % len(MARKERS)],
+            color=COLOURS[i % len(COLOURS)],
+            ms=4,
+            alpha=0.75,
+            mew=0,
+            label=group or None,
+        )
+    axes.plot([low, high], [low, high], color="black", lw=0.9, zorder=0)
+    error = np.mean([uncertainty.fit.mre for uncertainty in fits.values()])
+    first = next(iter(fits.values())).fit
+    axes.set(
+        xlabel="measured loss (nats per token)",
+        ylabel="predicted loss (nats per token)",
+        title=f"{first.law.name}: mean relative error {100 * error:.2g}%",
+    )
+    _legend(axes, len(fits))
+    return _save(figure, Path(folder), name)
+
+
+def _legend(axes: Axes, count: int) -> None:
+    if count > 6:
+        axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    elif count > 1:
+        axes.legend(fontsize=7, frameon=False)
+
+
+def plot_residuals(fits: Mapping[str, Uncertainty], folder: str | Path, *, name: str = "residuals") -> Path:
+    """Relative residuals against the prediction: a pattern here is what the law misses."""
+    figure, axes = _new()
+    for i, (group, uncertainty) in enumerate(fits.items()):
+        rows = _rows(uncertainty.fit, group)
+        measured, predicted = uncertainty.fit.table.columns["loss"][rows], uncertainty.fit.predicted[rows]
+        axes.plot(
+            predicted,
+            100 * (measured / predicted - 1),
+            MARKERS[(i + i // len(COLOURS)) % len(MARKERS)],
+            color=COLOURS[i % len(COLOURS)],
+            ms=4,
+            alpha=0.75,
+            mew=0,
+            label=group or None,
+        )
+    axes.axhline(0, color="black", lw=0.9)
+    axes.set(
+        xlabel="predicted loss (nats per token)",
+        ylabel="measured / predicted - 1 (%)",
+        title=f"{next(iter(fits.values())).fit.law.name}: residuals",
+    )
+    _legend(axes, len(fits))
+    return _save(figure, Path(folder), name)
+
+
+def _curve_columns(predictor: Predictor) -> tuple[str, str | None]:
+    """The column along the axis, and the one that tells the curves apart."""
+    columns = [
+        name for name in ("D", "steps", "N", "R", "r", "L_ft", "P", "p") if name in predictor.law.columns
+    ]
+    axis = columns[0]
+    rest = [name for name in ("N", "p", "r", "P", "D") if name in predictor.law.columns and name != axis]
+    rest = [name for name in rest if len(np.unique(predictor.columns[name])) > 1]
+    return axis, rest[0] if rest else None
+
+
+def plot_curves(
+    uncertainty: Uncertainty, folder: str | Path, *, group: str = "", name: str = "curves"
+) -> Path:
+    """The law over data, one curve with its 95% band per size (or share), and the measured points.
+
+    The other columns stand still at their most frequent value; only rows that have it are drawn.
+    """
+    predictor = Predictor.from_uncertainty(uncertainty, group)
+    rows = _rows(uncertainty.fit, group)
+    loss = uncertainty.fit.table.columns["loss"][rows]
+    axis, splitter = _curve_columns(predictor)
+    data = dict(predictor.columns)
+    still = {}
+    keep = np.ones(len(loss), bool)
+    for column in predictor.law.columns:
+        if column in (axis, splitter, "L0"):
+            continue
+        values, counts = np.unique(data[column], return_counts=True)
+        if len(values) > 12:
+            still[column] = float(np.median(data[column]))
+        else:
+            still[column] = float(values[np.argmax(counts)])
+            keep &= data[column] == still[column]
+    figure, axes = _new()
+    levels = [np.nan] if splitter is None else _levels(data[splitter])
+    is_grid = splitter is None or len(np.unique(data[splitter])) <= MOST_LEVELS
+    is_log = axis not in ("L_ft", "r", "R", "p")
+    lows, highs = data[axis].min(), data[axis].max()
+    x = (
+        np.geomspace(lows, highs, CURVE_POINTS)
+        if is_log and lows > 0
+        else np.linspace(lows, highs, CURVE_POINTS)
+    )
+    for i, level in enumerate(levels):
+        member = keep.copy()
+        columns: dict[str, npt.ArrayLike] = {axis: x, **still}
+        if splitter is not None:
+            distance = np.abs(np.log(np.maximum(data[splitter], 1e-12) / max(level, 1e-12)))
+            member &= distance <= (0.5 * _gap(levels) if is_grid else min(NEAR, 0.5 * _gap(levels)))
+            columns[splitter] = level
+        if "L0" in data:
+            columns["L0"] = (
+                float(np.median(data["L0"][member])) if member.any() else float(np.median(data["L0"]))
+            )
+        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+        label = (
+            None
+            if splitter is None
+            else (
+                f"{splitter} = {level:.3g}"
+                if splitter not in ("p", "r")
+                else f"{splitter} = {100 * level:.3g}%"
+            )
+        )
+        axes.plot(x, predictor.predict(columns), color=colour, lw=1.4, label=label)
+        if len(predictor.draws):
+            low, high = predictor.interval(columns)
+            axes.fill_between(x, low, high, color=colour, alpha=0.18, lw=0)
+        axes.plot(data[axis][member], loss[member], marker, color=colour, ms=4, mew=0)
+    if is_log:
+        axes.set_xscale("log")
+    held = ", ".join(f"{column} = {value:.3g}" for column, value in still.items())
+    title = f"{predictor.law.name}{' ' + group if group else ''}" + (f" at {held}" if held else "")
+    axes.set(xlabel=AXIS_NAMES.get(axis, axis), ylabel="loss (nats per token)", title=title)
+    if splitter is not None:
+        axes.legend(fontsize=8, frameon=False)
+    return _save(figure, Path(folder), name)
+
+
+def _levels(values: np.ndarray) -> list[float]:
+    distinct = np.unique(values)
+    if len(distinct) <= MOST_LEVELS:
+        return [float(value) for value in distinct]
+    return [float(value) for value in np.geomspace(max(distinct[0], 1e-12), distinct[-1], 5)]
+
+
+def _gap(levels: list[float]) -> float:
+    """The smallest distance between levels, in log: points nearer than half of it belong to a level."""
+    logs = np.log(np.maximum(levels, 1e-12))
+    return float(np.min(np.diff(logs))) if len(logs) > 1 else np.inf
+
+
+def plot_profiles(uncertainty: Uncertainty, folder: str | Path, *, name: str = "profiles") -> Path:
+    """The rise of the objective along each free coordinate; a curve that never reaches the line is not
+    identified.
+    """
+    profiles: Mapping[str, Profile] = uncertainty.profiles or profile_coordinates(
+        uncertainty.fit, level=uncertainty.level
+    )
+    count = len(profiles)
+    columns = min(count, 3)
+    lines = -(-count // columns)
+    figure = Figure(figsize=(3.0 * columns, 2.5 * lines), layout="constrained")
+    fit = uncertainty.fit
+    for i, (coordinate, profile) in enumerate(profiles.items()):
+        axes = figure.add_subplot(lines, columns, i + 1)
+        _tidy(axes)
+        shown = profile.rise < 4
+        axes.plot(profile.points[shown], profile.rise[shown], ".-", color=COLOURS[0], ms=4, lw=1.2)
+        axes.axhline(1.0, color=COLOURS[1], lw=1.0, ls="--")
+        for end in (profile.low, profile.high):
+            if np.isfinite(end):
+                axes.axvline(end, color=COLOURS[1], lw=0.8, ls=":")
+        parameter = fit.law.parameters[fit.law.index(coordinate.split("[")[0])]
+        axes.set_xlabel(f"log {coordinate} (centred)" if parameter.log else coordinate, fontsize=8)
+        axes.tick_params(labelsize=7)
+        if i % columns == 0:
+            axes.set_ylabel(f"rise / {100 * uncertainty.level:g}% limit", fontsize=8)
+    return _save(figure, Path(folder), name)
+
+
+def plot_advice(
+    predictor: Predictor, advice: Advice, budget: float, confidence: float, folder: str | Path
+) -> Path:
+    """Forgetting over the column that was solved for, with the budget and the answer."""
+    name = advice.unknown
+    low, high = predictor.data_range[name]
+    figure, axes = _new()
+    best = advice.answer if advice.answer is not None else float(advice.columns[name])
+    if name == "p":
+        smallest = min(1e-4, best / 3) if best > 0 else 1e-4
+        x = np.concatenate(
+            [np.linspace(0.0, smallest, 12), np.geomspace(smallest, max(high, 2 * best), CURVE_POINTS)]
+        )
+        axes.set_xscale("symlog", linthresh=smallest)
+    else:
+        x = np.geomspace(min(low, best), max(high, best), CURVE_POINTS)
+        axes.set_xscale("log")
+    columns: dict[str, npt.ArrayLike] = {**advice.columns, name: x, "L0": 0.0}
+    axes.plot(x, predictor.predict(columns), color=COLOURS[0], lw=1.6, label="expected")
+    axes.plot(
+        x,
+        predictor.upper(columns, confidence=confidence),
+        color=COLOURS[1],
+        lw=1.4,
+        ls="--",
+        label=f"{100 * confidence:g}% stay below",
+    )
+    axes.axhline(budget, color="black", lw=1.0, ls=":", label=f"budget {budget:g} nats")
+    if advice.answer is not None:
+        axes.plot(
+            [best],
+            [advice.upper],
+            "D",
+            color=COLOURS[2],
+            ms=8,
+            label=f"{name} = {100 * best:.3g}%" if name == "p" else f"{name} = {best:.3g}",
+        )
+    others = ", ".join(
+        f"{key} = {value:.3g}" for key, value in advice.columns.items() if key not in (name, "L0")
+    )
+    axes.set(
+        xlabel=AXIS_NAMES.get(name, name),
+        ylabel="forgetting (nats per token)",
+        title=f"Forgetting at {others}",
+        ylim=(0, None),
+    )
+    axes.legend(fontsize=8, frameon=False)
+    return _save(figure, Path(folder), "advice")

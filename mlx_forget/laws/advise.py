@@ -1,0 +1,396 @@
+"""From a forgetting law to a decision: the smallest p, the largest D, the smallest N that keep forgetting
+under a budget.
+
+Every answer holds with a stated confidence: the budget is compared with an upper quantile of the law's draws,
+    not with its central value. An answer far outside the data is refused unless asked for.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from mlx_forget.errors import UserError
+from mlx_forget.laws.forms import Array
+from mlx_forget.laws.predictor import Predictor, describe_distance
+
+SHARE_COLUMNS = ("p", "r", "R")
+
+
+@dataclass(frozen=True)
+class AdviceOptions:
+    """The one source of advice's defaults.
+
+    Args:
+        confidence: that forgetting stays within the budget.
+        max_distance: refuse an answer whose N or D lies more than this factor outside the data.
+        max_share_distance: the same for p.
+        allow_extrapolation: answer anyway, and say how far.
+        max_share: the largest p considered.
+    """
+
+    confidence: float = 0.9
+    max_distance: float = 10.0
+    max_share_distance: float = 2.0
+    allow_extrapolation: bool = False
+    max_share: float = 0.5
+
+
+DEFAULTS = AdviceOptions()
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a finetuning run costs.
+
+    Args:
+        target_tokens: unique target tokens, seen once (multiply by epochs).
+        injected_tokens: pretraining tokens served beside them at fixed target tokens: p / (1 - p) of them.
+        train_flops: 6 N per token of both.
+        overhead: injected tokens as a share of the target tokens.
+    """
+
+    target_tokens: float
+    injected_tokens: float
+    train_flops: float
+    overhead: float
+
+
+@dataclass(frozen=True)
+class Advice:
+    """An answer.
+
+    Args:
+        question: in words.
+        answer: the number, or None where no value in reach meets the budget.
+        unknown: which column was solved for: "p", "D" or "N".
+        columns: the run advised, as law columns.
+        expected: central forgetting there, nats.
+        upper: forgetting that is not exceeded with the asked confidence, nats.
+        without_replay: central forgetting at p = 0, nats; NaN where the law has no p.
+        cost: of the run advised.
+        distance: how far outside the data the run lies, in words, or "".
+        words: the answer in a sentence.
+    """
+
+    question: str
+    answer: float | None
+    unknown: str
+    columns: Mapping[str, float]
+    expected: float
+    upper: float
+    without_replay: float
+    cost: Cost
+    distance: str
+    words: str
+
+
+def run_cost(columns: Mapping[str, float], *, epochs: float = 1.0) -> Cost:
+    """The cost of a run at fixed target tokens; N missing (a law of one model) gives NaN FLOPs.
+
+    Args:
+        columns: D and, where known, N and p.
+        epochs: passes over the target tokens.
+    """
+    share = float(columns.get("p", 0.0))
+    target = float(columns["D"]) * epochs
+    injected = target * share / (1 - share) if share < 1 else float("inf")
+    flops = 6.0 * float(columns.get("N", float("nan"))) * (target + injected)
+    return Cost(target, injected, flops, share / (1 - share) if share < 1 else float("inf"))
+
+
+def refuse_distance(predictor: Predictor, columns: Mapping[str, float], options: AdviceOptions) -> str:
+    """The distance of a question from the data in words.
+
+    Raises:
+        UserError: it is further than the options allow.
+    """
+    distance = predictor.distance(columns)
+    text = describe_distance(distance, predictor.data_range)
+    too_far = [
+        name
+        for name, factor in distance.items()
+        if factor > (options.max_share_distance if name in SHARE_COLUMNS else options.max_distance)
+    ]
+    if too_far and not options.allow_extrapolation:
+        raise UserError(
+            f"The question lies too far outside the data: {text}. Run closer to it, or pass "
+            "--allow-extrapolation to answer anyway."
+        )
+    return text
+
+
+def _upper(predictor: Predictor, columns: Mapping[str, float], confidence: float) -> float:
+    return float(predictor.upper({**columns, "L0": 0.0}, confidence=confidence)[0])
+
+
+def _solve(is_fine: Callable[[float], bool], fine_end: float, bad_end: float, *, log: bool) -> float:
+    """The last fine value between a fine and a bad end, to 0.1%, by bisection."""
+    for _ in range(60):
+        middle = float(np.sqrt(fine_end * bad_end)) if log else (fine_end + bad_end) / 2
+        if is_fine(middle):
+            fine_end = middle
+        else:
+            bad_end = middle
+        if abs(fine_end - bad_end) <= 1e-3 * abs(fine_end):
+            break
+    return fine_end
+
+
+def _finish(
+    predictor: Predictor,
+    question: str,
+    unknown: str,
+    answer: float | None,
+    columns: dict[str, float],
+    options: AdviceOptions,
+    epochs: float,
+    words: str,
+) -> Advice:
+    expected = float(predictor.forgetting(columns)[0])
+    upper = _upper(predictor, columns, options.confidence)
+    bare = (
+        float(predictor.forgetting({**columns, "p": 0.0})[0])
+        if "p" in predictor.law.columns
+        else float("nan")
+    )
+    text = refuse_distance(predictor, columns, options)
+    if predictor.unidentified:
+        names = ", ".join(predictor.unidentified)
+        words += (
+            f" Do not rely on it: {names} {'is' if len(predictor.unidentified) == 1 else 'are'} "
+            "not determined by these runs."
+        )
+    if not len(predictor.draws):
+        words += (
+            " The fit carries no draws, so this is the central value without confidence: fit "
+            "with --bootstrap."
+        )
+    if text:
+        words += f" Outside the data: {text}."
+    return Advice(
+        question,
+        answer,
+        unknown,
+        columns,
+        expected,
+        upper,
+        bare,
+        run_cost(columns, epochs=epochs),
+        text,
+        words,
+    )
+
+
+def _need_forgetting(predictor: Predictor, *needed: str) -> None:
+    if "L0" not in predictor.law.columns:
+        raise UserError(
+            f"{predictor.law.name} predicts no forgetting (it reads no L0): advise from a forgetting law."
+        )
+    for column in needed:
+        if column not in predictor.law.columns:
+            raise UserError(f"{predictor.law.name} does not know {column}, so it cannot be solved for.")
+
+
+def smallest_share(
+    predictor: Predictor,
+    columns: Mapping[str, float],
+    *,
+    max_forgetting: float,
+    options: AdviceOptions = DEFAULTS,
+    epochs: float = 1.0,
+) -> Advice:
+    """The smallest p whose forgetting stays within the budget with the asked confidence.
+
+    Args:
+        predictor: of a forgetting law.
+        columns: the run's other columns (N, D).
+        max_forgetting: the budget, nats.
+        options: confidence and distances.
+        epochs: passes over the target tokens, for the cost.
+
+    Raises:
+        UserError: not a forgetting law, B is not determined, or the question is too far outside the data.
+    """
+    _need_forgetting(predictor, "p")
+    _positive_budget(max_forgetting)
+    if "B" in predictor.unidentified:
+        raise UserError(
+            f"The fit cannot say what p does: {predictor.unidentified['B']}. Run one more, at p = 1%, "
+            "and fit again."
+        )
+    question = (
+        f"smallest p with forgetting <= {max_forgetting:g} nats at {100 * options.confidence:g}% confidence"
+    )
+    base = {name: float(value) for name, value in columns.items()}
+    known = 1.0 if options.allow_extrapolation else predictor.data_range["p"][1] * options.max_share_distance
+    limit = min(options.max_share, max(known, 1e-6))
+
+    def is_fine(share: float) -> bool:
+        return _upper(predictor, {**base, "p": share}, options.confidence) <= max_forgetting
+
+    if is_fine(0.0):
+        return _finish(
+            predictor,
+            question,
+            "p",
+            0.0,
+            {**base, "p": 0.0},
+            options,
+            epochs,
+            f"No replay is needed: forgetting stays below {max_forgetting:g} nats at p = 0.",
+        )
+    if not is_fine(limit):
+        advice = _finish(predictor, question, "p", None, {**base, "p": limit}, options, epochs, "")
+        words = (
+            f"No p up to {100 * limit:.3g}% keeps forgetting within {max_forgetting:g} nats with "
+            f"{100 * options.confidence:g}% confidence "
+            f"(at that p: {advice.expected:.3g}, at most {advice.upper:.3g}): take fewer tokens or a "
+            "larger model."
+        )
+        return Advice(**{**advice.__dict__, "words": words + advice.words})
+    share = _solve(is_fine, limit, 0.0, log=False)
+    chosen = {**base, "p": share}
+    cost = run_cost(chosen, epochs=epochs)
+    words = (
+        f"Mix in p = {100 * share:.3g}%: forgetting stays within {max_forgetting:g} nats with "
+        f"{100 * options.confidence:g}% confidence, "
+        f"for {100 * cost.overhead:.2g}% more tokens."
+    )
+    return _finish(predictor, question, "p", share, chosen, options, epochs, words)
+
+
+def largest_data(
+    predictor: Predictor,
+    columns: Mapping[str, float],
+    *,
+    max_forgetting: float,
+    options: AdviceOptions = DEFAULTS,
+    epochs: float = 1.0,
+) -> Advice:
+    """The largest D whose forgetting stays within the budget; arguments and errors as `smallest_share`."""
+    return _extreme(predictor, columns, "D", max_forgetting, options, epochs)
+
+
+def smallest_model(
+    predictor: Predictor,
+    columns: Mapping[str, float],
+    *,
+    max_forgetting: float,
+    options: AdviceOptions = DEFAULTS,
+    epochs: float = 1.0,
+) -> Advice:
+    """The smallest N whose forgetting stays within the budget; arguments and errors as `smallest_share`."""
+    return _extreme(predictor, columns, "N", max_forgetting, options, epochs)
+
+
+def _positive_budget(max_forgetting: float) -> None:
+    if not max_forgetting > 0:
+        raise UserError(
+            f"The budget of forgetting must be positive, in nats per token, and it is {max_forgetting:g}."
+        )
+
+
+def _extreme(
+    predictor: Predictor,
+    columns: Mapping[str, float],
+    unknown: str,
+    max_forgetting: float,
+    options: AdviceOptions,
+    epochs: float,
+) -> Advice:
+    _need_forgetting(predictor, unknown)
+    _positive_budget(max_forgetting)
+    base = {name: float(value) for name, value in columns.items()}
+    low, high = predictor.data_range[unknown]
+    reach = 1e6 if options.allow_extrapolation else options.max_distance
+    # Forgetting grows with D and falls with N: the harmless end first.
+    easy, hard = (low / reach, high * reach) if unknown == "D" else (high * reach, low / reach)
+    easy, hard = (
+        easy * (1 + 1e-9 if unknown == "D" else 1 - 1e-9),
+        hard * (1 - 1e-9 if unknown == "D" else 1 + 1e-9),
+    )
+    name = "largest D" if unknown == "D" else "smallest N"
+    question = (
+        f"{name} with forgetting <= {max_forgetting:g} nats at {100 * options.confidence:g}% confidence"
+    )
+
+    def is_fine(value: float) -> bool:
+        return _upper(predictor, {**base, unknown: value}, options.confidence) <= max_forgetting
+
+    if not is_fine(easy):
+        advice = _finish(predictor, question, unknown, None, {**base, unknown: easy}, options, epochs, "")
+        words = (
+            f"No {unknown} between {min(easy, hard):.3g} and {max(easy, hard):.3g} keeps "
+            f"forgetting within {max_forgetting:g} nats: raise p."
+        )
+        return Advice(**{**advice.__dict__, "words": words + advice.words})
+    value = hard if is_fine(hard) else _solve(is_fine, easy, hard, log=True)
+    word = f"{unknown} = {value:.3g}" + (" or beyond" if value == hard else "")
+    words = (
+        f"{name.capitalize()}: {word}; forgetting stays within {max_forgetting:g} nats with "
+        f"{100 * options.confidence:g}% confidence."
+    )
+    return _finish(predictor, question, unknown, value, {**base, unknown: value}, options, epochs, words)
+
+
+# ------------------------------------------------------------------------------------------------ Pareto
+# front
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One point of the front of target loss against forgetting: the run's columns, what it reaches and what
+    it costs.
+    """
+
+    columns: Mapping[str, float]
+    target_loss: float
+    forgetting: float
+    cost: Cost
+
+
+def pareto(
+    forgetting: Predictor,
+    target: Predictor,
+    *,
+    sizes: Array,
+    tokens: Array,
+    shares: Array,
+    max_flops: float | None = None,
+    epochs: float = 1.0,
+) -> list[Choice]:
+    """The runs that no other run beats in target loss and in forgetting, ascending in target loss.
+
+    More tokens lower the target loss and forget more; replay forgets less and costs FLOPs.
+
+    Args:
+        forgetting, target: predictors of the forgetting and the finetuning law.
+        sizes, tokens, shares: the grids of N, D and p to choose from.
+        max_flops: leave out runs that cost more.
+        epochs: passes over the target tokens.
+    """
+    choices = []
+    for n in np.atleast_1d(sizes).tolist():
+        for d in np.atleast_1d(tokens).tolist():
+            for p in np.atleast_1d(shares).tolist():
+                columns = {"N": n, "D": d, "p": p}
+                cost = run_cost(columns, epochs=epochs)
+                if max_flops is not None and cost.train_flops > max_flops:
+                    continue
+                choices.append(
+                    Choice(
+                        columns,
+                        float(target.predict(columns)[0]),
+                        float(forgetting.forgetting(columns)[0]),
+                        cost,
+                    )
+                )
+    choices.sort(key=lambda choice: (choice.target_loss, choice.forgetting, choice.cost.train_flops))
+    front: list[Choice] = []
+    least = np.inf
+    for choice in choices:
+        if choice.forgetting < least:
+            front.append(choice)
+            least = choice.forgetting
+    return front

@@ -1,0 +1,248 @@
+"""fit.json: a fit as a file that predicts again, and says how it was made. The draws lie beside it."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_forget.errors import UserError
+from mlx_forget.laws.fit import Fit
+from mlx_forget.laws.forms import get_law
+from mlx_forget.laws.predictor import Predictor
+from mlx_forget.laws.uncertainty import Interval, Uncertainty
+
+SCHEMA_VERSION = 1
+
+
+def interval_json(interval: Interval) -> dict[str, Any]:
+    return {
+        "value": interval.value,
+        "low": _finite(interval.low),
+        "high": _finite(interval.high),
+        **({"reason": interval.reason} if interval.reason else {}),
+    }
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _one(uncertainty: Uncertainty, group: str) -> dict[str, Any]:
+    """What is said of one fit, or of one group of a joint fit."""
+    fit, draws = uncertainty.fit, uncertainty.draws
+    suffix = f"[{group}]" if group else ""
+    params = {
+        name.removesuffix(suffix): interval_json(interval)
+        for name, interval in uncertainty.params.items()
+        if "[" not in name or name.endswith(suffix)
+    }
+    predictor = Predictor.from_uncertainty(uncertainty, group)
+    members = fit.table if fit.group is None else fit.table.select(fit.group == fit.model.groups.index(group))
+    error = np.abs(fit.predicted / fit.table.columns["loss"] - 1)
+    if fit.group is not None:
+        error = error[fit.group == fit.model.groups.index(group)]
+    return {
+        "objective": fit.value,
+        "num_rows": members.num_rows,
+        "num_runs": members.num_clusters,
+        "status": fit.certificate.status,
+        "reason": fit.certificate.reason,
+        "params": params,
+        "data_range": {name: list(ends) for name, ends in predictor.data_range.items()},
+        "mre": float(np.mean(error)),
+        "bootstrap": {
+            "num_resamples": 0 if draws is None else len(draws.u),
+            "mre": None if draws is None else _finite(draws.out_of_bag_mre),
+            "share_converged": None if draws is None else draws.share_converged,
+        },
+        "intervals": {"method": uncertainty.method, "level": uncertainty.level, "widen": predictor.widen},
+        "certificate": {
+            "num_starts": fit.certificate.num_starts,
+            "num_agree": fit.certificate.num_agree,
+            "excess": fit.certificate.excess,
+            "gradient_norm": fit.certificate.gradient_norm,
+            "at_bounds": list(fit.certificate.at_bounds),
+        },
+        "flags": [
+            {
+                "kind": flag.kind,
+                "parameters": list(flag.parameters),
+                "words": flag.words,
+                "remedy": flag.remedy,
+            }
+            for flag in fit.flags
+        ],
+        "warnings": list(uncertainty.warnings),
+    }
+
+
+def fit_json(
+    fits: Mapping[str, Uncertainty], *, by: str | None = None, extrapolation: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The content of fit.json.
+
+    Args:
+        fits: one entry named "" for an ordinary fit, or one per group; the groups of a joint fit share one
+            value.
+        by: the column of the groups.
+        extrapolation: {train_on, num_test, mre, max}, or None.
+    """
+    first = next(iter(fits.values()))
+    fit: Fit = first.fit
+    described = {group: _one(uncertainty, group) for group, uncertainty in fits.items()}
+    joint = fit.group is not None
+    head: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "law": fit.law.name,
+        "formula": fit.law.formula,
+        "loss": fit.objective.name,
+        "link": fit.objective.link,
+        "delta": _finite(fit.objective.delta),
+        "reduction": "sum",
+        "fixed": dict(fit.constraints.fixed),
+        "tied": dict(fit.constraints.tied),
+        "shared": list(fit.constraints.shared),
+        "by": by,
+        "columns": list(fit.law.columns),
+        "extrapolation": None if extrapolation is None else dict(extrapolation),
+    }
+    if set(described) == {""}:
+        return {**head, **described[""], "groups": {}}
+    statuses = [entry["status"] for entry in described.values()]
+    worst = next((status for status in statuses if status != "converged"), "converged")
+    shared = {
+        name: entry
+        for name, entry in described[next(iter(described))]["params"].items()
+        if name in fit.constraints.shared
+    }
+    rows = sum(entry["num_rows"] for entry in described.values())
+    ranges: dict[str, list[float]] = {}
+    for entry in described.values():
+        for name, (low, high) in entry["data_range"].items():
+            old = ranges.get(name, [low, high])
+            ranges[name] = [min(low, old[0]), max(high, old[1])]
+    bootstrapped = [entry["bootstrap"] for entry in described.values()]
+    errors = [b["mre"] for b in bootstrapped if b["mre"] is not None]
+    return {
+        **head,
+        "objective": fit.value if joint else sum(entry["objective"] for entry in described.values()),
+        "num_rows": rows,
+        "status": worst,
+        "reason": "; ".join(
+            f"{group}: {entry['reason']}" for group, entry in described.items() if entry["status"] == worst
+        ),
+        "params": shared,
+        "data_range": ranges,
+        "mre": sum(entry["mre"] * entry["num_rows"] for entry in described.values()) / rows,
+        "bootstrap": {
+            "num_resamples": max(b["num_resamples"] for b in bootstrapped),
+            "mre": float(np.mean(errors)) if errors else None,
+        },
+        "groups": described,
+    }
+
+
+def write_fit(
+    path: str | os.PathLike[str], content: Mapping[str, Any], fits: Mapping[str, Uncertainty]
+) -> Path:
+    """Write fit.json and, beside it, `<stem>.draws.npz` with the natural parameters of every refit and the
+    fitted rows.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    arrays: dict[str, np.ndarray] = {}
+    for i, (group, uncertainty) in enumerate(fits.items()):
+        predictor = Predictor.from_uncertainty(uncertainty, group)
+        arrays[f"draws_{i}"] = predictor.draws
+        arrays |= {f"column_{i}_{name}": values for name, values in predictor.columns.items()}
+    sidecar = target.with_suffix(".draws.npz")
+    with open(sidecar, "wb") as stream:
+        np.savez_compressed(stream, allow_pickle=False, **arrays)
+    text = json.dumps({**content, "draws": sidecar.name}, indent=2, allow_nan=False)
+    temporary = target.with_name(target.name + ".tmp")
+    temporary.write_text(text + "\n", encoding="utf-8")
+    os.replace(temporary, target)
+    return target
+
+
+@dataclass(frozen=True)
+class SavedFit:
+    """A fit.json that was read.
+
+    Args:
+        content: the file.
+        predictors: one per group; the key is "" for an ordinary fit.
+    """
+
+    content: Mapping[str, Any]
+    predictors: Mapping[str, Predictor]
+
+    def pick(self, group: str | None) -> Predictor:
+        """The predictor of a group, or the only one.
+
+        Raises:
+            UserError: no such group, or none was named where there are several.
+        """
+        if group is None and len(self.predictors) == 1:
+            return next(iter(self.predictors.values()))
+        if group is None or group not in self.predictors:
+            asked = "none was named" if group is None else f"not {group!r}"
+            raise UserError(
+                f"This fit has the groups {', '.join(self.predictors)}: name one with --group, {asked}."
+            )
+        return self.predictors[group]
+
+
+def read_fit(path: str | os.PathLike[str]) -> SavedFit:
+    """Read a fit.json with its draws.
+
+    Raises:
+        UserError: no such file, not a fit.json, another schema version, or an unknown law.
+    """
+    source = Path(path)
+    if not source.is_file():
+        raise UserError(f"No fit at {source}: make one with `forget fit TABLE --law NAME -o {source.name}`.")
+    try:
+        content = json.loads(source.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise UserError(f"{source} is not JSON: give a fit.json that `forget fit -o` wrote.") from None
+    if not isinstance(content, dict) or "law" not in content or "params" not in content:
+        raise UserError(f"{source} is not a fit: give a fit.json that `forget fit -o` wrote.")
+    version = content.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"{source} has schema version {version!r} and this release reads {SCHEMA_VERSION}: fit "
+            "again, or use the release that wrote it."
+        )
+    law = get_law(content["law"])
+    groups: dict[str, Any] = content["groups"] or {"": content}
+    sidecar = source.with_name(str(content.get("draws") or ""))
+    arrays: dict[str, Any] = {}
+    if content.get("draws") and sidecar.is_file():
+        with np.load(sidecar, allow_pickle=False) as stored:
+            arrays = dict(stored)
+    predictors = {}
+    for i, (group, entry) in enumerate(groups.items()):
+        params = {name: float(entry["params"][name]["value"]) for name in law.names}
+        reasons = {
+            name.split("[")[0]: flag["words"]
+            for flag in entry["flags"]
+            if flag["kind"] == "unidentified"
+            for name in flag["parameters"]
+        }
+        predictors[group] = Predictor(
+            law,
+            params,
+            arrays.get(f"draws_{i}", np.empty((0, len(law.names)))),
+            float(entry["intervals"]["widen"]),
+            {name: (float(low), float(high)) for name, (low, high) in entry["data_range"].items()},
+            {name: arrays[f"column_{i}_{name}"] for name in law.columns if f"column_{i}_{name}" in arrays},
+            group,
+            reasons,
+        )
+    return SavedFit(content, predictors)

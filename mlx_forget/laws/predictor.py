@@ -1,0 +1,163 @@
+"""A fitted law as a thing that answers: values, intervals and distances from the data, in memory or from a
+fit.json.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import norm
+from scipy.stats import t as student
+
+from mlx_forget.errors import UserError
+from mlx_forget.laws.forms import Array, Law
+from mlx_forget.laws.uncertainty import FEW_CLUSTERS, Uncertainty, stretch
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """One law with parameters and draws of them.
+
+    Args:
+        law: the law.
+        params: natural parameters.
+        draws: float64[R, k], natural parameters of the refits; R may be 0.
+        widen: factor about the value that turns the draws' spread into an honest one.
+        data_range: {column: (smallest, largest)} of the fitted rows.
+        columns: the fitted rows of the law's columns, {column: float64[n]}; may be empty.
+        group: the group's name, or "".
+        unidentified: {parameter: why it is not determined}.
+    """
+
+    law: Law
+    params: Mapping[str, float]
+    draws: Array
+    widen: float
+    data_range: Mapping[str, tuple[float, float]]
+    columns: Mapping[str, Array] = field(default_factory=dict)
+    group: str = ""
+    unidentified: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def from_uncertainty(cls, uncertainty: Uncertainty, group: str = "") -> "Predictor":
+        """The predictor of a fit, or of one group of a joint fit."""
+        fit = uncertainty.fit
+        g = fit.model.groups.index(group) if group in fit.model.groups else 0
+        table = fit.table if fit.group is None else fit.table.select(fit.group == g)
+        natural = fit.model.natural(fit.u)[g]
+        draws = np.empty((0, len(natural)))
+        widen = 1.0
+        if uncertainty.draws is not None:
+            made = uncertainty.draws
+            draws = fit.model.natural(made.u[made.converged])[:, g]
+            num = fit.table.num_clusters
+            if made.method == "residual":
+                degrees = max(fit.num_rows - fit.model.num_free, 1)
+                widen = float(student.ppf(0.975, degrees) / norm.ppf(0.975))
+            elif num < FEW_CLUSTERS:
+                widen = float(
+                    np.sqrt(num / max(num - 1, 1)) * student.ppf(0.975, max(num - 1, 1)) / norm.ppf(0.975)
+                )
+            else:
+                widen = stretch(num, 0.95)
+        ranges = {
+            name: (float(table.columns[name].min()), float(table.columns[name].max()))
+            for name in (*fit.law.columns, "loss")
+        }
+        reasons = {
+            name.split("[")[0]: flag.words
+            for flag in fit.flags
+            if flag.kind == "unidentified"
+            for name in flag.parameters
+        }
+        return cls(
+            fit.law,
+            dict(zip(fit.law.names, natural.tolist(), strict=True)),
+            draws[np.isfinite(draws).all(axis=1)],
+            widen,
+            ranges,
+            {name: table.columns[name] for name in fit.law.columns},
+            group,
+            reasons,
+        )
+
+    def predict(self, columns: Mapping[str, npt.ArrayLike]) -> Array:
+        """The law's value [n] at natural columns."""
+        return self.law.predict(self.params, self._complete(columns))
+
+    def forgetting(self, columns: Mapping[str, npt.ArrayLike]) -> Array:
+        """The law's value less L0, nats, [n]."""
+        return self.predict({**columns, "L0": 0.0})
+
+    def sample(self, columns: Mapping[str, npt.ArrayLike]) -> Array:
+        """Widened draws [R, n] of the law's value; [1, n] of the value itself where there are no draws."""
+        complete = self._complete(columns)
+        centre = self.law.predict(self.params, complete)
+        if not len(self.draws):
+            return centre[None]
+        references = dict.fromkeys(self.law.logs, 1.0)
+        arrays = {
+            name: np.broadcast_to(np.asarray(complete[name], float), centre.shape)
+            for name in self.law.columns
+        }
+        theta = self.law.internal(self.draws, references)
+        with np.errstate(all="ignore"):
+            value, _ = self.law.evaluate(
+                self.law.features(arrays, references), [theta[:, j, None] for j in range(theta.shape[1])]
+            )
+        values = np.broadcast_to(value, (len(self.draws), len(centre)))
+        values = np.where(np.isfinite(values), values, centre)
+        if (values > 0).all() and (centre > 0).all():
+            return np.asarray(centre * (values / centre) ** self.widen)
+        return np.asarray(centre + self.widen * (values - centre))
+
+    def interval(self, columns: Mapping[str, npt.ArrayLike], *, level: float = 0.95) -> tuple[Array, Array]:
+        """The ends [n] of the interval of the law's value."""
+        low, high = np.quantile(self.sample(columns), [0.5 - level / 2, 0.5 + level / 2], axis=0)
+        return low, high
+
+    def upper(self, columns: Mapping[str, npt.ArrayLike], *, confidence: float) -> Array:
+        """The value [n] that the law stays below with this confidence."""
+        return np.asarray(np.quantile(self.sample(columns), confidence, axis=0))
+
+    def _complete(self, columns: Mapping[str, npt.ArrayLike]) -> Mapping[str, npt.ArrayLike]:
+        missing = [name for name in self.law.columns if name not in columns]
+        if missing:
+            raise UserError(
+                f"{self.law.name} needs {', '.join(missing)} to predict; it reads "
+                f"{', '.join(self.law.columns)}."
+            )
+        return columns
+
+    def distance(self, columns: Mapping[str, float]) -> dict[str, float]:
+        """How far outside the data a question is, per column: the factor beyond the nearest end of the range;
+        1 inside.
+
+        A share beyond the largest share seen counts as its ratio to it; L0 is no part of the distance.
+        """
+        made = {}
+        for name in self.law.columns:
+            if name == "L0" or name not in columns:
+                continue
+            low, high = self.data_range[name]
+            value = float(columns[name])
+            if value > high:
+                made[name] = value / high if high > 0 else float("inf")
+            elif value < low:
+                made[name] = (
+                    low / value if value > 0 else (1.0 if name in ("p", "r") and low == 0 else float("inf"))
+                )
+            else:
+                made[name] = 1.0
+        return made
+
+
+def describe_distance(distance: Mapping[str, float], data_range: Mapping[str, tuple[float, float]]) -> str:
+    """The distances beyond 1 in words, or ""."""
+    return "; ".join(
+        f"{name} is {factor:.3g} times outside the data ({data_range[name][0]:.3g} to "
+        f"{data_range[name][1]:.3g})"
+        for name, factor in distance.items()
+        if factor > 1
+    )

@@ -1,0 +1,292 @@
+"""A table of runs in memory: numeric columns, the independent run of each row, and the checks that come
+before a fit.
+"""
+
+import ast
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from mlx_forget.errors import UserError
+from mlx_forget.laws.forms import COLUMNS, Array, Law
+
+POSITIVE = frozenset({"N", "D", "P", "steps", "R", "loss"})
+SHARES = frozenset({"p", "r", "R"})
+# Below these, a count is almost surely in thousands, millions or billions.
+SMALLEST = {"N": 3e4, "D": 2e3, "P": 500.0}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of measurements.
+
+    Args:
+        columns: numeric columns, float64[n], under the law names (`COLUMNS`) or any other.
+        run: the independent run of each row, any labels of length n; None makes every row its own run.
+        labels: text columns of length n, for grouping and hold-outs.
+        rows: the row numbers to report to the user, int[n]; None counts from 1.
+    """
+
+    columns: Mapping[str, Array]
+    run: npt.NDArray[np.generic] | None = None
+    labels: Mapping[str, npt.NDArray[np.str_]] = field(default_factory=dict)
+    rows: npt.NDArray[np.int64] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        run: Iterable[object] | None = None,
+        labels: Mapping[str, Sequence[str]] | None = None,
+        **columns: npt.ArrayLike,
+    ) -> "Table":
+        """A table from arrays: `Table.of(N=..., D=..., loss=...)`; scalars are broadcast."""
+        length = max(np.size(np.asarray(values)) for values in columns.values())
+        made = {
+            name: np.array(np.broadcast_to(np.asarray(values, float), (length,)))
+            for name, values in columns.items()
+        }
+        return cls(
+            made,
+            run=None if run is None else np.asarray([str(value) for value in run]),
+            labels={name: np.asarray(values, dtype=np.str_) for name, values in (labels or {}).items()},
+        )
+
+    @property
+    def num_rows(self) -> int:
+        return len(next(iter(self.columns.values()))) if self.columns else 0
+
+    @property
+    def row_numbers(self) -> npt.NDArray[np.int64]:
+        return np.arange(1, self.num_rows + 1) if self.rows is None else self.rows
+
+    @property
+    def clusters(self) -> npt.NDArray[np.int64]:
+        """The index of each row's independent run, int[n], in 0..num_clusters-1."""
+        if self.run is None:
+            return np.arange(self.num_rows)
+        return np.asarray(np.unique(self.run, return_inverse=True)[1], dtype=np.int64)
+
+    @property
+    def num_clusters(self) -> int:
+        return self.num_rows if self.run is None else len(np.unique(self.run))
+
+    @property
+    def is_clustered(self) -> bool:
+        """Whether some independent run has more than one row."""
+        return self.num_clusters < self.num_rows
+
+    def select(self, mask: npt.NDArray[np.bool_]) -> "Table":
+        """The rows where mask [n] is true; they keep their row numbers."""
+        return Table(
+            {name: values[mask] for name, values in self.columns.items()},
+            run=None if self.run is None else self.run[mask],
+            labels={name: values[mask] for name, values in self.labels.items()},
+            rows=self.row_numbers[mask],
+        )
+
+    def groups(self, column: str) -> dict[str, "Table"]:
+        """One table per value of a label column (or numeric column), sorted.
+
+        Raises:
+            UserError: there is no such column.
+        """
+        if column in self.labels:
+            values = self.labels[column]
+        elif column in self.columns:
+            values = np.asarray([f"{value:g}" for value in self.columns[column]])
+        elif column == "run" and self.run is not None:
+            values = self.run.astype(str)
+        else:
+            raise missing_column(column, self)
+        return {str(value): self.select(values == value) for value in sorted(set(values.tolist()))}
+
+    def where(self, expression: str) -> npt.NDArray[np.bool_]:
+        """The rows [n] where an expression such as `N<=3.4e8 and D<=3e6` or `domain == "math"` holds.
+
+        Raises:
+            UserError: the expression is no comparison of columns with numbers or text.
+        """
+        try:
+            tree = ast.parse(expression.strip(), mode="eval").body
+        except SyntaxError:
+            raise UserError(
+                f"Cannot read the condition {expression!r}: write it like 'N<=3.4e8 and D<=3e6'."
+            ) from None
+        return _mask(tree, self, expression)
+
+
+def missing_column(name: str, table: Table) -> UserError:
+    """The error for a column that the table does not have: which exist, and the nearest."""
+    known = [*table.columns, *table.labels]
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
+    if not nearest:
+        nearest = [column for column in known if name.lower() in column.lower()][:1]
+    way_out = (
+        f" Is it {nearest[0]!r}? Then add --map {name}={nearest[0]}."
+        if nearest
+        else f" Name it with --map {name}=COLUMN."
+    )
+    meaning = f" ({COLUMNS[name]})" if name in COLUMNS else ""
+    return UserError(
+        f"The table has no numeric column {name!r}{meaning}; it has {', '.join(known) or 'none'}.{way_out}"
+    )
+
+
+def _mask(node: ast.expr, table: Table, expression: str) -> npt.NDArray[np.bool_]:
+    if isinstance(node, ast.BoolOp):
+        masks = [_mask(value, table, expression) for value in node.values]
+        combine = np.logical_and if isinstance(node.op, ast.And) else np.logical_or
+        return np.asarray(combine.reduce(masks))
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        return ~_mask(node.operand, table, expression)
+    if isinstance(node, ast.Compare):
+        sides = [node.left, *node.comparators]
+        result = np.ones(table.num_rows, dtype=bool)
+        for left, operator, right in zip(sides, node.ops, sides[1:], strict=False):
+            result &= _compare(
+                _operand(left, table, expression), operator, _operand(right, table, expression), expression
+            )
+        return result
+    raise UserError(
+        f"Cannot read the condition {expression!r}: write comparisons joined by and/or, like "
+        "'N<=3.4e8 and D<=3e6'."
+    )
+
+
+def _operand(node: ast.expr, table: Table, expression: str) -> npt.NDArray[np.generic] | float | str:
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        value = _operand(node.operand, table, expression)
+        if isinstance(value, float):
+            return -value
+    if (
+        isinstance(node, ast.Constant)
+        and isinstance(node.value, int | float)
+        and not isinstance(node.value, bool)
+    ):
+        return float(node.value)
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.Name):
+        if node.id in table.labels:
+            return table.labels[node.id]
+        if node.id in table.columns:
+            return table.columns[node.id]
+        if node.id == "run" and table.run is not None:
+            return table.run
+        raise missing_column(node.id, table)
+    raise UserError(f"Cannot read the condition {expression!r}: compare columns with numbers or quoted text.")
+
+
+def _compare(
+    left: npt.NDArray[np.generic] | float | str,
+    operator: ast.cmpop,
+    right: npt.NDArray[np.generic] | float | str,
+    expression: str,
+) -> npt.NDArray[np.bool_]:
+    operations = {
+        ast.Lt: np.less,
+        ast.LtE: np.less_equal,
+        ast.Gt: np.greater,
+        ast.GtE: np.greater_equal,
+        ast.Eq: np.equal,
+        ast.NotEq: np.not_equal,
+    }
+    operation = operations.get(type(operator))
+    is_text = [
+        isinstance(side, str) or (isinstance(side, np.ndarray) and side.dtype.kind in "US")
+        for side in (left, right)
+    ]
+    if operation is None or is_text[0] != is_text[1]:
+        raise UserError(
+            f"Cannot read the condition {expression!r}: compare with < <= > >= == !=, text with text, "
+            "numbers with numbers."
+        )
+    return np.asarray(operation(np.asarray(left), np.asarray(right)))
+
+
+def check(
+    table: Table,
+    law: Law,
+    *,
+    num_free: int | None = None,
+    allow_duplicates: bool = False,
+    allow_units: bool = False,
+) -> None:
+    """Refuse what a fit could not answer honestly, in one sentence that names the rows and the way out.
+
+    Raises:
+        UserError: a column is missing; a value is not finite, not positive or not a share; a count looks as
+            if it were in
+            millions; rows are duplicated; there are fewer rows than free parameters.
+    """
+    needed = (*law.columns, "loss")
+    for column in needed:
+        if column not in table.columns:
+            raise missing_column(column, table)
+    for column in needed:
+        values = table.columns[column]
+        _refuse_rows(table, ~np.isfinite(values), f"column {column!r} is not a finite number")
+        if column in POSITIVE:
+            _refuse_rows(table, values <= 0, f"column {column!r} is not positive")
+        if column in SHARES:
+            _refuse_rows(
+                table,
+                (values < 0) | (values > 1),
+                f"column {column!r} is a share and must lie in 0..1 (1% is 0.01)",
+            )
+    if not allow_units:
+        for column in needed:
+            if column in SMALLEST and table.num_rows and table.columns[column].max() < SMALLEST[column]:
+                raise UserError(
+                    f"Column {column!r} never exceeds {table.columns[column].max():g}: it looks as if "
+                    "it were in millions or "
+                    "billions; give plain counts, or pass allow_units (--allow-units) if it really "
+                    "is so small."
+                )
+    if not allow_duplicates:
+        refuse_duplicates(table, needed)
+    free = len(law.parameters) if num_free is None else num_free
+    if table.num_rows < free:
+        raise UserError(
+            f"{law.name} has {free} free parameters and the table {table.num_rows} rows: add at least "
+            f"{free - table.num_rows} runs, or fix parameters with --fix NAME=VALUE."
+        )
+
+
+def _refuse_rows(table: Table, bad: npt.NDArray[np.bool_], what: str) -> None:
+    if bad.any():
+        rows = table.row_numbers[bad]
+        shown = ", ".join(str(row) for row in rows[:8]) + (", ..." if len(rows) > 8 else "")
+        raise UserError(
+            f"In {'row' if len(rows) == 1 else 'rows'} {shown}, {what}: correct or remove "
+            f"{'it' if len(rows) == 1 else 'them'}."
+        )
+
+
+def refuse_duplicates(table: Table, columns: Sequence[str]) -> None:
+    """Refuse rows that repeat another in every needed column and in the run: counted twice, they fake
+    precision.
+
+    Raises:
+        UserError: with the first pair of row numbers.
+    """
+    stacked = np.stack([table.columns[column] for column in columns], axis=1)
+    if table.run is not None:
+        stacked = np.concatenate([stacked, table.clusters[:, None]], axis=1)
+    _, first, inverse, counts = np.unique(
+        stacked, axis=0, return_index=True, return_inverse=True, return_counts=True
+    )
+    inverse = inverse.reshape(-1)
+    if (counts > 1).any():
+        later = np.flatnonzero(first[inverse] != np.arange(table.num_rows))
+        numbers = table.row_numbers
+        raise UserError(
+            f"Row {numbers[later[0]]} repeats row {numbers[first[inverse[later[0]]]]} exactly "
+            f"({len(later)} duplicated "
+            f"{'row' if len(later) == 1 else 'rows'} in all): remove them, or pass --allow-duplicates "
+            "if they are separate measurements."
+        )

@@ -1,0 +1,202 @@
+from itertools import product
+
+import numpy as np
+import pytest
+
+from mlx_forget.errors import UserError
+from mlx_forget.laws.advise import (
+    AdviceOptions,
+    largest_data,
+    pareto,
+    run_cost,
+    smallest_model,
+    smallest_share,
+)
+from mlx_forget.laws.design import next_runs, probe_runs
+from mlx_forget.laws.fit import fit_law
+from mlx_forget.laws.forms import get_law
+from mlx_forget.laws.predictor import Predictor
+from mlx_forget.laws.table import Table
+from mlx_forget.laws.uncertainty import BootstrapOptions, assess
+
+from .surfaces import SIZES, TOKENS, grid, paper_grid
+
+TRUTH = {"A": 3.0, "alpha": 0.45, "beta": 0.4, "B": 600.0}
+RUN = {"N": 3.34e8, "D": 1e7}
+
+
+def predictor(law: str = "bethune-forgetting", truth=TRUTH, columns=None, resamples: int = 300) -> Predictor:
+    columns = paper_grid() if columns is None else columns
+    form = get_law(law)
+    columns = {name: columns[name] for name in form.columns}
+    exact = form.predict(truth, columns)
+    table = Table.of(
+        **columns, loss=exact * np.exp(0.004 * np.random.default_rng(0).standard_normal(len(exact)))
+    )
+    return Predictor.from_uncertainty(assess(fit_law(table, law), BootstrapOptions(num_resamples=resamples)))
+
+
+@pytest.fixture(scope="module")
+def known() -> Predictor:
+    return predictor()
+
+
+def test_the_smallest_share_meets_the_budget_with_the_confidence_and_no_smaller_one_does(known):
+    advice = smallest_share(known, RUN, max_forgetting=0.08)
+    at = {**RUN, "L0": 0.0}
+    assert known.upper({**at, "p": advice.answer}, confidence=0.9)[0] <= 0.08
+    assert known.upper({**at, "p": 0.99 * advice.answer}, confidence=0.9)[0] > 0.08
+    # The truth needs (1 + B p) = (A D^beta / (0.08 N^alpha))^(1 / alpha).
+    exact = ((3.0 * 1e7**0.4 / (0.08 * 3.34e8**0.45)) ** (1 / 0.45) - 1) / 600
+    assert exact < advice.answer < 1.5 * exact
+
+
+def test_more_confidence_asks_for_more_replay(known):
+    shares = [
+        smallest_share(known, RUN, max_forgetting=0.08, options=AdviceOptions(confidence=c)).answer
+        for c in (0.5, 0.9, 0.99)
+    ]
+    assert shares == sorted(shares)
+    assert shares[0] < shares[2]
+
+
+def test_no_replay_is_advised_where_none_is_needed(known):
+    assert smallest_share(known, RUN, max_forgetting=2.0).answer == 0.0
+
+
+def test_a_budget_out_of_reach_is_said_to_be(known):
+    advice = smallest_share(known, {"N": 4.1e7, "D": 3e7}, max_forgetting=1e-5)
+    assert advice.answer is None
+    assert "No p up to" in advice.words
+
+
+def test_largest_data_and_smallest_model_sit_on_the_budget(known):
+    data = largest_data(known, {"N": 3.34e8, "p": 0.005}, max_forgetting=0.1)
+    assert data.upper == pytest.approx(0.1, rel=0.01)
+    model = smallest_model(known, {"D": 1e7, "p": 0.005}, max_forgetting=0.1)
+    assert model.upper == pytest.approx(0.1, rel=0.01)
+
+
+def test_a_question_far_outside_is_refused_unless_told_otherwise(known):
+    far = {"N": 1.27e11, "D": 1e7}
+    with pytest.raises(UserError, match="100 times outside"):
+        smallest_share(known, far, max_forgetting=0.01)
+    advice = smallest_share(known, far, max_forgetting=0.01, options=AdviceOptions(allow_extrapolation=True))
+    assert "100 times outside" in advice.words
+
+
+def test_no_advice_on_p_from_runs_without_replay():
+    with pytest.raises(UserError, match="cannot say what p does"):
+        smallest_share(
+            predictor(columns=paper_grid(shares=np.zeros(1)), resamples=30), RUN, max_forgetting=0.02
+        )
+
+
+@pytest.mark.parametrize("budget", [0.0, -1.0])
+def test_a_budget_must_be_positive(known, budget):
+    with pytest.raises(UserError, match="positive"):
+        smallest_share(known, RUN, max_forgetting=budget)
+
+
+def test_replay_costs_p_over_one_minus_p_of_the_target_tokens():
+    cost = run_cost({"N": 1e9, "D": 1e6, "p": 0.2}, epochs=3)
+    assert cost.injected_tokens == pytest.approx(3e6 * 0.25)
+    assert cost.train_flops == pytest.approx(6e9 * 3.75e6)
+
+
+def test_nothing_beats_a_run_on_the_front(known):
+    target = predictor(
+        "bethune-finetuning",
+        {"A": 30.0, "alpha": 0.12, "beta": 0.07, "E": 0.6},
+        grid(N=SIZES, D=TOKENS),
+        resamples=30,
+    )
+    sizes, shares = SIZES, np.array([0.0, 0.001, 0.01, 0.05])
+    front = pareto(known, target, sizes=sizes, tokens=TOKENS, shares=shares, max_flops=3e16)
+    assert len(front) >= 2
+    forgettings = [choice.forgetting for choice in front]
+    assert forgettings == sorted(forgettings, reverse=True)
+    for n, d, p in product(sizes, TOKENS, shares):
+        columns = {"N": n, "D": d, "p": p}
+        if run_cost(columns).train_flops <= 3e16:
+            loss, forgetting = target.predict(columns)[0], known.forgetting(columns)[0]
+            assert any(c.target_loss <= loss and c.forgetting <= forgetting for c in front)
+
+
+def widths(count: int) -> tuple[float, float]:
+    """Median standard deviation of a prediction's logarithm: greedy third against random two thirds, over
+    `count` draws.
+    """
+    law = get_law("bethune-forgetting")
+    question = {"N": 1.27e9, "D": 3e7, "p": 0.01, "L0": 2.6}
+    ours, theirs = [], []
+    for seed in range(count):
+        generator = np.random.default_rng(seed)
+        columns = paper_grid()
+        pool = generator.choice(125, size=60, replace=False)
+        candidates = {name: values[pool] for name, values in columns.items()}
+        truth = {
+            "A": 3.0,
+            "alpha": generator.uniform(0.3, 0.6),
+            "beta": generator.uniform(0.3, 0.5),
+            "B": generator.uniform(200, 2000),
+        }
+        made = Predictor(law, truth, np.empty((0, 4)), 1.0, {})
+        ours.append(next_runs(made, question, candidates, count=20, per_flop=False).width[-1])
+        rest = generator.choice(60, size=40, replace=False)
+        chosen = {name: values[rest] for name, values in candidates.items()}
+        theirs.append(next_runs(made, question, chosen, count=40, per_flop=False).width[-1])
+    return float(np.median(ours)), float(np.median(theirs))
+
+
+def test_the_greedy_third_is_as_sharp_as_a_random_two_thirds():
+    ours, theirs = widths(50)
+    assert ours <= theirs
+
+
+def test_planned_runs_sharpen_the_fitted_interval_of_the_prediction():
+    law = get_law("bethune-forgetting")
+    columns = paper_grid()
+    question = {"N": 1.27e9, "D": 3e7, "p": 0.01, "L0": 2.6}
+    made = Predictor(law, TRUTH, np.empty((0, 4)), 1.0, {})
+    generator = np.random.default_rng(0)
+
+    def spread(rows) -> float:
+        exact = law.predict(TRUTH, {name: values[rows] for name, values in columns.items()})
+        found = []
+        for _ in range(12):
+            loss = exact * np.exp(0.004 * generator.standard_normal(len(exact)))
+            table = Table.of(**{name: values[rows] for name, values in columns.items()}, loss=loss)
+            found.append(fit_law(table, law).predict(question)[0])
+        return float(np.std(np.log(found)))
+
+    plan = next_runs(made, question, columns, count=40, per_flop=False)
+    keys = {(run["N"], run["D"], run["p"]) for run in plan.runs}
+    planned = np.array([key in keys for key in zip(columns["N"], columns["D"], columns["p"], strict=True)])
+    random = np.isin(np.arange(125), generator.choice(125, size=40, replace=False))
+    assert spread(planned) < spread(random)
+
+
+def test_plans_per_flop_prefer_cheap_runs(known):
+    question = {"N": 1.27e9, "D": 3e7, "p": 0.01, "L0": 2.6}
+    cheap = next_runs(known, question, paper_grid(), count=5)
+    dear = next_runs(known, question, paper_grid(), count=5, per_flop=False)
+    assert cheap.flops.sum() < dear.flops.sum()
+    assert (np.diff(cheap.width) <= 0).all()
+
+
+def test_the_probe_determines_the_law_of_one_model():
+    runs = probe_runs(3e7, 6)
+    assert max(run["D"] for run in runs) <= 1e7
+    truth = {"A": 0.002, "beta": 0.35, "B": 600.0, "alpha": 0.5}
+    columns = {name: np.array([run[name] for run in runs]) for name in ("D", "p")} | {"L0": np.full(6, 3.2)}
+    fit = fit_law(
+        Table.of(**columns, loss=get_law("forgetting-fixed-n").predict(truth, columns)), "forgetting-fixed-n"
+    )
+    assert fit.params == pytest.approx(truth, rel=1e-4)
+
+
+@pytest.mark.parametrize("tokens, count", [(3e7, 2), (3e7, 7), (0.0, 6), (-1.0, 4)])
+def test_a_probe_that_makes_no_sense_is_refused(tokens, count):
+    with pytest.raises(UserError):
+        probe_runs(tokens, count)

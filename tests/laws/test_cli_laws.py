@@ -1,0 +1,281 @@
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from mlx_forget.laws.files import read_fit
+from mlx_forget.laws.fit import fit_law
+from mlx_forget.laws.forms import get_law
+from mlx_forget.laws.predictor import Predictor
+from mlx_forget.laws.uncertainty import BootstrapOptions, assess
+from mlx_forget.tables import read_table
+
+from .surfaces import paper_grid
+
+TRUTH = {"A": 3.0, "alpha": 0.45, "beta": 0.4, "B": 600.0}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    path = tmp_path_factory.mktemp("laws") / "runs.csv"
+    columns = paper_grid()
+    with open(path, "w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["N", "D", "p", "L0", "final_loss", "domain"])
+        for i, domain in enumerate(("code", "math")):
+            exact = get_law("bethune-forgetting").predict({**TRUTH, "B": TRUTH["B"] * (1 + i)}, columns)
+            noisy = exact * np.exp(0.004 * np.random.default_rng(i).standard_normal(len(exact)))
+            for row in zip(columns["N"], columns["D"], columns["p"], columns["L0"], noisy, strict=True):
+                writer.writerow([*row, domain])
+    return path
+
+
+@pytest.fixture(scope="module")
+def one(runs):
+    return ("--map", "loss=final_loss", "--where", 'domain == "code"', "--bootstrap", "60")
+
+
+def test_fit_prints_one_json_object_and_nothing_else_on_stdout(forget, runs, one, tmp_path):
+    ran = forget("fit", runs, *one, "-o", tmp_path / "fit.json", "--json")
+    assert ran.code == 0
+    content = ran.json
+    for key in [
+        "schema_version",
+        "law",
+        "objective",
+        "loss",
+        "link",
+        "delta",
+        "num_rows",
+        "status",
+        "reason",
+        "params",
+        "groups",
+        "columns",
+        "data_range",
+        "mre",
+        "bootstrap",
+        "extrapolation",
+    ]:
+        assert key in content, key
+    assert content["status"] == "converged"
+    assert set(content["params"]) == {"A", "alpha", "beta", "B"}
+    assert content["params"]["B"]["low"] < 700
+    assert "95% intervals" in ran.stderr
+    assert json.loads((tmp_path / "fit.json").read_text())["params"] == content["params"]
+
+
+def test_a_saved_fit_predicts_what_the_fit_in_memory_predicts(forget, runs, one, tmp_path):
+    forget("fit", runs, *one, "-o", tmp_path / "fit.json")
+    saved = read_fit(tmp_path / "fit.json").pick(None)
+    table = read_table(runs, mapping={"loss": "final_loss"})
+    fit = fit_law(table.select(table.labels["domain"] == "code"), "bethune-forgetting")
+    live = Predictor.from_uncertainty(assess(fit, BootstrapOptions(num_resamples=60)))
+    point = {"N": 1.27e9, "D": 3e7, "p": 0.01, "L0": 2.1}
+    assert saved.predict(point) == pytest.approx(live.predict(point), rel=1e-12)
+    assert np.array(saved.interval(point)) == pytest.approx(np.array(live.interval(point)), rel=1e-9)
+
+
+def test_predict_gives_a_loss_with_l0_and_forgetting_without(forget, runs, one, tmp_path):
+    forget("fit", runs, *one, "-o", tmp_path / "fit.json")
+    question = ("predict", tmp_path / "fit.json", "--n", "1.27e9", "--d", "3e7", "--p", "1%", "--json")
+    forgetting, loss = forget(*question).json, forget(*question, "--l0", "2.1").json
+    assert forgetting["quantity"] == "forgetting_nats"
+    assert loss["value"] == pytest.approx(forgetting["value"] + 2.1)
+    exact = 3.0 * 3e7**0.4 / (7 * 1.27e9) ** 0.45
+    assert forgetting["low"] < forgetting["value"] < forgetting["high"]
+    assert forgetting["value"] == pytest.approx(exact, rel=0.1)
+
+
+def test_groups_are_fitted_apart_and_asked_by_name(forget, runs, tmp_path):
+    ran = forget(
+        "fit",
+        runs,
+        "--by",
+        "domain",
+        "--map",
+        "loss=final_loss",
+        "--bootstrap",
+        "40",
+        "-o",
+        tmp_path / "fit.json",
+        "--json",
+    )
+    assert set(ran.json["groups"]) == {"code", "math"}
+    question = ("predict", tmp_path / "fit.json", "--n", "1e9", "--d", "3e6", "--p", "0.01", "--json")
+    assert (
+        forget(*question, "--group", "math").json["value"]
+        < forget(*question, "--group", "code").json["value"]
+    )
+    refused = forget(*question)
+    assert refused.code == 2
+    assert "code, math" in refused.stderr
+
+
+def test_a_joint_fit_shares_a_parameter_and_its_file_predicts_per_group(forget, runs, tmp_path):
+    ran = forget(
+        "fit",
+        runs,
+        "--by",
+        "domain",
+        "--shared",
+        "alpha",
+        "--map",
+        "loss=final_loss",
+        "--bootstrap",
+        "20",
+        "-o",
+        tmp_path / "fit.json",
+        "--json",
+    )
+    assert set(ran.json["params"]) == {"alpha"}
+    alphas = {entry["params"]["alpha"]["value"] for entry in ran.json["groups"].values()}
+    assert len(alphas) == 1
+    assert (
+        forget(
+            "predict",
+            tmp_path / "fit.json",
+            "--n",
+            "1e9",
+            "--d",
+            "3e6",
+            "--p",
+            "0",
+            "--group",
+            "math",
+            "--json",
+        ).code
+        == 0
+    )
+
+
+def test_train_on_reports_the_error_of_every_held_out_point(forget, runs, one):
+    found = forget("fit", runs, *one, "--train-on", "N<=3.4e8 and D<=3e6", "--json").json["extrapolation"]
+    assert found["num_test"] == len(found["points"]) == 80
+    assert found["mre"] <= 0.01
+    assert found["max"] == pytest.approx(max(abs(point["error"]) for point in found["points"]))
+
+
+def test_selection_and_hold_outs_are_reported(forget, runs, one):
+    content = forget("fit", runs, *one, "--select", "--leave-out", "--json").json
+    assert content["selection"]["chosen"] == "p on N"
+    assert any(entry["left_out"].startswith("largest N") for entry in content["hold_outs"])
+
+
+def test_advise_names_the_smallest_share_and_the_next_runs(forget, runs, one, tmp_path):
+    forget("fit", runs, *one, "-o", tmp_path / "fit.json")
+    ran = forget(
+        "advise",
+        tmp_path / "fit.json",
+        "--max-forgetting",
+        "0.08",
+        "--n",
+        "3.34e8",
+        "--d",
+        "1e7",
+        "--next-runs",
+        "3",
+        "--plot",
+        tmp_path,
+        "--json",
+    )
+    assert ran.json["unknown"] == "p"
+    assert 0.01 < ran.json["answer"] < 0.06
+    assert ran.json["upper_forgetting_nats"] <= 0.0801
+    assert len(ran.json["next_runs"]) == 3
+    assert (tmp_path / "advice.png").stat().st_size > 5000
+
+
+def test_a_probe_becomes_advice_for_one_model(forget, tmp_path):
+    plan = tmp_path / "probe.jsonl"
+    assert forget("advise", "--probe", plan, "--d", "3e7").code == 0
+    runs = [json.loads(line) for line in plan.read_text().splitlines()]
+    law = get_law("forgetting-fixed-n")
+    truth = {"A": 0.002, "beta": 0.35, "B": 600.0, "alpha": 0.5}
+    columns = {name: np.array([run[name] for run in runs]) for name in ("D", "p")} | {
+        "L0": np.full(len(runs), 3.2)
+    }
+    loss = law.predict(truth, columns) * np.exp(0.0005 * np.random.default_rng(0).standard_normal(len(runs)))
+    done = tmp_path / "done.jsonl"
+    done.write_text(
+        "".join(
+            json.dumps({**run, "L0": 3.2, "loss": value}) + "\n"
+            for run, value in zip(runs, loss.tolist(), strict=True)
+        )
+    )
+    ran = forget("advise", done, "--max-forgetting", "0.3", "--d", "3e7", "--json")
+    assert ran.code == 0
+    exact = ((0.002 * 3e7**0.35 / 0.3) ** 2 - 1) / 600
+    assert ran.json["answer"] is None or 0.5 * exact < ran.json["answer"] < 4 * exact
+
+
+def test_laws_lists_every_law_with_its_formula(forget):
+    content = forget("laws", "--json").json
+    assert {"chinchilla", "d-cpt", "overfitting-gap"} <= {law["name"] for law in content["laws"]}
+    one = forget("laws", "bethune-forgetting").stderr
+    assert "(1 + B p) N" in one
+    assert "rivals" in one
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("fit", "{runs}"), "--map loss=final_loss"),
+        (("fit", "{runs}", "--law", "chinchila"), "Did you mean 'chinchilla'"),
+        (("fit", "{runs}", "--map", "loss"), "NAME=VALUE"),
+        (("fit", "{runs}", "--map", "loss=final_loss", "--fix", "alpha=x"), "not a number"),
+        (("fit", "{runs}", "--map", "loss=final_loss", "--intervals", "magic"), "Unknown interval method"),
+        (("fit", "{runs}", "--map", "loss=final_loss", "--delta", "0"), "delta must be positive"),
+        (("fit", "{runs}", "--map", "loss=final_loss", "--where", "N > 1e12"), "No row meets"),
+        (("fit", "{runs}", "--map", "loss=final_loss", "--shared", "alpha"), "--by"),
+        (("fit", "{runs}", "--map", "loss=final_loss", "--by", "colour"), "colour"),
+        (("predict", "nowhere.json", "--n", "1e9"), "No fit at"),
+        (("advise", "--max-forgetting", "0.02"), "--probe"),
+        (("advise", "--probe", "x.jsonl"), "--d"),
+    ],
+)
+def test_a_wrong_request_is_one_line_and_exit_code_2(forget, runs, arguments, words):
+    ran = forget(*(argument.format(runs=runs) for argument in arguments))
+    assert ran.code == 2
+    assert words in ran.stderr
+    assert ran.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("{", "not JSON"),
+        ("[]", "not a fit"),
+        ('{"law": "chinchilla", "params": {}, "schema_version": 99}', "schema version 99"),
+    ],
+)
+def test_a_file_that_is_no_fit_is_refused(forget, tmp_path, text, words):
+    path = tmp_path / "fit.json"
+    path.write_text(text)
+    ran = forget("predict", path, "--n", "1e9", "--d", "1e9")
+    assert ran.code == 2
+    assert words in ran.stderr
+
+
+def test_untrustworthy_numbers_are_printed_with_the_reason(forget, runs):
+    ran = forget(
+        "fit",
+        runs,
+        "--map",
+        "loss=final_loss",
+        "--where",
+        'domain == "code" and p == 0',
+        "--bootstrap",
+        "20",
+        "--json",
+    )
+    assert ran.json["params"]["B"]["low"] is None
+    assert "NOT TO BE TRUSTED: every p is 0" in ran.stderr
+    assert "one run with p = 1%" in ran.stderr
+
+
+def test_figures_of_a_fit_are_written(forget, runs, one, tmp_path):
+    forget("fit", runs, *one, "--plot", tmp_path)
+    for name in ("predicted-measured", "residuals", "curves", "profiles"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,189 @@
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.feather
+import pyarrow.parquet
+import pytest
+
+from mlx_forget.errors import UserError
+from mlx_forget.laws.forms import get_law
+from mlx_forget.laws.table import check
+from mlx_forget.tables import parse_share, read_table
+
+ROWS = [
+    {"params": 4.1e7, "D": 3e5, "p": 0.0, "L0": 3.9, "final_loss": 4.1, "domain": "math"},
+    {"params": 1.09e8, "D": 1e6, "p": 0.01, "L0": 3.4, "final_loss": 3.6, "domain": "code"},
+    {"params": 3.34e8, "D": 3e6, "p": 0.05, "L0": 3.0, "final_loss": 3.1, "domain": "math"},
+]
+MAPPING = {"N": "params", "loss": "final_loss"}
+
+
+def write(path, kind):
+    table = pa.Table.from_pylist(ROWS)
+    if kind == "csv":
+        lines = [",".join(ROWS[0])] + [",".join(str(value) for value in row.values()) for row in ROWS]
+        path.write_text("\n".join(lines) + "\n")
+    elif kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    elif kind == "parquet":
+        pyarrow.parquet.write_table(table, path)
+    elif kind == "arrow":
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+    else:
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "arrow", "arrows"])
+def test_every_format_gives_the_same_table(tmp_path, kind):
+    path = tmp_path / f"runs.{kind}"
+    write(path, kind)
+    table = read_table(path, mapping=MAPPING)
+    assert table.columns["N"].tolist() == [4.1e7, 1.09e8, 3.34e8]
+    assert table.columns["loss"].tolist() == [4.1, 3.6, 3.1]
+    assert table.labels["domain"].tolist() == ["math", "code", "math"]
+    assert sorted(table.groups("domain")) == ["code", "math"]
+
+
+def test_percent_cells_and_constants_are_read(tmp_path):
+    path = tmp_path / "runs.csv"
+    path.write_text("N,D,p,loss\n1e8,1e6,1%,3.0\n1e8,1e6,5%,2.9\n")
+    table = read_table(path, mapping={"L0": "2.8"})
+    assert table.columns["p"].tolist() == [0.01, 0.05]
+    assert table.columns["L0"].tolist() == [2.8, 2.8]
+
+
+@pytest.mark.parametrize(
+    "text, mapping, words",
+    [
+        ("N,D,loss\n1e8,1e6,abc\n", {}, "row 1 holds 'abc'"),
+        ("N,D,loss\n", {}, "no rows"),
+        ("N,D,value\n1e8,1e6,3\n", {"loss": "los"}, "no numeric column 'los'"),
+        ("N,D,value\n1e8,1e6,3\n", {"lss": "value"}, "Did you mean 'loss'"),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_refused(tmp_path, text, mapping, words):
+    path = tmp_path / "runs.csv"
+    path.write_text(text)
+    with pytest.raises(UserError, match=words):
+        read_table(path, mapping=mapping)
+
+
+def test_a_missing_file_or_unknown_format_is_refused(tmp_path):
+    with pytest.raises(UserError, match="No table"):
+        read_table(tmp_path / "nothing.csv")
+    (tmp_path / "runs.xlsx").write_text("")
+    with pytest.raises(UserError, match="Unknown table format"):
+        read_table(tmp_path / "runs.xlsx")
+
+
+def rows_with(**changes):
+    columns = {
+        "N": [4.1e7, 1.09e8, 3.34e8, 6e8, 1e9],
+        "D": [3e5, 1e6, 3e6, 1e7, 3e7],
+        "p": [0.0, 0.01, 0.05, 0.0, 0.01],
+    }
+    columns |= {"L0": [3.9, 3.4, 3.0, 2.8, 2.6], "loss": [4.1, 3.6, 3.1, 3.0, 2.7]}
+    from mlx_forget.laws.table import Table
+
+    return Table.of(**(columns | changes))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"loss": [4.1, np.nan, 3.1, 3.0, np.inf]}, "rows 2, 5, column 'loss' is not a finite number"),
+        ({"loss": [4.1, 3.6, -3.1, 3.0, 2.7]}, "row 3, column 'loss' is not positive"),
+        ({"D": [3e5, 1e6, 0.0, 1e7, 3e7]}, "row 3, column 'D' is not positive"),
+        ({"N": [41.0, 109.0, 334.0, 665.0, 1270.0]}, "millions"),
+        ({"p": [0.0, 1.0, 5.0, 0.0, 1.0]}, "share"),
+        (
+            {
+                name: [values[0], *values[:4]]
+                for name, values in {
+                    "N": [4e7, 1e8, 3e8, 6e8],
+                    "D": [3e5, 1e6, 3e6, 1e7],
+                    "p": [0, 0.01, 0.05, 0],
+                    "L0": [4, 3, 3, 2],
+                    "loss": [4.1, 3.6, 3.1, 3.0],
+                }.items()
+            },
+            "Row 2 repeats row 1",
+        ),
+    ],
+)
+def test_rows_that_would_spoil_a_fit_are_named(changes, words):
+    with pytest.raises(UserError, match=words):
+        check(rows_with(**changes), get_law("bethune-forgetting"))
+
+
+def test_fewer_rows_than_parameters_are_refused():
+    with pytest.raises(UserError, match="4 free parameters and the table 3 rows"):
+        check(rows_with().select(np.arange(5) < 3), get_law("bethune-forgetting"))
+
+
+def test_a_missing_column_names_the_nearest():
+    from mlx_forget.laws.table import Table
+
+    table = Table.of(N=[1e8, 2e8], tokens_D=[1e6, 2e6], loss=[3.0, 2.9])
+    with pytest.raises(UserError, match="--map D=tokens_D"):
+        check(table, get_law("chinchilla"))
+
+
+def record(folder, *, p, loss, status="finished", version=1):
+    folder.mkdir(parents=True)
+    seen = 4e6
+    content = {
+        "schema_version": version,
+        "run_id": folder.name,
+        "status": status,
+        "backend": "cuda",
+        "num_params": 650_000,
+        "num_steps": 500,
+        "seed": 0,
+        "data": {
+            "code": {"role": "target", "unique_tokens": 3e5, "tokens_seen": seen * (1 - p)},
+            "prose": {"role": "pretrain", "unique_tokens": 1e7, "tokens_seen": seen * p},
+        },
+        "losses": {
+            "start": {"step": 0, "target_val": 4.0, "pretrain_val": 3.42},
+            "best": {"step": 300, "target_val": 3.1, "pretrain_val": loss},
+            "end": {"step": 500, "target_val": 3.2, "pretrain_val": loss + 0.2},
+        },
+    }
+    (folder / "record.json").write_text(json.dumps(content))
+
+
+def test_run_folders_become_law_rows(tmp_path):
+    record(tmp_path / "sweep" / "a", p=0.0, loss=5.69)
+    record(tmp_path / "sweep" / "b", p=0.01, loss=4.73)
+    record(tmp_path / "sweep" / "c", p=0.05, loss=9.0, status="diverged")
+    table = read_table(tmp_path, response="pretraining")
+    assert table.columns["N"].tolist() == [650_000, 650_000]
+    assert table.columns["D"].tolist() == [3e5, 3e5]
+    assert table.columns["p"] == pytest.approx([0.0, 0.01])
+    assert table.columns["L0"].tolist() == [3.42, 3.42]
+    assert table.columns["loss"].tolist() == [5.69, 4.73]
+    assert table.run.tolist() == ["a", "b"]
+    assert read_table(tmp_path, response="target").columns["loss"].tolist() == [3.1, 3.1]
+
+
+def test_records_of_another_schema_or_none_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"No record\.json"):
+        read_table(tmp_path)
+    record(tmp_path / "a", p=0.0, loss=5.0, version=99)
+    with pytest.raises(UserError, match="schema version 99"):
+        read_table(tmp_path)
+
+
+@pytest.mark.parametrize("text, value", [("1%", 0.01), ("0.05", 0.05), ("0", 0.0)])
+def test_shares_are_written_either_way(text, value):
+    assert parse_share(text) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("text", ["5", "-1%", "half", ""])
+def test_a_share_outside_0_to_1_is_refused(text):
+    with pytest.raises(UserError):
+        parse_share(text)

@@ -1,0 +1,166 @@
+import numpy as np
+import pytest
+
+from mlx_forget.errors import UserError
+from mlx_forget.laws.fit import fit_law
+from mlx_forget.laws.table import Table
+from mlx_forget.laws.uncertainty import (
+    BootstrapOptions,
+    assess,
+    bootstrap,
+    cluster_weights,
+    predict_intervals,
+    profile_coordinates,
+    refit,
+)
+
+from . import coverage
+from .surfaces import SURFACES, paper_grid
+
+
+def noisy(name: str, seed: int = 0):
+    surface = SURFACES[name]
+    return fit_law(surface.table(surface.truths(1, seed=7)[0], noise=0.004, seed=seed), name)
+
+
+@pytest.mark.parametrize("name", ["chinchilla", "bethune-forgetting", "bethune-forgetting-e"])
+def test_resamples_converge_where_data_are_many(name):
+    assert bootstrap(noisy(name), num_resamples=400).share_converged >= 0.995
+
+
+def test_resamples_reach_the_optimum_that_a_full_search_finds():
+    fit = noisy("bethune-forgetting")
+    draws = bootstrap(fit, num_resamples=12, seed=3)
+    own = fit.objective.transform(fit.table.columns["loss"])[None]
+    ends = refit(fit, own, draws.weights)
+    for i in range(12):
+        alone = fit_law(fit.table, "bethune-forgetting", weights=draws.weights[i])
+        assert ends.value[i] <= alone.value * (1 + 1e-8)
+
+
+def test_clusters_are_drawn_whole():
+    clusters = np.array([0, 0, 1, 2, 2, 2])
+    weights = cluster_weights(clusters, 50, seed=0)
+    assert (weights[:, 0] == weights[:, 1]).all()
+    assert (weights[:, 3] == weights[:, 5]).all()
+    assert (weights[:, [0, 2, 3]].sum(axis=1) == 3).all()
+
+
+def test_rows_of_one_run_widen_the_intervals():
+    surface = SURFACES["bethune-forgetting"]
+    columns = paper_grid()
+    run = np.repeat(np.arange(25), 5)
+    effects = 0.006 * np.random.default_rng(0).standard_normal(25)[run]
+    order = np.lexsort([columns["D"], columns["p"], columns["N"]])
+    loss = surface.form.predict(surface.truths(1)[0], columns)
+    loss[order] *= np.exp(effects)
+    by_run = np.empty(125, int)
+    by_run[order] = run
+    widths = []
+    for label in (None, by_run):
+        found = assess(
+            fit_law(Table.of(run=label, **columns, loss=loss), "bethune-forgetting"),
+            BootstrapOptions(num_resamples=300),
+        )
+        widths.append(found.params["A"].high / found.params["A"].low)
+    assert widths[1] > 1.1 * widths[0]
+
+
+def test_the_default_method_follows_the_number_of_independent_runs():
+    surface = SURFACES["bethune-finetuning"]
+    table = surface.table(surface.truths(1)[0], noise=0.004)
+    few = BootstrapOptions(num_resamples=100)
+    assert assess(fit_law(table, "bethune-finetuning"), few).method == "profile-F"
+    five = Table(table.columns, run=table.columns["N"].astype(str))
+    found = assess(fit_law(five, "bethune-finetuning"), few)
+    assert found.method == "t on the cluster bootstrap"
+    assert "only 5 independent runs" in found.warnings[0]
+    assert assess(noisy("bethune-forgetting"), few).method == "cluster bootstrap"
+
+
+@pytest.mark.parametrize("method", ["cluster", "profile", "residual", "bayesian"])
+def test_all_methods_agree_on_a_well_determined_fit(method):
+    fit = noisy("bethune-forgetting")
+    reference = assess(fit, BootstrapOptions(num_resamples=400, method="cluster")).params["alpha"]
+    found = assess(fit, BootstrapOptions(num_resamples=400, method=method)).params["alpha"]
+    width = reference.high - reference.low
+    assert found.high - found.low == pytest.approx(width, rel=0.5)
+    assert found.low < fit.params["alpha"] < found.high
+
+
+def test_profile_ends_are_where_the_objective_rises_by_the_f_quantile():
+    from mlx_forget.laws.model import Constraints
+    from mlx_forget.laws.uncertainty import critical_fall
+
+    fit = noisy("bethune-finetuning")
+    profile = profile_coordinates(fit)["alpha"]
+    for end in (profile.low, profile.high):
+        held = fit_law(fit.table, "bethune-finetuning", constraints=Constraints(fixed={"alpha": end}))
+        assert (held.value - fit.value) / critical_fall(fit, 0.95) == pytest.approx(1.0, abs=0.05)
+
+
+def test_an_unidentified_parameter_gets_an_open_interval_and_a_reason():
+    surface = SURFACES["bethune-forgetting"]
+    columns = paper_grid(shares=np.zeros(1))
+    table = Table.of(**columns, loss=surface.form.predict(surface.truths(1)[0], columns) * 1.001)
+    found = assess(fit_law(table, "bethune-forgetting"), BootstrapOptions(num_resamples=100))
+    assert (found.params["B"].low, found.params["B"].high) == (None, None)
+    assert "p is 0" in found.params["B"].reason
+
+
+def test_an_amplitude_is_no_better_known_than_its_exponent():
+    surface = SURFACES["forgetting-fixed-n"]
+    columns = {name: values[surface.columns["D"] == 3e6] for name, values in surface.columns.items()}
+    columns = {name: np.tile(values, 4) for name, values in columns.items()}
+    columns["p"] = np.linspace(0, 0.05, len(columns["p"]))
+    noise = np.exp(0.002 * np.random.default_rng(0).standard_normal(len(columns["p"])))
+    table = Table.of(**columns, loss=surface.form.predict(surface.truths(1)[0], columns) * noise)
+    found = assess(fit_law(table, "forgetting-fixed-n"), BootstrapOptions(num_resamples=100))
+    assert found.params["beta"].low is None
+    assert found.params["A"].low is None
+
+
+def test_as_many_parameters_as_rows_gives_no_interval():
+    surface = SURFACES["cmr"]
+    table = surface.table(surface.truths(1)[0], noise=0.001).select(np.array([1, 0, 1, 0, 0, 0, 1], bool))
+    found = assess(fit_law(table, "cmr"), BootstrapOptions(num_resamples=50))
+    assert all(interval.low is None for interval in found.params.values())
+
+
+def test_prediction_intervals_of_both_methods_agree_and_widen_beyond_the_data():
+    fit = noisy("bethune-forgetting")
+    inside = {"N": 3.34e8, "D": 3e6, "p": 0.01, "L0": 3.0}
+    outside = {"N": 3.34e8, "D": 3e9, "p": 0.0, "L0": 3.0}
+    widths = {}
+    for method in ("cluster", "profile"):
+        found = assess(fit, BootstrapOptions(num_resamples=400, method=method))
+        near, far = (predict_intervals(found, point)[0] for point in (inside, outside))
+        widths[method] = (near.high - near.low, far.high - far.low)
+        assert widths[method][1] > 3 * widths[method][0]
+    assert widths["cluster"] == pytest.approx(widths["profile"], rel=0.4)
+
+
+def test_the_bootstrapped_error_is_out_of_sample():
+    fit = noisy("bethune-forgetting")
+    assert fit.mre < bootstrap(fit, num_resamples=200).out_of_bag_mre < 2 * fit.mre
+
+
+def test_an_unknown_method_is_refused():
+    with pytest.raises(UserError, match="profile"):
+        assess(noisy("bethune-forgetting"), BootstrapOptions(method="magic"))
+
+
+# A short form: 30 simulations tell 95% from 75%, not from 92%; `make coverage` runs 2,000.
+@pytest.mark.parametrize("index", [1, 4])
+def test_nominal_intervals_cover_the_truth(index):
+    found = coverage.measure(coverage.scenarios()[index], simulations=30, resamples=60)
+    for name, share in found.items():
+        assert share >= 0.8, name
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("scenario", coverage.scenarios(), ids=lambda scenario: scenario.name)
+def test_nominal_intervals_cover_the_truth_in_200_simulations(scenario):
+    found = coverage.measure(scenario, simulations=200, resamples=200)
+    for name, share in found.items():
+        assert share >= 0.91, name

@@ -1,0 +1,107 @@
+import numpy as np
+import pytest
+
+from mlx_forget.errors import UserError
+from mlx_forget.laws.forms import Alternative, get_law
+from mlx_forget.laws.table import Table
+from mlx_forget.laws.uncertainty import BootstrapOptions
+from mlx_forget.laws.validate import leave_out, select, train_on
+
+from .surfaces import SURFACES, paper_grid
+
+COLUMNS = paper_grid()
+BASE = {"A": 12.0, "alpha": 0.45, "beta": 0.3, "B": 600.0}
+# Each rival's own surface, far enough from the others for 125 runs with 0.4% noise to tell.
+TRUTHS = {
+    "no p": ("bethune-forgetting/no-p", {"A": 12.0, "alpha": 0.45, "beta": 0.3}),
+    "p on N": ("bethune-forgetting", BASE),
+    "p on D": ("bethune-forgetting/on-d", BASE),
+    "p added to N": ("bethune-forgetting/additive", {**BASE, "B": 2e11}),
+    "p saturates": ("bethune-forgetting/saturating", {**BASE, "S": 0.25}),
+    "with E": ("bethune-forgetting-e", {**BASE, "E": 0.08}),
+    "tied exponents": ("bethune-forgetting", {**BASE, "A": 1.2, "beta": 0.45}),
+    "log limit": ("bethune-forgetting/log-limit", {"C": 1.6, "b": 0.05, "a": 0.08, "B": 600.0}),
+}
+
+
+def simulate(name: str, seed: int) -> Table:
+    law, truth = TRUTHS[name]
+    form = get_law(law)
+    columns = {column: COLUMNS[column] for column in ("N", "D", "p", "L0")}
+    exact = form.predict(truth, columns)
+    return Table.of(
+        **columns, loss=exact * np.exp(0.004 * np.random.default_rng(seed).standard_normal(len(exact)))
+    )
+
+
+def share_right(name: str, count: int) -> float:
+    return float(
+        np.mean([select(simulate(name, seed), "bethune-forgetting").chosen == name for seed in range(count)])
+    )
+
+
+@pytest.mark.parametrize("name", sorted(TRUTHS))
+def test_selection_names_the_true_member(name):
+    assert share_right(name, 4) >= 0.75
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", sorted(TRUTHS))
+def test_selection_names_the_true_member_in_90_of_100_simulations(name):
+    assert share_right(name, 100) >= 0.9
+
+
+def test_the_verdict_says_why():
+    chosen = select(simulate("p on N", 0), "bethune-forgetting", condition="N<=3.4e8")
+    assert chosen.chosen == "p on N"
+    assert "'no p' is rejected" in chosen.verdict
+    assert "outside 'N<=3.4e8'" in chosen.verdict
+    assert all(np.isfinite(rival.hold_out) for rival in chosen.rivals)
+
+
+def test_a_law_without_rivals_cannot_be_selected():
+    with pytest.raises(UserError, match="rivals"):
+        select(
+            simulate("p on N", 0),
+            "bethune-forgetting",
+            alternatives=[Alternative("p on N", "bethune-forgetting")],
+        )
+
+
+def test_train_on_reports_every_held_out_point():
+    found = train_on(simulate("p on N", 0), "bethune-forgetting", "N<=3.4e8 and D<=3e6")
+    assert found.test.num_rows == 80
+    assert len(found.error) == 80
+    assert found.mre <= 0.01
+    assert found.worst >= found.mre
+
+
+def test_standard_hold_outs_leave_the_extremes_and_each_share():
+    table = simulate("p on N", 0)
+    labelled = Table(table.columns, labels={"domain": np.where(np.arange(125) % 2 == 0, "even", "odd")})
+    found = leave_out(
+        labelled, "bethune-forgetting", domain="domain", bootstrap=BootstrapOptions(num_resamples=60)
+    )
+    names = " ".join(hold_out.name for hold_out in found)
+    for expected in ("largest N", "largest D", "p = 0%", "p = 5%", "domain = even"):
+        assert expected in names
+    calibrated = [h.covered for h in found if "largest" in h.name or "domain" in h.name]
+    assert min(calibrated) >= 0.8
+
+
+@pytest.mark.parametrize(
+    "condition", ["N < ", "import os", "N <= 'big'", "size <= 3", "N.real < 3", "N <= 1"]
+)
+def test_a_condition_that_cannot_be_used_is_refused(condition):
+    with pytest.raises(UserError):
+        train_on(simulate("p on N", 0), "bethune-forgetting", condition)
+
+
+def test_chinchilla_rivals_are_told_apart():
+    surface = SURFACES["chinchilla"]
+    truth = {"E": 0.0, "A": 480.0, "B": 2100.0, "alpha": 0.3, "beta": 0.37}
+    exact = surface.form.predict(truth, surface.columns)
+    table = Table.of(
+        **surface.columns, loss=exact * np.exp(0.004 * np.random.default_rng(0).standard_normal(len(exact)))
+    )
+    assert select(table, "chinchilla").chosen == "E = 0"
