@@ -78,9 +78,7 @@ def _rows(fit: Fit, group: str) -> np.ndarray:
     return np.ones(fit.num_rows, bool) if fit.group is None else fit.group == fit.model.groups.index(group)
 
 
-def plot_predicted(
-    fits: Mapping[str, Uncertainty], folder: str | Path, *, name: str = "predicted-measured"
-) -> Path:
+def plot_predicted(fits: Mapping[str, Uncertainty], folder: str | Path, *, name: str = "predicted-measured") -> Path:
     """Predicted against measured loss, all groups; the diagonal is a perfect law."""
     figure, axes = _new(5.6, 5.2)
     low, high = np.inf, -np.inf
@@ -145,18 +143,14 @@ def plot_residuals(fits: Mapping[str, Uncertainty], folder: str | Path, *, name:
 
 def _curve_columns(predictor: Predictor) -> tuple[str, str | None]:
     """The column along the axis, and the one that tells the curves apart."""
-    columns = [
-        name for name in ("D", "steps", "N", "R", "r", "L_ft", "P", "p") if name in predictor.law.columns
-    ]
+    columns = [name for name in ("D", "steps", "N", "R", "r", "L_ft", "P", "p") if name in predictor.law.columns]
     axis = columns[0]
     rest = [name for name in ("N", "p", "r", "P", "D") if name in predictor.law.columns and name != axis]
     rest = [name for name in rest if len(np.unique(predictor.columns[name])) > 1]
     return axis, rest[0] if rest else None
 
 
-def plot_curves(
-    uncertainty: Uncertainty, folder: str | Path, *, group: str = "", name: str = "curves"
-) -> Path:
+def plot_curves(uncertainty: Uncertainty, folder: str | Path, *, group: str = "", name: str = "curves") -> Path:
     """The law over data, one curve with its 95% band per size (or share), and the measured points.
 
     The other columns stand still at their most frequent value; only rows that have it are drawn.
@@ -182,11 +176,7 @@ def plot_curves(
     is_grid = splitter is None or len(np.unique(data[splitter])) <= MOST_LEVELS
     is_log = axis not in ("L_ft", "r", "R", "p")
     lows, highs = data[axis].min(), data[axis].max()
-    x = (
-        np.geomspace(lows, highs, CURVE_POINTS)
-        if is_log and lows > 0
-        else np.linspace(lows, highs, CURVE_POINTS)
-    )
+    x = np.geomspace(lows, highs, CURVE_POINTS) if is_log and lows > 0 else np.linspace(lows, highs, CURVE_POINTS)
     for i, level in enumerate(levels):
         member = keep.copy()
         columns: dict[str, npt.ArrayLike] = {axis: x, **still}
@@ -195,18 +185,12 @@ def plot_curves(
             member &= distance <= (0.5 * _gap(levels) if is_grid else min(NEAR, 0.5 * _gap(levels)))
             columns[splitter] = level
         if "L0" in data:
-            columns["L0"] = (
-                float(np.median(data["L0"][member])) if member.any() else float(np.median(data["L0"]))
-            )
+            columns["L0"] = float(np.median(data["L0"][member])) if member.any() else float(np.median(data["L0"]))
         colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
         label = (
             None
             if splitter is None
-            else (
-                f"{splitter} = {level:.3g}"
-                if splitter not in ("p", "r")
-                else f"{splitter} = {100 * level:.3g}%"
-            )
+            else (f"{splitter} = {level:.3g}" if splitter not in ("p", "r") else f"{splitter} = {100 * level:.3g}%")
         )
         axes.plot(x, predictor.predict(columns), color=colour, lw=1.4, label=label)
         if len(predictor.draws):
@@ -240,9 +224,7 @@ def plot_profiles(uncertainty: Uncertainty, folder: str | Path, *, name: str = "
     """The rise of the objective along each free coordinate; a curve that never reaches the line is not
     identified.
     """
-    profiles: Mapping[str, Profile] = uncertainty.profiles or profile_coordinates(
-        uncertainty.fit, level=uncertainty.level
-    )
+    profiles: Mapping[str, Profile] = uncertainty.profiles or profile_coordinates(uncertainty.fit, level=uncertainty.level)
     count = len(profiles)
     columns = min(count, 3)
     lines = -(-count // columns)
@@ -265,9 +247,7 @@ def plot_profiles(uncertainty: Uncertainty, folder: str | Path, *, name: str = "
     return _save(figure, Path(folder), name)
 
 
-def plot_advice(
-    predictor: Predictor, advice: Advice, budget: float, confidence: float, folder: str | Path
-) -> Path:
+def plot_advice(predictor: Predictor, advice: Advice, budget: float, confidence: float, folder: str | Path) -> Path:
     """Forgetting over the column that was solved for, with the budget and the answer."""
     name = advice.unknown
     low, high = predictor.data_range[name]
@@ -275,9 +255,7 @@ def plot_advice(
     best = advice.answer if advice.answer is not None else float(advice.columns[name])
     if name == "p":
         smallest = min(1e-4, best / 3) if best > 0 else 1e-4
-        x = np.concatenate(
-            [np.linspace(0.0, smallest, 12), np.geomspace(smallest, max(high, 2 * best), CURVE_POINTS)]
-        )
+        x = np.concatenate([np.linspace(0.0, smallest, 12), np.geomspace(smallest, max(high, 2 * best), CURVE_POINTS)])
         axes.set_xscale("symlog", linthresh=smallest)
     else:
         x = np.geomspace(min(low, best), max(high, best), CURVE_POINTS)
@@ -302,9 +280,7 @@ def plot_advice(
             ms=8,
             label=f"{name} = {100 * best:.3g}%" if name == "p" else f"{name} = {best:.3g}",
         )
-    others = ", ".join(
-        f"{key} = {value:.3g}" for key, value in advice.columns.items() if key not in (name, "L0")
-    )
+    others = ", ".join(f"{key} = {value:.3g}" for key, value in advice.columns.items() if key not in (name, "L0"))
     axes.set(
         xlabel=AXIS_NAMES.get(name, name),
         ylabel="forgetting (nats per token)",

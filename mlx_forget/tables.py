@@ -17,9 +17,7 @@ READERS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow", "
 RECORD_VERSION = 1
 
 
-def read_table(
-    path: str | os.PathLike[str], *, mapping: Mapping[str, str] | None = None, response: str = "loss"
-) -> Table:
+def read_table(path: str | os.PathLike[str], *, mapping: Mapping[str, str] | None = None, response: str = "loss") -> Table:
     """Read a table.
 
     Args:
@@ -36,9 +34,7 @@ def read_table(
     if source.is_dir():
         rows = record_rows(source, response=response)
     elif not source.is_file():
-        raise UserError(
-            f"No table at {source}: give a CSV, Parquet, Arrow or JSONL file, or a folder of runs."
-        )
+        raise UserError(f"No table at {source}: give a CSV, Parquet, Arrow or JSONL file, or a folder of runs.")
     else:
         rows = _read_rows(source)
     if not rows:
@@ -53,20 +49,11 @@ def _read_rows(source: Path) -> list[dict[str, Any]]:
     try:
         if kind in (".csv", ".tsv"):
             with open(source, newline="", encoding="utf-8-sig") as stream:
-                reader = csv.DictReader(
-                    stream, delimiter="\t" if kind == ".tsv" else ",", skipinitialspace=True
-                )
-                return [
-                    {(k or "").strip(): v for k, v in row.items() if isinstance(v, str | None)}
-                    for row in reader
-                ]
+                reader = csv.DictReader(stream, delimiter="\t" if kind == ".tsv" else ",", skipinitialspace=True)
+                return [{(k or "").strip(): v for k, v in row.items() if isinstance(v, str | None)} for row in reader]
         if kind in (".jsonl", ".ndjson", ".json"):
             text = source.read_text(encoding="utf-8")
-            whole = (
-                json.loads(text)
-                if kind == ".json"
-                else [json.loads(line) for line in text.splitlines() if line.strip()]
-            )
+            whole = json.loads(text) if kind == ".json" else [json.loads(line) for line in text.splitlines() if line.strip()]
             if not isinstance(whole, list) or not all(isinstance(row, dict) for row in whole):
                 raise UserError(f"{source} must hold one object per row.")
             return whole
@@ -184,9 +171,7 @@ def record_rows(folder: Path, *, response: str) -> list[dict[str, Any]]:
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError):
-            raise UserError(
-                f"{path} is not JSON: the run did not end for good; remove it or run it again."
-            ) from None
+            raise UserError(f"{path} is not JSON: the run did not end for good; remove it or run it again.") from None
         if record.get("schema_version") != RECORD_VERSION:
             raise UserError(
                 f"{path} has schema version {record.get('schema_version')!r} and this release reads "
@@ -206,9 +191,7 @@ def record_row(record: Mapping[str, Any], *, response: str) -> dict[str, Any]:
     """
     sources: Mapping[str, Mapping[str, Any]] = record.get("data") or {}
     target = {name: source for name, source in sources.items() if source.get("role") == "target"}
-    replayed = {
-        name: source for name, source in sources.items() if source.get("role") in ("pretrain", "replay")
-    }
+    replayed = {name: source for name, source in sources.items() if source.get("role") in ("pretrain", "replay")}
     seen = _total(sources.values(), "tokens_seen")
     losses = record["losses"]
     best, start = losses["best"], losses.get("start") or {}

@@ -24,10 +24,7 @@ def twin() -> list[tuple[float, float, float]]:
     tokens = flops / (6 * size)
     loss = GOLDEN["E"] + GOLDEN["A"] / size ** GOLDEN["alpha"] + GOLDEN["B"] / tokens ** GOLDEN["beta"]
     loss = loss * np.exp(generator.laplace(0.0, NOISE / np.sqrt(2), NUM_RUNS))
-    return [
-        (float(f"{n:.6e}"), float(f"{d:.6e}"), float(f"{y:.6f}"))
-        for n, d, y in zip(size, tokens, loss, strict=True)
-    ]
+    return [(float(f"{n:.6e}"), float(f"{d:.6e}"), float(f"{y:.6f}")) for n, d, y in zip(size, tokens, loss, strict=True)]
 
 
 if __name__ == "__main__":

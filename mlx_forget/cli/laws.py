@@ -51,9 +51,7 @@ COLUMN_OPTIONS = {
     "L_ft": "--l-ft",
 }
 
-Json = Annotated[
-    bool | None, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")
-]
+Json = Annotated[bool | None, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -113,35 +111,23 @@ def fit_command(
     table: Annotated[Path, typer.Argument(help="CSV, Parquet, Arrow or JSONL, or a folder of runs.")],
     law: Annotated[str | None, typer.Option(help="A law of `forget laws`.")] = None,
     by: Annotated[str | None, typer.Option(help="Fit every value of this column.")] = None,
-    shared: Annotated[
-        list[str] | None, typer.Option(help="A parameter that all groups share (joint fit).")
-    ] = None,
+    shared: Annotated[list[str] | None, typer.Option(help="A parameter that all groups share (joint fit).")] = None,
     fix: Annotated[list[str] | None, typer.Option(help="Hold a parameter: NAME=VALUE.")] = None,
     tie: Annotated[list[str] | None, typer.Option(help="Tie parameters: FOLLOWER=LEADER.")] = None,
-    mapping: Annotated[
-        list[str] | None, typer.Option("--map", help="LAW_COLUMN=TABLE_COLUMN, or =NUMBER for a constant.")
-    ] = None,
+    mapping: Annotated[list[str] | None, typer.Option("--map", help="LAW_COLUMN=TABLE_COLUMN, or =NUMBER for a constant.")] = None,
     where: Annotated[str | None, typer.Option(help="Keep these rows, such as 'p > 0'.")] = None,
     train_on: Annotated[str | None, typer.Option(help="Fit these rows, predict the others.")] = None,
-    leave_out: Annotated[
-        bool | None, typer.Option("--leave-out", help="Largest-N, largest-D, each-p hold-outs.")
-    ] = None,
+    leave_out: Annotated[bool | None, typer.Option("--leave-out", help="Largest-N, largest-D, each-p hold-outs.")] = None,
     select: Annotated[bool | None, typer.Option("--select", help="Compare the law with its rivals.")] = None,
     link: Annotated[str | None, typer.Option(help="log or linear.")] = None,
     delta: Annotated[float | None, typer.Option(help="Huber delta; inf for least squares.")] = None,
     bootstrap: Annotated[int | None, typer.Option(help="Resamples of the independent runs.")] = None,
-    intervals: Annotated[
-        str | None, typer.Option(help="auto, cluster, profile, residual or bayesian.")
-    ] = None,
+    intervals: Annotated[str | None, typer.Option(help="auto, cluster, profile, residual or bayesian.")] = None,
     level: Annotated[float | None, typer.Option(help="Coverage of the intervals.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the resampling.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write figures into this folder.")] = None,
-    allow_units: Annotated[
-        bool | None, typer.Option("--allow-units", help="Accept very small N or D.")
-    ] = None,
-    allow_duplicates: Annotated[
-        bool | None, typer.Option("--allow-duplicates", help="Accept repeated rows.")
-    ] = None,
+    allow_units: Annotated[bool | None, typer.Option("--allow-units", help="Accept very small N or D.")] = None,
+    allow_duplicates: Annotated[bool | None, typer.Option("--allow-duplicates", help="Accept repeated rows.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write fit.json here.")] = None,
     as_json: Json = None,
 ) -> None:
@@ -168,9 +154,7 @@ def fit_command(
     if train_on is not None:
         mask = rows.where(train_on)
         if mask.all() or not mask.any():
-            raise UserError(
-                f"--train-on {train_on!r} keeps {int(mask.sum())} of {len(mask)} rows: leave some to predict."
-            )
+            raise UserError(f"--train-on {train_on!r} keeps {int(mask.sum())} of {len(mask)} rows: leave some to predict.")
         train = rows.select(mask)
     if by is None:
         fits = {"": assess(fit_law(train, chosen, constraints=constraints, options=options), resampling)}
@@ -192,9 +176,7 @@ def fit_command(
             f"largest {100 * extrapolation['max']:.3g}%"
         )
     if leave_out and by is None:
-        held = validate.leave_out(
-            train, chosen, constraints=constraints, options=options, bootstrap=resampling
-        )
+        held = validate.leave_out(train, chosen, constraints=constraints, options=options, bootstrap=resampling)
         content["hold_outs"] = [
             {
                 "left_out": h.name,
@@ -232,9 +214,7 @@ def fit_command(
         emit(content)
 
 
-def fit_options(
-    link: str | None, delta: float | None, allow_units: bool | None, allow_duplicates: bool | None
-) -> "FitOptions":
+def fit_options(link: str | None, delta: float | None, allow_units: bool | None, allow_duplicates: bool | None) -> "FitOptions":
     from dataclasses import replace
 
     from mlx_forget.laws.fit import FitOptions
@@ -245,14 +225,10 @@ def fit_options(
         objective = replace(objective, link=link)
     if delta is not None:
         objective = replace(objective, delta=delta)
-    return replace(
-        options, objective=objective, allow_units=bool(allow_units), allow_duplicates=bool(allow_duplicates)
-    )
+    return replace(options, objective=objective, allow_units=bool(allow_units), allow_duplicates=bool(allow_duplicates))
 
 
-def bootstrap_options(
-    resamples: int | None, method: str | None, level: float | None, seed: int | None
-) -> "BootstrapOptions":
+def bootstrap_options(resamples: int | None, method: str | None, level: float | None, seed: int | None) -> "BootstrapOptions":
     from mlx_forget.laws.uncertainty import METHODS, BootstrapOptions
 
     usual = BootstrapOptions()
@@ -269,9 +245,7 @@ def bootstrap_options(
     return options
 
 
-def extrapolate(
-    test: "Table", fits: "Mapping[str, Uncertainty]", by: str | None, condition: str
-) -> dict[str, Any]:
+def extrapolate(test: "Table", fits: "Mapping[str, Uncertainty]", by: str | None, condition: str) -> dict[str, Any]:
     """Errors over the rows held out, one entry per point."""
     points = []
     parts = test.groups(by) if by is not None else {"": test}
@@ -280,9 +254,7 @@ def extrapolate(
             continue
         fit = fits[group].fit
         predicted = fit.predict(part.columns, group=group or None)
-        for row, measured, value in zip(
-            part.row_numbers.tolist(), part.columns["loss"].tolist(), predicted.tolist(), strict=True
-        ):
+        for row, measured, value in zip(part.row_numbers.tolist(), part.columns["loss"].tolist(), predicted.tolist(), strict=True):
             points.append({"row": row, "loss": measured, "predicted": value, "error": value / measured - 1})
     if not points:
         raise UserError(f"No held-out row belongs to a fitted group: --train-on {condition!r}.")
@@ -328,9 +300,7 @@ def describe_fit(uncertainty: "Uncertainty", group: str) -> list[str]:
 # ------------------------------------------------------------------------------------------------ predict
 
 
-def question(
-    law: "Law", given: Mapping[str, float | None], *, need: tuple[str, ...] | None = None
-) -> dict[str, float]:
+def question(law: "Law", given: Mapping[str, float | None], *, need: tuple[str, ...] | None = None) -> dict[str, float]:
     """The law's columns from the options.
 
     Raises:
@@ -398,9 +368,7 @@ def predict_command(
                     "low": low if has_interval else None,
                     "high": high if has_interval else None,
                     "level": coverage,
-                    "columns": {
-                        name: columns[name] for name in columns if not (is_forgetting and name == "L0")
-                    },
+                    "columns": {name: columns[name] for name in columns if not (is_forgetting and name == "L0")},
                     "outside_data": distance,
                     "unidentified": dict(predictor.unidentified),
                 }
@@ -418,39 +386,25 @@ def predict_command(
 
 
 def advise_command(
-    source: Annotated[
-        Path | None, typer.Argument(help="A fit.json, or the table or folder of a probe's runs.")
-    ] = None,
-    max_forgetting: Annotated[
-        float | None, typer.Option("--max-forgetting", help="Budget, nats per token.")
-    ] = None,
+    source: Annotated[Path | None, typer.Argument(help="A fit.json, or the table or folder of a probe's runs.")] = None,
+    max_forgetting: Annotated[float | None, typer.Option("--max-forgetting", help="Budget, nats per token.")] = None,
     n: Annotated[float | None, typer.Option("--n", help="Parameters N.")] = None,
     d: Annotated[float | None, typer.Option("--d", help="Unique finetuning tokens D.")] = None,
-    p: Annotated[
-        str | None, typer.Option("--p", help="Share of pretraining data; leave out to have it chosen.")
-    ] = None,
+    p: Annotated[str | None, typer.Option("--p", help="Share of pretraining data; leave out to have it chosen.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the target tokens, for the cost.")] = None,
     confidence: Annotated[float | None, typer.Option(help="That the budget holds.")] = None,
-    finetuning: Annotated[
-        Path | None, typer.Option(help="fit.json of the finetuning law: adds the Pareto front.")
-    ] = None,
+    finetuning: Annotated[Path | None, typer.Option(help="fit.json of the finetuning law: adds the Pareto front.")] = None,
     group: Annotated[str | None, typer.Option(help="The group, where the fit has several.")] = None,
     law: Annotated[str | None, typer.Option(help="The law, where the source is a table.")] = None,
     mapping: Annotated[list[str] | None, typer.Option("--map", help="LAW_COLUMN=TABLE_COLUMN.")] = None,
-    allow_extrapolation: Annotated[
-        bool | None, typer.Option("--allow-extrapolation", help="Answer far outside the data.")
-    ] = None,
+    allow_extrapolation: Annotated[bool | None, typer.Option("--allow-extrapolation", help="Answer far outside the data.")] = None,
     next_runs: Annotated[
         int | None, typer.Option("--next-runs", help="Name the runs that sharpen the answer most per FLOP.")
     ] = None,
-    probe: Annotated[
-        Path | None, typer.Option(help="Write the short runs to do first, as JSONL, and stop.")
-    ] = None,
+    probe: Annotated[Path | None, typer.Option(help="Write the short runs to do first, as JSONL, and stop.")] = None,
     num_runs: Annotated[int | None, typer.Option("--num-runs", help="Runs of a probe, 3 to 6.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write the figure of the advice here (a folder).")] = None,
-    allow_units: Annotated[
-        bool | None, typer.Option("--allow-units", help="Accept very small N or D.")
-    ] = None,
+    allow_units: Annotated[bool | None, typer.Option("--allow-units", help="Accept very small N or D.")] = None,
     as_json: Json = None,
 ) -> None:
     """The smallest p (or the largest D, the smallest N) that keeps forgetting under a budget."""
@@ -463,9 +417,7 @@ def advise_command(
         write_probe(probe, d, num_runs, as_json)
         return
     if source is None:
-        raise UserError(
-            "Give a fit.json or a table of runs; with neither, start with --probe runs.jsonl --d TOKENS."
-        )
+        raise UserError("Give a fit.json or a table of runs; with neither, start with --probe runs.jsonl --d TOKENS.")
     if max_forgetting is None:
         raise UserError("Give the budget: --max-forgetting 0.02 (nats per token).")
     predictor, notes = load_source(source, law, mapping, group, allow_units)
@@ -483,10 +435,7 @@ def advise_command(
         middle = [name for name in open_columns if name != "p"]
         for name in middle:
             known[name] = predictor.data_range[name][1]
-            notes.append(
-                f"no {COLUMN_OPTIONS[name]} given: answering at the largest {name} of the data, "
-                f"{known[name]:.3g}"
-            )
+            notes.append(f"no {COLUMN_OPTIONS[name]} given: answering at the largest {name} of the data, {known[name]:.3g}")
         open_columns = ["p"]
     if len(open_columns) != 1:
         raise UserError("Leave exactly one of --n, --d and --p out: that one is solved for.")
@@ -547,10 +496,7 @@ def write_probe(path: Path, tokens: float | None, num_runs: int | None, as_json:
     path.write_text("".join(json.dumps(run) + "\n" for run in runs), encoding="utf-8")
     for run in runs:
         say(f"forget train --target-tokens {run['D']:.0f} --p {run['p']:g} ...")
-    say(
-        f"wrote {path}: finetune your model once per line, then `forget advise RUNS --max-forgetting "
-        f"BUDGET --d {tokens:g}`"
-    )
+    say(f"wrote {path}: finetune your model once per line, then `forget advise RUNS --max-forgetting BUDGET --d {tokens:g}`")
     if as_json:
         emit({"probe": str(path), "runs": runs})
 
@@ -578,11 +524,7 @@ def load_source(
         table = table.select(table.labels[labelled[0]] == group)
     notes = [f"fitting {chosen.name} to {table.num_rows} runs of {source}"]
     constraints = Constraints()
-    if (
-        chosen.name == DEFAULTS.advise_law
-        and "D" in table.columns
-        and len(set(table.columns["D"].tolist())) == 1
-    ):
+    if chosen.name == DEFAULTS.advise_law and "D" in table.columns and len(set(table.columns["D"].tolist())) == 1:
         constraints = Constraints({"beta": 0.0})
         notes.append("all runs have one D, so the answer holds at that D only")
     made = assess(
@@ -682,10 +624,7 @@ def laws_command(
             say(f"  linear in   {', '.join(law.linear) or '-'}")
             for parameter in law.parameters:
                 unit = f" [{parameter.unit}]" if parameter.unit else ""
-                say(
-                    f"  {parameter.name:10}  {parameter.meaning}{unit}; {parameter.low:g} to "
-                    f"{parameter.high:g}"
-                )
+                say(f"  {parameter.name:10}  {parameter.meaning}{unit}; {parameter.low:g} to {parameter.high:g}")
             if law.alternatives:
                 say(f"  rivals      {', '.join(alternative.name for alternative in law.alternatives)}")
 
@@ -700,8 +639,11 @@ def law_json(law: "Law") -> dict[str, Any]:
         "response": law.response,
         "linear": list(law.linear),
         "parameters": [
-            {"name": q.name, "meaning": q.meaning, "unit": q.unit, "low": q.low, "high": q.high}
-            for q in law.parameters
+            {"name": q.name, "meaning": q.meaning, "unit": q.unit, "low": q.low, "high": q.high} for q in law.parameters
         ],
         "rivals": [alternative.name for alternative in law.alternatives],
     }
+
+
+app = typer.Typer()
+register(app)

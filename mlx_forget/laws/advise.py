@@ -114,8 +114,7 @@ def refuse_distance(predictor: Predictor, columns: Mapping[str, float], options:
     ]
     if too_far and not options.allow_extrapolation:
         raise UserError(
-            f"The question lies too far outside the data: {text}. Run closer to it, or pass "
-            "--allow-extrapolation to answer anyway."
+            f"The question lies too far outside the data: {text}. Run closer to it, or pass --allow-extrapolation to answer anyway."
         )
     return text
 
@@ -149,23 +148,13 @@ def _finish(
 ) -> Advice:
     expected = float(predictor.forgetting(columns)[0])
     upper = _upper(predictor, columns, options.confidence)
-    bare = (
-        float(predictor.forgetting({**columns, "p": 0.0})[0])
-        if "p" in predictor.law.columns
-        else float("nan")
-    )
+    bare = float(predictor.forgetting({**columns, "p": 0.0})[0]) if "p" in predictor.law.columns else float("nan")
     text = refuse_distance(predictor, columns, options)
     if predictor.unidentified:
         names = ", ".join(predictor.unidentified)
-        words += (
-            f" Do not rely on it: {names} {'is' if len(predictor.unidentified) == 1 else 'are'} "
-            "not determined by these runs."
-        )
+        words += f" Do not rely on it: {names} {'is' if len(predictor.unidentified) == 1 else 'are'} not determined by these runs."
     if not len(predictor.draws):
-        words += (
-            " The fit carries no draws, so this is the central value without confidence: fit "
-            "with --bootstrap."
-        )
+        words += " The fit carries no draws, so this is the central value without confidence: fit with --bootstrap."
     if text:
         words += f" Outside the data: {text}."
     return Advice(
@@ -184,9 +173,7 @@ def _finish(
 
 def _need_forgetting(predictor: Predictor, *needed: str) -> None:
     if "L0" not in predictor.law.columns:
-        raise UserError(
-            f"{predictor.law.name} predicts no forgetting (it reads no L0): advise from a forgetting law."
-        )
+        raise UserError(f"{predictor.law.name} predicts no forgetting (it reads no L0): advise from a forgetting law.")
     for column in needed:
         if column not in predictor.law.columns:
             raise UserError(f"{predictor.law.name} does not know {column}, so it cannot be solved for.")
@@ -215,13 +202,8 @@ def smallest_share(
     _need_forgetting(predictor, "p")
     _positive_budget(max_forgetting)
     if "B" in predictor.unidentified:
-        raise UserError(
-            f"The fit cannot say what p does: {predictor.unidentified['B']}. Run one more, at p = 1%, "
-            "and fit again."
-        )
-    question = (
-        f"smallest p with forgetting <= {max_forgetting:g} nats at {100 * options.confidence:g}% confidence"
-    )
+        raise UserError(f"The fit cannot say what p does: {predictor.unidentified['B']}. Run one more, at p = 1%, and fit again.")
+    question = f"smallest p with forgetting <= {max_forgetting:g} nats at {100 * options.confidence:g}% confidence"
     base = {name: float(value) for name, value in columns.items()}
     known = 1.0 if options.allow_extrapolation else predictor.data_range["p"][1] * options.max_share_distance
     limit = min(options.max_share, max(known, 1e-6))
@@ -286,9 +268,7 @@ def smallest_model(
 
 def _positive_budget(max_forgetting: float) -> None:
     if not max_forgetting > 0:
-        raise UserError(
-            f"The budget of forgetting must be positive, in nats per token, and it is {max_forgetting:g}."
-        )
+        raise UserError(f"The budget of forgetting must be positive, in nats per token, and it is {max_forgetting:g}.")
 
 
 def _extreme(
@@ -311,9 +291,7 @@ def _extreme(
         hard * (1 - 1e-9 if unknown == "D" else 1 + 1e-9),
     )
     name = "largest D" if unknown == "D" else "smallest N"
-    question = (
-        f"{name} with forgetting <= {max_forgetting:g} nats at {100 * options.confidence:g}% confidence"
-    )
+    question = f"{name} with forgetting <= {max_forgetting:g} nats at {100 * options.confidence:g}% confidence"
 
     def is_fine(value: float) -> bool:
         return _upper(predictor, {**base, unknown: value}, options.confidence) <= max_forgetting

@@ -33,9 +33,7 @@ class Plan:
     flops: Array
 
 
-def sensitivity(
-    predictor: Predictor, columns: Mapping[str, npt.ArrayLike], references: Mapping[str, float]
-) -> Array:
+def sensitivity(predictor: Predictor, columns: Mapping[str, npt.ArrayLike], references: Mapping[str, float]) -> Array:
     """Derivatives [n, k] of the log prediction with respect to the centred internal coordinates, at the
     fitted parameters.
     """
@@ -43,9 +41,7 @@ def sensitivity(
     arrays = {name: np.atleast_1d(np.asarray(columns[name], float)) for name in law.columns}
     theta = law.internal(np.array([[predictor.params[name] for name in law.names]]), references)
     with np.errstate(all="ignore"):
-        value, partials = law.evaluate(
-            law.features(arrays, references), [theta[:, j, None] for j in range(theta.shape[1])]
-        )
+        value, partials = law.evaluate(law.features(arrays, references), [theta[:, j, None] for j in range(theta.shape[1])])
     length = max(len(values) for values in arrays.values())
     stacked = np.stack([np.broadcast_to(partial, (1, length))[0] for partial in partials], axis=1)
     return np.asarray(stacked / np.broadcast_to(value, (1, length))[0][:, None])
@@ -55,9 +51,7 @@ def run_flops(columns: Mapping[str, npt.ArrayLike]) -> Array:
     """6 N D per pass, with the injected tokens; ones where N is unknown."""
     tokens = np.atleast_1d(np.asarray(columns.get("D", 1.0), float))
     share = np.asarray(columns.get("p", 0.0), float)
-    return np.atleast_1d(
-        6.0 * np.asarray(columns.get("N", 1.0), float) * tokens / (1.0 - np.minimum(share, 0.999))
-    )
+    return np.atleast_1d(6.0 * np.asarray(columns.get("N", 1.0), float) * tokens / (1.0 - np.minimum(share, 0.999)))
 
 
 def next_runs(
@@ -137,9 +131,7 @@ def _swap(information: Array, rows: Array, goal: Array, picked: list[int]) -> li
         for position, out in enumerate(chosen):
             inverse = np.linalg.inv(total - np.outer(rows[out], rows[out]))
             projected = rows @ inverse
-            variance = goal @ inverse @ goal - (projected @ goal) ** 2 / (
-                1.0 + np.einsum("ij,ij->i", projected, rows)
-            )
+            variance = goal @ inverse @ goal - (projected @ goal) ** 2 / (1.0 + np.einsum("ij,ij->i", projected, rows))
             variance[chosen] = np.inf
             index = int(np.argmin(variance))
             if variance[index] < best[0]:

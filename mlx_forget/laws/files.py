@@ -115,11 +115,7 @@ def fit_json(
         return {**head, **described[""], "groups": {}}
     statuses = [entry["status"] for entry in described.values()]
     worst = next((status for status in statuses if status != "converged"), "converged")
-    shared = {
-        name: entry
-        for name, entry in described[next(iter(described))]["params"].items()
-        if name in fit.constraints.shared
-    }
+    shared = {name: entry for name, entry in described[next(iter(described))]["params"].items() if name in fit.constraints.shared}
     rows = sum(entry["num_rows"] for entry in described.values())
     ranges: dict[str, list[float]] = {}
     for entry in described.values():
@@ -133,9 +129,7 @@ def fit_json(
         "objective": fit.value if joint else sum(entry["objective"] for entry in described.values()),
         "num_rows": rows,
         "status": worst,
-        "reason": "; ".join(
-            f"{group}: {entry['reason']}" for group, entry in described.items() if entry["status"] == worst
-        ),
+        "reason": "; ".join(f"{group}: {entry['reason']}" for group, entry in described.items() if entry["status"] == worst),
         "params": shared,
         "data_range": ranges,
         "mre": sum(entry["mre"] * entry["num_rows"] for entry in described.values()) / rows,
@@ -147,9 +141,7 @@ def fit_json(
     }
 
 
-def write_fit(
-    path: str | os.PathLike[str], content: Mapping[str, Any], fits: Mapping[str, Uncertainty]
-) -> Path:
+def write_fit(path: str | os.PathLike[str], content: Mapping[str, Any], fits: Mapping[str, Uncertainty]) -> Path:
     """Write fit.json and, beside it, `<stem>.draws.npz` with the natural parameters of every refit and the
     fitted rows.
     """
@@ -192,9 +184,7 @@ class SavedFit:
             return next(iter(self.predictors.values()))
         if group is None or group not in self.predictors:
             asked = "none was named" if group is None else f"not {group!r}"
-            raise UserError(
-                f"This fit has the groups {', '.join(self.predictors)}: name one with --group, {asked}."
-            )
+            raise UserError(f"This fit has the groups {', '.join(self.predictors)}: name one with --group, {asked}.")
         return self.predictors[group]
 
 

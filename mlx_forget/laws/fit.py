@@ -56,9 +56,7 @@ class FitOptions:
         """
         usual = (10, 6, 4) if num_free <= 5 else (12 * (num_free - 3), 20, num_free + 2)
         asked = (self.num_starts, self.num_first_steps, self.num_finalists)
-        starts, steps, finalists = (
-            own if own is not None else default for own, default in zip(asked, usual, strict=True)
-        )
+        starts, steps, finalists = (own if own is not None else default for own, default in zip(asked, usual, strict=True))
         return starts, steps, finalists
 
 
@@ -145,9 +143,7 @@ class Fit:
     @property
     def predicted(self) -> Array:
         """Predictions at the fitted rows, nats, float64[n]."""
-        return np.asarray(
-            self.objective.invert(self.objective.transform(self.table.columns["loss"]) - self.residual)
-        )
+        return np.asarray(self.objective.invert(self.objective.transform(self.table.columns["loss"]) - self.residual))
 
     @property
     def mre(self) -> float:
@@ -159,10 +155,7 @@ class Fit:
     def data_range(self) -> dict[str, tuple[float, float]]:
         """The smallest and largest value of every column of the law, and of the loss."""
         columns = self.table.columns
-        return {
-            name: (float(columns[name].min()), float(columns[name].max()))
-            for name in (*self.law.columns, "loss")
-        }
+        return {name: (float(columns[name].min()), float(columns[name].max())) for name in (*self.law.columns, "loss")}
 
     @property
     def covariance(self) -> Array:
@@ -176,9 +169,7 @@ class Fit:
         return np.asarray(predict_at(self, self.u[None], columns, group=group)[0])
 
 
-def predict_at(
-    fit: Fit, u: Array, columns: Mapping[str, npt.ArrayLike], *, group: str | None = None
-) -> Array:
+def predict_at(fit: Fit, u: Array, columns: Mapping[str, npt.ArrayLike], *, group: str | None = None) -> Array:
     """Predictions [R, n] of a fit's law at free coordinates [R, K].
 
     Raises:
@@ -186,17 +177,13 @@ def predict_at(
     """
     for name in fit.law.columns:
         if name not in columns:
-            raise UserError(
-                f"{fit.law.name} needs {name!r} to predict; it reads {', '.join(fit.law.columns)}."
-            )
+            raise UserError(f"{fit.law.name} needs {name!r} to predict; it reads {', '.join(fit.law.columns)}.")
     length = max(np.size(np.asarray(columns[name])) for name in fit.law.columns)
     arrays = {name: np.broadcast_to(np.asarray(columns[name], float), (length,)) for name in fit.law.columns}
     which = None
     if len(fit.model.groups) > 1:
         if group not in fit.model.groups:
-            raise UserError(
-                f"This fit has the groups {', '.join(fit.model.groups)}; name one of them, not {group!r}."
-            )
+            raise UserError(f"This fit has the groups {', '.join(fit.model.groups)}; name one of them, not {group!r}.")
         which = np.full(length, fit.model.groups.index(group))
     return fit.model.predict(u, arrays, which)
 
@@ -239,9 +226,7 @@ def fit_law(
     law = get_law(law) if isinstance(law, str) else law
     if by is None:
         if constraints.shared:
-            raise UserError(
-                "Parameters are shared across groups: name the column of the groups with by (--by COLUMN)."
-            )
+            raise UserError("Parameters are shared across groups: name the column of the groups with by (--by COLUMN).")
         return _fit_separately([table], law, constraints, options, None if weights is None else [weights])[0]
     return _fit_jointly(table, law, constraints, by, options)
 
@@ -318,10 +303,7 @@ def _fit_separately(
     low, high = models[0].low, models[0].high
     first = minimise(problem, np.concatenate(starts), low=low, high=high, max_steps=num_first_steps)
     finalists = np.concatenate(
-        [
-            np.flatnonzero(which == i)[np.argsort(first.value[which == i])[:num_finalists]]
-            for i in range(len(tables))
-        ]
+        [np.flatnonzero(which == i)[np.argsort(first.value[which == i])[:num_finalists]] for i in range(len(tables))]
     )
     subset = replace(
         problem,
@@ -372,9 +354,7 @@ def _fit_jointly(table: Table, law: Law, constraints: Constraints, by: str, opti
             _check(part, law, constraints, options)
         except UserError as error:
             raise UserError(f"Group {name!r}: {error}") from None
-    order = np.concatenate(
-        [np.flatnonzero(np.isin(table.row_numbers, part.row_numbers)) for part in groups.values()]
-    )
+    order = np.concatenate([np.flatnonzero(np.isin(table.row_numbers, part.row_numbers)) for part in groups.values()])
     group = np.empty(table.num_rows, np.int64)
     start = 0
     for g, part in enumerate(groups.values()):
@@ -412,8 +392,7 @@ def _finish(
     u, value = ends.u[best], float(ends.value[best])
     if not np.isfinite(value):
         raise UserError(
-            f"{model.law.name} gives no positive loss anywhere near these data: is 'loss' (or 'L0') "
-            "in the right column?"
+            f"{model.law.name} gives no positive loss anywhere near these data: is 'loss' (or 'L0') in the right column?"
         )
     row_weights = np.ones(table.num_rows) if weights is None else weights
     problem = LawProblem(
@@ -429,9 +408,7 @@ def _finish(
     curvature = problem(np.array([0]), u[None])
     agree = int(np.sum(ends.value <= value * (1 + AGREEMENT) + ROUNDING * table.num_rows))
     at_low, at_high = u <= model.low, u >= model.high
-    bounds = tuple(
-        name for name, low, high in zip(model.coordinates, at_low, at_high, strict=True) if low or high
-    )
+    bounds = tuple(name for name, low, high in zip(model.coordinates, at_low, at_high, strict=True) if low or high)
     inside = ~(at_low | at_high)
     gradient, outer = curvature.gradient[0][inside], curvature.outer[0][np.ix_(inside, inside)]
     squared = float(gradient @ np.linalg.pinv(outer, rcond=1e-12) @ gradient) if inside.any() else 0.0
@@ -439,14 +416,9 @@ def _finish(
     status = STATUS_NAMES[ends.status[best]]
     excess = float(min(ends.decrement[best], 1.0)) if np.isfinite(ends.decrement[best]) else 1.0
     if ends.status[best] == CONVERGED:
-        reason = (
-            f"converged in {ends.steps[best]} evaluations; {agree} of {len(ends.value)} starts "
-            "reach the same objective"
-        )
+        reason = f"converged in {ends.steps[best]} evaluations; {agree} of {len(ends.value)} starts reach the same objective"
     else:
-        reason = (
-            f"{status} after {ends.steps[best]} evaluations: the objective may still fall; look at the ridges"
-        )
+        reason = f"{status} after {ends.steps[best]} evaluations: the objective may still fall; look at the ridges"
     if bounds:
         reason += f"; on a bound: {', '.join(bounds)}"
     certificate = Certificate(

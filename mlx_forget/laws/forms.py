@@ -196,9 +196,7 @@ class Law:
             raise unknown(f"parameter of {self.name}", name, self.names)
         return self.names.index(name)
 
-    def features(
-        self, columns: Mapping[str, npt.ArrayLike], references: Mapping[str, float]
-    ) -> dict[str, Array]:
+    def features(self, columns: Mapping[str, npt.ArrayLike], references: Mapping[str, float]) -> dict[str, Array]:
         """What `evaluate` reads, from natural columns of shape [n] or [R, n] and the references."""
         made: dict[str, Array] = {}
         for column in self.columns:
@@ -218,9 +216,7 @@ class Law:
         with np.errstate(over="ignore"):
             for j, parameter in enumerate(self.parameters):
                 shift = self._shift(theta, parameter.name, references)
-                values[..., j] = (
-                    np.exp(values[..., j] + shift) if parameter.log else values[..., j] * np.exp(shift)
-                )
+                values[..., j] = np.exp(values[..., j] + shift) if parameter.log else values[..., j] * np.exp(shift)
         return values
 
     def internal(self, values: npt.ArrayLike, references: Mapping[str, float]) -> Array:
@@ -232,9 +228,7 @@ class Law:
         for j, parameter in enumerate(self.parameters):
             shift = self._shift(natural, parameter.name, references)
             with np.errstate(divide="ignore"):
-                theta[..., j] = (
-                    np.log(natural[..., j]) - shift if parameter.log else natural[..., j] * np.exp(-shift)
-                )
+                theta[..., j] = np.log(natural[..., j]) - shift if parameter.log else natural[..., j] * np.exp(-shift)
         return theta
 
     def _shift(self, exponents: Array, name: str, references: Mapping[str, float]) -> Array:
@@ -249,15 +243,10 @@ class Law:
         """The law's value [n] for natural parameters and natural columns of shape [n] (or scalars)."""
         references = dict.fromkeys(self.logs, 1.0)
         sizes = [np.size(columns[column]) for column in self.columns]
-        arrays = {
-            column: np.broadcast_to(np.asarray(columns[column], float), (max(sizes),))
-            for column in self.columns
-        }
+        arrays = {column: np.broadcast_to(np.asarray(columns[column], float), (max(sizes),)) for column in self.columns}
         theta = self.internal(np.array([[params[name] for name in self.names]]), references)
         with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-            value, _ = self.evaluate(
-                self.features(arrays, references), [theta[:, j, None] for j in range(theta.shape[1])]
-            )
+            value, _ = self.evaluate(self.features(arrays, references), [theta[:, j, None] for j in range(theta.shape[1])])
         return np.array(np.broadcast_to(value, (1, max(sizes)))[0])
 
     def gradient(self, params: Mapping[str, float], columns: Mapping[str, npt.ArrayLike]) -> Array:
@@ -266,9 +255,7 @@ class Law:
         arrays = {column: np.atleast_1d(np.asarray(columns[column], float)) for column in self.columns}
         natural = np.array([params[name] for name in self.names], dtype=np.float64)
         theta = self.internal(natural[None], references)
-        value, partials = self.evaluate(
-            self.features(arrays, references), [theta[:, j, None] for j in range(len(natural))]
-        )
+        value, partials = self.evaluate(self.features(arrays, references), [theta[:, j, None] for j in range(len(natural))])
         jacobian = np.stack([np.broadcast_to(partial, value.shape)[0] for partial in partials], axis=1)
         if self.to_internal is None:
             return jacobian / np.where([parameter.log for parameter in self.parameters], natural, 1.0)
@@ -315,13 +302,10 @@ def register(law: Law) -> Law:
     for rule in law.rescales:
         if rule.amplitude not in law.names or (rule.power is not None and rule.power not in law.names):
             raise UserError(
-                f"Law {law.name!r}: a rescale names {rule.amplitude!r} or {rule.power!r}, which are "
-                "no parameters of it."
+                f"Law {law.name!r}: a rescale names {rule.amplitude!r} or {rule.power!r}, which are no parameters of it."
             )
         if rule.column not in law.logs:
-            raise UserError(
-                f"Law {law.name!r}: column {rule.column!r} is rescaled, so it must be listed in `logs`."
-            )
+            raise UserError(f"Law {law.name!r}: column {rule.column!r} is rescaled, so it must be listed in `logs`.")
     for column in law.logs:
         if column not in law.columns:
             raise UserError(f"Law {law.name!r}: {column!r} is in `logs` and not in `columns`.")

@@ -101,9 +101,7 @@ def ridges(jacobian: Array, limit: Array, noise: float, *, degrees: int) -> tupl
     return extents[::-1], directions[::-1]
 
 
-def fit_flags(
-    model: Model, u: Array, jacobian: Array, noise: Noise, table: Table, at_bounds: tuple[str, ...]
-) -> tuple[Flag, ...]:
+def fit_flags(model: Model, u: Array, jacobian: Array, noise: Noise, table: Table, at_bounds: tuple[str, ...]) -> tuple[Flag, ...]:
     """The flags of a fit: free directions with the run that would break the tie, bounds, and degenerate
     data.
     """
@@ -112,9 +110,7 @@ def fit_flags(
     found = list(_data_flags(model, table))
     degrees = table.num_rows - model.num_free
     known = {name for flag in found for name in flag.parameters}
-    extents, directions = ridges(
-        np.where(np.isfinite(jacobian), jacobian, 0.0), limit, noise.estimator, degrees=degrees
-    )
+    extents, directions = ridges(np.where(np.isfinite(jacobian), jacobian, 0.0), limit, noise.estimator, degrees=degrees)
     for extent, direction in zip(extents, directions, strict=True):
         if not extent > 1:
             break
@@ -138,9 +134,7 @@ def fit_flags(
     return tuple(found)
 
 
-def design_flags(
-    law: Law, table: Table, *, constraints: Constraints = FREE, noise: float = ASSUMED_NOISE
-) -> tuple[Flag, ...]:
+def design_flags(law: Law, table: Table, *, constraints: Constraints = FREE, noise: float = ASSUMED_NOISE) -> tuple[Flag, ...]:
     """What the columns of a table, before any loss is measured, will leave undetermined.
 
     The law's sensitivity is taken at a spread of plausible parameters; a direction counts only where it is
@@ -178,16 +172,10 @@ def _plausible(model: Model) -> list[Array]:
     axes = []
     for parameter in model.law.parameters:
         if parameter.linear:
-            axes.append(
-                [0.0]
-                if parameter.log
-                else [1.0 if not np.isfinite(parameter.low) or parameter.low < 1 else parameter.low]
-            )
+            axes.append([0.0] if parameter.log else [1.0 if not np.isfinite(parameter.low) or parameter.low < 1 else parameter.low])
         elif parameter.grid:
             middle = len(parameter.grid) // 2
-            axes.append(
-                [parameter.encode(value) for value in parameter.grid[max(middle - 1, 0) : middle + 1]]
-            )
+            axes.append([parameter.encode(value) for value in parameter.grid[max(middle - 1, 0) : middle + 1]])
         else:
             axes.append([parameter.encode(1.0) if parameter.log else 0.3])
     points = np.array(list(product(*axes)))
@@ -211,8 +199,7 @@ def _data_flags(model: Model, table: Table) -> list[Flag]:
                     "unidentified",
                     coordinates,
                     "every p is 0, so B has no effect on any row and nothing says what replay would do",
-                    "one run with p = 1% (and better a second with p = 5%) at a size and D that exist "
-                    "already",
+                    "one run with p = 1% (and better a second with p = 5%) at a size and D that exist already",
                 )
             )
     return found
@@ -224,9 +211,7 @@ def _names(coordinates: tuple[str, ...], direction: Array) -> tuple[str, ...]:
     return tuple(coordinates[j] for j in order[:4] if abs(direction[j]) > 0.15 * strongest)
 
 
-def _words(
-    model: Model, u: Array, names: tuple[str, ...], direction: Array, extent: float, limit: Array
-) -> str:
+def _words(model: Model, u: Array, names: tuple[str, ...], direction: Array, extent: float, limit: Array) -> str:
     spans = []
     for name in names:
         m = model.coordinates.index(name)
@@ -234,23 +219,17 @@ def _words(
             continue
         half = extent * abs(direction[m]) * limit[m]
         parameter = model.law.parameters[int(np.argmax(np.any(model.matrix[:, :, m] != 0, axis=0)))]
-        spans.append(
-            f"{name} by a factor {np.exp(min(half, 99.0)):.3g}" if parameter.log else f"{name} by {half:.2g}"
-        )
+        spans.append(f"{name} by a factor {np.exp(min(half, 99.0)):.3g}" if parameter.log else f"{name} by {half:.2g}")
     joined = " and ".join(names) if len(names) < 3 else ", ".join(names[:-1]) + " and " + names[-1]
     if len(names) == 1:
         text = f"the data do not determine {joined}"
     else:
-        text = (
-            f"the data do not tell {joined} apart: they can move together and leave every "
-            "prediction at these rows as it is"
-        )
+        text = f"the data do not tell {joined} apart: they can move together and leave every prediction at these rows as it is"
     if spans:
         text += f" (each way: {', '.join(spans)})"
     if _is_log_limit(model, u, names):
         text += (
-            "; alpha runs to 0, where the law becomes logarithmic in (1 + B p): fit the log limit "
-            "instead of reading these numbers"
+            "; alpha runs to 0, where the law becomes logarithmic in (1 + B p): fit the log limit instead of reading these numbers"
         )
     return text
 

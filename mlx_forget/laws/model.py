@@ -86,9 +86,7 @@ class Model:
         flat = self.matrix.reshape(-1, self.num_free)
         return np.asarray(theta.reshape(*theta.shape[:-2], -1) @ np.linalg.pinv(flat).T)
 
-    def evaluate(
-        self, features: Features, group: npt.NDArray[np.int64] | None, u: Array
-    ) -> tuple[Array, list[Array | float]]:
+    def evaluate(self, features: Features, group: npt.NDArray[np.int64] | None, u: Array) -> tuple[Array, list[Array | float]]:
         """The law's value [R, n] and its derivatives with respect to each free coordinate, for u [R, K].
 
         `group` is the group of each row, int[n], or None where there is only one.
@@ -97,9 +95,7 @@ class Model:
             value, partials = self.law.evaluate(features, [u[:, j, None] for j in range(u.shape[1])])
             return value, list(partials)
         theta = self.theta(u)
-        columns = [
-            theta[:, 0, j, None] if group is None else theta[:, group, j] for j in range(theta.shape[2])
-        ]
+        columns = [theta[:, 0, j, None] if group is None else theta[:, group, j] for j in range(theta.shape[2])]
         value, raw = self.law.evaluate(features, columns)
         partials_of_free: list[Array | float] = []
         for m in range(self.num_free):
@@ -110,9 +106,7 @@ class Model:
             partials_of_free.append(total)
         return value, partials_of_free
 
-    def predict(
-        self, u: Array, columns: Mapping[str, npt.ArrayLike], group: npt.NDArray[np.int64] | None = None
-    ) -> Array:
+    def predict(self, u: Array, columns: Mapping[str, npt.ArrayLike], group: npt.NDArray[np.int64] | None = None) -> Array:
         """Predictions [R, n] for free coordinates [R, K] and natural columns of shape [n]."""
         if group is not None and len(self.groups) == 1:
             group = None
@@ -128,9 +122,7 @@ def reference_points(law: Law, columns: Mapping[str, Array]) -> dict[str, float]
     return {column: float(np.exp(np.mean(np.log(columns[column])))) for column in law.logs}
 
 
-def bind(
-    law: Law, columns: Mapping[str, Array], *, constraints: Constraints = FREE, groups: Sequence[str] = ("",)
-) -> Model:
+def bind(law: Law, columns: Mapping[str, Array], *, constraints: Constraints = FREE, groups: Sequence[str] = ("",)) -> Model:
     """The model of a law for these columns.
 
     Raises:
@@ -138,19 +130,14 @@ def bind(
     """
     for name in constraints.touched:
         law.index(name)
-        if name in law.unfixable and (
-            name in constraints.fixed or name in constraints.tied or name in constraints.tied.values()
-        ):
+        if name in law.unfixable and (name in constraints.fixed or name in constraints.tied or name in constraints.tied.values()):
             raise UserError(f"{law.name}: {name!r} cannot be fixed or tied; hold its exponent instead.")
     for follower, leader in constraints.tied.items():
         if follower in constraints.fixed or leader in constraints.tied or follower == leader:
-            raise UserError(
-                f"{law.name}: cannot tie {follower!r} to {leader!r}: one of them is held already."
-            )
+            raise UserError(f"{law.name}: cannot tie {follower!r} to {leader!r}: one of them is held already.")
         if law.parameters[law.index(follower)].log != law.parameters[law.index(leader)].log:
             raise UserError(
-                f"{law.name}: cannot tie {follower!r} to {leader!r}: an amplitude and an exponent are "
-                "different things."
+                f"{law.name}: cannot tie {follower!r} to {leader!r}: an amplitude and an exponent are different things."
             )
     for name, value in constraints.fixed.items():
         parameter = law.parameters[law.index(name)]
@@ -178,10 +165,7 @@ def bind(
         if num_groups == 1 or parameter.name in constraints.shared:
             blocks.append((parameter.name, everywhere, j))
         else:
-            blocks.extend(
-                (f"{parameter.name}[{group}]", np.arange(num_groups) == g, j)
-                for g, group in enumerate(groups)
-            )
+            blocks.extend((f"{parameter.name}[{group}]", np.arange(num_groups) == g, j) for g, group in enumerate(groups))
     if not blocks:
         raise UserError(f"{law.name}: every parameter is fixed, so there is nothing to fit.")
     matrix = np.zeros((num_groups, k, len(blocks)))
@@ -199,6 +183,4 @@ def bind(
         driven = np.any(matrix[:, follower_index] != 0, axis=0)
         low[driven] = np.maximum(low[driven], law.parameters[follower_index].internal_low)
         high[driven] = np.minimum(high[driven], law.parameters[follower_index].internal_high)
-    return Model(
-        law, references, matrix, offset, low, high, tuple(name for name, _, _ in blocks), tuple(groups)
-    )
+    return Model(law, references, matrix, offset, low, high, tuple(name for name, _, _ in blocks), tuple(groups))

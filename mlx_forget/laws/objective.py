@@ -136,11 +136,7 @@ class LawProblem:
 
     def residual(self, rows: Rows, u: Array) -> tuple[Array, Array]:
         """The residual [r, n] in the link, and the derivatives of the prediction in the link [r, K, n]."""
-        features = (
-            self.features
-            if self.dataset is None
-            else {k: _take(v, self.dataset[rows]) for k, v in self.features.items()}
-        )
+        features = self.features if self.dataset is None else {k: _take(v, self.dataset[rows]) for k, v in self.features.items()}
         response = self.response if len(self.response) == 1 else self.response[rows]
         value, partials = self.model.evaluate(features, self.group, u)
         jacobian = np.empty((len(u), self.model.num_free, self.weights.shape[1]))
@@ -164,10 +160,7 @@ class LawProblem:
         if len(made) == 1:
             return made[0]
         return Curvature(
-            *(
-                np.concatenate(pieces)
-                for pieces in zip(*((m.value, m.gradient, m.inner, m.outer) for m in made), strict=True)
-            )
+            *(np.concatenate(pieces) for pieces in zip(*((m.value, m.gradient, m.inner, m.outer) for m in made), strict=True))
         )
 
 
@@ -198,9 +191,7 @@ class TangentProblem:
         k = len(self.jacobian)
         upper = np.triu_indices(k)
         object.__setattr__(self, "_upper", upper)
-        object.__setattr__(
-            self, "_products", np.ascontiguousarray((self.jacobian[upper[0]] * self.jacobian[upper[1]]).T)
-        )
+        object.__setattr__(self, "_products", np.ascontiguousarray((self.jacobian[upper[0]] * self.jacobian[upper[1]]).T))
         object.__setattr__(self, "_columns", np.ascontiguousarray(self.jacobian.T))
 
     def __call__(self, rows: Rows, u: Array) -> Curvature:
@@ -208,12 +199,7 @@ class TangentProblem:
         pieces = [self._block(rows[s : s + block], u[s : s + block]) for s in range(0, len(rows), block)]
         if len(pieces) == 1:
             return pieces[0]
-        return Curvature(
-            *(
-                np.concatenate(p)
-                for p in zip(*((m.value, m.gradient, m.inner, m.outer) for m in pieces), strict=True)
-            )
-        )
+        return Curvature(*(np.concatenate(p) for p in zip(*((m.value, m.gradient, m.inner, m.outer) for m in pieces), strict=True)))
 
     def _block(self, rows: Rows, step: Array) -> Curvature:
         delta = self.objective.delta

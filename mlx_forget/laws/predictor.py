@@ -56,21 +56,11 @@ class Predictor:
                 degrees = max(fit.num_rows - fit.model.num_free, 1)
                 widen = float(student.ppf(0.975, degrees) / norm.ppf(0.975))
             elif num < FEW_CLUSTERS:
-                widen = float(
-                    np.sqrt(num / max(num - 1, 1)) * student.ppf(0.975, max(num - 1, 1)) / norm.ppf(0.975)
-                )
+                widen = float(np.sqrt(num / max(num - 1, 1)) * student.ppf(0.975, max(num - 1, 1)) / norm.ppf(0.975))
             else:
                 widen = stretch(num, 0.95)
-        ranges = {
-            name: (float(table.columns[name].min()), float(table.columns[name].max()))
-            for name in (*fit.law.columns, "loss")
-        }
-        reasons = {
-            name.split("[")[0]: flag.words
-            for flag in fit.flags
-            if flag.kind == "unidentified"
-            for name in flag.parameters
-        }
+        ranges = {name: (float(table.columns[name].min()), float(table.columns[name].max())) for name in (*fit.law.columns, "loss")}
+        reasons = {name.split("[")[0]: flag.words for flag in fit.flags if flag.kind == "unidentified" for name in flag.parameters}
         return cls(
             fit.law,
             dict(zip(fit.law.names, natural.tolist(), strict=True)),
@@ -97,15 +87,10 @@ class Predictor:
         if not len(self.draws):
             return centre[None]
         references = dict.fromkeys(self.law.logs, 1.0)
-        arrays = {
-            name: np.broadcast_to(np.asarray(complete[name], float), centre.shape)
-            for name in self.law.columns
-        }
+        arrays = {name: np.broadcast_to(np.asarray(complete[name], float), centre.shape) for name in self.law.columns}
         theta = self.law.internal(self.draws, references)
         with np.errstate(all="ignore"):
-            value, _ = self.law.evaluate(
-                self.law.features(arrays, references), [theta[:, j, None] for j in range(theta.shape[1])]
-            )
+            value, _ = self.law.evaluate(self.law.features(arrays, references), [theta[:, j, None] for j in range(theta.shape[1])])
         values = np.broadcast_to(value, (len(self.draws), len(centre)))
         values = np.where(np.isfinite(values), values, centre)
         if (values > 0).all() and (centre > 0).all():
@@ -124,10 +109,7 @@ class Predictor:
     def _complete(self, columns: Mapping[str, npt.ArrayLike]) -> Mapping[str, npt.ArrayLike]:
         missing = [name for name in self.law.columns if name not in columns]
         if missing:
-            raise UserError(
-                f"{self.law.name} needs {', '.join(missing)} to predict; it reads "
-                f"{', '.join(self.law.columns)}."
-            )
+            raise UserError(f"{self.law.name} needs {', '.join(missing)} to predict; it reads {', '.join(self.law.columns)}.")
         return columns
 
     def distance(self, columns: Mapping[str, float]) -> dict[str, float]:
@@ -145,9 +127,7 @@ class Predictor:
             if value > high:
                 made[name] = value / high if high > 0 else float("inf")
             elif value < low:
-                made[name] = (
-                    low / value if value > 0 else (1.0 if name in ("p", "r") and low == 0 else float("inf"))
-                )
+                made[name] = low / value if value > 0 else (1.0 if name in ("p", "r") and low == 0 else float("inf"))
             else:
                 made[name] = 1.0
         return made
@@ -156,8 +136,7 @@ class Predictor:
 def describe_distance(distance: Mapping[str, float], data_range: Mapping[str, tuple[float, float]]) -> str:
     """The distances beyond 1 in words, or ""."""
     return "; ".join(
-        f"{name} is {factor:.3g} times outside the data ({data_range[name][0]:.3g} to "
-        f"{data_range[name][1]:.3g})"
+        f"{name} is {factor:.3g} times outside the data ({data_range[name][0]:.3g} to {data_range[name][1]:.3g})"
         for name, factor in distance.items()
         if factor > 1
     )

@@ -24,9 +24,7 @@ def amplitude(name: str, meaning: str, unit: str = "nats x units of the columns"
     return Parameter(name, meaning, unit, log=True, low=1e-200, high=1e200, linear=True)
 
 
-def exponent(
-    name: str, meaning: str, *, grid: tuple[float, ...] = EXPONENTS, low: float = 0.0, high: float = 10.0
-) -> Parameter:
+def exponent(name: str, meaning: str, *, grid: tuple[float, ...] = EXPONENTS, low: float = 0.0, high: float = 10.0) -> Parameter:
     return Parameter(name, meaning, low=low, high=high, grid=grid)
 
 
@@ -159,9 +157,7 @@ register(
         columns=("N", "D", "p", "L0"),
         parameters=(
             *FORGETTING_PARAMETERS,
-            Parameter(
-                "E", "forgetting that neither size nor replay removes; may be negative", "nats", linear=True
-            ),
+            Parameter("E", "forgetting that neither size nor replay removes; may be negative", "nats", linear=True),
         ),
         evaluate=_forgetting,
         logs=("N", "D"),
@@ -214,18 +210,14 @@ def _log_limit(f: Features, theta: Sequence[Array]) -> tuple[Array, Sequence[Par
 
 def _log_limit_natural(theta: Array, references: Mapping[str, float]) -> Array:
     values = np.array(theta)
-    values[..., 0] = (
-        theta[..., 0] - theta[..., 1] * np.log(references["D"]) + theta[..., 2] * np.log(references["N"])
-    )
+    values[..., 0] = theta[..., 0] - theta[..., 1] * np.log(references["D"]) + theta[..., 2] * np.log(references["N"])
     values[..., 3] = np.exp(theta[..., 3])
     return values
 
 
 def _log_limit_internal(values: Array, references: Mapping[str, float]) -> Array:
     theta = np.array(values)
-    theta[..., 0] = (
-        values[..., 0] + values[..., 1] * np.log(references["D"]) - values[..., 2] * np.log(references["N"])
-    )
+    theta[..., 0] = values[..., 0] + values[..., 1] * np.log(references["D"]) - values[..., 2] * np.log(references["N"])
     theta[..., 3] = np.log(values[..., 3])
     return theta
 
@@ -356,9 +348,7 @@ register(
         rescales=(Rescale("A", "N", "alpha", 1.0), Rescale("A", "D", "beta", 1.0)),
         alternatives=(
             Alternative("finetuning", "bethune-finetuning"),
-            Alternative(
-                "tied exponents", "bethune-finetuning", tied={"beta": "alpha"}, inside=("finetuning",)
-            ),
+            Alternative("tied exponents", "bethune-finetuning", tied={"beta": "alpha"}, inside=("finetuning",)),
             Alternative("E = 0", "bethune-finetuning", fixed={"E": 0.0}, inside=("finetuning",)),
         ),
         response="target",
@@ -554,9 +544,7 @@ register(
         columns=("D", "r"),
         parameters=(
             amplitude("A", "size of the training term", "nats / tokens^b"),
-            Parameter(
-                "b_s", "exponent of the training term on domain data", low=-10.0, high=10.0, grid=(-0.5, -0.1)
-            ),
+            Parameter("b_s", "exponent of the training term on domain data", low=-10.0, high=10.0, grid=(-0.5, -0.1)),
             Parameter(
                 "b_g",
                 "exponent of the training term on general data",
@@ -566,15 +554,11 @@ register(
             ),
             Parameter("k0", "asymptote", "nats", linear=True),
             Parameter("k1", "fall of the asymptote with log share", "nats", linear=True),
-            Parameter(
-                "k2", "share at which that fall begins", log=True, low=1e-8, high=10.0, grid=(1e-3, 1e-2)
-            ),
+            Parameter("k2", "share at which that fall begins", log=True, low=1e-8, high=10.0, grid=(1e-3, 1e-2)),
             Parameter("k3", "linear fall of the asymptote", "nats", linear=True),
             amplitude("a1", "size of the overfitting gap", "nats / tokens^g"),
             Parameter("a2", "power of the gap in the share", low=0.0, high=10.0, grid=(0.5, 1.0)),
-            Parameter(
-                "a3", "exponential rate of the gap in the share", low=-1000.0, high=1000.0, grid=(-5.0, 5.0)
-            ),
+            Parameter("a3", "exponential rate of the gap in the share", low=-1000.0, high=1000.0, grid=(-5.0, 5.0)),
             Parameter("g_s", "exponent of the gap on domain data", low=-10.0, high=20.0, grid=(0.5, 2.0)),
             Parameter("g_g", "exponent of the gap on general data", low=-10.0, high=20.0, grid=(0.3, 1.0)),
         ),

@@ -46,9 +46,7 @@ class Solution:
     steps: npt.NDArray[np.int64]
 
     def take(self, rows: npt.NDArray[np.int64]) -> "Solution":
-        return Solution(
-            self.u[rows], self.value[rows], self.status[rows], self.decrement[rows], self.steps[rows]
-        )
+        return Solution(self.u[rows], self.value[rows], self.status[rows], self.decrement[rows], self.steps[rows])
 
 
 def solve_small(matrices: Array, vectors: Array) -> Array:
@@ -186,11 +184,7 @@ def minimise(
         is_quiet = decrement[active] < tolerance
         quiet[active] = np.where(is_quiet, quiet[active] + 1, 0)
         # One quiet step is enough where it was an undamped one that kept its promise.
-        arrived = (
-            (quiet[active] >= 2)
-            | (value[active] <= floor)
-            | (is_quiet & accepted & (was < 1e-3) & (ratio > 0.5))
-        )
+        arrived = (quiet[active] >= 2) | (value[active] <= floor) | (is_quiet & accepted & (was < 1e-3) & (ratio > 0.5))
         stuck = (lam[active] > 1e7) & ~arrived
         status[active[arrived]] = CONVERGED
         # No representable step descends any more: at the optimum to rounding, or at a point where the model

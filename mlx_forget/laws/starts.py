@@ -22,17 +22,13 @@ def exponent_grid(law: Law) -> Array:
     zero.
     """
     axes = [parameter.grid or (_neutral(parameter.low, parameter.high),) for parameter in law.parameters]
-    axes = [
-        (1.0 if p.log else 0.0,) if p.linear else axis for p, axis in zip(law.parameters, axes, strict=True)
-    ]
+    axes = [(1.0 if p.log else 0.0,) if p.linear else axis for p, axis in zip(law.parameters, axes, strict=True)]
     size = int(np.prod([len(axis) for axis in axes]))
     if size <= MAX_GRID:
         points = np.array(list(product(*axes)))
     else:
         generator = np.random.default_rng(0)
-        points = np.stack(
-            [np.resize(generator.permutation(np.resize(axis, MAX_GRID)), MAX_GRID) for axis in axes], axis=1
-        )
+        points = np.stack([np.resize(generator.permutation(np.resize(axis, MAX_GRID)), MAX_GRID) for axis in axes], axis=1)
     return np.stack([[p.encode(v) for v in points[:, j]] for j, p in enumerate(law.parameters)], axis=1)
 
 
@@ -90,11 +86,7 @@ def projected_starts(law: Law, features: Features, loss: Array, weights: Array, 
     # A positive amplitude keeps at least a thousandth of the loss, so that its logarithm can still move.
     smallest = np.where(at_one, 1e-3 / np.maximum(np.abs(basis).mean(axis=2), 1e-300), low)
     solved = _bounded_solve(normal, right, np.broadcast_to(smallest, right.shape), high)
-    misfit = (
-        weights @ (target**2).T
-        - 2 * (right * solved).sum(-1)
-        + np.einsum("rgi,rgij,rgj->rg", solved, normal, solved)
-    )
+    misfit = weights @ (target**2).T - 2 * (right * solved).sum(-1) + np.einsum("rgi,rgij,rgj->rg", solved, normal, solved)
     order = np.argsort(misfit, axis=1)[:, :count]
     picked = np.take_along_axis(solved, order[..., None], axis=1)
     starts = grid[order]

@@ -45,10 +45,7 @@ class Table:
     ) -> "Table":
         """A table from arrays: `Table.of(N=..., D=..., loss=...)`; scalars are broadcast."""
         length = max(np.size(np.asarray(values)) for values in columns.values())
-        made = {
-            name: np.array(np.broadcast_to(np.asarray(values, float), (length,)))
-            for name, values in columns.items()
-        }
+        made = {name: np.array(np.broadcast_to(np.asarray(values, float), (length,))) for name, values in columns.items()}
         return cls(
             made,
             run=None if run is None else np.asarray([str(value) for value in run]),
@@ -113,9 +110,7 @@ class Table:
         try:
             tree = ast.parse(expression.strip(), mode="eval").body
         except SyntaxError:
-            raise UserError(
-                f"Cannot read the condition {expression!r}: write it like 'N<=3.4e8 and D<=3e6'."
-            ) from None
+            raise UserError(f"Cannot read the condition {expression!r}: write it like 'N<=3.4e8 and D<=3e6'.") from None
         return _mask(tree, self, expression)
 
 
@@ -125,15 +120,9 @@ def missing_column(name: str, table: Table) -> UserError:
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
     if not nearest:
         nearest = [column for column in known if name.lower() in column.lower()][:1]
-    way_out = (
-        f" Is it {nearest[0]!r}? Then add --map {name}={nearest[0]}."
-        if nearest
-        else f" Name it with --map {name}=COLUMN."
-    )
+    way_out = f" Is it {nearest[0]!r}? Then add --map {name}={nearest[0]}." if nearest else f" Name it with --map {name}=COLUMN."
     meaning = f" ({COLUMNS[name]})" if name in COLUMNS else ""
-    return UserError(
-        f"The table has no numeric column {name!r}{meaning}; it has {', '.join(known) or 'none'}.{way_out}"
-    )
+    return UserError(f"The table has no numeric column {name!r}{meaning}; it has {', '.join(known) or 'none'}.{way_out}")
 
 
 def _mask(node: ast.expr, table: Table, expression: str) -> npt.NDArray[np.bool_]:
@@ -147,14 +136,9 @@ def _mask(node: ast.expr, table: Table, expression: str) -> npt.NDArray[np.bool_
         sides = [node.left, *node.comparators]
         result = np.ones(table.num_rows, dtype=bool)
         for left, operator, right in zip(sides, node.ops, sides[1:], strict=False):
-            result &= _compare(
-                _operand(left, table, expression), operator, _operand(right, table, expression), expression
-            )
+            result &= _compare(_operand(left, table, expression), operator, _operand(right, table, expression), expression)
         return result
-    raise UserError(
-        f"Cannot read the condition {expression!r}: write comparisons joined by and/or, like "
-        "'N<=3.4e8 and D<=3e6'."
-    )
+    raise UserError(f"Cannot read the condition {expression!r}: write comparisons joined by and/or, like 'N<=3.4e8 and D<=3e6'.")
 
 
 def _operand(node: ast.expr, table: Table, expression: str) -> npt.NDArray[np.generic] | float | str:
@@ -162,11 +146,7 @@ def _operand(node: ast.expr, table: Table, expression: str) -> npt.NDArray[np.ge
         value = _operand(node.operand, table, expression)
         if isinstance(value, float):
             return -value
-    if (
-        isinstance(node, ast.Constant)
-        and isinstance(node.value, int | float)
-        and not isinstance(node.value, bool)
-    ):
+    if isinstance(node, ast.Constant) and isinstance(node.value, int | float) and not isinstance(node.value, bool):
         return float(node.value)
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
@@ -196,14 +176,10 @@ def _compare(
         ast.NotEq: np.not_equal,
     }
     operation = operations.get(type(operator))
-    is_text = [
-        isinstance(side, str) or (isinstance(side, np.ndarray) and side.dtype.kind in "US")
-        for side in (left, right)
-    ]
+    is_text = [isinstance(side, str) or (isinstance(side, np.ndarray) and side.dtype.kind in "US") for side in (left, right)]
     if operation is None or is_text[0] != is_text[1]:
         raise UserError(
-            f"Cannot read the condition {expression!r}: compare with < <= > >= == !=, text with text, "
-            "numbers with numbers."
+            f"Cannot read the condition {expression!r}: compare with < <= > >= == !=, text with text, numbers with numbers."
         )
     return np.asarray(operation(np.asarray(left), np.asarray(right)))
 
@@ -262,8 +238,7 @@ def _refuse_rows(table: Table, bad: npt.NDArray[np.bool_], what: str) -> None:
         rows = table.row_numbers[bad]
         shown = ", ".join(str(row) for row in rows[:8]) + (", ..." if len(rows) > 8 else "")
         raise UserError(
-            f"In {'row' if len(rows) == 1 else 'rows'} {shown}, {what}: correct or remove "
-            f"{'it' if len(rows) == 1 else 'them'}."
+            f"In {'row' if len(rows) == 1 else 'rows'} {shown}, {what}: correct or remove {'it' if len(rows) == 1 else 'them'}."
         )
 
 
@@ -277,9 +252,7 @@ def refuse_duplicates(table: Table, columns: Sequence[str]) -> None:
     stacked = np.stack([table.columns[column] for column in columns], axis=1)
     if table.run is not None:
         stacked = np.concatenate([stacked, table.clusters[:, None]], axis=1)
-    _, first, inverse, counts = np.unique(
-        stacked, axis=0, return_index=True, return_inverse=True, return_counts=True
-    )
+    _, first, inverse, counts = np.unique(stacked, axis=0, return_index=True, return_inverse=True, return_counts=True)
     inverse = inverse.reshape(-1)
     if (counts > 1).any():
         later = np.flatnonzero(first[inverse] != np.arange(table.num_rows))

@@ -110,16 +110,10 @@ class Draws:
         unseen = (self.weights == 0) & np.isfinite(predicted)
         error = np.where(unseen, np.abs(predicted - loss) / loss, 0.0)
         counts = unseen.sum(axis=1)
-        return (
-            float(np.mean(error.sum(axis=1)[counts > 0] / counts[counts > 0]))
-            if (counts > 0).any()
-            else float("nan")
-        )
+        return float(np.mean(error.sum(axis=1)[counts > 0] / counts[counts > 0])) if (counts > 0).any() else float("nan")
 
 
-def cluster_weights(
-    clusters: npt.NDArray[np.int64], count: int, *, seed: int, bayesian: bool = False
-) -> Array:
+def cluster_weights(clusters: npt.NDArray[np.int64], count: int, *, seed: int, bayesian: bool = False) -> Array:
     """Weights float64[count, n]: how often each row's cluster was drawn, or its exponential weight
     (Bayesian bootstrap).
     """
@@ -237,9 +231,7 @@ def bootstrap(
     if method == "residual":
         generator = np.random.default_rng(seed)
         free = max(fit.num_rows - fit.model.num_free, 1)
-        drawn = generator.choice(fit.residual, size=(num_resamples, fit.num_rows)) * np.sqrt(
-            fit.num_rows / free
-        )
+        drawn = generator.choice(fit.residual, size=(num_resamples, fit.num_rows)) * np.sqrt(fit.num_rows / free)
         ends = refit(fit, own - fit.residual + drawn, np.ones((num_resamples, fit.num_rows)))
         return Draws(fit, ends.u, ends.status == CONVERGED, None, method)
     weights = cluster_weights(fit.table.clusters, num_resamples, seed=seed, bayesian=method == "bayesian")
@@ -283,9 +275,7 @@ def draws_interval(draws: Draws, quantity: Quantity, *, level: float = DEFAULTS.
         return centre - half, centre + half
     ends = np.quantile(values, [0.5 - level / 2, 0.5 + level / 2], axis=0)
     factor = stretch(num, level)
-    return centre + factor * np.minimum(ends[0] - centre, 0.0), centre + factor * np.maximum(
-        ends[1] - centre, 0.0
-    )
+    return centre + factor * np.minimum(ends[0] - centre, 0.0), centre + factor * np.maximum(ends[1] - centre, 0.0)
 
 
 # ------------------------------------------------------------------------------------------------ profiles
@@ -327,10 +317,7 @@ def profile_coordinates(
     """
     names = fit.model.coordinates if coordinates is None else coordinates
     indices = [fit.model.coordinates.index(name) for name in names]
-    variance = (
-        np.diag(np.linalg.pinv(np.atleast_2d(fit.jacobian.T @ fit.jacobian), hermitian=True))
-        * fit.noise.estimator**2
-    )
+    variance = np.diag(np.linalg.pinv(np.atleast_2d(fit.jacobian.T @ fit.jacobian), hermitian=True)) * fit.noise.estimator**2
     width = np.sqrt(np.where(np.isfinite(variance) & (variance > 0), variance, 1.0))
     critical = critical_fall(fit, level)
     offsets = np.array([0.25, 0.6, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 10.0, 20.0, 50.0])
@@ -341,9 +328,7 @@ def profile_coordinates(
     requests = []
     for j in indices:
         for side in (-1.0, 1.0):
-            requests.append(
-                (j, np.clip(fit.u[j] + side * width[j] * offsets, fit.model.low[j], fit.model.high[j]))
-            )
+            requests.append((j, np.clip(fit.u[j] + side * width[j] * offsets, fit.model.low[j], fit.model.high[j])))
     values = evaluate(requests)
     ends, refine = [], []
     for (j, points), value in zip(requests, values, strict=True):
@@ -360,9 +345,7 @@ def profile_coordinates(
     for i, j in enumerate(indices):
         below, above = requests[2 * i][1], requests[2 * i + 1][1]
         points = np.concatenate([below[::-1], [fit.u[j]], above])
-        rises = (
-            np.concatenate([values[2 * i][::-1] - fit.value, [0.0], values[2 * i + 1] - fit.value]) / critical
-        )
+        rises = np.concatenate([values[2 * i][::-1] - fit.value, [0.0], values[2 * i + 1] - fit.value]) / critical
         made[names[i]] = Profile(points, np.maximum(rises, 0.0), ends[2 * i], ends[2 * i + 1])
     return made
 
@@ -401,11 +384,7 @@ def _profile_values(fit: Fit, requests: list[tuple[int, Array]]) -> list[Array]:
     for j, points in requests:
         others = np.arange(k) != j
         # Along a ridge the others follow: their linear response to the held coordinate.
-        response = (
-            -np.linalg.pinv(normal[np.ix_(others, others)], hermitian=True) @ normal[others, j]
-            if k > 1
-            else np.zeros(0)
-        )
+        response = -np.linalg.pinv(normal[np.ix_(others, others)], hermitian=True) @ normal[others, j] if k > 1 else np.zeros(0)
         start = np.tile(fit.u, (len(points), 1))
         start[:, others] += np.clip((points - fit.u[j])[:, None] * response, -5.0, 5.0)
         start[:, j] = points
@@ -463,19 +442,14 @@ def profile_prediction(
     """
     length = max(np.size(np.asarray(columns[name])) for name in fit.law.columns)
     at = {name: np.broadcast_to(np.asarray(columns[name], float), (length,)) for name in fit.law.columns}
-    return [
-        _profile_point(fit, {name: float(values[i]) for name, values in at.items()}, level, group)
-        for i in range(length)
-    ]
+    return [_profile_point(fit, {name: float(values[i]) for name, values in at.items()}, level, group) for i in range(length)]
 
 
 def _profile_point(fit: Fit, point: Mapping[str, float], level: float, group: str | None) -> Interval:
     centre = float(predict_at(fit, fit.u[None], point, group=group)[0, 0])
     transformed = float(fit.objective.transform(np.array([centre]))[0])
     which = None if fit.group is None else np.array([fit.model.groups.index(str(group))])
-    features = fit.law.features(
-        {name: np.array([value]) for name, value in point.items()}, fit.model.references
-    )
+    features = fit.law.features({name: np.array([value]) for name, value in point.items()}, fit.model.references)
     value, partials = fit.model.evaluate(features, which, fit.u[None])
     gradient = np.array([float(np.broadcast_to(p, value.shape)[0, 0]) for p in partials])
     if fit.objective.link == "log":
@@ -512,10 +486,7 @@ def _profile_point(fit: Fit, point: Mapping[str, float], level: float, group: st
     for side in (slice(0, len(one_side)), slice(len(one_side), None)):
         order = np.argsort(np.abs(reached[side]))
         found.append(_crossing(0.0, reached[side][order], rises[side][order])[0])
-    low, high = (
-        None if not np.isfinite(end) else float(fit.objective.invert(np.array([transformed + end]))[0])
-        for end in found
-    )
+    low, high = (None if not np.isfinite(end) else float(fit.objective.invert(np.array([transformed + end]))[0]) for end in found)
     return Interval(centre, low, high)
 
 
@@ -590,9 +561,7 @@ def assess(fit: Fit, options: BootstrapOptions = DEFAULTS) -> Uncertainty:
         name_of_method = "profile-F"
     elif draws is not None:
         low, high = draws_interval(draws, lambda u: u, level=options.level)
-        ends = {
-            name: (float(a), float(b)) for name, a, b in zip(fit.model.coordinates, low, high, strict=True)
-        }
+        ends = {name: (float(a), float(b)) for name, a, b in zip(fit.model.coordinates, low, high, strict=True)}
         few = num < FEW_CLUSTERS and draws.method != "residual"
         name_of_method = {
             "cluster": "cluster bootstrap",
@@ -604,10 +573,7 @@ def assess(fit: Fit, options: BootstrapOptions = DEFAULTS) -> Uncertainty:
         half = student.ppf(0.5 + options.level / 2, max(num - fit.model.num_free, 1)) * np.sqrt(
             np.maximum(np.diag(fit.covariance), 0.0)
         )
-        ends = {
-            name: (float(v - h), float(v + h))
-            for name, v, h in zip(fit.model.coordinates, fit.u, half, strict=True)
-        }
+        ends = {name: (float(v - h), float(v + h)) for name, v, h in zip(fit.model.coordinates, fit.u, half, strict=True)}
         name_of_method = "curvature"
     return Uncertainty(
         fit,
@@ -620,15 +586,11 @@ def assess(fit: Fit, options: BootstrapOptions = DEFAULTS) -> Uncertainty:
     )
 
 
-def _natural_intervals(
-    fit: Fit, ends: Mapping[str, tuple[float, float]], draws: Draws | None, level: float
-) -> dict[str, Interval]:
+def _natural_intervals(fit: Fit, ends: Mapping[str, tuple[float, float]], draws: Draws | None, level: float) -> dict[str, Interval]:
     """Intervals of natural parameters: a coordinate's own ends where it is one, the draws' where it mixes
     several.
     """
-    unidentified = {
-        name: flag.words for flag in fit.flags if flag.kind == "unidentified" for name in flag.parameters
-    }
+    unidentified = {name: flag.words for flag in fit.flags if flag.kind == "unidentified" for name in flag.parameters}
     on_bound = {name: flag.words for flag in fit.flags if flag.kind == "bound" for name in flag.parameters}
     made: dict[str, Interval] = {}
     mixed: list[str] = []
@@ -665,16 +627,12 @@ def _natural_intervals(
             not np.isfinite(high) or high >= fit.model.high[m],
         )
         decode = np.exp if parameter.log else (lambda x: x)
-        at_floor = (
-            parameter.low if np.isfinite(parameter.low) and not parameter.log and np.isfinite(low) else None
-        )
+        at_floor = parameter.low if np.isfinite(parameter.low) and not parameter.log and np.isfinite(low) else None
         made[display] = Interval(
             value,
             at_floor if open_low else float(decode(low)),
             None if open_high else float(decode(high)),
-            on_bound.get(
-                coordinate, "the interval reaches a bound: it is one-sided" if open_low or open_high else ""
-            ),
+            on_bound.get(coordinate, "the interval reaches a bound: it is one-sided" if open_low or open_high else ""),
         )
     if mixed:
         ends_of_mixed = _mixed_ends(fit, ends, draws, mixed, level)
@@ -736,16 +694,11 @@ def predict_intervals(
         def quantity(u: Array) -> Array:
             return fit.objective.transform(np.maximum(predict_at(fit, u, columns, group=group), 1e-300))
 
-        low, high = (
-            fit.objective.invert(ends)
-            for ends in draws_interval(uncertainty.draws, quantity, level=uncertainty.level)
-        )
+        low, high = (fit.objective.invert(ends) for ends in draws_interval(uncertainty.draws, quantity, level=uncertainty.level))
         values = fit.predict(columns, group=group)
         made = [Interval(float(v), float(a), float(b)) for v, a, b in zip(values, low, high, strict=True)]
     reason = "; ".join(flag.words for flag in fit.flags if flag.kind == "unidentified")
     return [
-        Interval(
-            i.value - s, None if i.low is None else i.low - s, None if i.high is None else i.high - s, reason
-        )
+        Interval(i.value - s, None if i.low is None else i.low - s, None if i.high is None else i.high - s, reason)
         for i, s in zip(made, shifts.tolist(), strict=True)
     ]

@@ -35,9 +35,7 @@ register(
 )
 
 
-def canonical_scale(
-    *, a: float, b: float, c: float, alpha: float, beta: float, rho: float
-) -> tuple[float, float]:
+def canonical_scale(*, a: float, b: float, c: float, alpha: float, beta: float, rho: float) -> tuple[float, float]:
     """The (a, b) that give the same law at c = 1."""
     return a * c ** (1 / (alpha * rho)), b * c ** (1 / (beta * rho))
 
@@ -104,9 +102,7 @@ def _starts(sign: float) -> Starts:
         scale = np.maximum(sign * scale, 1e-3 * np.abs(response).mean() / np.maximum(mean, 1e-300))
         offset = centre - sign * scale * mean
         shift = np.log(scale)[:, None] / rho
-        return np.concatenate(
-            [shift + ratio / 2, shift - ratio / 2, alpha, beta, np.log(rho), offset[:, None]], axis=1
-        )
+        return np.concatenate([shift + ratio / 2, shift - ratio / 2, alpha, beta, np.log(rho), offset[:, None]], axis=1)
 
     return starts
 
@@ -120,9 +116,7 @@ def _elasticity(amplitude: int) -> Contrast:
         rest = np.exp(params[other_power] * np.log(params[other] / references[other_column]))
         return np.asarray(params["rho"] * (own + rest) ** (params["rho"] - 1) * own * params[power])
 
-    return Contrast(
-        f"slope in log {column}", f"nats per factor e of {column} at the middle of the data", value
-    )
+    return Contrast(f"slope in log {column}", f"nats per factor e of {column} at the middle of the data", value)
 
 
 def _size(params: Mapping[str, Array], references: Mapping[str, float]) -> Array:

@@ -75,10 +75,7 @@ def hold_out(
         UserError: nothing is left to train on, or to test.
     """
     if train.all() or not train.any():
-        raise UserError(
-            f"The hold-out {name!r} trains on {int(train.sum())} of {len(train)} rows: leave some on "
-            "both sides."
-        )
+        raise UserError(f"The hold-out {name!r} trains on {int(train.sum())} of {len(train)} rows: leave some on both sides.")
     fit = fit_law(table.select(train), law, constraints=constraints, options=options)
     test = table.select(~train)
     predicted = fit.predict(test.columns)
@@ -99,12 +96,8 @@ def calibration(fit: Fit, test: Table, options: BootstrapOptions) -> float:
     for interval, measured in zip(intervals, response.tolist(), strict=True):
         centre = float(fit.objective.transform(np.array([interval.value]))[0])
         low = -np.inf if interval.low is None else float(fit.objective.transform(np.array([interval.low]))[0])
-        high = (
-            np.inf if interval.high is None else float(fit.objective.transform(np.array([interval.high]))[0])
-        )
-        inside += (
-            centre - np.hypot(centre - low, noise) <= measured <= centre + np.hypot(high - centre, noise)
-        )
+        high = np.inf if interval.high is None else float(fit.objective.transform(np.array([interval.high]))[0])
+        inside += centre - np.hypot(centre - low, noise) <= measured <= centre + np.hypot(high - centre, noise)
     return inside / test.num_rows
 
 
@@ -132,8 +125,7 @@ def leave_out(
             masks.extend((f"{column} = {100 * level:g}%", table.columns[column] != level) for level in levels)
     if domain is not None:
         masks.extend(
-            (f"{domain} = {name}", ~np.isin(table.row_numbers, part.row_numbers))
-            for name, part in table.groups(domain).items()
+            (f"{domain} = {name}", ~np.isin(table.row_numbers, part.row_numbers)) for name, part in table.groups(domain).items()
         )
     made = []
     for name, train in masks:
@@ -275,9 +267,7 @@ def select(
         train = table.where(condition)
         for name, fit in fits.items():
             try:
-                errors[name] = hold_out(
-                    table, fit.law, train, name=condition, constraints=fit.constraints, options=sharp
-                ).mre
+                errors[name] = hold_out(table, fit.law, train, name=condition, constraints=fit.constraints, options=sharp).mre
             except UserError:
                 continue
     rivals = []
@@ -317,9 +307,7 @@ def _nested_tests(candidates: Sequence[Alternative], fits: Mapping[str, Fit], n:
                 continue
             ratio = estimate_noise(large.residual, large.objective, large.model.num_free).ratio
             statistic = max(2 * (small.value - large.value) / max(ratio, 1e-300) / extra, 0.0)
-            made.append(
-                FTest(candidate.name, larger, float(statistic), float(fisher.sf(statistic, extra, degrees)))
-            )
+            made.append(FTest(candidate.name, larger, float(statistic), float(fisher.sf(statistic, extra, degrees))))
     return made
 
 
@@ -352,38 +340,19 @@ def _verdict(
     parts = [f"{chosen!r} is chosen"]
     if steps:
         last = steps[-1]
-        parts.append(
-            f"{last.larger!r} fits no better than chance would (F = {last.statistic:.2g}, p = "
-            f"{last.p_value:.2g})"
-        )
-    rejected = [
-        test
-        for test in tests
-        if test.smaller != chosen and test.larger == chosen and test.p_value <= SELECTION_LEVEL
-    ]
+        parts.append(f"{last.larger!r} fits no better than chance would (F = {last.statistic:.2g}, p = {last.p_value:.2g})")
+    rejected = [test for test in tests if test.smaller != chosen and test.larger == chosen and test.p_value <= SELECTION_LEVEL]
     for test in rejected:
-        parts.append(
-            f"the simpler {test.smaller!r} is rejected (F = {test.statistic:.3g}, p = {test.p_value:.1g})"
-        )
-    related = {
-        name
-        for test in tests
-        for name in (test.smaller, test.larger)
-        if chosen in (test.smaller, test.larger)
-    }
+        parts.append(f"the simpler {test.smaller!r} is rejected (F = {test.statistic:.3g}, p = {test.p_value:.1g})")
+    related = {name for test in tests for name in (test.smaller, test.larger) if chosen in (test.smaller, test.larger)}
     others = [rival for rival in rivals if rival.name != chosen and rival.name not in related]
     if others:
         runner_up = others[0]
         gap = runner_up.aicc - by_name[chosen].aicc
         if gap < AICC_TIE:
-            parts.append(
-                f"but {runner_up.name!r} explains the data as well (AICc differs by {gap:.2g}): more "
-                "runs must decide"
-            )
+            parts.append(f"but {runner_up.name!r} explains the data as well (AICc differs by {gap:.2g}): more runs must decide")
         else:
-            parts.append(
-                f"the best rival that it does not contain, {runner_up.name!r}, is {gap:.3g} AICc units worse"
-            )
+            parts.append(f"the best rival that it does not contain, {runner_up.name!r}, is {gap:.3g} AICc units worse")
     if condition is not None and np.isfinite(by_name[chosen].hold_out):
         outside = [rival for rival in rivals if np.isfinite(rival.hold_out)]
         best = min(outside, key=lambda rival: rival.hold_out)

@@ -60,9 +60,7 @@ def timed(function: Callable[[], object], *, repeat: int) -> tuple[float, float]
     return float(np.median(cpu)), float(np.median(wall))
 
 
-def noisy(
-    law: str, truth: dict[str, float], columns: dict[str, np.ndarray], *, seed: int = 0, **keep: object
-) -> Table:
+def noisy(law: str, truth: dict[str, float], columns: dict[str, np.ndarray], *, seed: int = 0, **keep: object) -> Table:
     exact = get_law(law).predict(truth, columns)
     return Table.of(
         **columns,
@@ -98,9 +96,7 @@ def scipy_resample(fit: Fit, weights: np.ndarray, *, huber: bool) -> None:
     residual, jacobian, _ = chinchilla_residuals(fit)
     if not huber:
         root = np.sqrt(weights)
-        least_squares(
-            lambda u: root * residual(u), fit.u, jac=lambda u: root[:, None] * jacobian(u), method="lm"
-        )
+        least_squares(lambda u: root * residual(u), fit.u, jac=lambda u: root[:, None] * jacobian(u), method="lm")
         return
     delta = fit.objective.delta
 
@@ -165,9 +161,7 @@ def main() -> int:
         0.15,
         timed(lambda: bootstrap(forgetting, num_resamples=1000), repeat=arguments.repeat),
     )
-    mixture = grid(
-        N=np.array([0.5e9, 1.8e9, 4e9]), D=np.geomspace(1e8, 26e9, 10), r=np.linspace(0.05, 1.0, 9)
-    )
+    mixture = grid(N=np.array([0.5e9, 1.8e9, 4e9]), D=np.geomspace(1e8, 26e9, 10), r=np.linspace(0.05, 1.0, 9))
     dcpt = fit_law(noisy("d-cpt", DCPT, mixture), "d-cpt")
     record(
         "D-CPT, 270 points, 1,000 resamples",
@@ -175,9 +169,7 @@ def main() -> int:
         timed(lambda: bootstrap(dcpt, num_resamples=1000), repeat=3),
         converged=bootstrap(dcpt, num_resamples=1000).share_converged,
     )
-    record(
-        "twelve domains x two laws, intervals, two figures", 10.0, timed(lambda: twelve_domains(), repeat=2)
-    )
+    record("twelve domains x two laws, intervals, two figures", 10.0, timed(lambda: twelve_domains(), repeat=2))
     if arguments.json:
         print(json.dumps(found))
     return 0

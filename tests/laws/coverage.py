@@ -62,12 +62,8 @@ def scenarios() -> list[Scenario]:
     run = np.unique(np.stack([clustered["N"], clustered["p"]]), axis=1, return_inverse=True)[1].astype(float)
     # 20 runs: 4 sizes x 5 shares.
     twenty = paper_grid(sizes=SIZES[1:], tokens=tokens)
-    run_of_twenty = np.unique(np.stack([twenty["N"], twenty["p"]]), axis=1, return_inverse=True)[1].astype(
-        float
-    )
-    small = paper_grid(
-        sizes=SIZES[[0, 2, 4]], tokens=np.array([3e5, 3e6, 3e7]), shares=np.array([0.0, 0.005, 0.05])
-    )
+    run_of_twenty = np.unique(np.stack([twenty["N"], twenty["p"]]), axis=1, return_inverse=True)[1].astype(float)
+    small = paper_grid(sizes=SIZES[[0, 2, 4]], tokens=np.array([3e5, 3e6, 3e7]), shares=np.array([0.0, 0.005, 0.05]))
     judged = ("alpha", "beta", "B")
     return [
         Scenario(
@@ -100,9 +96,7 @@ def scenarios() -> list[Scenario]:
             0.004,
             judged,
         ),
-        Scenario(
-            "27 independent runs", "bethune-forgetting", FORGETTING_TRUTH, small, None, 0.004, 0.0, judged
-        ),
+        Scenario("27 independent runs", "bethune-forgetting", FORGETTING_TRUTH, small, None, 0.004, 0.0, judged),
         Scenario(
             "25 independent runs, finetuning",
             "bethune-finetuning",
@@ -164,9 +158,7 @@ def main() -> int:
         covered = [value for name, value in found.items() if name != "converged"]
         worst = max(worst, *(abs(value - 0.95) for value in covered))
         print(
-            json.dumps(
-                {"scenario": scenario.name, **found, "seconds": round(time.perf_counter() - began, 1)}
-            ),
+            json.dumps({"scenario": scenario.name, **found, "seconds": round(time.perf_counter() - began, 1)}),
             flush=True,
         )
     # Three points, and what a binomial of that many simulations strays by.

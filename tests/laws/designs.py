@@ -72,14 +72,10 @@ def one_column(columns: dict[str, Array], name: str, value: float) -> dict[str, 
 
 
 MANY_SHARES = np.array([0.0, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05])
-DCPT_GRID = grid(
-    N=np.array([0.1e9, 0.5e9, 1.8e9, 4e9, 14e9]), D=np.geomspace(1e8, 26e9, 10), r=np.linspace(0.05, 1.0, 9)
-)
+DCPT_GRID = grid(N=np.array([0.1e9, 0.5e9, 1.8e9, 4e9, 14e9]), D=np.geomspace(1e8, 26e9, 10), r=np.linspace(0.05, 1.0, 9))
 
 DESIGNS = (
-    Design(
-        "every p is 0", "bethune-forgetting", FORGETTING, paper_grid(shares=np.zeros(1)), paper_grid(), ("B",)
-    ),
+    Design("every p is 0", "bethune-forgetting", FORGETTING, paper_grid(shares=np.zeros(1)), paper_grid(), ("B",)),
     Design(
         "one p only, above 0",
         "bethune-forgetting",
@@ -136,9 +132,7 @@ DESIGNS = (
         scattered(80),
         ("B", "beta", "E"),
     ),
-    Design(
-        "one share", "d-cpt", DCPT, one_column(DCPT_GRID, "r", 0.5), DCPT_GRID, ("gamma", "eps", "eta", "C")
-    ),
+    Design("one share", "d-cpt", DCPT, one_column(DCPT_GRID, "r", 0.5), DCPT_GRID, ("gamma", "eps", "eta", "C")),
     Design(
         "two shares",
         "cmr",

@@ -42,9 +42,7 @@ class Surface:
             natural = {}
             for name, (low, high, how) in self.ranges.items():
                 natural[name] = float(
-                    np.exp(generator.uniform(np.log(low), np.log(high)))
-                    if how == "log"
-                    else generator.uniform(low, high)
+                    np.exp(generator.uniform(np.log(low), np.log(high))) if how == "log" else generator.uniform(low, high)
                 )
             for rule in law.rescales:
                 power = 1.0 if rule.power is None else natural[rule.power]
@@ -110,9 +108,7 @@ SURFACES: dict[str, Surface] = {
         },
     ),
     "bethune-forgetting": Surface("bethune-forgetting", paper_grid(), FORGETTING),
-    "bethune-forgetting-e": Surface(
-        "bethune-forgetting-e", paper_grid(), {**FORGETTING, "E": (-0.02, 0.05, "plain")}
-    ),
+    "bethune-forgetting-e": Surface("bethune-forgetting-e", paper_grid(), {**FORGETTING, "E": (-0.02, 0.05, "plain")}),
     "bethune-finetuning": Surface(
         "bethune-finetuning",
         grid(N=SIZES, D=TOKENS),

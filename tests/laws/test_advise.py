@@ -30,9 +30,7 @@ def predictor(law: str = "bethune-forgetting", truth=TRUTH, columns=None, resamp
     form = get_law(law)
     columns = {name: columns[name] for name in form.columns}
     exact = form.predict(truth, columns)
-    table = Table.of(
-        **columns, loss=exact * np.exp(0.004 * np.random.default_rng(0).standard_normal(len(exact)))
-    )
+    table = Table.of(**columns, loss=exact * np.exp(0.004 * np.random.default_rng(0).standard_normal(len(exact))))
     return Predictor.from_uncertainty(assess(fit_law(table, law), BootstrapOptions(num_resamples=resamples)))
 
 
@@ -52,10 +50,7 @@ def test_the_smallest_share_meets_the_budget_with_the_confidence_and_no_smaller_
 
 
 def test_more_confidence_asks_for_more_replay(known):
-    shares = [
-        smallest_share(known, RUN, max_forgetting=0.08, options=AdviceOptions(confidence=c)).answer
-        for c in (0.5, 0.9, 0.99)
-    ]
+    shares = [smallest_share(known, RUN, max_forgetting=0.08, options=AdviceOptions(confidence=c)).answer for c in (0.5, 0.9, 0.99)]
     assert shares == sorted(shares)
     assert shares[0] < shares[2]
 
@@ -87,9 +82,7 @@ def test_a_question_far_outside_is_refused_unless_told_otherwise(known):
 
 def test_no_advice_on_p_from_runs_without_replay():
     with pytest.raises(UserError, match="cannot say what p does"):
-        smallest_share(
-            predictor(columns=paper_grid(shares=np.zeros(1)), resamples=30), RUN, max_forgetting=0.02
-        )
+        smallest_share(predictor(columns=paper_grid(shares=np.zeros(1)), resamples=30), RUN, max_forgetting=0.02)
 
 
 @pytest.mark.parametrize("budget", [0.0, -1.0])
@@ -190,9 +183,7 @@ def test_the_probe_determines_the_law_of_one_model():
     assert max(run["D"] for run in runs) <= 1e7
     truth = {"A": 0.002, "beta": 0.35, "B": 600.0, "alpha": 0.5}
     columns = {name: np.array([run[name] for run in runs]) for name in ("D", "p")} | {"L0": np.full(6, 3.2)}
-    fit = fit_law(
-        Table.of(**columns, loss=get_law("forgetting-fixed-n").predict(truth, columns)), "forgetting-fixed-n"
-    )
+    fit = fit_law(Table.of(**columns, loss=get_law("forgetting-fixed-n").predict(truth, columns)), "forgetting-fixed-n")
     assert fit.params == pytest.approx(truth, rel=1e-4)
 
 

@@ -104,10 +104,7 @@ def test_groups_are_fitted_apart_and_asked_by_name(forget, runs, tmp_path):
     )
     assert set(ran.json["groups"]) == {"code", "math"}
     question = ("predict", tmp_path / "fit.json", "--n", "1e9", "--d", "3e6", "--p", "0.01", "--json")
-    assert (
-        forget(*question, "--group", "math").json["value"]
-        < forget(*question, "--group", "code").json["value"]
-    )
+    assert forget(*question, "--group", "math").json["value"] < forget(*question, "--group", "code").json["value"]
     refused = forget(*question)
     assert refused.code == 2
     assert "code, math" in refused.stderr
@@ -193,16 +190,11 @@ def test_a_probe_becomes_advice_for_one_model(forget, tmp_path):
     runs = [json.loads(line) for line in plan.read_text().splitlines()]
     law = get_law("forgetting-fixed-n")
     truth = {"A": 0.002, "beta": 0.35, "B": 600.0, "alpha": 0.5}
-    columns = {name: np.array([run[name] for run in runs]) for name in ("D", "p")} | {
-        "L0": np.full(len(runs), 3.2)
-    }
+    columns = {name: np.array([run[name] for run in runs]) for name in ("D", "p")} | {"L0": np.full(len(runs), 3.2)}
     loss = law.predict(truth, columns) * np.exp(0.0005 * np.random.default_rng(0).standard_normal(len(runs)))
     done = tmp_path / "done.jsonl"
     done.write_text(
-        "".join(
-            json.dumps({**run, "L0": 3.2, "loss": value}) + "\n"
-            for run, value in zip(runs, loss.tolist(), strict=True)
-        )
+        "".join(json.dumps({**run, "L0": 3.2, "loss": value}) + "\n" for run, value in zip(runs, loss.tolist(), strict=True))
     )
     ran = forget("advise", done, "--max-forgetting", "0.3", "--d", "3e7", "--json")
     assert ran.code == 0

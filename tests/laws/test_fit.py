@@ -60,9 +60,7 @@ def brute_force(fit: Fit, starts: int) -> float:
     bounds = list(zip(model.low, model.high, strict=True))
     best = np.inf
     for _ in range(starts):
-        start = fit.u * (1 + 0.4 * generator.standard_normal(len(fit.u))) + 0.3 * generator.standard_normal(
-            len(fit.u)
-        )
+        start = fit.u * (1 + 0.4 * generator.standard_normal(len(fit.u))) + 0.3 * generator.standard_normal(len(fit.u))
         start = np.clip(start, model.low + 1e-3, model.high)
         options = {"maxiter": 3000, "maxfun": 6000, "ftol": 0, "gtol": 1e-9}
         best = min(
@@ -78,9 +76,7 @@ def brute_force(fit: Fit, starts: int) -> float:
     return min(best, polished.fun / 1e4)
 
 
-@pytest.mark.parametrize(
-    "name", ["chinchilla", "bethune-forgetting", "bethune-finetuning", "kalajdzievski-finetuning"]
-)
+@pytest.mark.parametrize("name", ["chinchilla", "bethune-forgetting", "bethune-finetuning", "kalajdzievski-finetuning"])
 def test_no_brute_force_finds_a_lower_objective(name):
     surface = SURFACES[name]
     fit = fit_law(surface.table(surface.truths(1, seed=5)[0], noise=0.004, seed=1), name)
@@ -123,10 +119,7 @@ def test_least_squares_in_the_plain_loss_is_curve_fits_optimum():
 
 def test_a_floor_that_data_push_below_zero_ends_on_its_bound_and_says_so():
     columns = grid(N=np.geomspace(1e7, 1e9, 5), D=np.geomspace(1e6, 1e8, 6))
-    loss = (
-        get_law("bethune-finetuning").predict({"A": 30.0, "alpha": 0.1, "beta": 0.05, "E": 0.0}, columns)
-        - 0.05
-    )
+    loss = get_law("bethune-finetuning").predict({"A": 30.0, "alpha": 0.1, "beta": 0.05, "E": 0.0}, columns) - 0.05
     fit = fit_law(Table.of(**columns, loss=loss), "bethune-finetuning")
     assert fit.params["E"] == 0.0
     assert fit.certificate.at_bounds == ("E",)
@@ -142,9 +135,7 @@ def test_outliers_move_the_robust_fit_less_than_least_squares():
     spoiled["loss"][::20] *= 1.2
     distance = {}
     for name, delta in (("robust", 1e-3), ("squares", np.inf)):
-        fit = fit_law(
-            Table(spoiled), "bethune-forgetting", options=FitOptions(objective=Objective(delta=delta))
-        )
+        fit = fit_law(Table(spoiled), "bethune-forgetting", options=FitOptions(objective=Objective(delta=delta)))
         distance[name] = abs(np.log(fit.params["B"] / truth["B"]))
     assert distance["robust"] < 0.2 * distance["squares"]
 
@@ -169,8 +160,7 @@ def test_a_parameter_shared_across_groups_is_one_number_and_recovered():
     columns = paper_grid()
     law = get_law("bethune-forgetting")
     truths = [
-        {"A": a, "alpha": 0.45, "beta": b, "B": c}
-        for a, b, c in ((3.0, 0.4, 300.0), (1.0, 0.45, 900.0), (6.0, 0.35, 2000.0))
+        {"A": a, "alpha": 0.45, "beta": b, "B": c} for a, b, c in ((3.0, 0.4, 300.0), (1.0, 0.45, 900.0), (6.0, 0.35, 2000.0))
     ]
     table = Table(
         {name: np.tile(values, 3) for name, values in columns.items()}

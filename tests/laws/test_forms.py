@@ -33,9 +33,7 @@ def test_every_named_law_is_registered():
 
 def _internal_point(law: Law) -> np.ndarray:
     generator = np.random.default_rng(3)
-    return np.array(
-        [generator.uniform(0.2, 0.7) if not p.log else generator.uniform(-0.5, 0.5) for p in law.parameters]
-    )
+    return np.array([generator.uniform(0.2, 0.7) if not p.log else generator.uniform(-0.5, 0.5) for p in law.parameters])
 
 
 def _columns(law: Law) -> dict[str, np.ndarray]:
@@ -69,9 +67,7 @@ def test_analytic_gradients_match_central_differences(name):
         step = np.zeros(len(theta))
         step[j] = 1e-6
         numeric = (value(theta + step) - value(theta - step)) / 2e-6
-        assert np.allclose(np.broadcast_to(partials[j], (1, 7))[0], numeric, rtol=1e-6, atol=1e-7), (
-            law.parameters[j].name
-        )
+        assert np.allclose(np.broadcast_to(partials[j], (1, 7))[0], numeric, rtol=1e-6, atol=1e-7), law.parameters[j].name
 
 
 @pytest.mark.parametrize("name", ALL_FORMS)
@@ -97,9 +93,7 @@ def test_natural_gradients_match_central_differences(name):
         step = 1e-6 * max(abs(params[parameter]), 1e-9)
         above, below = ({**params, parameter: params[parameter] + sign * step} for sign in (1, -1))
         numeric = (law.predict(above, columns) - law.predict(below, columns)) / (2 * step)
-        assert np.allclose(gradient[:, j], numeric, rtol=2e-5, atol=1e-6 * np.abs(numeric).max() + 1e-15), (
-            parameter
-        )
+        assert np.allclose(gradient[:, j], numeric, rtol=2e-5, atol=1e-6 * np.abs(numeric).max() + 1e-15), parameter
 
 
 def _saturating_law() -> Law:
@@ -132,9 +126,7 @@ def test_a_users_own_law_fits_predicts_and_carries_intervals():
     noisy = exact * np.exp(0.002 * np.random.default_rng(1).standard_normal(50))
     clean = fit_law(Table.of(D=tokens, loss=exact), "test-saturating")
     assert clean.params == pytest.approx(truth, rel=1e-6)
-    found = assess(
-        fit_law(Table.of(D=tokens, loss=noisy), "test-saturating"), BootstrapOptions(num_resamples=200)
-    )
+    found = assess(fit_law(Table.of(D=tokens, loss=noisy), "test-saturating"), BootstrapOptions(num_resamples=200))
     assert found.params["half"].low < 3e6 < found.params["half"].high
     predictor = Predictor.from_uncertainty(found)
     low, high = predictor.interval({"D": 3e8})

@@ -17,9 +17,7 @@ def unidentified(flags) -> set[str]:
 
 def noisy(law: str, truth, columns, seed: int) -> Table:
     exact = get_law(law).predict(truth, columns)
-    return Table.of(
-        **columns, loss=exact * np.exp(0.004 * np.random.default_rng(seed).standard_normal(len(exact)))
-    )
+    return Table.of(**columns, loss=exact * np.exp(0.004 * np.random.default_rng(seed).standard_normal(len(exact))))
 
 
 def fit_design(design: Design, seed: int) -> Fit:
@@ -40,9 +38,7 @@ def test_the_identified_twin_is_not_flagged(design):
     for seed in range(2):
         table = noisy(design.twin_truth_law or design.law, truth, design.twin, seed)
         assert not unidentified(fit_law(table, design.law, constraints=constraints).flags)
-    assert not unidentified(
-        design_flags(get_law(design.law), Table.of(**design.twin), constraints=constraints)
-    )
+    assert not unidentified(design_flags(get_law(design.law), Table.of(**design.twin), constraints=constraints))
 
 
 @BY_NAME

@@ -51,9 +51,7 @@ def test_the_golden_chinchilla_parameters_come_back_from_the_twin():
     assert found.draws.share_converged >= 0.995
 
 
-@pytest.mark.skipif(
-    "FORGET_EPOCH_CSV" not in os.environ, reason="set FORGET_EPOCH_CSV to the extracted Chinchilla points"
-)
+@pytest.mark.skipif("FORGET_EPOCH_CSV" not in os.environ, reason="set FORGET_EPOCH_CSV to the extracted Chinchilla points")
 def test_the_golden_chinchilla_optimum_comes_back_from_the_real_points():
     with open(Path(os.environ["FORGET_EPOCH_CSV"]), newline="", encoding="utf-8") as stream:
         used = [row for row in csv.DictReader(stream) if row["used_in_epoch_fit"] == "1"]
@@ -63,18 +61,14 @@ def test_the_golden_chinchilla_optimum_comes_back_from_the_real_points():
     assert fit.params == pytest.approx(GOLDEN, rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    "published", rows("gemstones_published_fits.csv"), ids=lambda row: f"{row['subset']}-{row['delta']}"
-)
+@pytest.mark.parametrize("published", rows("gemstones_published_fits.csv"), ids=lambda row: f"{row['subset']}-{row['delta']}")
 def test_gemstones_objectives_are_no_higher_than_published(published):
     chosen = [row for row in rows("gemstones.csv") if row["subset"] == published["subset"]]
     table = Table.of(
         run=[row["run_name"] for row in chosen],
         **{name: [float(row[name]) for row in chosen] for name in ("N", "D", "loss")},
     )
-    fit = fit_law(
-        table, "chinchilla", options=FitOptions(objective=Objective(delta=float(published["delta"])))
-    )
+    fit = fit_law(table, "chinchilla", options=FitOptions(objective=Objective(delta=float(published["delta"]))))
     assert fit.value <= float(published["objective"])
     assert fit.certificate.status == "converged"
     if published["delta"] == "0.001":

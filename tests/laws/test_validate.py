@@ -29,15 +29,11 @@ def simulate(name: str, seed: int) -> Table:
     form = get_law(law)
     columns = {column: COLUMNS[column] for column in ("N", "D", "p", "L0")}
     exact = form.predict(truth, columns)
-    return Table.of(
-        **columns, loss=exact * np.exp(0.004 * np.random.default_rng(seed).standard_normal(len(exact)))
-    )
+    return Table.of(**columns, loss=exact * np.exp(0.004 * np.random.default_rng(seed).standard_normal(len(exact))))
 
 
 def share_right(name: str, count: int) -> float:
-    return float(
-        np.mean([select(simulate(name, seed), "bethune-forgetting").chosen == name for seed in range(count)])
-    )
+    return float(np.mean([select(simulate(name, seed), "bethune-forgetting").chosen == name for seed in range(count)]))
 
 
 @pytest.mark.parametrize("name", sorted(TRUTHS))
@@ -79,9 +75,7 @@ def test_train_on_reports_every_held_out_point():
 def test_standard_hold_outs_leave_the_extremes_and_each_share():
     table = simulate("p on N", 0)
     labelled = Table(table.columns, labels={"domain": np.where(np.arange(125) % 2 == 0, "even", "odd")})
-    found = leave_out(
-        labelled, "bethune-forgetting", domain="domain", bootstrap=BootstrapOptions(num_resamples=60)
-    )
+    found = leave_out(labelled, "bethune-forgetting", domain="domain", bootstrap=BootstrapOptions(num_resamples=60))
     names = " ".join(hold_out.name for hold_out in found)
     for expected in ("largest N", "largest D", "p = 0%", "p = 5%", "domain = even"):
         assert expected in names
@@ -89,9 +83,7 @@ def test_standard_hold_outs_leave_the_extremes_and_each_share():
     assert min(calibrated) >= 0.8
 
 
-@pytest.mark.parametrize(
-    "condition", ["N < ", "import os", "N <= 'big'", "size <= 3", "N.real < 3", "N <= 1"]
-)
+@pytest.mark.parametrize("condition", ["N < ", "import os", "N <= 'big'", "size <= 3", "N.real < 3", "N <= 1"])
 def test_a_condition_that_cannot_be_used_is_refused(condition):
     with pytest.raises(UserError):
         train_on(simulate("p on N", 0), "bethune-forgetting", condition)
@@ -101,7 +93,5 @@ def test_chinchilla_rivals_are_told_apart():
     surface = SURFACES["chinchilla"]
     truth = {"E": 0.0, "A": 480.0, "B": 2100.0, "alpha": 0.3, "beta": 0.37}
     exact = surface.form.predict(truth, surface.columns)
-    table = Table.of(
-        **surface.columns, loss=exact * np.exp(0.004 * np.random.default_rng(0).standard_normal(len(exact)))
-    )
+    table = Table.of(**surface.columns, loss=exact * np.exp(0.004 * np.random.default_rng(0).standard_normal(len(exact))))
     assert select(table, "chinchilla").chosen == "E = 0"
