@@ -31,29 +31,43 @@ def hyperparameters(optim: OptimSpec) -> Arrays:
 
 
 def update(
-    weights: Arrays, exp_avg: Arrays, exp_avg_sq: Arrays, step: mx.array, gradients: Arrays, learning_rate: mx.array, hyper: Arrays
-) -> tuple[Arrays, Arrays, Arrays, mx.array, mx.array]:
-    """One step: new weights, moments and step count, and float32[2]: gradient norm before clipping, 1 if the step was masked.
+    weights: Arrays, exp_avg: Arrays, exp_avg_sq: Arrays, gradients: Arrays, scalars: Arrays
+) -> tuple[Arrays, Arrays, Arrays]:
+    """New weights and moments, given `scalars` of this step; where they say that it is not finite, the old ones."""
+    new_weights, new_avg, new_sq = {}, {}, {}
+    s = scalars
+    for name, weight in weights.items():
+        gradient = gradients[name] * s["scale"]
+        avg = s["beta1"] * exp_avg[name] + s["rest1"] * gradient
+        square = s["beta2"] * exp_avg_sq[name] + s["rest2"] * gradient * gradient
+        kept = (s["keep"] if decays(name) else s["one"]) * weight
+        stepped = kept - s["rate"] * avg / (mx.sqrt(square) * s["deviation_scale"] + s["epsilon"])
+        new_weights[name] = mx.where(s["finite"], stepped, weight)
+        new_avg[name] = mx.where(s["finite"], avg, exp_avg[name])
+        new_sq[name] = mx.where(s["finite"], square, exp_avg_sq[name])
+    return new_weights, new_avg, new_sq
+
+
+def step_scalars(
+    step: mx.array, gradients: Arrays, learning_rate: mx.array, hyper: Arrays
+) -> tuple[Arrays, mx.array, mx.array]:
+    """What `update` needs of a step, the new step count, and float32[2]: gradient norm before clipping, 1 if the step is masked.
 
     A gradient that is not finite changes nothing, the count included.
     """
-    norm = mx.sqrt(sum((g.square().sum() for g in gradients.values()), start=mx.array(0.0)))
+    norm = mx.sqrt(mx.stack([g.square().sum() for g in gradients.values()]).sum())
     finite = mx.isfinite(norm)
-    scale = 1 / mx.maximum(1.0, norm / hyper["max_grad_norm"])
     next_step = step + finite.astype(step.dtype)
     # The step count is at least 1 wherever the result is used.
     correction1 = -mx.expm1(next_step * hyper["log_beta1"])
     correction2 = -mx.expm1(next_step * hyper["log_beta2"])
-    rate = learning_rate / correction1
-    deviation_scale = mx.rsqrt(correction2)
-    new_weights, new_avg, new_sq = {}, {}, {}
-    for name, weight in weights.items():
-        gradient = gradients[name] * scale
-        avg = hyper["beta1"] * exp_avg[name] + hyper["rest1"] * gradient
-        square = hyper["beta2"] * exp_avg_sq[name] + hyper["rest2"] * gradient * gradient
-        kept = weight - learning_rate * hyper["weight_decay"] * weight if decays(name) else weight
-        stepped = kept - rate * avg / (mx.sqrt(square) * deviation_scale + hyper["epsilon"])
-        new_weights[name] = mx.where(finite, stepped, weight)
-        new_avg[name] = mx.where(finite, avg, exp_avg[name])
-        new_sq[name] = mx.where(finite, square, exp_avg_sq[name])
-    return new_weights, new_avg, new_sq, next_step, mx.stack([norm, 1 - finite.astype(mx.float32)])
+    scalars = {
+        **hyper,
+        "finite": finite,
+        "scale": 1 / mx.maximum(1.0, norm / hyper["max_grad_norm"]),
+        "rate": learning_rate / correction1,
+        "deviation_scale": mx.rsqrt(correction2),
+        "keep": 1 - learning_rate * hyper["weight_decay"],
+        "one": mx.array(1.0),
+    }
+    return scalars, next_step, mx.stack([norm, 1 - finite.astype(mx.float32)])

@@ -142,7 +142,7 @@ def _exponentials(
     """exp(logit - top) float32[N, V], its sum float32[N, 1], and the nll float32[N]; logits are float32 whatever the type of x."""
     logits = operators.matmul(x, head.T).astype(mx.float32)
     top = logits.max(axis=-1, keepdims=True)
-    exponentials = operators.exp(logits - top)
+    exponentials = operators.exp_below(logits, top)
     total = exponentials.sum(axis=-1, keepdims=True)
     label_logit = mx.take_along_axis(logits, labels[:, None], axis=-1)
     return exponentials, total, (mx.log(total) + top - label_logit)[:, 0]

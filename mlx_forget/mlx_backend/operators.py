@@ -1,8 +1,11 @@
 """The operators of a block that depend on the device: MLX's own on a GPU, written out on a CPU where its own are slow.
 
 MLX's CPU build computes exp, tanh and erf one element at a time, without vector instructions (16 ns each, measured). The exponential
-below is made of operators that `mx.compile` fuses into one loop that the C++ compiler vectorises: five times as fast, to 2.3e-7.
-Attention is then exp and products in blocks of queries that skip the keys after them, with the gradient written out: it reads the scores once.
+below is made of operators that `mx.compile` fuses into loops that the C++ compiler vectorises: five times as fast, to 2.3e-7.
+Attention is then exp and products in blocks of queries that skip the keys after them, with the gradient written out.
+
+Each fused loop costs a run of the C++ compiler (a second) the first time a machine meets it, so on a CPU only these few operators
+are compiled, and the rest of a step is not: its operators are products and copies, which fusing does not help.
 
 Shapes: B rows, T tokens, H heads, E head size, D width.
 """
@@ -34,27 +37,27 @@ class Operators:
         matmul: product of two arrays of `dtype`; on a CPU low precision is multiplied in float32, the only type its BLAS has.
         attention: (q, k, v [B, H, T, E], allowed bool[B or 1, 1, T, T] or None for causal) -> [B, H, T, E].
         gelu: the tanh approximation.
-        exp: of float32 arguments <= 0.
+        exp_below: (x [..., K], top [..., 1]) -> exp(x - top) for x <= top, float32, without a gradient.
     """
 
     dtype: mx.Dtype
     matmul: Callable[[mx.array, mx.array], mx.array]
     attention: Callable[[mx.array, mx.array, mx.array, mx.array | None], mx.array]
     gelu: Callable[[mx.array], mx.array]
-    exp: Callable[[mx.array], mx.array]
+    exp_below: Callable[[mx.array, mx.array], mx.array]
 
 
-def operators(*, dtype: mx.Dtype, on_cpu: bool, compiled: bool) -> Operators:
-    """The operators for a device; the written-out exponential pays only where `compiled` fuses it."""
+def operators(*, dtype: mx.Dtype, on_cpu: bool, fused: bool) -> Operators:
+    """The operators for a device; on a CPU `fused` says whether `mx.compile` can be used."""
     if not on_cpu:
-        return Operators(dtype=dtype, matmul=mx.matmul, attention=_fast_attention, gelu=_gelu_by_tanh, exp=mx.exp)
-    exp = _exp_by_polynomial if compiled else mx.exp
+        return Operators(dtype, matmul=mx.matmul, attention=_fast_attention, gelu=_gelu_by_tanh, exp_below=_exp_below)
+    exp_below = _fused_exp_below if fused else _exp_below
     return Operators(
-        dtype=dtype,
+        dtype,
         matmul=_matmul_in_float32,
-        attention=_attention_by_blocks(exp),
-        gelu=_gelu_by_exp(exp),
-        exp=exp,
+        attention=_attention_by_blocks(exp_below, _fused_score_gradient if fused else _score_gradient),
+        gelu=_fused_gelu if fused else _gelu_by_tanh,
+        exp_below=exp_below,
     )
 
 
@@ -67,14 +70,18 @@ def _gelu_by_tanh(x: mx.array) -> mx.array:
     return 0.5 * x * (1 + mx.tanh(_GELU_SCALE * (x + _GELU_CUBE * x * x * x)))
 
 
+def _exp_below(x: mx.array, top: mx.array) -> mx.array:
+    return mx.exp(x - top)
+
+
 def _matmul_in_float32(a: mx.array, b: mx.array) -> mx.array:
     if a.dtype == mx.float32:
         return a @ b
     return (a.astype(mx.float32) @ b.astype(mx.float32)).astype(a.dtype)
 
 
-def _exp_by_polynomial(x: mx.array) -> mx.array:
-    """exp of float32 arguments up to 88, without a gradient of its own.
+def _exp(x: mx.array) -> mx.array:
+    """exp of float32 arguments up to 88; it has no gradient.
 
     2^y is 2^n 2^f; n + 127 is the exponent of the float whose bits are made by a shift.
     """
@@ -87,36 +94,56 @@ def _exp_by_polynomial(x: mx.array) -> mx.array:
     return (low + (f2 * f2) * high) * (biased * (1 << 23)).view(mx.float32)
 
 
-def _gelu_by_exp(exp: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
-    """tanh GELU as x * sigmoid(2u), whose gradient needs no second exponential."""
+@mx.compile
+def _fused_exp_below(x: mx.array, top: mx.array) -> mx.array:
+    return _exp(x - top)
 
-    @mx.custom_function
-    def gelu(x: mx.array) -> Any:
-        minus_2u = x * (-2 * _GELU_SCALE) * (1 + _GELU_CUBE * x * x)
-        sigmoid = 1 / (1 + exp(mx.minimum(minus_2u, _EXP_HIGHEST)))
-        return x * sigmoid, sigmoid
 
-    @gelu.vjp
-    def gelu_vjp(x: mx.array, cotangents: Any, outputs: Any) -> mx.array:
-        s = outputs[1]
-        return cotangents[0] * s * (1 + x * (1 - s) * (2 * _GELU_SCALE) * (1 + 3 * _GELU_CUBE * x * x))
+@mx.compile
+def _gelu_forward(x: mx.array) -> tuple[mx.array, mx.array]:
+    """tanh GELU as x * sigmoid(2u), and the sigmoid: with it the gradient needs no second exponential."""
+    minus_2u = x * (-2 * _GELU_SCALE) * (1 + _GELU_CUBE * x * x)
+    sigmoid = 1 / (1 + _exp(mx.minimum(minus_2u, _EXP_HIGHEST)))
+    return x * sigmoid, sigmoid
 
-    def apply(x: mx.array) -> mx.array:
-        y: mx.array = gelu(x.astype(mx.float32))[0]
-        return y.astype(x.dtype)
 
-    return apply
+@mx.compile
+def _gelu_gradient(x: mx.array, sigmoid: mx.array, cotangent: mx.array) -> mx.array:
+    slope = (2 * _GELU_SCALE) * (1 + 3 * _GELU_CUBE * x * x)
+    return cotangent * sigmoid * (1 + x * (1 - sigmoid) * slope)
+
+
+@mx.custom_function
+def _gelu(x: mx.array) -> Any:
+    return _gelu_forward(x)
+
+
+@_gelu.vjp
+def _gelu_vjp(x: mx.array, cotangents: Any, outputs: Any) -> mx.array:
+    return _gelu_gradient(x, outputs[1], cotangents[0])
+
+
+def _fused_gelu(x: mx.array) -> mx.array:
+    y: mx.array = _gelu(x.astype(mx.float32))[0]
+    return y.astype(x.dtype)
+
+
+def _score_gradient(weights: mx.array, grad: mx.array, row: mx.array) -> mx.array:
+    return weights * (grad - row)
+
+
+_fused_score_gradient = mx.compile(_score_gradient)
 
 
 def _attention_by_blocks(
-    exp: Callable[[mx.array], mx.array],
+    exp_below: Callable[[mx.array, mx.array], mx.array], score_gradient: Callable[[mx.array, mx.array, mx.array], mx.array]
 ) -> Callable[[mx.array, mx.array, mx.array, mx.array | None], mx.array]:
     """Attention in float32, one block of queries at a time."""
 
     @mx.custom_function
     def attend(q: mx.array, k: mx.array, v: mx.array, bias: mx.array) -> Any:
         scores = q @ k.swapaxes(-1, -2) + bias
-        weights = exp(scores - scores.max(axis=-1, keepdims=True))
+        weights = exp_below(scores, scores.max(axis=-1, keepdims=True))
         inverse = 1 / weights.sum(axis=-1, keepdims=True)
         return (weights @ v) * inverse, weights, inverse
 
@@ -126,7 +153,7 @@ def _attention_by_blocks(
         mixed, weights, inverse = outputs
         grad = cotangents[0] * inverse
         row = (grad * mixed).sum(axis=-1, keepdims=True)
-        grad_scores = weights * (grad @ v.swapaxes(-1, -2) - row)
+        grad_scores = score_gradient(weights, grad @ v.swapaxes(-1, -2), row)
         grad_k, grad_v = grad_scores.swapaxes(-1, -2) @ q, weights.swapaxes(-1, -2) @ grad
         return grad_scores @ k, grad_k, grad_v, mx.zeros_like(bias)
 

@@ -66,10 +66,9 @@ class MLXTrainer(Trainer):
         self._group = Group()
         self.rank, self.world_size = self._group.rank, self._group.size
         self._streams = self._make_streams()
-        self._compiled = self._can_compile()
+        can_compile = self._can_compile()
         dtype = mx.bfloat16 if runtime.precision == "bf16" else mx.float32
-        self._operators = operators(dtype=dtype, on_cpu=self._on_cpu, compiled=self._compiled)
-        self._plain_operators = operators(dtype=dtype, on_cpu=self._on_cpu, compiled=False)
+        self._operators = operators(dtype=dtype, on_cpu=self._on_cpu, fused=can_compile)
         self._chunk = gpt2.chunk_rows(spec.model.vocab_size, on_cpu=self._on_cpu)
         self._weights = {name: mx.array(value) for name, value in initial_weights(spec.model, spec.seed)}
         self._exp_avg = {name: mx.zeros_like(value) for name, value in self._weights.items()}
@@ -79,9 +78,11 @@ class MLXTrainer(Trainer):
         self._reference: Arrays | None = None
         self._in_flight: mx.array = self._step
         self.num_traces = 0
-        self._gradient = self._maybe_compiled(self._batch_gradient)
-        self._update = self._maybe_compiled(adamw.update)
-        self._nll = self._maybe_compiled(self._batch_nll)
+        # On a CPU the whole graph is compiled on demand only: each new loop costs a run of the C++ compiler (see operators.py).
+        whole = can_compile and (not self._on_cpu or runtime.compile is True)
+        self._gradient = self._traced(self._batch_gradient, compiled=whole)
+        self._nll = self._traced(self._batch_nll, compiled=whole)
+        self._update = self._traced(adamw.update, compiled=can_compile)
 
     @classmethod
     def describe(cls) -> Capabilities:
@@ -127,13 +128,14 @@ class MLXTrainer(Trainer):
                 mx.eval(total)
         gradients = self._group.sum_arrays(total or self._no_gradient())
         sums = gradients.pop(_SUMS)
-        state = (self._weights, self._exp_avg, self._exp_avg_sq, self._step)
-        *state, outcome = self._update(*state, gradients, mx.array(learning_rate, dtype=mx.float32), self._hyper)
-        self._weights, self._exp_avg, self._exp_avg_sq, self._step = state
+        rate = mx.array(learning_rate, dtype=mx.float32)
+        scalars, self._step, outcome = adamw.step_scalars(self._step, gradients, rate, self._hyper)
+        state = self._update(self._weights, self._exp_avg, self._exp_avg_sq, gradients, scalars)
+        self._weights, self._exp_avg, self._exp_avg_sq = state
         packed = mx.concatenate([sums, outcome])
         # One step runs while the host prepares the next; more would only hold memory.
         mx.eval(self._in_flight)
-        mx.async_eval(state, packed)
+        mx.async_eval(state, self._step, packed)
         self._in_flight = packed
         self._check_memory()
         return MLXStep(packed, counts)
@@ -154,7 +156,7 @@ class MLXTrainer(Trainer):
             chunks = []
             for start in range(0, len(labels), self._chunk):
                 here = slice(start, start + self._chunk)
-                logp, ref_logp = (gpt2.log_probabilities(x[here], head, self._plain_operators) for x, head in pair)
+                logp, ref_logp = (gpt2.log_probabilities(x[here], head, self._operators) for x, head in pair)
                 chunks.append(_compare(logp, ref_logp, labels[here]))
                 mx.eval(chunks)
             measures[:, rows] = np.array(mx.concatenate(chunks, axis=1)).reshape(6, *inputs.shape)
@@ -198,7 +200,7 @@ class MLXTrainer(Trainer):
         if prompts.shape[1] + u.shape[1] > self.spec.model.context_length:
             raise UserError(f"Prompt and sample together exceed the context of {self.spec.model.context_length} tokens.")
         return sample(
-            self._weights, self.spec.model, prompts, u, temperature=temperature, operators=self._plain_operators
+            self._weights, self.spec.model, prompts, u, temperature=temperature, operators=self._operators
         )
 
     def peak_memory_bytes(self) -> int:
@@ -247,15 +249,16 @@ class MLXTrainer(Trainer):
             return False
         return True
 
-    def _maybe_compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _traced(self, function: Callable[..., Any], *, compiled: bool) -> Callable[..., Any]:
+        if not compiled:
+            return function
+
         def traced(*args: Any) -> Any:
             self.num_traces += 1
             return function(*args)
 
-        if not self._compiled:
-            return function
-        compiled: Callable[..., Any] = mx.compile(traced)
-        return compiled
+        result: Callable[..., Any] = mx.compile(traced)
+        return result
 
     def _limit_memory(self) -> None:
         limit = self.spec.runtime.memory_limit_gb
@@ -347,7 +350,7 @@ class MLXTrainer(Trainer):
 
     def _forward(self, weights: Arrays, inputs: mx.array) -> mx.array:
         """Hidden states [N, D]."""
-        x = gpt2.hidden_states(weights, self.spec.model, inputs, operators=self._plain_operators)
+        x = gpt2.hidden_states(weights, self.spec.model, inputs, operators=self._operators)
         return x.reshape(-1, x.shape[-1])
 
     def _eval_slices(self, tokens: npt.NDArray[np.int32]) -> list[slice]:
