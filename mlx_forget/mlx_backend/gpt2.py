@@ -109,7 +109,7 @@ def cross_entropy(
             exponentials = exponentials.astype(operators.dtype)
             grads.append(operators.matmul(exponentials, narrow_head).astype(mx.float32) * share)
             scaled = (x[rows] * share).astype(operators.dtype)
-            grad_head = grad_head + operators.matmul(exponentials.T, scaled).astype(mx.float32)
+            grad_head = _add_product(grad_head, exponentials.T, scaled, operators)
             nlls.append(nll)
         nll = mx.concatenate(nlls)
         grad_x = mx.concatenate(grads) - weight[:, None] * head[labels]
@@ -144,8 +144,15 @@ def _exponentials(
     top = logits.max(axis=-1, keepdims=True)
     exponentials = operators.exp_below(logits, top)
     total = exponentials.sum(axis=-1, keepdims=True)
-    label_logit = mx.take_along_axis(logits, labels[:, None], axis=-1)
+    # Not gathered from the logits: nothing else then holds them, and the exponentials take their memory.
+    label_logit = (x.astype(mx.float32) * head[labels].astype(mx.float32)).sum(axis=-1, keepdims=True)
     return exponentials, total, (mx.log(total) + top - label_logit)[:, 0]
+
+
+def _add_product(total: mx.array, a: mx.array, b: mx.array, operators: Operators) -> mx.array:
+    if operators.dtype == mx.float32:
+        return mx.addmm(total, a, b)
+    return total + operators.matmul(a, b).astype(mx.float32)
 
 
 def _feed_forward(x: mx.array, weights: Weights, operators: Operators) -> mx.array:

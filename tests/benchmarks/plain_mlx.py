@@ -63,16 +63,23 @@ def main():
         return nn.losses.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:], reduction="mean")
 
     step = nn.value_and_grad(model, loss)
-    seconds = []
+    seconds, cpu_seconds = [], []
     for _ in range(1 + args.steps):
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         value, gradients = step(model, tokens)
         gradients, _ = optim.clip_grad_norm(gradients, 5.0)
         optimizer.update(model, gradients)
         mx.eval(model.parameters(), optimizer.state, value)
         seconds.append(time.perf_counter() - start)
-    rate = args.batch * args.context / statistics.median(seconds[1:])
-    print(json.dumps({"tokens_per_second": rate, "mlx": mx.__version__, "loss": value.item()}))
+        cpu_seconds.append(time.process_time() - cpu_start)
+    tokens = args.batch * args.context
+    result = {
+        "tokens_per_second": tokens / statistics.median(seconds[1:]),
+        "tokens_per_cpu_second": tokens / statistics.median(cpu_seconds[1:]),
+        "loss": value.item(),
+        "mlx": mx.__version__,
+    }
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":
