@@ -32,7 +32,9 @@ class Measurement:
 def trainer_of(name, *, optim=None, seed=3, **runtime):
     device = "cpu"
     return load_backend(name)(
-        TrainerSpec(model=SPEC, optim=optim or OptimSpec(), runtime=RuntimeSpec(device=device, **runtime), seed=seed)
+        TrainerSpec(
+            model=SPEC, optim=optim or OptimSpec(), runtime=RuntimeSpec(device=device, **runtime), seed=seed
+        )
     )
 
 
@@ -47,7 +49,9 @@ def rows(seed, count, shift):
     tokens[:, 0] = rng.integers(0, SPEC.vocab_size, count)
     for t in range(1, tokens.shape[1]):
         noise = rng.random(count) < 0.2
-        tokens[:, t] = np.where(noise, rng.integers(0, SPEC.vocab_size, count), (tokens[:, t - 1] + shift) % SPEC.vocab_size)
+        tokens[:, t] = np.where(
+            noise, rng.integers(0, SPEC.vocab_size, count), (tokens[:, t - 1] + shift) % SPEC.vocab_size
+        )
     return tokens
 
 
@@ -55,7 +59,9 @@ def injection_batch(step):
     """19 target rows and 1 pretraining row: p = 5%."""
     source = np.zeros(ROWS, np.uint8)
     source[step % ROWS] = 1
-    tokens = np.where(source[:, None] == 1, rows([1, step], ROWS, PRETRAIN_SHIFT), rows([2, step], ROWS, TARGET_SHIFT))
+    tokens = np.where(
+        source[:, None] == 1, rows([1, step], ROWS, PRETRAIN_SHIFT), rows([2, step], ROWS, TARGET_SHIFT)
+    )
     mask = np.ones((ROWS, SPEC.context_length), np.uint8)
     mask[::3, :4] = 0
     return Batch(tokens.astype(np.int32), mask, None, np.zeros(ROWS, np.uint8), source)
@@ -120,7 +126,9 @@ def gradients():
         after = saved(trainer)
         moved.append({name: before[name] - after[name] for name in after})
     size = max(float(np.abs(value).max()) for value in moved[1].values())
-    return Measurement("gradient, largest difference / largest entry", largest_difference(*moved) / size, 1e-5, "")
+    return Measurement(
+        "gradient, largest difference / largest entry", largest_difference(*moved) / size, 1e-5, ""
+    )
 
 
 def twenty_steps(**options):
@@ -129,7 +137,10 @@ def twenty_steps(**options):
         for trainer in trainers:
             trainer.train_step(injection_batch(step), 3e-3)
     return Measurement(
-        "weights after 20 AdamW steps (clipped, decayed), largest difference", largest_difference(*map(saved, trainers)), 3e-4, ""
+        "weights after 20 AdamW steps (clipped, decayed), largest difference",
+        largest_difference(*map(saved, trainers)),
+        3e-4,
+        "",
     )
 
 
@@ -141,7 +152,9 @@ def finetune(num_steps=50, **options):
         for trainer in trainers:
             trainer.train_step(pretraining_batch(step), 3e-3)
     for step in range(num_steps):
-        left, right = (mean_loss(trainer.train_step(injection_batch(step), 1e-3).read()) for trainer in trainers)
+        left, right = (
+            mean_loss(trainer.train_step(injection_batch(step), 1e-3).read()) for trainer in trainers
+        )
         batch_loss = max(batch_loss, abs(left - right))
     evaluation = 0.0
     for shift in (TARGET_SHIFT, PRETRAIN_SHIFT):
@@ -155,14 +168,17 @@ def finetune(num_steps=50, **options):
 
 def micro_batches():
     return replace(
-        finetune(10, micro_batch_size=7, grad_checkpoint=True)[0], what="the same in micro-batches of 7 with recomputed activations, 10 steps, worst"
+        finetune(10, micro_batch_size=7, grad_checkpoint=True)[0],
+        what="the same in micro-batches of 7 with recomputed activations, 10 steps, worst",
     )
 
 
 def bf16():
     trainers, worst = pair(precision="bf16"), 0.0
     for step in range(20):
-        left, right = (mean_loss(trainer.train_step(injection_batch(step), 1e-3).read()) for trainer in trainers)
+        left, right = (
+            mean_loss(trainer.train_step(injection_batch(step), 1e-3).read()) for trainer in trainers
+        )
         worst = max(worst, abs(left - right))
     return Measurement("batch loss over 20 steps in bf16, worst", worst, 2e-2, "nats")
 
@@ -180,10 +196,14 @@ def switch(first, second):
         there.load_state(state)
     worst = 0.0
     for step in range(5, 10):
-        left, right = (mean_loss(trainer.train_step(injection_batch(step), 3e-3).read()) for trainer in (here, there))
+        left, right = (
+            mean_loss(trainer.train_step(injection_batch(step), 3e-3).read()) for trainer in (here, there)
+        )
         worst = max(worst, abs(left - right))
     names = {"mlx": "MLX", "cuda": "PyTorch"}
-    return Measurement(f"5 losses after moving a run from {names[first]} to {names[second]}, worst", worst, 1e-3, "nats")
+    return Measurement(
+        f"5 losses after moving a run from {names[first]} to {names[second]}, worst", worst, 1e-3, "nats"
+    )
 
 
 def samples():
@@ -198,7 +218,12 @@ def samples():
     prompts = rows(4, 16, TARGET_SHIFT)[:, :3]
     different = left.sample(prompts, u) != right.sample(prompts, u)
     # Once one token of a row differs, the rest of it may: count rows.
-    return Measurement("rows sampled from the same weights and uniforms that differ", float(different.any(axis=1).mean()), 0.0, "of 16 rows")
+    return Measurement(
+        "rows sampled from the same weights and uniforms that differ",
+        float(different.any(axis=1).mean()),
+        0.0,
+        "of 16 rows",
+    )
 
 
 def transformers_logits():
@@ -223,7 +248,10 @@ def transformers_logits():
 
     weights = {name: mx.array(value) for name, value in saved(trainer).items()}
     ops = operators(dtype=mx.float32, on_cpu=True, fused=True)
-    ours = gpt2.hidden_states(weights, SPEC, mx.array(tokens[:, :-1]), operators=ops) @ weights["transformer.wte.weight"].T
+    ours = (
+        gpt2.hidden_states(weights, SPEC, mx.array(tokens[:, :-1]), operators=ops)
+        @ weights["transformer.wte.weight"].T
+    )
     worst = float(np.abs(np.array(ours).astype(np.float64) - logits).max())
     return Measurement("logits against transformers' GPT2LMHeadModel, largest difference", worst, 1e-4, "")
 
@@ -243,7 +271,9 @@ def operators_agree():
         def objective(weights, ops=ops):
             x = gpt2.hidden_states(weights, SPEC, tokens[:, :-1], operators=ops).reshape(-1, SPEC.width)
             labels, share = tokens[:, 1:].reshape(-1), mx.full((x.shape[0],), 1 / x.shape[0])
-            return gpt2.cross_entropy(x, weights["transformer.wte.weight"], labels, share, chunk=64, operators=ops)[0]
+            return gpt2.cross_entropy(
+                x, weights["transformer.wte.weight"], labels, share, chunk=64, operators=ops
+            )[0]
 
         found.append({name: np.array(value) for name, value in mx.grad(objective)(weights).items()})
     size = max(float(np.abs(value).max()) for value in found[1].values())
@@ -257,4 +287,3 @@ def everything():
         block_logits(), losses(), gradients(), twenty_steps(), *finetune(), micro_batches(), bf16(),
         switch("mlx", "cuda"), switch("cuda", "mlx"), samples(), transformers_logits(), operators_agree(),
     ]  # fmt: skip
-

@@ -1,6 +1,6 @@
 """Measure how far MLX and PyTorch are apart and write the table into the README, between its parity markers.
 
-    python -m tests.parity_table [README.md]
+python -m tests.parity_table [README.md]
 """
 
 import platform

@@ -7,6 +7,7 @@ Raises:
 """
 
 import importlib.util
+from importlib.metadata import version
 
 from mlx_forget.errors import UserError
 from mlx_forget.mlx_backend import blas
@@ -19,10 +20,14 @@ if importlib.util.find_spec("mlx") is None:
 BLAS_NOTE = blas.prepare()
 
 try:
-    import mlx.core as mx
+    import mlx.core  # noqa: F401
 except ImportError as error:
-    raise UserError(f"MLX is installed without a library to run on ({error}): on Linux, pip install 'mlx[cpu]'.") from None
+    raise UserError(
+        f"MLX is installed without a library to run on ({error}): on Linux, pip install 'mlx[cpu]'."
+    ) from None
 
-if tuple(int(part) for part in mx.__version__.split(".")[:2]) < OLDEST_MLX:
+if tuple(int(part) for part in version("mlx").split(".")[:2]) < OLDEST_MLX:
     oldest = ".".join(map(str, OLDEST_MLX))
-    raise UserError(f"MLX {mx.__version__} is too old: this needs {oldest} or newer, pip install -U 'mlx[cpu]' (on a Mac: mlx).")
+    raise UserError(
+        f"MLX {version('mlx')} is too old, this needs {oldest} or newer: pip install -U 'mlx[cpu]' (on a Mac: mlx)."
+    )

@@ -42,7 +42,9 @@ def hidden_states(
     return _norm(x_BTD, weights, "transformer.ln_f")
 
 
-def block(weights: Weights, spec: ModelSpec, x_BTD: mx.array, allowed: mx.array | None, operators: Operators) -> mx.array:
+def block(
+    weights: Weights, spec: ModelSpec, x_BTD: mx.array, allowed: mx.array | None, operators: Operators
+) -> mx.array:
     """One pre-norm block; `weights` are its own, named without their prefix. The residual stream stays float32."""
     B, T, D = x_BTD.shape
     qkv = _linear(_norm(x_BTD, weights, "ln_1"), weights, "attn.c_attn", operators)
@@ -53,7 +55,12 @@ def block(weights: Weights, spec: ModelSpec, x_BTD: mx.array, allowed: mx.array 
 
 
 def next_logits(
-    weights: Weights, spec: ModelSpec, token_B: mx.array, position: int, cache: list[mx.array], operators: Operators
+    weights: Weights,
+    spec: ModelSpec,
+    token_B: mx.array,
+    position: int,
+    cache: list[mx.array],
+    operators: Operators,
 ) -> mx.array:
     """Logits float32[B, V] after one more token.
 
@@ -73,7 +80,9 @@ def next_logits(
         x_BD = x_BD + _linear(mixed.reshape(B, -1), own, "attn.c_proj", operators)
         x_BD = x_BD + _feed_forward(x_BD, own, operators)
     head = weights["transformer.wte.weight"].astype(operators.dtype)
-    return operators.matmul(_norm(x_BD, weights, "transformer.ln_f").astype(operators.dtype), head.T).astype(mx.float32)
+    return operators.matmul(_norm(x_BD, weights, "transformer.ln_f").astype(operators.dtype), head.T).astype(
+        mx.float32
+    )
 
 
 def chunk_rows(vocab_size: int, *, on_cpu: bool) -> int:
@@ -119,8 +128,8 @@ def cross_entropy(
     def fused_vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
         return cotangents[0] * outputs[2], cotangents[0] * outputs[3]
 
-    objective, nll, _, _ = fused(x, head)
-    return objective, mx.stop_gradient(nll)
+    outputs: Any = fused(x, head)
+    return outputs[0], mx.stop_gradient(outputs[1])
 
 
 def token_nll(x: mx.array, head: mx.array, labels: mx.array, *, chunk: int, operators: Operators) -> mx.array:

@@ -23,7 +23,15 @@ _LOG2_E = 1.4426950408889634
 # Below this the result is exactly 0: half the smallest power of two that float32 holds at full precision.
 _EXP_LOWEST, _EXP_HIGHEST = -127 / _LOG2_E, 88.0
 # Minimax polynomial of 2^f for |f| <= 1/2 (Cephes), constant first.
-_EXP2 = (1.0, 6.931472028550421e-1, 2.402264791363012e-1, 5.550332471162809e-2, 9.618437357674640e-3, 1.339887440266574e-3, 1.535336188319500e-4)
+_EXP2 = (
+    1.0,
+    6.931472028550421e-1,
+    2.402264791363012e-1,
+    5.550332471162809e-2,
+    9.618437357674640e-3,
+    1.339887440266574e-3,
+    1.535336188319500e-4,
+)
 _MASKED = -1e9
 _QUERY_BLOCK = 64
 
@@ -50,7 +58,9 @@ class Operators:
 def operators(*, dtype: mx.Dtype, on_cpu: bool, fused: bool) -> Operators:
     """The operators for a device; on a CPU `fused` says whether `mx.compile` can be used."""
     if not on_cpu:
-        return Operators(dtype, matmul=mx.matmul, attention=_fast_attention, gelu=_gelu_by_tanh, exp_below=_exp_below)
+        return Operators(
+            dtype, matmul=mx.matmul, attention=_fast_attention, gelu=_gelu_by_tanh, exp_below=_exp_below
+        )
     exp_below = _fused_exp_below if fused else _exp_below
     return Operators(
         dtype,
@@ -63,7 +73,9 @@ def operators(*, dtype: mx.Dtype, on_cpu: bool, fused: bool) -> Operators:
 
 def _fast_attention(q: mx.array, k: mx.array, v: mx.array, allowed: mx.array | None) -> mx.array:
     scale = q.shape[-1] ** -0.5
-    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal" if allowed is None else allowed)
+    return mx.fast.scaled_dot_product_attention(
+        q, k, v, scale=scale, mask="causal" if allowed is None else allowed
+    )
 
 
 def _gelu_by_tanh(x: mx.array) -> mx.array:
@@ -124,7 +136,8 @@ def _gelu_vjp(x: mx.array, cotangents: Any, outputs: Any) -> mx.array:
 
 
 def _fused_gelu(x: mx.array) -> mx.array:
-    y: mx.array = _gelu(x.astype(mx.float32))[0]
+    outputs: Any = _gelu(x.astype(mx.float32))
+    y: mx.array = outputs[0]
     return y.astype(x.dtype)
 
 
@@ -136,7 +149,8 @@ _fused_score_gradient = mx.compile(_score_gradient)
 
 
 def _attention_by_blocks(
-    exp_below: Callable[[mx.array, mx.array], mx.array], score_gradient: Callable[[mx.array, mx.array, mx.array], mx.array]
+    exp_below: Callable[[mx.array, mx.array], mx.array],
+    score_gradient: Callable[[mx.array, mx.array, mx.array], mx.array],
 ) -> Callable[[mx.array, mx.array, mx.array, mx.array | None], mx.array]:
     """Attention in float32, one block of queries at a time."""
 
@@ -167,7 +181,8 @@ def _attention_by_blocks(
         for start in range(0, length, _QUERY_BLOCK):
             stop = min(start + _QUERY_BLOCK, length)
             past = bias[:, :, start:stop, :stop]
-            blocks.append(attend(q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop], past)[0])
+            outputs: Any = attend(q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop], past)
+            blocks.append(outputs[0])
         return mx.concatenate(blocks, axis=2).astype(dtype)
 
     return attention
