@@ -32,9 +32,7 @@ class Measurement:
 def trainer_of(name, *, optim=None, seed=3, **runtime):
     device = "cpu"
     return load_backend(name)(
-        TrainerSpec(
-            model=SPEC, optim=optim or OptimSpec(), runtime=RuntimeSpec(device=device, **runtime), seed=seed
-        )
+        TrainerSpec(model=SPEC, optim=optim or OptimSpec(), runtime=RuntimeSpec(device=device, **runtime), seed=seed)
     )
 
 
@@ -49,9 +47,7 @@ def rows(seed, count, shift):
     tokens[:, 0] = rng.integers(0, SPEC.vocab_size, count)
     for t in range(1, tokens.shape[1]):
         noise = rng.random(count) < 0.2
-        tokens[:, t] = np.where(
-            noise, rng.integers(0, SPEC.vocab_size, count), (tokens[:, t - 1] + shift) % SPEC.vocab_size
-        )
+        tokens[:, t] = np.where(noise, rng.integers(0, SPEC.vocab_size, count), (tokens[:, t - 1] + shift) % SPEC.vocab_size)
     return tokens
 
 
@@ -59,9 +55,7 @@ def injection_batch(step):
     """19 target rows and 1 pretraining row: p = 5%."""
     source = np.zeros(ROWS, np.uint8)
     source[step % ROWS] = 1
-    tokens = np.where(
-        source[:, None] == 1, rows([1, step], ROWS, PRETRAIN_SHIFT), rows([2, step], ROWS, TARGET_SHIFT)
-    )
+    tokens = np.where(source[:, None] == 1, rows([1, step], ROWS, PRETRAIN_SHIFT), rows([2, step], ROWS, TARGET_SHIFT))
     mask = np.ones((ROWS, SPEC.context_length), np.uint8)
     mask[::3, :4] = 0
     return Batch(tokens.astype(np.int32), mask, None, np.zeros(ROWS, np.uint8), source)
@@ -126,9 +120,7 @@ def gradients():
         after = saved(trainer)
         moved.append({name: before[name] - after[name] for name in after})
     size = max(float(np.abs(value).max()) for value in moved[1].values())
-    return Measurement(
-        "gradient, largest difference / largest entry", largest_difference(*moved) / size, 1e-5, ""
-    )
+    return Measurement("gradient, largest difference / largest entry", largest_difference(*moved) / size, 1e-5, "")
 
 
 def twenty_steps(**options):
@@ -152,9 +144,7 @@ def finetune(num_steps=50, **options):
         for trainer in trainers:
             trainer.train_step(pretraining_batch(step), 3e-3)
     for step in range(num_steps):
-        left, right = (
-            mean_loss(trainer.train_step(injection_batch(step), 1e-3).read()) for trainer in trainers
-        )
+        left, right = (mean_loss(trainer.train_step(injection_batch(step), 1e-3).read()) for trainer in trainers)
         batch_loss = max(batch_loss, abs(left - right))
     evaluation = 0.0
     for shift in (TARGET_SHIFT, PRETRAIN_SHIFT):
@@ -176,9 +166,7 @@ def micro_batches():
 def bf16():
     trainers, worst = pair(precision="bf16"), 0.0
     for step in range(20):
-        left, right = (
-            mean_loss(trainer.train_step(injection_batch(step), 1e-3).read()) for trainer in trainers
-        )
+        left, right = (mean_loss(trainer.train_step(injection_batch(step), 1e-3).read()) for trainer in trainers)
         worst = max(worst, abs(left - right))
     return Measurement("batch loss over 20 steps in bf16, worst", worst, 2e-2, "nats")
 
@@ -196,14 +184,10 @@ def switch(first, second):
         there.load_state(state)
     worst = 0.0
     for step in range(5, 10):
-        left, right = (
-            mean_loss(trainer.train_step(injection_batch(step), 3e-3).read()) for trainer in (here, there)
-        )
+        left, right = (mean_loss(trainer.train_step(injection_batch(step), 3e-3).read()) for trainer in (here, there))
         worst = max(worst, abs(left - right))
     names = {"mlx": "MLX", "cuda": "PyTorch"}
-    return Measurement(
-        f"5 losses after moving a run from {names[first]} to {names[second]}, worst", worst, 1e-3, "nats"
-    )
+    return Measurement(f"5 losses after moving a run from {names[first]} to {names[second]}, worst", worst, 1e-3, "nats")
 
 
 def samples():
@@ -248,10 +232,7 @@ def transformers_logits():
 
     weights = {name: mx.array(value) for name, value in saved(trainer).items()}
     ops = operators(dtype=mx.float32, on_cpu=True, fused=True)
-    ours = (
-        gpt2.hidden_states(weights, SPEC, mx.array(tokens[:, :-1]), operators=ops)
-        @ weights["transformer.wte.weight"].T
-    )
+    ours = gpt2.hidden_states(weights, SPEC, mx.array(tokens[:, :-1]), operators=ops) @ weights["transformer.wte.weight"].T
     worst = float(np.abs(np.array(ours).astype(np.float64) - logits).max())
     return Measurement("logits against transformers' GPT2LMHeadModel, largest difference", worst, 1e-4, "")
 
@@ -271,9 +252,7 @@ def operators_agree():
         def objective(weights, ops=ops):
             x = gpt2.hidden_states(weights, SPEC, tokens[:, :-1], operators=ops).reshape(-1, SPEC.width)
             labels, share = tokens[:, 1:].reshape(-1), mx.full((x.shape[0],), 1 / x.shape[0])
-            return gpt2.cross_entropy(
-                x, weights["transformer.wte.weight"], labels, share, chunk=64, operators=ops
-            )[0]
+            return gpt2.cross_entropy(x, weights["transformer.wte.weight"], labels, share, chunk=64, operators=ops)[0]
 
         found.append({name: np.array(value) for name, value in mx.grad(objective)(weights).items()})
     size = max(float(np.abs(value).max()) for value in found[1].values())

@@ -19,7 +19,9 @@ def table(measurements):
     for m in measurements:
         measured = f"{m.value:.1e}" if m.value else "0"
         lines.append(f"| {m.what} | {measured} {m.unit}".rstrip() + f" | {m.band:g} |")
-    shape = f"{parity.SPEC.num_layers}x{parity.SPEC.width}, vocabulary {parity.SPEC.vocab_size}, context {parity.SPEC.context_length}"
+    shape = (
+        f"{parity.SPEC.num_layers}x{parity.SPEC.width}, vocabulary {parity.SPEC.vocab_size}, context {parity.SPEC.context_length}"
+    )
     place = f"MLX {version('mlx')} and PyTorch {version('torch')} on the CPU of {platform.system()} {platform.machine()}"
     return "\n".join([*lines, "", f"{place}; model {shape}; `make parity` measures again."])
 

@@ -5,9 +5,7 @@ import pytest
 from mlx_forget.trainer import available_backends
 from tests import parity
 
-pytestmark = pytest.mark.skipif(
-    not {"mlx", "cuda"} <= set(available_backends()), reason="parity needs both MLX and PyTorch"
-)
+pytestmark = pytest.mark.skipif(not {"mlx", "cuda"} <= set(available_backends()), reason="parity needs both MLX and PyTorch")
 
 
 def check(*measurements):

@@ -22,12 +22,8 @@ BLAS_NOTE = blas.prepare()
 try:
     import mlx.core  # noqa: F401
 except ImportError as error:
-    raise UserError(
-        f"MLX is installed without a library to run on ({error}): on Linux, pip install 'mlx[cpu]'."
-    ) from None
+    raise UserError(f"MLX is installed without a library to run on ({error}): on Linux, pip install 'mlx[cpu]'.") from None
 
 if tuple(int(part) for part in version("mlx").split(".")[:2]) < OLDEST_MLX:
     oldest = ".".join(map(str, OLDEST_MLX))
-    raise UserError(
-        f"MLX {version('mlx')} is too old, this needs {oldest} or newer: pip install -U 'mlx[cpu]' (on a Mac: mlx)."
-    )
+    raise UserError(f"MLX {version('mlx')} is too old, this needs {oldest} or newer: pip install -U 'mlx[cpu]' (on a Mac: mlx).")

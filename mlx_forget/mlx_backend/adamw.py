@@ -48,9 +48,7 @@ def update(
     return new_weights, new_avg, new_sq
 
 
-def step_scalars(
-    step: mx.array, gradients: Arrays, learning_rate: mx.array, hyper: Arrays
-) -> tuple[Arrays, mx.array, mx.array]:
+def step_scalars(step: mx.array, gradients: Arrays, learning_rate: mx.array, hyper: Arrays) -> tuple[Arrays, mx.array, mx.array]:
     """What `update` needs of a step, the new step count, and float32[2]: gradient norm before clipping, 1 if the step is masked.
 
     A gradient that is not finite changes nothing, the count included.

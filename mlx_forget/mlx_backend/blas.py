@@ -59,9 +59,7 @@ def _candidates() -> Iterator[str]:
     for package in ("scipy", "numpy"):
         spec = importlib.util.find_spec(package)
         if spec is not None and spec.origin is not None:
-            yield from sorted(
-                glob.glob(str(Path(spec.origin).parent.parent / f"{package}.libs" / "*openblas*.so*"))
-            )
+            yield from sorted(glob.glob(str(Path(spec.origin).parent.parent / f"{package}.libs" / "*openblas*.so*")))
 
 
 def _load(path: str) -> bool:

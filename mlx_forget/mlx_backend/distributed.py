@@ -27,9 +27,7 @@ class Group:
         if self.size == 1:
             return values
         with mx.stream(mx.cpu):
-            total = mx.distributed.all_sum(
-                mx.array(values, dtype=mx.float64), group=self._group, stream=mx.cpu
-            )
+            total = mx.distributed.all_sum(mx.array(values, dtype=mx.float64), group=self._group, stream=mx.cpu)
             return np.array(total)
 
     def broadcast(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -44,6 +42,4 @@ class Group:
         total = mx.distributed.all_sum(message, group=self._group, stream=mx.cpu)
         ends = np.cumsum([value.size for value in arrays.values()]).tolist()
         parts = mx.split(total, ends[:-1])
-        return {
-            name: part.reshape(value.shape) for (name, value), part in zip(arrays.items(), parts, strict=True)
-        }
+        return {name: part.reshape(value.shape) for (name, value), part in zip(arrays.items(), parts, strict=True)}

@@ -42,9 +42,7 @@ def hidden_states(
     return _norm(x_BTD, weights, "transformer.ln_f")
 
 
-def block(
-    weights: Weights, spec: ModelSpec, x_BTD: mx.array, allowed: mx.array | None, operators: Operators
-) -> mx.array:
+def block(weights: Weights, spec: ModelSpec, x_BTD: mx.array, allowed: mx.array | None, operators: Operators) -> mx.array:
     """One pre-norm block; `weights` are its own, named without their prefix. The residual stream stays float32."""
     B, T, D = x_BTD.shape
     qkv = _linear(_norm(x_BTD, weights, "ln_1"), weights, "attn.c_attn", operators)
@@ -80,9 +78,7 @@ def next_logits(
         x_BD = x_BD + _linear(mixed.reshape(B, -1), own, "attn.c_proj", operators)
         x_BD = x_BD + _feed_forward(x_BD, own, operators)
     head = weights["transformer.wte.weight"].astype(operators.dtype)
-    return operators.matmul(_norm(x_BD, weights, "transformer.ln_f").astype(operators.dtype), head.T).astype(
-        mx.float32
-    )
+    return operators.matmul(_norm(x_BD, weights, "transformer.ln_f").astype(operators.dtype), head.T).astype(mx.float32)
 
 
 def chunk_rows(vocab_size: int, *, on_cpu: bool) -> int:
@@ -145,9 +141,7 @@ def log_probabilities(x: mx.array, head: mx.array, operators: Operators) -> mx.a
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
-def _exponentials(
-    x: mx.array, head: mx.array, labels: mx.array, operators: Operators
-) -> tuple[mx.array, mx.array, mx.array]:
+def _exponentials(x: mx.array, head: mx.array, labels: mx.array, operators: Operators) -> tuple[mx.array, mx.array, mx.array]:
     """exp(logit - top) float32[N, V], its sum float32[N, 1], and the nll float32[N]; logits are float32 whatever the type of x."""
     logits = operators.matmul(x, head.T).astype(mx.float32)
     top = logits.max(axis=-1, keepdims=True)

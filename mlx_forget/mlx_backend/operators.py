@@ -58,9 +58,7 @@ class Operators:
 def operators(*, dtype: mx.Dtype, on_cpu: bool, fused: bool) -> Operators:
     """The operators for a device; on a CPU `fused` says whether `mx.compile` can be used."""
     if not on_cpu:
-        return Operators(
-            dtype, matmul=mx.matmul, attention=_fast_attention, gelu=_gelu_by_tanh, exp_below=_exp_below
-        )
+        return Operators(dtype, matmul=mx.matmul, attention=_fast_attention, gelu=_gelu_by_tanh, exp_below=_exp_below)
     exp_below = _fused_exp_below if fused else _exp_below
     return Operators(
         dtype,
@@ -73,9 +71,7 @@ def operators(*, dtype: mx.Dtype, on_cpu: bool, fused: bool) -> Operators:
 
 def _fast_attention(q: mx.array, k: mx.array, v: mx.array, allowed: mx.array | None) -> mx.array:
     scale = q.shape[-1] ** -0.5
-    return mx.fast.scaled_dot_product_attention(
-        q, k, v, scale=scale, mask="causal" if allowed is None else allowed
-    )
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal" if allowed is None else allowed)
 
 
 def _gelu_by_tanh(x: mx.array) -> mx.array:

@@ -1,5 +1,6 @@
 """The MLX trainer: the GPU of a Mac where there is one, the CPU otherwise."""
 
+import itertools
 import os
 import resource
 import shutil
@@ -110,9 +111,7 @@ class MLXTrainer(Trainer):
     def train_step(self, batch: Batch, learning_rate: float) -> StepResult:
         counts = self._group.all_sum(group_counts(batch))
         token_weight = token_weights(batch, counts, self.spec.method)
-        groups = np.eye(NUM_TERMS * NUM_SOURCES, dtype=np.float32)[
-            batch.term.astype(np.int64) * NUM_SOURCES + batch.source
-        ]
+        groups = np.eye(NUM_TERMS * NUM_SOURCES, dtype=np.float32)[batch.term.astype(np.int64) * NUM_SOURCES + batch.source]
         size = self.spec.runtime.micro_batch_size or len(batch.tokens)
         total: Arrays | None = None
         for start in range(0, len(batch.tokens), size):
@@ -154,10 +153,7 @@ class MLXTrainer(Trainer):
         measures = np.zeros((6, len(tokens), tokens.shape[1] - 1), np.float32)
         for rows in self._eval_slices(tokens):
             inputs, labels = mx.array(tokens[rows, :-1]), mx.array(tokens[rows, 1:]).reshape(-1)
-            pair = [
-                (self._forward(w, inputs), w["transformer.wte.weight"])
-                for w in (self._weights, self._reference)
-            ]
+            pair = [(self._forward(w, inputs), w["transformer.wte.weight"]) for w in (self._weights, self._reference)]
             chunks = []
             for start in range(0, len(labels), self._chunk):
                 here = slice(start, start + self._chunk)
@@ -203,12 +199,8 @@ class MLXTrainer(Trainer):
         self, prompts: npt.NDArray[np.int32], u: npt.NDArray[np.float64], *, temperature: float = 1.0
     ) -> npt.NDArray[np.int32]:
         if prompts.shape[1] + u.shape[1] > self.spec.model.context_length:
-            raise UserError(
-                f"Prompt and sample together exceed the context of {self.spec.model.context_length} tokens."
-            )
-        return sample(
-            self._weights, self.spec.model, prompts, u, temperature=temperature, operators=self._operators
-        )
+            raise UserError(f"Prompt and sample together exceed the context of {self.spec.model.context_length} tokens.")
+        return sample(self._weights, self.spec.model, prompts, u, temperature=temperature, operators=self._operators)
 
     def peak_memory_bytes(self) -> int:
         if not self._on_cpu:
@@ -236,9 +228,7 @@ class MLXTrainer(Trainer):
         if wanted is not None:
             mx.set_default_device(mx.Device(mx.cpu if on_cpu else mx.gpu))
         if on_cpu:
-            self._notes.append(
-                "MLX runs on the CPU." if gpu else "MLX sees no GPU: training runs on the CPU."
-            )
+            self._notes.append("MLX runs on the CPU." if gpu else "MLX sees no GPU: training runs on the CPU.")
             self._notes.extend([BLAS_NOTE] if BLAS_NOTE else [])
         return on_cpu
 
@@ -254,9 +244,7 @@ class MLXTrainer(Trainer):
         if self.spec.runtime.compile is False:
             return False
         if self._on_cpu and shutil.which("g++") is None:
-            self._notes.append(
-                "No C++ compiler (g++) is found, so mx.compile is off and the step runs eagerly."
-            )
+            self._notes.append("No C++ compiler (g++) is found, so mx.compile is off and the step runs eagerly.")
             return False
         return True
 
@@ -388,15 +376,13 @@ def _extra_cpu_streams(count: int) -> list[mx.Stream]:
 
 def _gpu_available() -> bool:
     """Whether MLX has a GPU here, by the documented check of its version."""
-    return bool(
-        mx.is_available(mx.Device(mx.gpu)) if hasattr(mx, "is_available") else mx.metal.is_available()
-    )
+    return bool(mx.is_available(mx.Device(mx.gpu)) if hasattr(mx, "is_available") else mx.metal.is_available())
 
 
 def _shares(num_rows: int, num_shares: int) -> list[slice]:
     """Contiguous shares of the rows, as even as can be; never an empty one."""
     bounds = np.linspace(0, num_rows, min(num_shares, num_rows) + 1).round().astype(int).tolist()
-    return [slice(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
 
 
 def _read(path: Path) -> Arrays:

@@ -54,16 +54,12 @@ def measure(module, args, *, steps, extra=()):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="4x128")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--vocab", type=int, default=4096)
-    parser.add_argument(
-        "--steps", type=int, default=3, help="timed steps of this backend per round; the plain loop gets one"
-    )
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of this backend per round; the plain loop gets one")
     parser.add_argument("--only-ours", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.only_ours:

@@ -25,9 +25,7 @@ class Block(nn.Module):
     def __call__(self, x):
         B, T, D = x.shape
         heads = (B, T, self.num_heads, D // self.num_heads)
-        q, k, v = (
-            t.reshape(heads).transpose(0, 2, 1, 3) for t in mx.split(self.c_attn(self.ln_1(x)), 3, axis=-1)
-        )
+        q, k, v = (t.reshape(heads).transpose(0, 2, 1, 3) for t in mx.split(self.c_attn(self.ln_1(x)), 3, axis=-1))
         scale = (D // self.num_heads) ** -0.5
         mixed = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
         x = x + self.c_proj(mixed.transpose(0, 2, 1, 3).reshape(B, T, D))
@@ -59,9 +57,7 @@ def main():
     num_layers, width = map(int, args.shape.split("x"))
     model = GPT2(num_layers, width, width // 32, args.vocab, args.context)
     optimizer = optim.AdamW(learning_rate=1e-3, betas=[0.9, 0.95], weight_decay=0.1, bias_correction=True)
-    tokens = mx.array(
-        np.random.default_rng(0).integers(0, args.vocab, (args.batch, args.context + 1)).astype(np.int32)
-    )
+    tokens = mx.array(np.random.default_rng(0).integers(0, args.vocab, (args.batch, args.context + 1)).astype(np.int32))
 
     def loss(model, tokens):
         return nn.losses.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:], reduction="mean")
