@@ -2,10 +2,11 @@
 
 MLX's CPU build computes exp, tanh and erf one element at a time, without vector instructions (16 ns each, measured). The exponential
 below is made of operators that `mx.compile` fuses into loops that the C++ compiler vectorises: five times as fast, to 2.3e-7.
-Attention is then exp and products in blocks of queries that skip the keys after them, with the gradient written out.
+Attention is then exp and products in blocks of queries that skip the keys after them.
 
 Each fused loop costs a run of the C++ compiler (a second) the first time a machine meets it, so on a CPU only these few operators
-are compiled, and the rest of a step is not: its operators are products and copies, which fusing does not help.
+are compiled, and the rest of a step is not: its operators are products and copies, which fusing does not help. Operators that are
+compiled by themselves run unfused inside `mx.grad`, so each comes with its gradient, and the model's is written out in `gpt2.py`.
 
 Shapes: B rows, T tokens, H heads, E head size, D width.
 """
@@ -36,46 +37,83 @@ _MASKED = -1e9
 _QUERY_BLOCK = 64
 
 
+Saved = Any
+
+
 @dataclass(frozen=True)
 class Operators:
-    """How a block computes.
+    """How a block computes. What an operator saves for its gradient is its own affair.
 
     Args:
         dtype: the type of products and of what enters them; sums, norms and losses are float32.
         matmul: product of two arrays of `dtype`; on a CPU low precision is multiplied in float32, the only type its BLAS has.
-        attention: (q, k, v [B, H, T, E], allowed bool[B or 1, 1, T, T] or None for causal) -> [B, H, T, E].
-        gelu: the tanh approximation.
-        exp_below: (x [..., K], top [..., 1]) -> exp(x - top) for x <= top, float32, without a gradient.
+        attention: (q, k, v [B, H, T, E], allowed bool[B or 1, 1, T, T] or None for causal) -> mixed [B, H, T, E], saved.
+        attention_gradient: (saved, gradient of mixed) -> gradients of q, k and v.
+        gelu: the tanh approximation, x -> y, saved.
+        gelu_gradient: (x, saved, gradient of y) -> gradient of x, float32.
+        exp_below: (x [..., K], top [..., 1]) -> exp(x - top) for x <= top, float32.
     """
 
     dtype: mx.Dtype
     matmul: Callable[[mx.array, mx.array], mx.array]
-    attention: Callable[[mx.array, mx.array, mx.array, mx.array | None], mx.array]
-    gelu: Callable[[mx.array], mx.array]
+    attention: Callable[[mx.array, mx.array, mx.array, mx.array | None], tuple[mx.array, Saved]]
+    attention_gradient: Callable[[Saved, mx.array], tuple[mx.array, mx.array, mx.array]]
+    gelu: Callable[[mx.array], tuple[mx.array, Saved]]
+    gelu_gradient: Callable[[mx.array, Saved, mx.array], mx.array]
     exp_below: Callable[[mx.array, mx.array], mx.array]
 
 
 def operators(*, dtype: mx.Dtype, on_cpu: bool, fused: bool) -> Operators:
     """The operators for a device; on a CPU `fused` says whether `mx.compile` can be used."""
     if not on_cpu:
-        return Operators(dtype, matmul=mx.matmul, attention=_fast_attention, gelu=_gelu_by_tanh, exp_below=_exp_below)
+        return Operators(
+            dtype,
+            matmul=mx.matmul,
+            attention=_fast_attention,
+            attention_gradient=_fast_attention_gradient,
+            gelu=_gelu_by_tanh,
+            gelu_gradient=_gelu_by_tanh_gradient,
+            exp_below=_exp_below,
+        )
     exp_below = _fused_exp_below if fused else _exp_below
+    attention, attention_gradient = _attention_by_blocks(exp_below, _fused_score_gradient if fused else _score_gradient)
     return Operators(
         dtype,
         matmul=_matmul_in_float32,
-        attention=_attention_by_blocks(exp_below, _fused_score_gradient if fused else _score_gradient),
-        gelu=_fused_gelu if fused else _gelu_by_tanh,
+        attention=attention,
+        attention_gradient=attention_gradient,
+        gelu=_gelu_by_exp if fused else _gelu_by_tanh,
+        gelu_gradient=_gelu_by_exp_gradient if fused else _gelu_by_tanh_gradient,
         exp_below=exp_below,
     )
 
 
-def _fast_attention(q: mx.array, k: mx.array, v: mx.array, allowed: mx.array | None) -> mx.array:
+def _fast_attention(q: mx.array, k: mx.array, v: mx.array, allowed: mx.array | None) -> tuple[mx.array, Saved]:
+    return _scaled_dot_product_attention(q, k, v, allowed), (q, k, v, allowed)
+
+
+def _fast_attention_gradient(saved: Saved, grad: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    *inputs, allowed = saved
+    _, (grad_q, grad_k, grad_v) = mx.vjp(lambda q, k, v: _scaled_dot_product_attention(q, k, v, allowed), inputs, [grad])
+    return grad_q, grad_k, grad_v
+
+
+def _scaled_dot_product_attention(q: mx.array, k: mx.array, v: mx.array, allowed: mx.array | None) -> mx.array:
     scale = q.shape[-1] ** -0.5
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal" if allowed is None else allowed)
 
 
-def _gelu_by_tanh(x: mx.array) -> mx.array:
-    return 0.5 * x * (1 + mx.tanh(_GELU_SCALE * (x + _GELU_CUBE * x * x * x)))
+def _gelu_by_tanh(x: mx.array) -> tuple[mx.array, Saved]:
+    wide = x.astype(mx.float32)
+    tanh = mx.tanh(_GELU_SCALE * (wide + _GELU_CUBE * wide * wide * wide))
+    return (0.5 * wide * (1 + tanh)).astype(x.dtype), tanh
+
+
+def _gelu_by_tanh_gradient(x: mx.array, tanh: Saved, grad: mx.array) -> mx.array:
+    x = x.astype(mx.float32)
+    slope = _GELU_SCALE * (1 + 3 * _GELU_CUBE * x * x)
+    result: mx.array = grad * 0.5 * (1 + tanh + x * (1 - tanh * tanh) * slope)
+    return result
 
 
 def _exp_below(x: mx.array, top: mx.array) -> mx.array:
@@ -121,20 +159,13 @@ def _gelu_gradient(x: mx.array, sigmoid: mx.array, cotangent: mx.array) -> mx.ar
     return cotangent * sigmoid * (1 + x * (1 - sigmoid) * slope)
 
 
-@mx.custom_function
-def _gelu(x: mx.array) -> Any:
-    return _gelu_forward(x)
+def _gelu_by_exp(x: mx.array) -> tuple[mx.array, Saved]:
+    y, sigmoid = _gelu_forward(x.astype(mx.float32))
+    return y.astype(x.dtype), sigmoid
 
 
-@_gelu.vjp
-def _gelu_vjp(x: mx.array, cotangents: Any, outputs: Any) -> mx.array:
-    return _gelu_gradient(x, outputs[1], cotangents[0])
-
-
-def _fused_gelu(x: mx.array) -> mx.array:
-    outputs: Any = _gelu(x.astype(mx.float32))
-    y: mx.array = outputs[0]
-    return y.astype(x.dtype)
+def _gelu_by_exp_gradient(x: mx.array, sigmoid: Saved, grad: mx.array) -> mx.array:
+    return _gelu_gradient(x.astype(mx.float32), sigmoid, grad)
 
 
 def _score_gradient(weights: mx.array, grad: mx.array, row: mx.array) -> mx.array:
@@ -145,40 +176,39 @@ _fused_score_gradient = mx.compile(_score_gradient)
 
 
 def _attention_by_blocks(
-    exp_below: Callable[[mx.array, mx.array], mx.array],
-    score_gradient: Callable[[mx.array, mx.array, mx.array], mx.array],
-) -> Callable[[mx.array, mx.array, mx.array, mx.array | None], mx.array]:
-    """Attention in float32, one block of queries at a time."""
+    exp_below: Callable[[mx.array, mx.array], mx.array], score_gradient: Callable[[mx.array, mx.array, mx.array], mx.array]
+) -> tuple[Callable[..., tuple[mx.array, Saved]], Callable[..., tuple[mx.array, mx.array, mx.array]]]:
+    """Attention in float32, one block of queries at a time, and its gradient."""
 
-    @mx.custom_function
-    def attend(q: mx.array, k: mx.array, v: mx.array, bias: mx.array) -> Any:
-        scores = q @ k.swapaxes(-1, -2) + bias
-        weights = exp_below(scores, scores.max(axis=-1, keepdims=True))
-        inverse = 1 / weights.sum(axis=-1, keepdims=True)
-        return (weights @ v) * inverse, weights, inverse
-
-    @attend.vjp
-    def attend_vjp(primals: Any, cotangents: Any, outputs: Any) -> Any:
-        q, k, v, bias = primals
-        mixed, weights, inverse = outputs
-        grad = cotangents[0] * inverse
-        row = (grad * mixed).sum(axis=-1, keepdims=True)
-        grad_scores = score_gradient(weights, grad @ v.swapaxes(-1, -2), row)
-        grad_k, grad_v = grad_scores.swapaxes(-1, -2) @ q, weights.swapaxes(-1, -2) @ grad
-        return grad_scores @ k, grad_k, grad_v, mx.zeros_like(bias)
-
-    def attention(q: mx.array, k: mx.array, v: mx.array, allowed: mx.array | None) -> mx.array:
+    def attention(q: mx.array, k: mx.array, v: mx.array, allowed: mx.array | None) -> tuple[mx.array, Saved]:
         dtype, length = q.dtype, q.shape[2]
         q, k, v = (x.astype(mx.float32) for x in (q * q.shape[-1] ** -0.5, k, v))
         if allowed is None:
             allowed = mx.tri(length, dtype=mx.bool_)[None, None]
         bias = mx.where(allowed, 0.0, _MASKED)
-        blocks = []
+        blocks, kept = [], []
         for start in range(0, length, _QUERY_BLOCK):
             stop = min(start + _QUERY_BLOCK, length)
-            past = bias[:, :, start:stop, :stop]
-            outputs: Any = attend(q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop], past)
-            blocks.append(outputs[0])
-        return mx.concatenate(blocks, axis=2).astype(dtype)
+            scores = q[:, :, start:stop] @ k[:, :, :stop].swapaxes(-1, -2) + bias[:, :, start:stop, :stop]
+            weights = exp_below(scores, scores.max(axis=-1, keepdims=True))
+            inverse = 1 / weights.sum(axis=-1, keepdims=True)
+            blocks.append((weights @ v[:, :, :stop]) * inverse)
+            kept.append((slice(start, stop), weights, inverse, blocks[-1]))
+        return mx.concatenate(blocks, axis=2).astype(dtype), (q, k, v, kept)
 
-    return attention
+    def attention_gradient(saved: Saved, grad: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        q, k, v, kept = saved
+        grad = grad.astype(mx.float32)
+        grads_q: list[mx.array] = []
+        grad_k, grad_v = mx.zeros_like(k), mx.zeros_like(v)
+        for rows, weights, inverse, mixed in kept:
+            past = slice(0, rows.stop)
+            part = grad[:, :, rows] * inverse
+            row = (part * mixed).sum(axis=-1, keepdims=True)
+            grad_scores = score_gradient(weights, part @ v[:, :, past].swapaxes(-1, -2), row)
+            grads_q.append(grad_scores @ k[:, :, past])
+            grad_k[:, :, past] = grad_k[:, :, past] + grad_scores.swapaxes(-1, -2) @ q[:, :, rows]
+            grad_v[:, :, past] = grad_v[:, :, past] + weights.swapaxes(-1, -2) @ part
+        return mx.concatenate(grads_q, axis=2) * q.shape[-1] ** -0.5, grad_k, grad_v
+
+    return attention, attention_gradient

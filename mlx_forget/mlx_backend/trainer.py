@@ -295,30 +295,21 @@ class MLXTrainer(Trainer):
     ) -> Arrays:
         """Gradients of the weighted token losses of some rows, and their loss sums; each thread takes its share of the rows."""
 
-        def objective(weights: Arrays, rows: slice) -> tuple[mx.array, mx.array]:
-            inputs, labels = tokens[rows, :-1], tokens[rows, 1:].reshape(-1)
-            x = gpt2.hidden_states(
-                weights,
-                self.spec.model,
-                inputs,
-                None if segment is None else segment[rows],
-                operators=self._operators,
-                grad_checkpoint=self.spec.runtime.grad_checkpoint,
-            )
-            return gpt2.cross_entropy(
-                x.reshape(-1, x.shape[-1]),
-                weights["transformer.wte.weight"],
-                labels,
-                token_weight[rows].reshape(-1),
-                chunk=self._chunk,
-                operators=self._operators,
-            )
-
         parts: list[Arrays] = []
         for stream, rows in zip(self._streams, _shares(len(tokens), len(self._streams)), strict=False):
             with mx.stream(stream):
-                (_, nll), gradients = mx.value_and_grad(objective)(weights, rows)
-                per_row = (nll.reshape(-1, mask.shape[1]) * mask[rows]).sum(axis=1)
+                nll, gradients = gpt2.gradients(
+                    weights,
+                    self.spec.model,
+                    tokens[rows, :-1],
+                    tokens[rows, 1:],
+                    token_weight[rows],
+                    None if segment is None else segment[rows],
+                    chunk=self._chunk,
+                    operators=self._operators,
+                    grad_checkpoint=self.spec.runtime.grad_checkpoint,
+                )
+                per_row = (nll * mask[rows]).sum(axis=1)
                 parts.append({**gradients, _SUMS: (groups[rows] * per_row[:, None]).sum(axis=0)})
         total = parts[0]
         for part in parts[1:]:
