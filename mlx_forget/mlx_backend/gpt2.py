@@ -108,6 +108,10 @@ def _block_gradient(
     parts = mx.stack(list(operators.attention_gradient(saved, heads)))
     inner = parts.transpose(1, 3, 0, 2, 4).reshape(B, T, 3 * D)
     inner = _linear_gradient(inner, normed, weights, "attn.c_attn", operators, grads, prefix)
+    # Attention does not change when one vector is added to all keys: their bias has no gradient, and AdamW would turn the rounding
+    # error of that zero into steps.
+    bias = prefix + "attn.c_attn.bias"
+    grads[bias] = mx.concatenate([grads[bias][:D], mx.zeros(D), grads[bias][2 * D :]])
     return grad + _norm_gradient(inner, x, weights, "ln_1", grads, prefix)
 
 

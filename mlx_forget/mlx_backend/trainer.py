@@ -94,6 +94,7 @@ class MLXTrainer(Trainer):
             sample=True,
             distributed=True,
             bitwise_resume=not gpu,
+            accelerator=gpu,
             fast_bf16=gpu,
         )
 
