@@ -88,7 +88,7 @@ def largest_difference(left, right):
 
 
 def block_logits():
-    """Largest difference of logits after 0, 1, 2 and 3 blocks."""
+    """Largest difference of logits after 0, 1, 2 and 3 blocks, over the largest logit."""
     import mlx.core as mx
     import torch
 
@@ -107,8 +107,9 @@ def block_logits():
             left = mlx_gpt2.hidden_states(own, spec, mx.array(inputs), operators=ops) @ own[head].T
             tensors = {name: torch.from_numpy(value) for name, value in weights.items()}
             right = torch_gpt2.hidden_states(tensors, spec, torch.from_numpy(inputs).long()) @ tensors[head].T
-            worst = max(worst, float(np.abs(np.array(left) - right.numpy()).max()))
-    return Measurement("logits after each block, largest difference", worst, 1e-4, "")
+            size = float(right.abs().max())
+            worst = max(worst, float(np.abs(np.array(left) - right.numpy()).max()) / size)
+    return Measurement("logits after each block, largest difference / largest logit", worst, 1e-5, "")
 
 
 def losses():

@@ -21,6 +21,7 @@ from mlx_forget.mlx_backend import BLAS_NOTE, adamw, gpt2
 from mlx_forget.mlx_backend.distributed import Group
 from mlx_forget.mlx_backend.operators import operators
 from mlx_forget.mlx_backend.sample import sample
+from mlx_forget.mlx_backend.warmup import compile_loops
 from mlx_forget.trainer import (
     Batch,
     Capabilities,
@@ -70,6 +71,8 @@ class MLXTrainer(Trainer):
         can_compile = self._can_compile()
         dtype = mx.bfloat16 if runtime.precision == "bf16" else mx.float32
         self._operators = operators(dtype=dtype, on_cpu=self._on_cpu, fused=can_compile)
+        if can_compile and self._on_cpu:
+            compile_loops()
         self._chunk = gpt2.chunk_rows(spec.model.vocab_size, on_cpu=self._on_cpu)
         self._weights = {name: mx.array(value) for name, value in initial_weights(spec.model, spec.seed)}
         self._exp_avg = {name: mx.zeros_like(value) for name, value in self._weights.items()}

@@ -12,8 +12,10 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 ROUNDS = 2
+ROOT = Path(__file__).parents[2]
 
 
 def ours(args):
@@ -49,7 +51,7 @@ def ours(args):
 def measure(module, args, *, steps, extra=()):
     shared = [f"--{name}={getattr(args, name)}" for name in ("shape", "batch", "context", "vocab")]
     command = [sys.executable, "-m", module, f"--steps={steps}", *shared, *extra]
-    output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=900).stdout
+    output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=900, cwd=ROOT).stdout
     return json.loads(output.splitlines()[-1])
 
 
