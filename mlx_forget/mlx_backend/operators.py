@@ -141,8 +141,13 @@ def _exp(x: mx.array) -> mx.array:
 
 
 @mx.compile
-def _fused_exp_below(x: mx.array, top: mx.array) -> mx.array:
+def _exp_below_2d(x: mx.array, top: mx.array) -> mx.array:
     return _exp(x - top)
+
+
+def _fused_exp_below(x: mx.array, top: mx.array) -> mx.array:
+    # In two dimensions whatever the shape: each number of dimensions would be another loop to compile.
+    return _exp_below_2d(x.reshape(-1, x.shape[-1]), top.reshape(-1, 1)).reshape(x.shape)
 
 
 @mx.compile
@@ -172,7 +177,12 @@ def _score_gradient(weights: mx.array, grad: mx.array, row: mx.array) -> mx.arra
     return weights * (grad - row)
 
 
-_fused_score_gradient = mx.compile(_score_gradient)
+_score_gradient_2d = mx.compile(_score_gradient)
+
+
+def _fused_score_gradient(weights: mx.array, grad: mx.array, row: mx.array) -> mx.array:
+    columns = (-1, weights.shape[-1])
+    return _score_gradient_2d(weights.reshape(columns), grad.reshape(columns), row.reshape(-1, 1)).reshape(weights.shape)
 
 
 def _attention_by_blocks(
