@@ -164,6 +164,29 @@ def finetune(num_steps=50, **options):
     )
 
 
+def u_curve(num_seeds=3, num_steps=120):
+    """Overfit few rows: at the lowest validation loss, the largest difference between backends over the spread between seeds."""
+    pool, held_out = rows(11, 60, TARGET_SHIFT), rows(12, 60, TARGET_SHIFT)
+    lowest = {"mlx": [], "cuda": []}
+    for seed in range(num_seeds):
+        for name, found in lowest.items():
+            trainer, losses = trainer_of(name, seed=seed), []
+            for step in range(num_steps):
+                batch = injection_batch(step)
+                chosen = pool[np.random.default_rng([seed, step]).integers(0, len(pool), ROWS)]
+                tokens = np.where(batch.source[:, None] == 1, batch.tokens, chosen)
+                trainer.train_step(replace(batch, tokens=tokens), 1e-2)
+                if step % 5 == 4:
+                    losses.append(float(trainer.token_losses(held_out).mean(dtype=np.float64)))
+            assert min(losses) < losses[-1], "the minimum must lie inside the run"
+            found.append(min(losses))
+    spread = float(np.std(lowest["cuda"], ddof=1))
+    worst = max(abs(left - right) for left, right in zip(lowest["mlx"], lowest["cuda"], strict=True))
+    return Measurement(
+        "validation loss at the U-curve's minimum, largest difference / seed standard deviation", worst / spread, 1 / 3, ""
+    )
+
+
 def micro_batches():
     return replace(
         finetune(10, micro_batch_size=7, grad_checkpoint=True)[0],
@@ -267,6 +290,6 @@ def operators_agree():
 def everything():
     """Every measurement, in the order of the table."""
     return [
-        block_logits(), losses(), gradients(), twenty_steps(), *finetune(), micro_batches(), bf16(),
+        block_logits(), losses(), gradients(), twenty_steps(), *finetune(), u_curve(), micro_batches(), bf16(),
         switch("mlx", "cuda"), switch("cuda", "mlx"), samples(), transformers_logits(), operators_agree(),
     ]  # fmt: skip

@@ -33,6 +33,11 @@ def test_a_finetune_with_injection():
     check(*parity.finetune())
 
 
+@pytest.mark.full
+def test_the_minimum_of_the_u_curve():
+    check(parity.u_curve())
+
+
 def test_accumulation_and_recomputation():
     check(parity.micro_batches())
 

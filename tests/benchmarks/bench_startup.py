@@ -1,6 +1,6 @@
 """Start-up of `forget --help` as a whole process, against Python alone and Python importing Typer; the contenders take turns.
 
-    python tests/benchmarks/bench_startup.py
+python tests/benchmarks/bench_startup.py
 """
 
 import statistics
@@ -28,7 +28,9 @@ def main() -> None:
     base = statistics.median(seconds["python -c 'import typer'"])
     for name, values in seconds.items():
         median = statistics.median(values)
-        print(f"{name:<26} median {median:.3f} s (min {min(values):.3f}, max {max(values):.3f}), {median / base:.2f} of importing Typer")
+        print(
+            f"{name:<26} median {median:.3f} s (min {min(values):.3f}, max {max(values):.3f}), {median / base:.2f} of importing Typer"
+        )
 
 
 if __name__ == "__main__":
