@@ -1,0 +1,264 @@
+"""GPT-2 in MLX as functions of a dict of weights in Hugging Face names, with its gradient written out.
+
+The gradient is by hand because compiled operators lose their fusion inside `mx.grad` (see `operators.py`), and because it lets the
+cross-entropy hold a chunk of logits at a time.
+
+Shapes: B rows, T tokens, D width, H heads, V vocabulary, N = B * T.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_forget.ladder import LAYER_NORM_EPSILON, ModelSpec
+from mlx_forget.mlx_backend.operators import Operators
+
+Weights = Mapping[str, mx.array]
+
+# Elements of one chunk of logits: on a CPU a chunk should stay in cache, on a GPU it should fill the device.
+_CHUNK_ELEMENTS_CPU = 1 << 21
+_CHUNK_ELEMENTS_GPU = 1 << 27
+
+
+def hidden_states(
+    weights: Weights, spec: ModelSpec, tokens_BT: mx.array, segment_BT: mx.array | None = None, *, operators: Operators
+) -> mx.array:
+    """Final hidden states float32[B, T, D] of int32[B, T] tokens; attention stays inside segments where they are given."""
+    x_BTD, allowed = _embed(weights, tokens_BT), _segment_mask(segment_BT)
+    for i in range(spec.num_layers):
+        x_BTD, _ = block(_of_block(weights, i), spec, x_BTD, allowed, operators)
+    return _norm(x_BTD, weights, "transformer.ln_f")
+
+
+def gradients(
+    weights: Weights,
+    spec: ModelSpec,
+    tokens_BT: mx.array,
+    labels_BT: mx.array,
+    weight_BT: mx.array,
+    segment_BT: mx.array | None = None,
+    *,
+    chunk: int,
+    operators: Operators,
+    grad_checkpoint: bool = False,
+) -> tuple[mx.array, dict[str, mx.array]]:
+    """Next-token losses in nats, float32[B, T], and the float32 gradients of their sum weighted by float32[B, T].
+
+    `grad_checkpoint` keeps the inputs of each block only and computes the block again on the way back.
+    """
+    allowed = _segment_mask(segment_BT)
+    x_BTD = _embed(weights, tokens_BT)
+    inputs: list[mx.array] = []
+    saved: list[Any] = []
+    for i in range(spec.num_layers):
+        inputs.append(x_BTD)
+        x_BTD, kept = block(_of_block(weights, i), spec, x_BTD, allowed, operators)
+        saved.append(None if grad_checkpoint else kept)
+    final = _norm(x_BTD, weights, "transformer.ln_f").reshape(-1, spec.width)
+    head = weights["transformer.wte.weight"]
+    nll, grad_final, grad_head = cross_entropy(
+        final, head, labels_BT.reshape(-1), weight_BT.reshape(-1), chunk=chunk, operators=operators
+    )
+    grads: dict[str, mx.array] = {}
+    grad = _norm_gradient(grad_final.reshape(x_BTD.shape), x_BTD, weights, "transformer.ln_f", grads, "")
+    for i in reversed(range(spec.num_layers)):
+        own, prefix, kept = _of_block(weights, i), f"transformer.h.{i}.", saved.pop()
+        if grad_checkpoint:
+            # Without the dependency, nothing would stop the evaluation from computing every block again at once.
+            _, kept = block(own, spec, mx.depends([inputs[i]], [grad])[0], allowed, operators)
+        grad = _block_gradient(grad, inputs.pop(), kept, own, operators, grads, prefix)
+    grads["transformer.wte.weight"] = grad_head.at[tokens_BT.reshape(-1)].add(grad.reshape(-1, spec.width))
+    positions = grad.sum(axis=0)
+    unused = mx.zeros((spec.context_length - len(positions), spec.width))
+    grads["transformer.wpe.weight"] = mx.concatenate([positions, unused])
+    return nll.reshape(labels_BT.shape), {name: grads[name] for name in weights}
+
+
+def block(
+    weights: Weights, spec: ModelSpec, x_BTD: mx.array, allowed: mx.array | None, operators: Operators
+) -> tuple[mx.array, Any]:
+    """One pre-norm block, and what its gradient needs; `weights` are its own. The residual stream stays float32."""
+    B, T, D = x_BTD.shape
+    normed = _norm(x_BTD, weights, "ln_1")
+    qkv = _linear(normed, weights, "attn.c_attn", operators)
+    q, k, v = qkv.reshape(B, T, 3, spec.num_heads, spec.head_dim).transpose(2, 0, 3, 1, 4)
+    mixed_BHTE, saved = operators.attention(q, k, v, allowed)
+    mixed = mixed_BHTE.transpose(0, 2, 1, 3).reshape(B, T, D)
+    middle = x_BTD + _linear(mixed, weights, "attn.c_proj", operators)
+    normed_middle = _norm(middle, weights, "ln_2")
+    expanded = _linear(normed_middle, weights, "mlp.c_fc", operators)
+    activated, gelu_saved = operators.gelu(expanded)
+    out = middle + _linear(activated, weights, "mlp.c_proj", operators)
+    return out, (normed, saved, mixed, middle, normed_middle, expanded, gelu_saved, activated)
+
+
+def _block_gradient(
+    grad: mx.array, x: mx.array, kept: Any, weights: Weights, operators: Operators, grads: dict[str, mx.array], prefix: str
+) -> mx.array:
+    """The gradient of a block's input from that of its output, both float32[B, T, D]; those of its weights go into `grads`."""
+    normed, saved, mixed, middle, normed_middle, expanded, gelu_saved, activated = kept
+    B, T, D = x.shape
+    inner = _linear_gradient(grad, activated, weights, "mlp.c_proj", operators, grads, prefix)
+    inner = operators.gelu_gradient(expanded, gelu_saved, inner)
+    inner = _linear_gradient(inner, normed_middle, weights, "mlp.c_fc", operators, grads, prefix)
+    grad = grad + _norm_gradient(inner, middle, weights, "ln_2", grads, prefix)
+    inner = _linear_gradient(grad, mixed, weights, "attn.c_proj", operators, grads, prefix)
+    heads = inner.astype(mixed.dtype).reshape(B, T, saved[0].shape[1], -1).transpose(0, 2, 1, 3)
+    parts = mx.stack(list(operators.attention_gradient(saved, heads)))
+    inner = parts.transpose(1, 3, 0, 2, 4).reshape(B, T, 3 * D)
+    inner = _linear_gradient(inner, normed, weights, "attn.c_attn", operators, grads, prefix)
+    # Attention does not change when one vector is added to all keys: their bias has no gradient, and AdamW would turn the rounding
+    # error of that zero into steps.
+    bias = prefix + "attn.c_attn.bias"
+    grads[bias] = mx.concatenate([grads[bias][:D], mx.zeros(D), grads[bias][2 * D :]])
+    return grad + _norm_gradient(inner, x, weights, "ln_1", grads, prefix)
+
+
+def next_logits(
+    weights: Weights,
+    spec: ModelSpec,
+    token_B: mx.array,
+    position: int,
+    cache: list[mx.array],
+    operators: Operators,
+) -> mx.array:
+    """Logits float32[B, V] after one more token.
+
+    `cache` holds keys and values of each layer, [2, B, H, T, head_dim], and is written at `position`.
+    """
+    B = len(token_B)
+    x_BD = weights["transformer.wte.weight"][token_B] + weights["transformer.wpe.weight"][position]
+    for i in range(spec.num_layers):
+        own = _of_block(weights, i)
+        qkv = _linear(_norm(x_BD, own, "ln_1"), own, "attn.c_attn", operators)
+        qkv = qkv.reshape(B, 3, spec.num_heads, 1, spec.head_dim).swapaxes(0, 1)
+        cache[i][:, :, :, position : position + 1] = qkv[1:]
+        k, v = cache[i][:, :, :, : position + 1]
+        scores = (qkv[0].astype(mx.float32) * spec.head_dim**-0.5) @ k.astype(mx.float32).swapaxes(-1, -2)
+        mixed = mx.softmax(scores, axis=-1).astype(v.dtype) @ v
+        x_BD = x_BD + _linear(mixed.reshape(B, -1), own, "attn.c_proj", operators)
+        expanded, _ = operators.gelu(_linear(_norm(x_BD, own, "ln_2"), own, "mlp.c_fc", operators))
+        x_BD = x_BD + _linear(expanded, own, "mlp.c_proj", operators)
+    head = weights["transformer.wte.weight"].astype(operators.dtype)
+    return operators.matmul(_norm(x_BD, weights, "transformer.ln_f").astype(operators.dtype), head.T).astype(mx.float32)
+
+
+def chunk_rows(vocab_size: int, *, on_cpu: bool) -> int:
+    """How many tokens' logits are held at once."""
+    return max(64, (_CHUNK_ELEMENTS_CPU if on_cpu else _CHUNK_ELEMENTS_GPU) // vocab_size)
+
+
+def cross_entropy(
+    x: mx.array, head: mx.array, labels: mx.array, weight: mx.array, *, chunk: int, operators: Operators
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Tied head and weighted cross-entropy in chunks of rows, with the gradients made while the logits are at hand.
+
+    Args:
+        x: float32[N, D] hidden states; products run in the operators' type.
+        head: float32[V, D].
+        labels: int32[N].
+        weight: float32[N].
+
+    Returns:
+        The nll in nats, float32[N], and the gradients of the sum of weight * nll: float32[N, D] and float32[V, D].
+    """
+    narrow, narrow_head = x.astype(operators.dtype), head.astype(operators.dtype)
+    # The label's part of the gradient, -weight * one_hot(label), never meets the logits: it is a gather and a scatter.
+    grad_head = mx.zeros_like(head).at[labels].add(-weight[:, None] * x)
+    nlls, grads = [], []
+    for start in range(0, len(x), chunk):
+        rows = slice(start, start + chunk)
+        exponentials, total, nll = _exponentials(narrow[rows], narrow_head, labels[rows], operators)
+        share = weight[rows, None] / total
+        exponentials = exponentials.astype(operators.dtype)
+        grads.append(operators.matmul(exponentials, narrow_head).astype(mx.float32) * share)
+        grad_head = _add_product(grad_head, exponentials.T, (x[rows] * share).astype(operators.dtype), operators)
+        nlls.append(nll)
+    return mx.concatenate(nlls), mx.concatenate(grads) - weight[:, None] * head[labels], grad_head
+
+
+def token_nll(x: mx.array, head: mx.array, labels: mx.array, *, chunk: int, operators: Operators) -> mx.array:
+    """Next-token losses in nats, float32[N], in chunks, without gradients."""
+    x, head = x.astype(operators.dtype), head.astype(operators.dtype)
+    chunks = [slice(start, start + chunk) for start in range(0, len(x), chunk)]
+    return mx.concatenate([_exponentials(x[rows], head, labels[rows], operators)[2] for rows in chunks])
+
+
+def log_probabilities(x: mx.array, head: mx.array, operators: Operators) -> mx.array:
+    """float32[N, V] in nats."""
+    logits = operators.matmul(x.astype(operators.dtype), head.astype(operators.dtype).T).astype(mx.float32)
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def _exponentials(x: mx.array, head: mx.array, labels: mx.array, operators: Operators) -> tuple[mx.array, mx.array, mx.array]:
+    """exp(logit - top) float32[N, V], its sum float32[N, 1], and the nll float32[N]; logits are float32 whatever the type of x."""
+    logits = operators.matmul(x, head.T).astype(mx.float32)
+    top = logits.max(axis=-1, keepdims=True)
+    exponentials = operators.exp_below(logits, top)
+    total = exponentials.sum(axis=-1, keepdims=True)
+    # Not gathered from the logits: nothing else then holds them, and the exponentials take their memory.
+    label_logit = (x.astype(mx.float32) * head[labels].astype(mx.float32)).sum(axis=-1, keepdims=True)
+    return exponentials, total, (mx.log(total) + top - label_logit)[:, 0]
+
+
+def _add_product(total: mx.array, a: mx.array, b: mx.array, operators: Operators) -> mx.array:
+    if operators.dtype == mx.float32:
+        return mx.addmm(total, a, b)
+    return total + operators.matmul(a, b).astype(mx.float32)
+
+
+def _of_block(weights: Weights, index: int) -> dict[str, mx.array]:
+    """A block's own weights, named without its prefix."""
+    prefix = f"transformer.h.{index}."
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+
+
+def _embed(weights: Weights, tokens_BT: mx.array) -> mx.array:
+    return weights["transformer.wte.weight"][tokens_BT] + weights["transformer.wpe.weight"][: tokens_BT.shape[1]]
+
+
+def _norm(x: mx.array, weights: Weights, name: str) -> mx.array:
+    return mx.fast.layer_norm(x, weights[name + ".weight"], weights[name + ".bias"], LAYER_NORM_EPSILON)
+
+
+def _linear(x: mx.array, weights: Weights, name: str, operators: Operators) -> mx.array:
+    weight, bias = weights[name + ".weight"], weights[name + ".bias"]
+    flat = x.reshape(-1, x.shape[-1]).astype(operators.dtype)
+    if operators.dtype == mx.float32:
+        product = mx.addmm(bias, flat, weight)
+    else:
+        product = operators.matmul(flat, weight.astype(operators.dtype)) + bias.astype(operators.dtype)
+    return product.reshape(*x.shape[:-1], weight.shape[1])
+
+
+def _linear_gradient(
+    grad: mx.array, x: mx.array, weights: Weights, name: str, operators: Operators, grads: dict[str, mx.array], prefix: str
+) -> mx.array:
+    """float32 gradient of a linear map's input; those of its weight and bias go into `grads`."""
+    weight = weights[name + ".weight"].astype(operators.dtype)
+    flat_grad = grad.reshape(-1, grad.shape[-1])
+    narrow = flat_grad.astype(operators.dtype)
+    flat_x = x.reshape(-1, x.shape[-1]).astype(operators.dtype)
+    grads[prefix + name + ".weight"] = operators.matmul(flat_x.T, narrow).astype(mx.float32)
+    grads[prefix + name + ".bias"] = flat_grad.astype(mx.float32).sum(axis=0)
+    return operators.matmul(narrow, weight.T).astype(mx.float32).reshape(x.shape)
+
+
+def _norm_gradient(grad: mx.array, x: mx.array, weights: Weights, name: str, grads: dict[str, mx.array], prefix: str) -> mx.array:
+    """Gradient of a norm's input; those of its weight and bias go into `grads`."""
+
+    def norm(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
+        return mx.fast.layer_norm(x, weight, bias, LAYER_NORM_EPSILON)
+
+    names = (name + ".weight", name + ".bias")
+    _, (grad_x, *own) = mx.vjp(norm, [x, *(weights[n] for n in names)], [grad])
+    grads.update(zip((prefix + n for n in names), own, strict=True))
+    return grad_x
+
+
+def _segment_mask(segment_BT: mx.array | None) -> mx.array | None:
+    if segment_BT is None:
+        return None
+    same = segment_BT[:, None, :, None] == segment_BT[:, None, None, :]
+    return same & mx.tri(segment_BT.shape[1], dtype=mx.bool_)

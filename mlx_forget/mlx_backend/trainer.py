@@ -1,0 +1,408 @@
+"""The MLX trainer: the GPU of a Mac where there is one, the CPU otherwise."""
+
+import itertools
+import os
+import resource
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import save_file
+
+from mlx_forget.errors import UserError
+from mlx_forget.ladder import initial_weights, num_params, param_shapes
+from mlx_forget.methods import NUM_SOURCES, NUM_TERMS, TERM_REPLAY_NTP, TERM_TASK
+from mlx_forget.mlx_backend import BLAS_NOTE, adamw, gpt2
+from mlx_forget.mlx_backend.distributed import Group
+from mlx_forget.mlx_backend.operators import operators
+from mlx_forget.mlx_backend.sample import sample
+from mlx_forget.mlx_backend.warmup import compile_loops
+from mlx_forget.trainer import (
+    Batch,
+    Capabilities,
+    Comparison,
+    StepReading,
+    StepResult,
+    Trainer,
+    TrainerSpec,
+    group_counts,
+    token_weights,
+    unpack_step,
+)
+
+_EVAL_TOKENS = 1 << 13
+_GIGABYTE = 1e9
+# The key of the loss sums beside the gradients: both are added up over micro-batches and ranks.
+_SUMS = "loss_sums"
+
+Arrays = dict[str, mx.array]
+
+
+class MLXStep(StepResult):
+    """A step whose numbers may not be computed yet."""
+
+    def __init__(self, packed: mx.array, counts: npt.NDArray[np.float64]) -> None:
+        self._packed = packed
+        self._counts = counts
+
+    def read(self) -> StepReading:
+        return unpack_step(np.array(self._packed).astype(np.float64), self._counts)
+
+
+class MLXTrainer(Trainer):
+    """GPT-2 with AdamW. On a CPU the rows of a batch are shared among threads, each an MLX stream."""
+
+    def __init__(self, spec: TrainerSpec) -> None:
+        runtime = spec.runtime
+        if spec.adapter is not None:
+            raise UserError("The ladder trains all its weights: adapters need a Hugging Face model.")
+        self.spec = spec
+        self._notes: list[str] = []
+        self._on_cpu = self._choose_device(runtime.device)
+        self._limit_memory()
+        self._group = Group()
+        self.rank, self.world_size = self._group.rank, self._group.size
+        self._streams = self._make_streams()
+        can_compile = self._can_compile()
+        dtype = mx.bfloat16 if runtime.precision == "bf16" else mx.float32
+        self._operators = operators(dtype=dtype, on_cpu=self._on_cpu, fused=can_compile)
+        if can_compile and self._on_cpu:
+            compile_loops()
+        self._chunk = gpt2.chunk_rows(spec.model.vocab_size, on_cpu=self._on_cpu)
+        self._weights = {name: mx.array(value) for name, value in initial_weights(spec.model, spec.seed)}
+        self._exp_avg = {name: mx.zeros_like(value) for name, value in self._weights.items()}
+        self._exp_avg_sq = {name: mx.zeros_like(value) for name, value in self._weights.items()}
+        self._step = mx.array(0.0)
+        self._hyper = adamw.hyperparameters(spec.optim)
+        self._reference: Arrays | None = None
+        self._in_flight: mx.array = self._step
+        self.num_traces = 0
+        # On a CPU the whole graph is compiled on demand only: each new loop costs a run of the C++ compiler (see operators.py).
+        whole = can_compile and (not self._on_cpu or runtime.compile is True)
+        self._gradient = self._traced(self._batch_gradient, compiled=whole)
+        self._nll = self._traced(self._batch_nll, compiled=whole)
+        self._update = self._traced(adamw.update, compiled=can_compile)
+
+    @classmethod
+    def describe(cls) -> Capabilities:
+        gpu = _gpu_available()
+        return Capabilities(
+            precisions=("fp32", "bf16"),
+            terms=(TERM_TASK, TERM_REPLAY_NTP),
+            sample=True,
+            distributed=True,
+            bitwise_resume=not gpu,
+            accelerator=gpu,
+            fast_bf16=gpu,
+        )
+
+    @property
+    def device(self) -> str:
+        if self._on_cpu:
+            return f"cpu ({len(self._streams)} threads)"
+        info = mx.device_info() if hasattr(mx, "device_info") else mx.metal.device_info()
+        return str(info.get("device_name", "gpu"))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return tuple(self._notes)
+
+    def train_step(self, batch: Batch, learning_rate: float) -> StepResult:
+        counts = self._group.all_sum(group_counts(batch))
+        token_weight = token_weights(batch, counts, self.spec.method)
+        groups = np.eye(NUM_TERMS * NUM_SOURCES, dtype=np.float32)[batch.term.astype(np.int64) * NUM_SOURCES + batch.source]
+        size = self.spec.runtime.micro_batch_size or len(batch.tokens)
+        total: Arrays | None = None
+        for start in range(0, len(batch.tokens), size):
+            rows = slice(start, start + size)
+            part = self._gradient(
+                self._weights,
+                mx.array(batch.tokens[rows]),
+                mx.array(token_weight[rows]),
+                mx.array(batch.loss_mask[rows]),
+                mx.array(groups[rows]),
+                None if batch.segment is None else mx.array(batch.segment[rows]),
+            )
+            total = part if total is None else {name: value + part[name] for name, value in total.items()}
+            if size < len(batch.tokens):
+                mx.eval(total)
+        gradients = self._group.sum_arrays(total or self._no_gradient())
+        sums = gradients.pop(_SUMS)
+        rate = mx.array(learning_rate, dtype=mx.float32)
+        scalars, self._step, outcome = adamw.step_scalars(self._step, gradients, rate, self._hyper)
+        state = self._update(self._weights, self._exp_avg, self._exp_avg_sq, gradients, scalars)
+        self._weights, self._exp_avg, self._exp_avg_sq = state
+        packed = mx.concatenate([sums, outcome])
+        # One step runs while the host prepares the next; more would only hold memory.
+        mx.eval(self._in_flight)
+        mx.async_eval(state, self._step, packed)  # type: ignore[no-untyped-call]
+        self._in_flight = packed
+        self._check_memory()
+        return MLXStep(packed, counts)
+
+    def token_losses(self, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+        losses = np.empty((len(tokens), tokens.shape[1] - 1), np.float32)
+        for rows in self._eval_slices(tokens):
+            losses[rows] = np.array(self._nll(self._weights, mx.array(tokens[rows])))
+        return losses
+
+    def compare(self, tokens: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8]) -> Comparison:
+        if self._reference is None:
+            raise UserError("compare needs a reference: call set_reference first.")
+        measures = np.zeros((6, len(tokens), tokens.shape[1] - 1), np.float32)
+        for rows in self._eval_slices(tokens):
+            inputs, labels = mx.array(tokens[rows, :-1]), mx.array(tokens[rows, 1:]).reshape(-1)
+            pair = [(self._forward(w, inputs), w["transformer.wte.weight"]) for w in (self._weights, self._reference)]
+            chunks = []
+            for start in range(0, len(labels), self._chunk):
+                here = slice(start, start + self._chunk)
+                logp, ref_logp = (gpt2.log_probabilities(x[here], head, self._operators) for x, head in pair)
+                chunks.append(_compare(logp, ref_logp, labels[here]))
+                mx.eval(chunks)
+            measures[:, rows] = np.array(mx.concatenate(chunks, axis=1)).reshape(6, *inputs.shape)
+        return Comparison(*(measures * mask))
+
+    def set_reference(self, reference: Literal["start", "adapters_off"] | Path | None) -> None:
+        if reference is None:
+            self._reference = None
+        elif reference == "adapters_off":
+            raise UserError("The reference 'adapters_off' needs adapters, and this model has none.")
+        elif reference == "start":
+            # Arrays never change in place: a reference shares them until the next step replaces them.
+            self._reference = dict(self._weights)
+        else:
+            self._reference = self._read_weights(reference)
+
+    def save(self, path: Path, *, trainable_only: bool = False) -> None:
+        save_file(_to_numpy(self._weights), path, metadata={"format": "pt"})
+
+    def load(self, path: Path) -> None:
+        self._weights = self._read_weights(path)
+
+    def save_state(self, path: Path) -> None:
+        moments = {f"exp_avg.{name}": value for name, value in self._exp_avg.items()}
+        moments |= {f"exp_avg_sq.{name}": value for name, value in self._exp_avg_sq.items()}
+        save_file(_to_numpy(moments | {"step": self._step.reshape(1)}), path)
+
+    def load_state(self, path: Path) -> None:
+        state = _read(path)
+        wanted = {f"{kind}.{name}" for kind in ("exp_avg", "exp_avg_sq") for name in self._weights} | {"step"}
+        if set(state) != wanted:
+            raise UserError(f"{path} is not the training state of this model.")
+        self._exp_avg = {name: state[f"exp_avg.{name}"] for name in self._weights}
+        self._exp_avg_sq = {name: state[f"exp_avg_sq.{name}"] for name in self._weights}
+        self._step = state["step"][0]
+        mx.eval(self._exp_avg, self._exp_avg_sq, self._step)
+
+    def sample(
+        self, prompts: npt.NDArray[np.int32], u: npt.NDArray[np.float64], *, temperature: float = 1.0
+    ) -> npt.NDArray[np.int32]:
+        if prompts.shape[1] + u.shape[1] > self.spec.model.context_length:
+            raise UserError(f"Prompt and sample together exceed the context of {self.spec.model.context_length} tokens.")
+        return sample(self._weights, self.spec.model, prompts, u, temperature=temperature, operators=self._operators)
+
+    def peak_memory_bytes(self) -> int:
+        if not self._on_cpu:
+            return int(mx.get_peak_memory())
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+    def all_sum(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        return self._group.all_sum(values)
+
+    def broadcast(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        return self._group.broadcast(values)
+
+    def barrier(self) -> None:
+        self._group.all_sum(np.zeros(1))
+
+    def _choose_device(self, wanted: str | None) -> bool:
+        """Make the device MLX's default; returns whether it is a CPU."""
+        gpu = _gpu_available()
+        if wanted in ("gpu", "metal") and not gpu:
+            raise UserError(f"--device {wanted}: MLX sees no GPU here. Leave --device out to run on the CPU.")
+        if wanted not in (None, "cpu", "gpu", "metal"):
+            raise UserError(f"--device {wanted}: MLX knows no such device; use cpu or gpu.")
+        on_cpu = wanted == "cpu" or not gpu
+        if wanted is not None:
+            mx.set_default_device(mx.Device(mx.cpu if on_cpu else mx.gpu))
+        if on_cpu:
+            self._notes.append("MLX runs on the CPU." if gpu else "MLX sees no GPU: training runs on the CPU.")
+            self._notes.extend([BLAS_NOTE] if BLAS_NOTE else [])
+        return on_cpu
+
+    def _make_streams(self) -> list[mx.Stream]:
+        """One stream per thread on Linux; Apple's BLAS and a GPU have threads of their own."""
+        first = mx.default_stream(mx.default_device())
+        if not self._on_cpu or sys.platform != "linux":
+            return [first]
+        count = self.spec.runtime.num_threads or len(os.sched_getaffinity(0))
+        return [first, *_extra_cpu_streams(count - 1)]
+
+    def _can_compile(self) -> bool:
+        if self.spec.runtime.compile is False:
+            return False
+        if self._on_cpu and shutil.which("g++") is None:
+            self._notes.append("No C++ compiler (g++) is found, so mx.compile is off and the step runs eagerly.")
+            return False
+        return True
+
+    def _traced(self, function: Callable[..., Any], *, compiled: bool) -> Callable[..., Any]:
+        if not compiled:
+            return function
+
+        def traced(*args: Any) -> Any:
+            self.num_traces += 1
+            return function(*args)
+
+        result: Callable[..., Any] = mx.compile(traced)
+        return result
+
+    def _limit_memory(self) -> None:
+        limit = self.spec.runtime.memory_limit_gb
+        if limit is None:
+            return
+        # Weights, gradients and two moments, 4 bytes each: no batch is small enough to need less.
+        need = 16 * num_params(self.spec.model) / _GIGABYTE
+        if limit < need:
+            raise UserError(
+                f"--memory-limit-gb {limit:g} is below what this model needs: {need:.3g} GB for weights, gradients and moments alone."
+            )
+        mx.set_memory_limit(int(limit * _GIGABYTE))
+        mx.set_cache_limit(int(limit * _GIGABYTE / 4))
+        mx.reset_peak_memory()
+
+    def _check_memory(self) -> None:
+        limit = self.spec.runtime.memory_limit_gb
+        if limit is None:
+            return
+        mx.eval(self._in_flight)
+        need = mx.get_peak_memory() / _GIGABYTE
+        if need > limit:
+            raise UserError(
+                f"A step needs {need:.3g} GB, --memory-limit-gb is {limit:g}: lower --micro-batch-size, or use --grad-checkpoint."
+            )
+
+    def _batch_gradient(
+        self,
+        weights: Arrays,
+        tokens: mx.array,
+        token_weight: mx.array,
+        mask: mx.array,
+        groups: mx.array,
+        segment: mx.array | None,
+    ) -> Arrays:
+        """Gradients of the weighted token losses of some rows, and their loss sums; each thread takes its share of the rows."""
+
+        parts: list[Arrays] = []
+        for stream, rows in zip(self._streams, _shares(len(tokens), len(self._streams)), strict=False):
+            with mx.stream(stream):
+                nll, gradients = gpt2.gradients(
+                    weights,
+                    self.spec.model,
+                    tokens[rows, :-1],
+                    tokens[rows, 1:],
+                    token_weight[rows],
+                    None if segment is None else segment[rows],
+                    chunk=self._chunk,
+                    operators=self._operators,
+                    grad_checkpoint=self.spec.runtime.grad_checkpoint,
+                )
+                per_row = (nll * mask[rows]).sum(axis=1)
+                parts.append({**gradients, _SUMS: (groups[rows] * per_row[:, None]).sum(axis=0)})
+        total = parts[0]
+        for part in parts[1:]:
+            total = {name: value + part[name] for name, value in total.items()}
+        return total
+
+    def _no_gradient(self) -> Arrays:
+        """What a rank without rows adds."""
+        zeros = {name: mx.zeros_like(value) for name, value in self._weights.items()}
+        return {**zeros, _SUMS: mx.zeros(NUM_TERMS * NUM_SOURCES)}
+
+    def _batch_nll(self, weights: Arrays, tokens: mx.array) -> mx.array:
+        """Next-token losses float32[B, T] of int32[B, T+1]."""
+        parts = []
+        for stream, rows in zip(self._streams, _shares(len(tokens), len(self._streams)), strict=False):
+            with mx.stream(stream):
+                x = gpt2.hidden_states(weights, self.spec.model, tokens[rows, :-1], operators=self._operators)
+                parts.append(
+                    gpt2.token_nll(
+                        x.reshape(-1, x.shape[-1]),
+                        weights["transformer.wte.weight"],
+                        tokens[rows, 1:].reshape(-1),
+                        chunk=self._chunk,
+                        operators=self._operators,
+                    )
+                )
+        return mx.concatenate(parts).reshape(len(tokens), -1)
+
+    def _forward(self, weights: Arrays, inputs: mx.array) -> mx.array:
+        """Hidden states [N, D]."""
+        x = gpt2.hidden_states(weights, self.spec.model, inputs, operators=self._operators)
+        return x.reshape(-1, x.shape[-1])
+
+    def _eval_slices(self, tokens: npt.NDArray[np.int32]) -> list[slice]:
+        size = max(1, _EVAL_TOKENS // tokens.shape[1])
+        return [slice(start, start + size) for start in range(0, len(tokens), size)]
+
+    def _read_weights(self, path: Path) -> Arrays:
+        weights = _read(path)
+        weights.pop("lm_head.weight", None)
+        if {name: tuple(value.shape) for name, value in weights.items()} != param_shapes(self.spec.model):
+            raise UserError(f"{path} does not hold the weights of this model: names or shapes differ.")
+        return {name: weights[name].astype(mx.float32) for name in param_shapes(self.spec.model)}
+
+
+_EXTRA_STREAMS: list[mx.Stream] = []
+
+
+def _extra_cpu_streams(count: int) -> list[mx.Stream]:
+    """Streams beside the default one, made once per process: each is a thread that lives as long."""
+    while len(_EXTRA_STREAMS) < count:
+        _EXTRA_STREAMS.append(mx.new_stream(mx.Device(mx.cpu)))
+    return _EXTRA_STREAMS[:count]
+
+
+def _gpu_available() -> bool:
+    """Whether MLX has a GPU here, by the documented check of its version."""
+    return bool(mx.is_available(mx.Device(mx.gpu)) if hasattr(mx, "is_available") else mx.metal.is_available())
+
+
+def _shares(num_rows: int, num_shares: int) -> list[slice]:
+    """Contiguous shares of the rows, as even as can be; never an empty one."""
+    bounds = np.linspace(0, num_rows, min(num_shares, num_rows) + 1).round().astype(int).tolist()
+    return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
+
+
+def _read(path: Path) -> Arrays:
+    arrays = mx.load(str(path), format="safetensors")
+    assert isinstance(arrays, dict)
+    mx.eval(arrays)
+    return arrays
+
+
+def _to_numpy(arrays: Arrays) -> dict[str, npt.NDArray[np.float32]]:
+    return {name: np.array(value.astype(mx.float32)) for name, value in arrays.items()}
+
+
+def _compare(logp: mx.array, ref_logp: mx.array, labels: mx.array) -> mx.array:
+    """The six measures of `Comparison`, float32[6, N]."""
+    reference = mx.exp(ref_logp)
+    top = mx.argmax(ref_logp, axis=1)
+    soft_ce = -(reference * logp).sum(axis=1)
+    return mx.stack(
+        [
+            -mx.take_along_axis(logp, labels[:, None], axis=1)[:, 0],
+            -mx.take_along_axis(ref_logp, labels[:, None], axis=1)[:, 0],
+            soft_ce + (reference * ref_logp).sum(axis=1),
+            soft_ce,
+            -mx.take_along_axis(logp, top[:, None], axis=1)[:, 0],
+            (mx.argmax(logp, axis=1) == top).astype(mx.float32),
+        ]
+    )

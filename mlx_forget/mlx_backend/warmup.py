@@ -1,0 +1,37 @@
+"""Let the CPU build compile its fused loops before anything trains, one process at a time.
+
+MLX writes each loop as a library into a temporary folder that all processes share, and takes a library that is there as whole. Two
+processes that meet a new loop together (ranks of a run, two runs of a sweep) could load half a file; behind a lock they cannot. The first
+trainer on a machine waits for the compiler here, about ten seconds; later ones some milliseconds.
+"""
+
+import fcntl
+import functools
+import tempfile
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_forget.ladder import ModelSpec, initial_weights
+from mlx_forget.mlx_backend import adamw, gpt2
+from mlx_forget.mlx_backend.operators import operators
+from mlx_forget.trainer import OptimSpec
+
+# Small, with more than one of everything, so that its loops are those of every model.
+_SPEC = ModelSpec(num_layers=1, width=32, num_heads=2, vocab_size=64, context_length=80)
+
+
+@functools.cache
+def compile_loops() -> None:
+    """Take one step of a tiny model; once per process, and nothing is left of it but the compiled loops."""
+    with (Path(tempfile.gettempdir()) / "mlx-forget-compile.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        ops = operators(dtype=mx.float32, on_cpu=True, fused=True)
+        weights = {name: mx.array(value) for name, value in initial_weights(_SPEC, 0)}
+        tokens = mx.zeros((2, _SPEC.context_length), mx.int32)
+        share = mx.ones(tokens.shape)
+        _, gradients = gpt2.gradients(weights, _SPEC, tokens, tokens, share, chunk=64, operators=ops)
+        hyper = adamw.hyperparameters(OptimSpec())
+        scalars, _, _ = adamw.step_scalars(mx.array(0.0), gradients, mx.array(1e-3), hyper)
+        zeros = {name: mx.zeros_like(value) for name, value in weights.items()}
+        mx.eval(mx.compile(adamw.update)(weights, zeros, zeros, gradients, scalars))
