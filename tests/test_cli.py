@@ -191,6 +191,12 @@ def test_device_cuda_without_a_gpu_is_an_error(run_forget, tmp_path, monkeypatch
     assert "no CUDA device" in err
 
 
+def text_in_parts(text, documents):
+    """The text cut at the starts of the documents."""
+    starts = [*sorted(text.index(document) for document in documents), len(text)]
+    return [text[start:stop] for start, stop in zip(starts, starts[1:], strict=False)]
+
+
 def test_prepare_and_data_round_trip_a_users_text(run_forget, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = "".join(f"line {i}: spaces  and\ttabs, ünïcödé, ▁ and emoji 🙂\n" for i in range(1500))
@@ -199,9 +205,9 @@ def test_prepare_and_data_round_trip_a_users_text(run_forget, tmp_path, monkeypa
     assert code == 0, err
     facts = json.loads(out)
     assert sum(row["num_bytes"] for row in facts["splits"].values()) == len(text.encode())
-    code, out, _ = run_forget("data", "head", "store", "-n", "100", "--json")
-    head = "".join(row["text"] for row in json.loads(out)["documents"])
-    assert head in text
+    heads = [run_forget("data", "head", "store", "-n", "100", "--split", name, "--json")[1] for name in ("train", "validation")]
+    documents = [row["text"] for head in heads for row in json.loads(head)["documents"]]
+    assert sorted(documents, key=text.index) == text_in_parts(text, documents)
     assert run_forget("data", "info", "store", "--json")[1] == json.dumps(facts) + "\n"
     assert "line" in run_forget("data", "sample", "store", "-n", "1")[1]
     assert run_forget("data", "verify", "store")[0] == 0
@@ -218,8 +224,8 @@ def test_prepare_and_data_round_trip_a_users_text(run_forget, tmp_path, monkeypa
 
 
 def test_a_store_of_another_tokenizer_is_refused(train, run_forget, tmp_path):
-    Path("notes.txt").write_text("some words to learn by heart\n" * 2000)
-    assert run_forget("prepare", "notes.txt", "-o", "store", "--tokenizer", "new", "--vocab-size", "287")[0] == 0
+    Path("notes.txt").write_text("".join(f"some words to learn by heart {i}\n" for i in range(2000)))
+    assert run_forget("prepare", "notes.txt", "-o", "store", "--tokenizer", "new", "--vocab-size", "300")[0] == 0
     code, _, err = train("--target", "store")
     assert code == 2
     assert "another tokenizer" in err

@@ -1,7 +1,7 @@
 """Documents from what a user has: text files, JSON lines, and folders of them.
 
-A `.txt` file is one document, a `.jsonl` line is one document (key `text`). A folder may hold `train` and `valid` files by name; other
-files, and single files, are split by document hash: about 3% validate.
+A `.jsonl` line is one document (key `text`); a long text file is cut into several at line ends. A folder may hold `train` and `valid`
+files by name; other files, and single files, are split by document hash: 3% validate, more of a small source.
 """
 
 import hashlib
@@ -15,7 +15,11 @@ from mlx_forget.errors import UserError
 SplitName = Literal["train", "validation"]
 SUFFIXES = (".txt", ".md", ".jsonl")
 
-_VALIDATION_SHARE = 0.03
+# A source validates on about 300 KB of its text where that is between 3% and 20% of it.
+_VALIDATION_BYTES = 300_000
+_LEAST_SHARE, _MOST_SHARE = 0.03, 0.2
+# A text file gives at least 64 documents, so that some of a small one validate, but none longer than this.
+_DOCUMENTS_PER_FILE = 64
 _CHARS_PER_DOCUMENT = 20_000
 _SPLIT_OF_STEM: dict[str, SplitName] = {
     "train": "train",
@@ -51,21 +55,22 @@ def read_documents(path: Path) -> Iterator[tuple[SplitName, str]]:
     """
     files = find_files(path)
     named = any(file.stem in _SPLIT_OF_STEM and _SPLIT_OF_STEM[file.stem] == "validation" for file in files)
+    share = min(_MOST_SHARE, max(_LEAST_SHARE, _VALIDATION_BYTES / max(1, sum(file.stat().st_size for file in files))))
     empty = True
     for file in files:
         for text in _read_file(file):
             if not text.strip():
                 continue
             empty = False
-            yield (_SPLIT_OF_STEM.get(file.stem, "train") if named else split_of(text)), text
+            yield (_SPLIT_OF_STEM.get(file.stem, "train") if named else split_of(text, share)), text
     if empty:
         raise UserError(f"{path} holds no text.")
 
 
-def split_of(text: str) -> SplitName:
-    """The split of a document, from its content alone."""
+def split_of(text: str, validation_share: float) -> SplitName:
+    """The split of a document, from its content and the share of documents that validate."""
     draw = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
-    return "validation" if draw < _VALIDATION_SHARE else "train"
+    return "validation" if draw < validation_share else "train"
 
 
 def content_hash(path: Path) -> str:
@@ -107,10 +112,10 @@ def _text_of(line: str, file: Path, number: int) -> str:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """A long text as documents of about 20,000 characters that end at line ends, so that both splits get some."""
-    start = 0
+    """A text as documents that end at line ends."""
+    size, start = min(_CHARS_PER_DOCUMENT, len(text) // _DOCUMENTS_PER_FILE), 0
     while start < len(text):
-        stop = text.find("\n", start + _CHARS_PER_DOCUMENT)
+        stop = text.find("\n", start + size)
         stop = len(text) if stop < 0 else stop + 1
         yield text[start:stop]
         start = stop

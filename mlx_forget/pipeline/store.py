@@ -117,7 +117,10 @@ class TokenStore:
             UserError: the store has no such split.
         """
         if name not in self.splits:
-            raise UserError(f"Store {self.folder} has no {name!r} split; it has {', '.join(self.splits)}.")
+            raise UserError(
+                f"{self.source} has no {name} split (it has {', '.join(self.splits)}): its documents are too few to hold some out. "
+                "Give more text, or a folder with train.jsonl and valid.jsonl."
+            )
         return self.splits[name]
 
 
