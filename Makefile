@@ -18,7 +18,7 @@ OUTPUT ?= runs/$(RECIPE)-seed$(SEED)
 SETTINGS = --set seed=$(SEED) --set backend=$(BACKEND) $(if $(SIZE),--set model=$(SIZE)) $(if $(DATA),--set target=$(DATA)) $(if $(PRETRAIN),--set pretrain=$(PRETRAIN))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint type test test-full bench coverage reproduce-figure1 clean
+.PHONY: help setup lint type test test-full bench parity coverage reproduce-figure1 clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-20s %s\n", $$1, $$2}'
@@ -47,6 +47,9 @@ test-full: setup  ## every suite in its long form
 
 bench: setup  ## speed against named baselines, as ratios measured in one run
 	for file in tests/benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
+
+parity: setup  ## measure how far the two backends differ and write the table into README.md; about five minutes
+	$(BIN)/python -m tests.parity_table README.md
 
 coverage: setup  ## do the laws' 95% intervals cover? 2,000 simulations a scenario; about an hour
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/laws/coverage.py

@@ -225,7 +225,7 @@ def test_prepare_and_data_round_trip_a_users_text(run_forget, tmp_path, monkeypa
 
 def test_a_store_of_another_tokenizer_is_refused(train, run_forget, tmp_path):
     Path("notes.txt").write_text("".join(f"some words to learn by heart {i}\n" for i in range(2000)))
-    assert run_forget("prepare", "notes.txt", "-o", "store", "--tokenizer", "new", "--vocab-size", "300")[0] == 0
+    assert run_forget("prepare", "notes.txt", "-o", "store", "--tokenizer", "new", "--vocab-size", "296")[0] == 0
     code, _, err = train("--target", "store")
     assert code == 2
     assert "another tokenizer" in err
