@@ -140,6 +140,8 @@ class TrainConfig:
         for name in ("warmup", "weight_decay", "max_grad_norm", "max_skipped", "seed"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must not be negative, it is {getattr(self, name)}.")
+        if self.seed >= 2**63:
+            raise UserError(f"seed must be below 2^63, it is {self.seed}.")
         if share and self.pretrain is None:
             raise UserError(f"p is {self.p}, but there is no pretraining data to inject: give --pretrain, or --p 0.")
 
@@ -281,8 +283,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     import yaml
 
+    class StrictLoader(yaml.SafeLoader):
+        """Safe, and a key that is given twice is an error instead of a surprise."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = [key.value for key, _ in node.value]
+            for key in keys:
+                if keys.count(key) > 1:
+                    raise UserError(f"{path}: {key!r} is given twice.")
+            return super().construct_mapping(node, deep)
+
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -333,8 +345,8 @@ def run_id(
 
 
 def _positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise UserError(f"{name} must be positive, it is {value}.")
+    if not (value > 0 and math.isfinite(value)):
+        raise UserError(f"{name} must be positive and finite, it is {value}.")
 
 
 def _convert(name: str, value: Any, wanted: Any) -> Any:

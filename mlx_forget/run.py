@@ -16,6 +16,7 @@ from mlx_forget.checkpoint import Checkpoint
 from mlx_forget.config import SCIENCE_VERSION, TrainConfig, read_yaml, run_id, schedule, to_yaml
 from mlx_forget.errors import Interrupted, RunFailed, UserError
 from mlx_forget.evaluate import Windows, progress_lost
+from mlx_forget.history import read_history
 from mlx_forget.ladder import (
     ModelSpec,
     model_spec,
@@ -281,6 +282,7 @@ def _train(plan: Plan, latest: Checkpoint | None, watch: Watch) -> dict[str, Any
         trainer.load(latest.weights)
         trainer.load_state(latest.training_state)
         run.resume(latest.state)
+        _check_history(plan.folder / records.HISTORY, latest.state, watch)
         watch.say(f"Resuming at step {run.step:,} of {plan.num_steps:,}.")
     elif plan.start is not None:
         trainer.load(plan.start.weights)
@@ -288,6 +290,13 @@ def _train(plan: Plan, latest: Checkpoint | None, watch: Watch) -> dict[str, Any
     if run.status == "interrupted":
         raise Interrupted(f"{run.reason}; the same command goes on from there", signal=watch.interrupted() or 2)
     return _record(plan, run, trainer)
+
+
+def _check_history(path: Path, state: dict[str, Any], watch: Watch) -> None:
+    """Announce it when evaluations that the checkpoint knows of are no longer in the history."""
+    steps = read_history(path)["step"].to_pylist() if path.exists() else []
+    if 0 not in steps or state["last"]["step"] not in steps:
+        watch.say(f"{path} has lost evaluations up to step {state['last']['step']:,}; the record will be right, the history short.")
 
 
 def _record(plan: Plan, run: RunState, trainer: Trainer) -> dict[str, Any]:

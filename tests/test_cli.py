@@ -1,5 +1,6 @@
 """The command line: what scripts rely on, and one clear line for every wrong request."""
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -107,6 +108,10 @@ WRONG = [
     (["--backend", "cudda"], "Did you mean 'cuda'"),
     (["--method", "injektion"], "Did you mean 'injection'"),
     (["--iters", "0"], "iters must be positive"),
+    (["--learning-rate", "inf"], "learning_rate must be positive and finite"),
+    (["--seed", "99999999999999999999999"], "seed must be below 2^63"),
+    (["--vocab-size", "3"], "no room for 270 reserved ids"),
+    (["-c", "repeated.yaml"], "'iters' is given twice"),
     (["--iters", "many"], "iters must be of type int"),
     (["--init", "nowhere"], "no checkpoint at nowhere"),
     (["--pretrain", "none"], "no pretraining data to inject"),
@@ -131,6 +136,7 @@ def test_a_wrong_request_is_one_line_and_exit_code_2(train, tmp_path, arguments,
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"words": 3}\n')
     (tmp_path / "unknown.yaml").write_text("batch_sizes: 3\n")
     (tmp_path / "twice.yaml").write_text("p: 1%\nreplay_ratio: 2%\n")
+    (tmp_path / "repeated.yaml").write_text("iters: 6\niters: 900\n")
     (tmp_path / "broken.yaml").write_text("p: [\n")
     code, out, err = train(*arguments)
     assert code == 2
@@ -194,7 +200,7 @@ def test_device_cuda_without_a_gpu_is_an_error(run_forget, tmp_path, monkeypatch
 def text_in_parts(text, documents):
     """The text cut at the starts of the documents."""
     starts = [*sorted(text.index(document) for document in documents), len(text)]
-    return [text[start:stop] for start, stop in zip(starts, starts[1:], strict=False)]
+    return [text[start:stop] for start, stop in itertools.pairwise(starts)]
 
 
 def test_prepare_and_data_round_trip_a_users_text(run_forget, tmp_path, monkeypatch):

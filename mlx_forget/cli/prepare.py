@@ -53,6 +53,8 @@ def prepare(
             file = checkpoint.find_checkpoint(given).tokenizer if given.is_dir() else given
         store = write_store(output, named.read(), file, source=named.source, num_bytes=named.num_bytes, progress=progress)
     print_facts(store, as_json=as_json)
+    if "validation" not in store.splits:
+        console.print("No document was held out to validate on, so a run cannot be evaluated on this store: give more text.")
     if as_json:
         return
     console.print(f"Wrote {output}", highlight=False, soft_wrap=True)

@@ -156,6 +156,8 @@ def write_fit(path: str | os.PathLike[str], content: Mapping[str, Any], fits: Ma
     with open(sidecar, "wb") as stream:
         np.savez_compressed(stream, allow_pickle=False, **arrays)
     text = json.dumps({**content, "draws": sidecar.name}, indent=2, allow_nan=False)
+    if target.is_dir():
+        raise UserError(f"{target} is a folder: name a file to write, such as {target / 'fit.json'}.")
     temporary = target.with_name(target.name + ".tmp")
     temporary.write_text(text + "\n", encoding="utf-8")
     os.replace(temporary, target)

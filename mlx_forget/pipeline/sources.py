@@ -1,7 +1,7 @@
 """Documents from what a user has: text files, JSON lines, and folders of them.
 
 A `.jsonl` line is one document (key `text`); a long text file is cut into several at line ends. A folder may hold `train` and `valid`
-files by name; other files, and single files, are split by document hash: 3% validate, more of a small source.
+files or subfolders by name; others, and single files, are split by document hash: 3% validate, more of a small source.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ _LEAST_SHARE, _MOST_SHARE = 0.03, 0.2
 # A text file gives at least 64 documents, so that some of a small one validate, but none longer than this.
 _DOCUMENTS_PER_FILE = 64
 _CHARS_PER_DOCUMENT = 20_000
-_SPLIT_OF_STEM: dict[str, SplitName] = {
+_SPLIT_OF_NAME: dict[str, SplitName] = {
     "train": "train",
     "valid": "validation",
     "validation": "validation",
@@ -41,7 +41,9 @@ def find_files(path: Path) -> list[Path]:
         return [path]
     if not path.exists():
         raise UserError(f"There is no file or folder {path}.")
-    files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file() and file.stem != "test")
+    files = sorted(
+        file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file() and "test" not in _names(file, path)
+    )
     if not files:
         raise UserError(f"{path} has no files of a known format ({', '.join(SUFFIXES)}).")
     return files
@@ -54,7 +56,8 @@ def read_documents(path: Path) -> Iterator[tuple[SplitName, str]]:
         UserError: a file that is not UTF-8 or not JSON lines with `text` (file and line named), or no text at all.
     """
     files = find_files(path)
-    named = any(file.stem in _SPLIT_OF_STEM and _SPLIT_OF_STEM[file.stem] == "validation" for file in files)
+    by_name = {file: split for file in files for name in _names(file, path) if (split := _SPLIT_OF_NAME.get(name))}
+    named = "validation" in by_name.values()
     share = min(_MOST_SHARE, max(_LEAST_SHARE, _VALIDATION_BYTES / max(1, sum(file.stat().st_size for file in files))))
     empty = True
     for file in files:
@@ -62,7 +65,7 @@ def read_documents(path: Path) -> Iterator[tuple[SplitName, str]]:
             if not text.strip():
                 continue
             empty = False
-            yield (_SPLIT_OF_STEM.get(file.stem, "train") if named else split_of(text, share)), text
+            yield (by_name.get(file, "train") if named else split_of(text, share)), text
     if empty:
         raise UserError(f"{path} holds no text.")
 
@@ -84,6 +87,11 @@ def content_hash(path: Path) -> str:
             raise UserError(f"Cannot read {file}: {error.strerror}.") from None
         total.update(f"{file.name if path.is_file() else file.relative_to(path)}\n{digest}\n".encode())
     return total.hexdigest()
+
+
+def _names(file: Path, root: Path) -> tuple[str, ...]:
+    """The names that may tell a file's split: its own, and those of the folders between it and the folder that the user named."""
+    return (file.stem,) if file == root else (*file.relative_to(root).parent.parts, file.stem)
 
 
 def _read_file(file: Path) -> Iterator[str]:

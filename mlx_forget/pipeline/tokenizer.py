@@ -155,6 +155,8 @@ def train_tokenizer(
 
     if kind not in ("unigram", "bpe"):
         raise UserError(f"Unknown kind of tokenizer {kind!r}: it is 'unigram' or 'bpe'.")
+    if vocab_size <= BYTE_IDS.stop:
+        raise UserError(f"A vocabulary of {vocab_size} has no room for {BYTE_IDS.stop} reserved ids and bytes: ask for more.")
     sample = _sample(texts, sample_bytes)
     if not any(chunk.strip() for chunk in sample):
         raise UserError("Cannot train a tokenizer: there is no text to train it on.")

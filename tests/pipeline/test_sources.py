@@ -36,6 +36,13 @@ def test_files_named_train_and_valid_are_those_splits_and_test_is_left_out(tmp_p
     assert sorted(read_documents(tmp_path)) == [("train", "train"), ("validation", "valid")]
 
 
+def test_subfolders_named_train_valid_and_test_are_those_splits(tmp_path):
+    for name in ("train", "valid", "test"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name / "part.txt").write_text(name)
+    assert sorted(read_documents(tmp_path / "data")) == [("train", "train"), ("validation", "valid")]
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [
