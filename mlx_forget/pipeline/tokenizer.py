@@ -155,7 +155,7 @@ def train_tokenizer(
 
     if kind not in ("unigram", "bpe"):
         raise UserError(f"Unknown kind of tokenizer {kind!r}: it is 'unigram' or 'bpe'.")
-    if vocab_size <= BYTE_IDS.stop:
+    if vocab_size <= NUM_RESERVED:
         raise UserError(f"A vocabulary of {vocab_size} has no room for {BYTE_IDS.stop} reserved ids and bytes: ask for more.")
     sample = _sample(texts, sample_bytes)
     if not any(chunk.strip() for chunk in sample):
