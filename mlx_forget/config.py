@@ -23,6 +23,10 @@ from mlx_forget.pipeline.mixture import parse_share
 from mlx_forget.schedule import Decay, Schedule
 from mlx_forget.trainer import OptimSpec, Precision, RuntimeSpec
 
+# A built-in corpus stands for the small set that a user has.
+BUILTIN_TARGET_TOKENS = 100_000
+EVALUATIONS_PER_RUN = 20
+
 # Raised when the same configuration would give other numbers than before.
 SCIENCE_VERSION = 1
 
@@ -54,7 +58,7 @@ class TrainConfig:
     p: str = _key("1%", "Share of rows that are pretraining data.", aliases=("replay_ratio",))
     target_tokens: int | None = _key(
         None,
-        "Unique target tokens (D_ft); smaller sets are prefixes of larger ones. Default: 100,000 of a built-in corpus, else all.",
+        f"Unique target tokens (D_ft); smaller sets are prefixes of larger ones. Default: {BUILTIN_TARGET_TOKENS:,} of a built-in corpus, else all.",
     )
     mixture: Literal["exact", "bernoulli"] = _key("exact", "How p is realised: exact counts, or independent draws.")
     method: str = _key("injection", f"How to keep from forgetting: {', '.join(METHODS)}.")
@@ -81,7 +85,9 @@ class TrainConfig:
     max_grad_norm: float = _key(5.0, "Clip the global gradient norm; 0: never.")
     seed: int = _key(0, "Orders the data; initialises a model from scratch.")
 
-    steps_per_eval: int | None = _key(None, "Steps between evaluations; default: a twentieth of the run.", aliases=("eval_steps",))
+    steps_per_eval: int | None = _key(
+        None, f"Steps between evaluations; default: {EVALUATIONS_PER_RUN} evaluations.", aliases=("eval_steps",)
+    )
     eval_rows: int = _key(128, "Frozen windows per evaluation set.")
     stop_target_loss: float | None = _key(None, "Stop once the target validation loss is at or below this.")
     stop_patience: int | None = _key(None, "Stop after this many evaluations without a better target validation loss.")

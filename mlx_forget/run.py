@@ -13,7 +13,16 @@ from typing import Any
 
 from mlx_forget import checkpoint, records
 from mlx_forget.checkpoint import Checkpoint
-from mlx_forget.config import SCIENCE_VERSION, TrainConfig, read_yaml, run_id, schedule, to_yaml
+from mlx_forget.config import (
+    BUILTIN_TARGET_TOKENS,
+    EVALUATIONS_PER_RUN,
+    SCIENCE_VERSION,
+    TrainConfig,
+    read_yaml,
+    run_id,
+    schedule,
+    to_yaml,
+)
 from mlx_forget.errors import Interrupted, RunFailed, UserError
 from mlx_forget.evaluate import Windows, progress_lost
 from mlx_forget.history import read_history
@@ -34,10 +43,6 @@ from mlx_forget.pipeline.store import TokenStore
 from mlx_forget.pipeline.tokenizer import Tokenizer
 from mlx_forget.schedule import Schedule
 from mlx_forget.trainer import Precision, Trainer, TrainerSpec, choose_backend, load_backend
-
-_EVALUATIONS_PER_RUN = 20
-# A built-in corpus stands for the small set that a user has.
-_BUILTIN_TARGET_TOKENS = 100_000
 
 
 class NoObserver(Observer):
@@ -247,7 +252,7 @@ def _train(plan: Plan, latest: Checkpoint | None, watch: Watch) -> dict[str, Any
     )
     for note in trainer.notes:
         watch.say(note)
-    evaluate = config.steps_per_eval or max(1, math.ceil(plan.num_steps / _EVALUATIONS_PER_RUN))
+    evaluate = config.steps_per_eval or max(1, math.ceil(plan.num_steps / EVALUATIONS_PER_RUN))
     curve = plan.start.state["curve"] if plan.start is not None and plan.start.state["is_pretraining"] else []
     identity = {
         "run_id": plan.run_id,
@@ -373,7 +378,7 @@ def _data(
     target_store = stores[config.target]
     num_tokens = config.target_tokens
     if num_tokens is None and config.target in CORPORA and not config.is_pretraining:
-        num_tokens = min(_BUILTIN_TARGET_TOKENS, target_store.split("train").num_tokens)
+        num_tokens = min(BUILTIN_TARGET_TOKENS, target_store.split("train").num_tokens)
     target = RowSubset.of_tokens(target_store.split("train"), row_length, num_tokens)
     pretrain = None
     if config.pretrain is not None and not config.is_pretraining:
