@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from cuda_backend import gpt2
+from cuda_backend.allocator import keep_freed_memory
 from cuda_backend.sample import sample
 from mlx_forget.errors import UserError
 from mlx_forget.ladder import decays, initial_weights, num_params, param_shapes
@@ -60,6 +61,8 @@ class TorchTrainer(Trainer):
             torch.set_num_threads(runtime.num_threads)
         if runtime.memory_limit_gb is not None:
             self._limit_memory(runtime.memory_limit_gb)
+        if self._torch_device.type == "cpu":
+            keep_freed_memory()
         self._dtype = torch.bfloat16 if runtime.precision == "bf16" else torch.float32
         self._chunk = gpt2.chunk_rows(spec.model.vocab_size, self._torch_device)
         self._weights = {
