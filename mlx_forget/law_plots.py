@@ -57,11 +57,11 @@ def _save(figure: Figure, folder: Path, name: str) -> Path:
 
 
 def plot_fits(fits: Mapping[str, Uncertainty], folder: str | Path) -> list[Path]:
-    """Every figure of the fits of one law into a folder: two overviews, and per group curves with bands and
-    profiles.
-    """
+    """Every figure of the fits of one law into a folder: overviews of all groups, and per group curves with bands and profiles."""
     target = Path(folder)
     made = [plot_predicted(fits, target), plot_residuals(fits, target)]
+    if len(fits) > 1:
+        made.append(plot_parameters(fits, target))
     for group, uncertainty in fits.items():
         suffix = f"-{_file_name(group)}" if group else ""
         made.append(plot_curves(uncertainty, target, group=group, name=f"curves{suffix}"))
@@ -138,6 +138,36 @@ def plot_residuals(fits: Mapping[str, Uncertainty], folder: str | Path, *, name:
         title=f"{next(iter(fits.values())).fit.law.name}: residuals",
     )
     _legend(axes, len(fits))
+    return _save(figure, Path(folder), name)
+
+
+def plot_parameters(fits: Mapping[str, Uncertainty], folder: str | Path, *, name: str = "parameters") -> Path:
+    """Every parameter of every group with its interval; an arrow where the data leave an end open."""
+    first = next(iter(fits.values())).fit
+    names = [parameter for parameter in first.law.names if parameter not in first.constraints.fixed]
+    groups = list(fits)
+    figure = Figure(figsize=(1.2 + 2.1 * len(names), 1.4 + 0.26 * len(groups)), layout="constrained")
+    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    for parameter, axes in zip(names, panels, strict=True):
+        _tidy(axes)
+        is_log = first.law.parameters[first.law.index(parameter)].log
+        for row, (group, uncertainty) in enumerate(fits.items()):
+            interval = uncertainty.params.get(parameter) or uncertainty.params[f"{parameter}[{group}]"]
+            colour, marker = COLOURS[row % len(COLOURS)], MARKERS[(row + row // len(COLOURS)) % len(MARKERS)]
+            if interval.low is not None and interval.high is not None:
+                axes.plot([interval.low, interval.high], [row, row], color=colour, lw=1.6)
+            else:
+                axes.annotate("open", (interval.value, row), xytext=(6, 0), textcoords="offset points", fontsize=6, va="center")
+            face = colour if not interval.reason else "white"
+            axes.plot([interval.value], [row], marker, color=colour, markerfacecolor=face, ms=5)
+        if is_log:
+            axes.set_xscale("log")
+        axes.set_title(parameter, fontsize=10)
+        axes.tick_params(labelsize=7)
+    panels[0].set_yticks(range(len(groups)), groups, fontsize=7)
+    panels[0].invert_yaxis()
+    level = next(iter(fits.values())).level
+    figure.suptitle(f"{first.law.name}: parameters with {100 * level:g}% intervals (hollow: not to be trusted)", fontsize=10)
     return _save(figure, Path(folder), name)
 
 

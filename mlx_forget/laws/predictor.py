@@ -51,7 +51,7 @@ class Predictor:
         if uncertainty.draws is not None:
             made = uncertainty.draws
             draws = fit.model.natural(made.u[made.converged])[:, g]
-            num = fit.table.num_clusters
+            num = made.num_clusters
             if made.method == "residual":
                 degrees = max(fit.num_rows - fit.model.num_free, 1)
                 widen = float(student.ppf(0.975, degrees) / norm.ppf(0.975))

@@ -23,6 +23,7 @@ from scipy.stats import norm
 from scipy.stats import t as student
 
 from mlx_forget.errors import UserError
+from mlx_forget.laws.clusters import AUTO, Clusters, cluster_rows
 from mlx_forget.laws.fit import Fit, predict_at
 from mlx_forget.laws.forms import Array
 from mlx_forget.laws.objective import LawProblem, TangentProblem
@@ -46,12 +47,14 @@ class BootstrapOptions:
     Args:
         num_resamples: resamples; 0 leaves them out.
         method: one of METHODS.
+        cluster: which rows are one observation: "auto" or one of `clusters.LEVELS`.
         level: coverage promised by the intervals.
         seed: of the resampling.
     """
 
     num_resamples: int = 1000
     method: str = "auto"
+    cluster: str = AUTO
     level: float = 0.95
     seed: int = 0
 
@@ -85,6 +88,7 @@ class Draws:
         converged: bool[R].
         weights: float64[R, n], weights of the rows; None for a residual bootstrap.
         method: "cluster", "bayesian" or "residual".
+        num_clusters: independent observations that were drawn from.
     """
 
     fit: Fit
@@ -92,6 +96,7 @@ class Draws:
     converged: npt.NDArray[np.bool_]
     weights: Array | None
     method: str
+    num_clusters: int
 
     @property
     def share_converged(self) -> float:
@@ -113,17 +118,15 @@ class Draws:
         return float(np.mean(error.sum(axis=1)[counts > 0] / counts[counts > 0])) if (counts > 0).any() else float("nan")
 
 
-def cluster_weights(clusters: npt.NDArray[np.int64], count: int, *, seed: int, bayesian: bool = False) -> Array:
-    """Weights float64[count, n]: how often each row's cluster was drawn, or its exponential weight
-    (Bayesian bootstrap).
-    """
+def cluster_weights(clusters: Clusters, count: int, *, seed: int, bayesian: bool = False) -> Array:
+    """Weights float64[count, n]: how often each row's cluster was drawn, or its exponential weight (Bayesian bootstrap)."""
     generator = np.random.default_rng(seed)
-    num = int(clusters.max()) + 1
+    num = clusters.num
     if bayesian:
         drawn = generator.dirichlet(np.ones(num), size=count) * num
     else:
         drawn = generator.multinomial(num, np.full(num, 1.0 / num), size=count).astype(np.float64)
-    return np.asarray(drawn[:, clusters])
+    return np.asarray(drawn[:, clusters.index])
 
 
 def law_problem(fit: Fit, response: Array, weights: Array) -> LawProblem:
@@ -212,6 +215,7 @@ def bootstrap(
     *,
     num_resamples: int = DEFAULTS.num_resamples,
     method: str = "cluster",
+    clusters: Clusters | None = None,
     seed: int = DEFAULTS.seed,
 ) -> Draws:
     """Refit to resampled data.
@@ -219,11 +223,12 @@ def bootstrap(
     Args:
         fit: the fit.
         num_resamples: how many.
-        method: "cluster" draws independent runs with replacement, "bayesian" gives them exponential weights,
-            "residual"
+        method: "cluster" draws independent observations with replacement, "bayesian" gives them exponential weights, "residual"
             keeps the design and draws inflated residuals.
+        clusters: the independent observations; None finds them.
         seed: of the resampling.
     """
+    clusters = cluster_rows(fit.table, fit.law, group=fit.group) if clusters is None else clusters
     if method not in ("cluster", "bayesian", "residual"):
         raise UserError(f"Unknown bootstrap {method!r}: it is 'cluster', 'bayesian' or 'residual'.")
     own = fit.objective.transform(fit.table.columns["loss"])[None]
@@ -233,10 +238,10 @@ def bootstrap(
         free = max(fit.num_rows - fit.model.num_free, 1)
         drawn = generator.choice(fit.residual, size=(num_resamples, fit.num_rows)) * np.sqrt(fit.num_rows / free)
         ends = refit(fit, own - fit.residual + drawn, np.ones((num_resamples, fit.num_rows)))
-        return Draws(fit, ends.u, ends.status == CONVERGED, None, method)
-    weights = cluster_weights(fit.table.clusters, num_resamples, seed=seed, bayesian=method == "bayesian")
+        return Draws(fit, ends.u, ends.status == CONVERGED, None, method, clusters.num)
+    weights = cluster_weights(clusters, num_resamples, seed=seed, bayesian=method == "bayesian")
     ends = refit(fit, own, weights, extra_starts=extra)
-    return Draws(fit, ends.u, ends.status == CONVERGED, weights, method)
+    return Draws(fit, ends.u, ends.status == CONVERGED, weights, method, clusters.num)
 
 
 Quantity = Callable[[Array], Array]
@@ -268,7 +273,7 @@ def draws_interval(draws: Draws, quantity: Quantity, *, level: float = DEFAULTS.
     fit = draws.fit
     centre = quantity(fit.u[None])[0]
     values = quantity(draws.u[draws.converged])
-    num = fit.table.num_clusters
+    num = draws.num_clusters
     if num < FEW_CLUSTERS and draws.method != "residual":
         spread = np.std(values, axis=0, ddof=1) * np.sqrt(num / max(num - 1, 1))
         half = student.ppf(0.5 + level / 2, max(num - 1, 1)) * spread
@@ -500,6 +505,7 @@ class Uncertainty:
 
     Args:
         fit: the fit.
+        clusters: its independent observations.
         method: "cluster bootstrap", "t on the cluster bootstrap", "profile-F", "residual bootstrap" or
             "Bayesian bootstrap".
         level: coverage promised.
@@ -510,6 +516,7 @@ class Uncertainty:
     """
 
     fit: Fit
+    clusters: Clusters
     method: str
     level: float
     params: Mapping[str, Interval]
@@ -527,23 +534,23 @@ def assess(fit: Fit, options: BootstrapOptions = DEFAULTS) -> Uncertainty:
     """
     if options.method not in METHODS:
         raise UserError(f"Unknown interval method {options.method!r}: it is one of {', '.join(METHODS)}.")
-    num, clustered = fit.table.num_clusters, fit.table.is_clustered
+    clusters = cluster_rows(fit.table, fit.law, group=fit.group, level=options.cluster)
+    num, clustered = clusters.num, clusters.is_clustered
     method = options.method
     if method == "auto":
         method = "profile" if not clustered and num < PROFILE_BELOW else "cluster"
-    warnings = []
+    warnings = [clusters.caution] if clusters.caution else []
     if num < FEW_CLUSTERS and (clustered or method == "cluster"):
         warnings.append(
-            f"only {num} independent runs: intervals use t with {max(num - 1, 1)} degrees of freedom "
-            "and may still be too narrow; "
-            f"20 or more runs make them dependable"
+            f"only {clusters.describe()}: intervals use t with {max(num - 1, 1)} degrees of freedom and may still be too narrow; "
+            f"{FEW_CLUSTERS} or more make them dependable"
         )
     draws = None
     if options.num_resamples and num > 1:
         kind = {"profile": "residual", "cluster": "cluster"}.get(method, method)
         if method == "profile" and clustered:
             kind = "cluster"
-        draws = bootstrap(fit, num_resamples=options.num_resamples, method=kind, seed=options.seed)
+        draws = bootstrap(fit, num_resamples=options.num_resamples, method=kind, clusters=clusters, seed=options.seed)
         if draws.share_converged < 0.995:
             warnings.append(
                 f"{100 * (1 - draws.share_converged):.1f}% of the resamples did not converge: the law "
@@ -577,6 +584,7 @@ def assess(fit: Fit, options: BootstrapOptions = DEFAULTS) -> Uncertainty:
         name_of_method = "curvature"
     return Uncertainty(
         fit,
+        clusters,
         name_of_method,
         options.level,
         _natural_intervals(fit, ends, draws, options.level),
@@ -596,7 +604,7 @@ def _natural_intervals(fit: Fit, ends: Mapping[str, tuple[float, float]], draws:
     mixed: list[str] = []
     names = {rule.amplitude for rule in fit.law.rescales if fit.model.references[rule.column] != 1.0}
     # A natural amplitude is the coordinate times reference^exponent: it is no better known than its exponent.
-    follows: dict[str, set[str]] = {name: set(unidentified) for name in fit.law.unfixable}
+    follows: dict[str, set[str]] = {name: set(unidentified) for name in fit.law.mixed}
     for rule in fit.law.rescales:
         if rule.amplitude in names and rule.power is not None:
             follows.setdefault(rule.amplitude, set()).add(rule.power)

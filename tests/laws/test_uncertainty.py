@@ -2,7 +2,9 @@ import numpy as np
 import pytest
 
 from mlx_forget.errors import UserError
+from mlx_forget.laws.clusters import Clusters, cluster_rows
 from mlx_forget.laws.fit import fit_law
+from mlx_forget.laws.forms import get_law
 from mlx_forget.laws.table import Table
 from mlx_forget.laws.uncertainty import (
     BootstrapOptions,
@@ -39,11 +41,46 @@ def test_resamples_reach_the_optimum_that_a_full_search_finds():
 
 
 def test_clusters_are_drawn_whole():
-    clusters = np.array([0, 0, 1, 2, 2, 2])
-    weights = cluster_weights(clusters, 50, seed=0)
+    weights = cluster_weights(Clusters(np.array([0, 0, 1, 2, 2, 2]), "run"), 50, seed=0)
     assert (weights[:, 0] == weights[:, 1]).all()
     assert (weights[:, 3] == weights[:, 5]).all()
     assert (weights[:, [0, 2, 3]].sum(axis=1) == 3).all()
+
+
+def levels_table() -> Table:
+    """Six base models of two sizes, two shares with two seeds each, two checkpoints a run: 48 rows."""
+    rows = [
+        (size, tokens, share, base, seed)
+        for size in (1e8, 1e9)
+        for base in range(3)
+        for share in (0, 0.01)
+        for seed in range(2)
+        for tokens in (1e6, 1e7)
+    ]
+    sizes, tokens, shares, bases, seeds = (np.array(values) for values in zip(*rows, strict=True))
+    base = [f"{size:g}-{number:g}" for size, number in zip(sizes, bases, strict=True)]
+    run = [f"{name}-{share}-{seed}" for name, share, seed in zip(base, shares, seeds, strict=True)]
+    return Table.of(run=run, base=base, N=sizes, D=tokens, p=shares, L0=3 + 0.01 * bases, loss=np.linspace(3.5, 4, len(rows)))
+
+
+@pytest.mark.parametrize("level, count", [("row", 48), ("run", 24), ("repeat", 12), ("base", 6), ("auto", 6)])
+def test_checkpoints_seeds_and_base_models_are_nested_clusters(level, count):
+    found = cluster_rows(levels_table(), get_law("bethune-forgetting"), level=level)
+    assert found.num == count
+    assert np.bincount(found.index).tolist() == [48 // count] * count
+
+
+def test_too_few_base_models_are_not_drawn_from_and_that_is_said():
+    table = levels_table()
+    some = table.select(np.isin(table.base, ["1e+08-0", "1e+09-0"]))
+    found = cluster_rows(some, get_law("bethune-forgetting"))
+    assert (found.level, found.num) == ("run", 8)
+    assert "2 base models" in found.caution
+
+
+def test_an_unknown_cluster_level_is_refused():
+    with pytest.raises(UserError, match="repeat"):
+        cluster_rows(levels_table(), get_law("bethune-forgetting"), level="seed")
 
 
 def test_rows_of_one_run_widen_the_intervals():
@@ -74,7 +111,7 @@ def test_the_default_method_follows_the_number_of_independent_runs():
     five = Table(table.columns, run=table.columns["N"].astype(str))
     found = assess(fit_law(five, "bethune-finetuning"), few)
     assert found.method == "t on the cluster bootstrap"
-    assert "only 5 independent runs" in found.warnings[0]
+    assert "only 5 independent" in found.warnings[0]
     assert assess(noisy("bethune-forgetting"), few).method == "cluster bootstrap"
 
 
