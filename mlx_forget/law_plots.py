@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from mlx_forget.laws.advise import Advice
 from mlx_forget.laws.fit import Fit
 from mlx_forget.laws.predictor import Predictor
-from mlx_forget.laws.uncertainty import Profile, Uncertainty, profile_coordinates
+from mlx_forget.laws.profiles import Profile, profile_coordinates
+from mlx_forget.laws.uncertainty import Uncertainty
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")

@@ -112,7 +112,8 @@ def table_from_rows(rows: Sequence[Mapping[str, Any]], *, mapping: Mapping[str, 
     for name, values in raw.items():
         if name in named:
             continue
-        numbers = [_number(value) for value in values]
+        is_plain = all(type(value) is float or type(value) is int for value in values)
+        numbers = values if is_plain else [_number(value) for value in values]
         if all(number is not None for number in numbers):
             columns[name] = np.asarray(numbers, dtype=np.float64)
         elif name in COLUMNS:
@@ -209,8 +210,8 @@ def describe_left_out(left_out: Mapping[str, Sequence[str]]) -> list[str]:
 def read_row(path: str, *, response: str) -> dict[str, Any] | str:
     """The law columns of a record, or why it cannot be fitted, as a phrase that follows its number."""
     try:
-        with open(path, encoding="utf-8") as file:
-            record = json.load(file)
+        with open(path, "rb", buffering=0) as file:
+            record = json.loads(file.read())
         version = record["schema_version"]
     except (ValueError, KeyError, TypeError, OSError):
         return "damaged or not of this tool"

@@ -14,7 +14,8 @@ from mlx_forget.errors import UserError
 from mlx_forget.laws.fit import Fit
 from mlx_forget.laws.forms import get_law
 from mlx_forget.laws.predictor import Predictor
-from mlx_forget.laws.uncertainty import Interval, Uncertainty
+from mlx_forget.laws.profiles import Interval
+from mlx_forget.laws.uncertainty import Uncertainty
 
 SCHEMA_VERSION = 1
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from mlx_forget.laws.forms import Array, Law
 from mlx_forget.laws.model import FREE, Constraints, Model, bind
@@ -93,7 +93,7 @@ def ridges(jacobian: Array, limit: Array, noise: float, *, degrees: int) -> tupl
     unit = scaled / np.where(norms > 0, norms, 1.0)
     _, unit_sizes, _ = np.linalg.svd(unit, full_matrices=False)
     num_flat = int(np.sum(unit_sizes <= STRUCTURAL * max(unit_sizes[0], 1e-300)))
-    quantile = float(student.ppf(0.975, max(degrees, 1)))
+    quantile = float(stdtrit(max(degrees, 1), 0.975))
     with np.errstate(divide="ignore"):
         extents = quantile * max(noise, SMALLEST_NOISE) / sizes
     if num_flat:

@@ -23,11 +23,12 @@ import numpy as np
 from scipy.optimize import least_squares, minimize
 
 from mlx_forget.law_plots import plot_predicted, plot_residuals
+from mlx_forget.laws.bootstrap import bootstrap
 from mlx_forget.laws.fit import Fit, FitOptions, fit_groups, fit_law
 from mlx_forget.laws.forms import get_law
 from mlx_forget.laws.objective import Objective
 from mlx_forget.laws.table import Table
-from mlx_forget.laws.uncertainty import BootstrapOptions, assess, bootstrap
+from mlx_forget.laws.uncertainty import BootstrapOptions, assess
 from mlx_forget.tables import read_table
 
 ROOT = Path(__file__).parents[2]

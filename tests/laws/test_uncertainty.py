@@ -2,19 +2,14 @@ import numpy as np
 import pytest
 
 from mlx_forget.errors import UserError
+from mlx_forget.laws.bootstrap import bootstrap, cluster_weights, refit
 from mlx_forget.laws.clusters import Clusters, cluster_rows
 from mlx_forget.laws.fit import fit_law
 from mlx_forget.laws.forms import get_law
+from mlx_forget.laws.model import Constraints
+from mlx_forget.laws.profiles import critical_fall, profile_coordinates
 from mlx_forget.laws.table import Table
-from mlx_forget.laws.uncertainty import (
-    BootstrapOptions,
-    assess,
-    bootstrap,
-    cluster_weights,
-    predict_intervals,
-    profile_coordinates,
-    refit,
-)
+from mlx_forget.laws.uncertainty import BootstrapOptions, assess, predict_intervals
 
 from . import coverage
 from .surfaces import SURFACES, paper_grid
@@ -126,11 +121,8 @@ def test_all_methods_agree_on_a_well_determined_fit(method):
 
 
 def test_profile_ends_are_where_the_objective_rises_by_the_f_quantile():
-    from mlx_forget.laws.model import Constraints
-    from mlx_forget.laws.uncertainty import critical_fall
-
     fit = noisy("bethune-finetuning")
-    profile = profile_coordinates(fit)["alpha"]
+    profile = profile_coordinates(fit, level=0.95)["alpha"]
     for end in (profile.low, profile.high):
         held = fit_law(fit.table, "bethune-finetuning", constraints=Constraints(fixed={"alpha": end}))
         assert (held.value - fit.value) / critical_fall(fit, 0.95) == pytest.approx(1.0, abs=0.05)
