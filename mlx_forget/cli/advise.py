@@ -1,6 +1,7 @@
 """`forget advise`: from a budget of forgetting to a run, and the runs to do first where there is no law yet."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -67,6 +68,8 @@ def advise_command(
     if not 0 < options.confidence < 1:
         raise UserError(f"--confidence must lie between 0 and 1, and it is {options.confidence:g}.")
     passes = 1.0 if epochs is None else epochs
+    if not (passes > 0 and math.isfinite(passes)):
+        raise UserError(f"--epochs must be a positive number, and it is {passes:g}.")
     known = {"N": n, "D": d, "p": None if p is None else parse_share(p)}
     open_columns = [name for name in ("N", "D", "p") if name in predictor.law.columns and known[name] is None]
     if len(open_columns) > 1 and "p" in open_columns:
@@ -83,30 +86,29 @@ def advise_command(
         known,
         need=tuple(c for c in ("N", "D", "p") if c in predictor.law.columns and c != unknown_column),
     )
-    solve = {"p": advise.smallest_share, "D": advise.largest_data, "N": advise.smallest_model}[unknown_column]
-    answer = solve(predictor, fixed, max_forgetting=max_forgetting, options=options, epochs=passes)
+    answer = advise.solve(predictor, fixed, unknown_column, max_forgetting=max_forgetting, options=options, epochs=passes)
+    found = answer.answer is not None
     content: dict[str, Any] = {
         "question": answer.question,
         "unknown": answer.unknown,
         "answer": answer.answer,
-        "columns": {name: value for name, value in answer.columns.items() if name != "L0"},
-        "expected_forgetting_nats": answer.expected,
-        "upper_forgetting_nats": answer.upper,
-        "forgetting_without_replay_nats": answer.without_replay,
+        "columns": {name: value for name, value in answer.columns.items() if name != "L0"} if found else None,
+        "expected_forgetting_nats": answer.expected if found else None,
+        "upper_forgetting_nats": answer.upper if found else None,
+        "forgetting_without_replay_nats": answer.without_replay if found else None,
         "confidence": options.confidence,
-        "cost": dict(answer.cost.__dict__),
-        "outside_data": answer.distance,
+        "cost": dict(answer.cost.__dict__) if found else None,
+        "outside_data": answer.distance if found else "",
         "words": answer.words,
     }
     for note in notes:
         say(note)
     say(answer.words)
-    say(
-        f"expected {answer.expected:.3g} nats, at most {answer.upper:.3g} "
-        f"({100 * options.confidence:g}%); without replay "
-        f"{answer.without_replay:.3g}; {answer.cost.injected_tokens:.3g} injected tokens, "
-        f"{answer.cost.train_flops:.3g} FLOPs"
-    )
+    if found:
+        say(
+            f"expected {answer.expected:.3g} nats, at most {answer.upper:.3g} ({100 * options.confidence:g}%); without replay "
+            f"{answer.without_replay:.3g}; {answer.cost.injected_tokens:.3g} injected tokens, {answer.cost.train_flops:.3g} FLOPs"
+        )
     if finetuning is not None:
         content["pareto"] = front(predictor, finetuning, group, answer.columns, passes)
     if next_runs is not None:

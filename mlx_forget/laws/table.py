@@ -4,6 +4,7 @@ import ast
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,23 @@ from mlx_forget.laws.forms import COLUMNS, Array, Law
 
 POSITIVE = frozenset({"N", "D", "P", "steps", "R", "loss"})
 SHARES = frozenset({"p", "r", "R"})
+# What others call our columns, surest first; a part of the name is enough.
+USUAL_NAMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "N": ("param", "model_size", "size"),
+        "D": ("unique_tokens", "train_tokens", "token", "_d", "data"),
+        "p": ("replay", "inject", "mix", "ratio", "share", "frac"),
+        "r": ("ratio", "share", "frac", "mix"),
+        "R": ("ratio", "share", "frac", "mix"),
+        "P": ("trainable", "param"),
+        "steps": ("step", "iter"),
+        "L0": ("l0", "base_loss", "initial", "start", "before", "base"),
+        "L_ft": ("finetun", "target", "ft_loss"),
+        "loss": ("final_loss", "val_loss", "loss", "nll"),
+        "run": ("run", "name", "id"),
+        "base": ("base", "init", "checkpoint"),
+    }
+)
 # Below these, a count is almost surely in thousands, millions or billions.
 SMALLEST = {"N": 3e4, "D": 2e3, "P": 500.0}
 
@@ -111,9 +129,8 @@ class Table:
 def missing_column(name: str, table: Table) -> UserError:
     """The error for a column that the table does not have: which exist, and the nearest."""
     known = [*table.columns, *table.labels]
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
-    if not nearest:
-        nearest = [column for column in known if name.lower() in column.lower()][:1]
+    nearest = [column for usual in USUAL_NAMES.get(name, ()) for column in known if usual in column.lower()][:1]
+    nearest = nearest or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     way_out = f" Is it {nearest[0]!r}? Then add --map {name}={nearest[0]}." if nearest else f" Name it with --map {name}=COLUMN."
     meaning = f" ({COLUMNS[name]})" if name in COLUMNS else ""
     return UserError(f"The table has no numeric column {name!r}{meaning}; it has {', '.join(known) or 'none'}.{way_out}")

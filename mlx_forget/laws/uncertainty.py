@@ -208,6 +208,8 @@ def _mixed_ends(
     curvature where there are none.
     """
     made: dict[str, tuple[float | None, float | None]] = {}
+    if fit.num_rows <= fit.model.num_free:
+        return dict.fromkeys(names, (None, None))
     for name in names:
         bare, _, rest = name.partition("[")
         g = fit.model.groups.index(rest[:-1]) if rest else 0

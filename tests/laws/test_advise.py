@@ -4,14 +4,7 @@ import numpy as np
 import pytest
 
 from mlx_forget.errors import UserError
-from mlx_forget.laws.advise import (
-    AdviceOptions,
-    largest_data,
-    pareto,
-    run_cost,
-    smallest_model,
-    smallest_share,
-)
+from mlx_forget.laws.advise import AdviceOptions, pareto, run_cost, solve
 from mlx_forget.laws.design import next_runs, probe_runs
 from mlx_forget.laws.fit import fit_law
 from mlx_forget.laws.forms import get_law
@@ -40,7 +33,7 @@ def known() -> Predictor:
 
 
 def test_the_smallest_share_meets_the_budget_with_the_confidence_and_no_smaller_one_does(known):
-    advice = smallest_share(known, RUN, max_forgetting=0.08)
+    advice = solve(known, RUN, "p", max_forgetting=0.08)
     at = {**RUN, "L0": 0.0}
     assert known.upper({**at, "p": advice.answer}, confidence=0.9)[0] <= 0.08
     assert known.upper({**at, "p": 0.99 * advice.answer}, confidence=0.9)[0] > 0.08
@@ -50,45 +43,45 @@ def test_the_smallest_share_meets_the_budget_with_the_confidence_and_no_smaller_
 
 
 def test_more_confidence_asks_for_more_replay(known):
-    shares = [smallest_share(known, RUN, max_forgetting=0.08, options=AdviceOptions(confidence=c)).answer for c in (0.5, 0.9, 0.99)]
+    shares = [solve(known, RUN, "p", max_forgetting=0.08, options=AdviceOptions(confidence=c)).answer for c in (0.5, 0.9, 0.99)]
     assert shares == sorted(shares)
     assert shares[0] < shares[2]
 
 
 def test_no_replay_is_advised_where_none_is_needed(known):
-    assert smallest_share(known, RUN, max_forgetting=2.0).answer == 0.0
+    assert solve(known, RUN, "p", max_forgetting=2.0).answer == 0.0
 
 
 def test_a_budget_out_of_reach_is_said_to_be(known):
-    advice = smallest_share(known, {"N": 4.1e7, "D": 3e7}, max_forgetting=1e-5)
+    advice = solve(known, {"N": 4.1e7, "D": 3e7}, "p", max_forgetting=1e-5)
     assert advice.answer is None
     assert "No p up to" in advice.words
 
 
 def test_largest_data_and_smallest_model_sit_on_the_budget(known):
-    data = largest_data(known, {"N": 3.34e8, "p": 0.005}, max_forgetting=0.1)
+    data = solve(known, {"N": 3.34e8, "p": 0.005}, "D", max_forgetting=0.1)
     assert data.upper == pytest.approx(0.1, rel=0.01)
-    model = smallest_model(known, {"D": 1e7, "p": 0.005}, max_forgetting=0.1)
+    model = solve(known, {"D": 1e7, "p": 0.005}, "N", max_forgetting=0.1)
     assert model.upper == pytest.approx(0.1, rel=0.01)
 
 
 def test_a_question_far_outside_is_refused_unless_told_otherwise(known):
     far = {"N": 1.27e11, "D": 1e7}
     with pytest.raises(UserError, match="100 times outside"):
-        smallest_share(known, far, max_forgetting=0.01)
-    advice = smallest_share(known, far, max_forgetting=0.01, options=AdviceOptions(allow_extrapolation=True))
+        solve(known, far, "p", max_forgetting=0.01)
+    advice = solve(known, far, "p", max_forgetting=0.01, options=AdviceOptions(allow_extrapolation=True))
     assert "100 times outside" in advice.words
 
 
 def test_no_advice_on_p_from_runs_without_replay():
     with pytest.raises(UserError, match="cannot say what p does"):
-        smallest_share(predictor(columns=paper_grid(shares=np.zeros(1)), resamples=30), RUN, max_forgetting=0.02)
+        solve(predictor(columns=paper_grid(shares=np.zeros(1)), resamples=30), RUN, "p", max_forgetting=0.02)
 
 
 @pytest.mark.parametrize("budget", [0.0, -1.0])
 def test_a_budget_must_be_positive(known, budget):
     with pytest.raises(UserError, match="positive"):
-        smallest_share(known, RUN, max_forgetting=budget)
+        solve(known, RUN, "p", max_forgetting=budget)
 
 
 def test_replay_costs_p_over_one_minus_p_of_the_target_tokens():
