@@ -71,10 +71,12 @@ def cluster_rows(table: Table, law: Law, *, group: npt.NDArray[np.int64] | None 
     by_level["base"] = _joined(by_level["repeat"], table.base)
     if level != AUTO:
         return Clusters(by_level[level], level)
-    large_enough = [name for name in reversed(LEVELS[1:]) if by_level[name].max(initial=-1) + 1 >= MIN_CLUSTERS]
-    chosen = large_enough[0] if large_enough else "run"
+    counts = {name: int(index.max(initial=-1)) + 1 for name, index in by_level.items()}
+    coarsest = next((name for name in reversed(LEVELS) if counts[name] >= MIN_CLUSTERS), "run")
+    # Named after the finest level with the same clusters: runs that are all of one row each are rows.
+    chosen = next(name for name in LEVELS if counts[name] == counts[coarsest])
     caution = ""
-    if table.base is not None and chosen != "base":
+    if table.base is not None and coarsest != "base":
         num = len(np.unique(table.base))
         caution = (
             f"these runs start from {num} base model{'' if num == 1 else 's'}: the intervals hold for "

@@ -219,7 +219,7 @@ def test_a_folder_of_runs_says_what_it_left_out(forget, tmp_path):
     assert ran.json["left_out"] == {"damaged or not of this tool": 1, "diverged": 5}
     assert "left out: 5 diverged" in ran.stderr
     assert ran.json["num_rows"] == 44
-    assert ran.json["clusters"] == {"level": "repeat", "num": 44}
+    assert ran.json["clusters"] == {"level": "row", "num": 44}
     assert "2 base models" in ran.stderr
     assert forget("fit", tmp_path, "--cluster", "base", "--bootstrap", "20", "--json").json["clusters"] == {
         "level": "base",
