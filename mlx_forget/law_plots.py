@@ -188,7 +188,8 @@ def plot_curves(uncertainty: Uncertainty, folder: str | Path, *, group: str = ""
     predictor = Predictor.from_uncertainty(uncertainty, group)
     loss = uncertainty.fit.table.columns["loss"][_rows(uncertainty.fit, group)]
     known = [column for column in ("D", "steps", "N", "R", "r", "L_ft", "P", "p") if column in predictor.law.columns]
-    shown = known[:1] + ["p"] * ("p" in known[1:] and len(np.unique(predictor.columns["p"])) > 1)
+    known = [column for column in known if len(np.unique(predictor.columns[column])) > 1] or known[:1]
+    shown = known[:1] + ["p"] * ("p" in known[1:])
     figure = Figure(figsize=(SIZE[0] * (1.0 if len(shown) == 1 else 1.7), SIZE[1]), layout="constrained")
     for axes, axis in zip(figure.subplots(1, len(shown), sharey=True, squeeze=False)[0], shown, strict=True):
         _tidy(axes)
@@ -237,12 +238,23 @@ def _abscissa(axes: Axes, values: npt.NDArray[np.float64], name: str) -> npt.NDA
     low, high = float(values.min()), float(values.max())
     if name == "p":
         smallest = float(values[values > 0].min(initial=high)) / 2
-        axes.set_xscale("asinh", linear_width=smallest)
+        distinct = np.unique(values)
+        _share_axis(axes, smallest, high, distinct if len(distinct) <= MOST_LEVELS else None)
         return np.concatenate([np.linspace(0.0, smallest, 12), np.geomspace(smallest, high, CURVE_POINTS)])
     if name in ("L_ft", "r", "R") or low <= 0:
         return np.linspace(low, high, CURVE_POINTS)
     axes.set_xscale("log")
     return np.geomspace(low, high, CURVE_POINTS)
+
+
+def _share_axis(axes: Axes, smallest: float, high: float, ticks: npt.NDArray[np.float64] | None = None) -> None:
+    """Logarithmic above the smallest share, and down to 0 below it; ticks at 0 and the decades unless others are given."""
+    axes.set_xscale("asinh", linear_width=smallest)
+    if ticks is None:
+        decades = 10.0 ** np.arange(np.ceil(np.log10(3 * smallest)), np.log10(high) + 1e-9)
+        ticks = np.array([0.0, *decades])
+    axes.set_xticks(ticks, [_number("p", float(tick)) for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 def _usual(values: npt.NDArray[np.float64], name: str) -> float:
@@ -310,7 +322,7 @@ def plot_advice(predictor: Predictor, advice: Advice, budget: float, confidence:
     if name == "p":
         smallest = min(1e-4, best / 3) if best > 0 else 1e-4
         x = np.concatenate([np.linspace(0.0, smallest, 12), np.geomspace(smallest, max(high, 2 * best), CURVE_POINTS)])
-        axes.set_xscale("asinh", linear_width=smallest)
+        _share_axis(axes, smallest, float(x[-1]))
     else:
         x = np.geomspace(min(low, best), max(high, best), CURVE_POINTS)
         axes.set_xscale("log")

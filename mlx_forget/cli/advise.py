@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 # The law of someone with one model, fitted where the source is a table.
 ONE_MODEL_LAW = "forgetting-fixed-n"
 PROBE_RUNS = 6
+# How far, relatively, a question may be from the only D that was run.
+SAME_D = 0.05
 
 app = typer.Typer()
 
@@ -59,7 +61,7 @@ def advise_command(
         raise UserError("Give a fit.json or a table of runs; with neither, start with --probe runs.jsonl --d TOKENS.")
     if max_forgetting is None:
         raise UserError("Give the budget: --max-forgetting 0.02 (nats per token).")
-    predictor, notes = load_source(source, law, mapping, group, allow_units)
+    predictor, notes = load_source(source, law, mapping, group, allow_units, d)
     usual = advise.AdviceOptions()
     options = advise.AdviceOptions(
         allow_extrapolation=bool(allow_extrapolation),
@@ -107,14 +109,15 @@ def advise_command(
     if found:
         say(
             f"expected {answer.expected:.3g} nats, at most {answer.upper:.3g} ({100 * options.confidence:g}%); without replay "
-            f"{answer.without_replay:.3g}; {answer.cost.injected_tokens:.3g} injected tokens, {answer.cost.train_flops:.3g} FLOPs"
+            f"{answer.without_replay:.3g}; {answer.cost.injected_tokens:.3g} injected tokens"
+            + (f", {answer.cost.train_flops:.3g} FLOPs" if math.isfinite(answer.cost.train_flops) else "")
         )
     if finetuning is not None:
         content["pareto"] = front(predictor, finetuning, group, answer.columns, passes)
     if next_runs is not None:
         plan = plan_next(predictor, answer.columns, next_runs)
         content["next_runs"] = [dict(run) for run in plan.runs]
-        say("the runs that sharpen this answer most per FLOP:")
+        say("the runs that sharpen the prediction there most per FLOP, and how well the loss is known after each:")
         for line in describe_plan(plan):
             say(f"  {line}")
     if plot is not None:
@@ -142,7 +145,7 @@ def write_probe(path: Path, tokens: float | None, num_runs: int | None, as_json:
 
 
 def load_source(
-    source: Path, law: str | None, mapping: list[str] | None, group: str | None, allow_units: bool | None
+    source: Path, law: str | None, mapping: list[str] | None, group: str | None, allow_units: bool | None, tokens: float | None
 ) -> "tuple[Predictor, list[str]]":
     """The predictor of a fit.json, or of a fit made on the spot to a table or a folder of runs."""
     from mlx_forget.laws.files import read_fit
@@ -175,8 +178,12 @@ def load_source(
         if len(sizes) > 1:
             raise UserError(f"{chosen.name} is the law of one model, and {source} holds {len(sizes)} sizes: leave --law out.")
         if "D" in table.columns and len(set(table.columns["D"].tolist())) == 1:
+            only = float(table.columns["D"][0])
+            if tokens is None or not abs(tokens / only - 1) <= SAME_D:
+                raise UserError(
+                    f"All runs have D = {only:.3g}, so nothing says what other D do: ask with --d {only:g}, or run one more."
+                )
             constraints = Constraints({"beta": 0.0})
-            notes.append("all runs have one D, so the answer holds at that D only")
     made = assess(
         fit_law(table, chosen, constraints=constraints, options=fit_options(None, None, allow_units, None)),
         bootstrap_options(None, None, None, None, None),
@@ -198,11 +205,16 @@ def front(
 
     if "N" not in forgetting.law.columns:
         raise UserError(f"{forgetting.law.name} knows one model only: a Pareto front needs a law with N.")
+    target = read_fit(path).pick(group)
+    if target.law.response != "target":
+        raise UserError(
+            f"--finetuning takes a fit of a law of the target loss, such as bethune-finetuning; {path} is of {target.law.name}."
+        )
     fewest = min(forgetting.data_range["D"][0], columns["D"])
     shares = np.array([0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05])
     choices = pareto(
         forgetting,
-        read_fit(path).pick(group),
+        target,
         sizes=np.array([columns["N"]]),
         tokens=np.geomspace(fewest, columns["D"], 7),
         shares=shares[shares <= forgetting.data_range["p"][1]],

@@ -276,18 +276,27 @@ def describe_fit(uncertainty: "Uncertainty", group: str) -> list[str]:
         f"  {100 * uncertainty.level:g}% intervals by {uncertainty.method}:",
     ]
     suffix = f"[{group}]"
+    said: dict[str, str] = {}
     for name, interval in uncertainty.params.items():
         if "[" in name and not name.endswith(suffix):
             continue
+        short = name.removesuffix(suffix)
         low = "-inf" if interval.low is None else f"{interval.low:.5g}"
         high = "inf" if interval.high is None else f"{interval.high:.5g}"
-        note = f"   NOT TO BE TRUSTED: {interval.reason}" if interval.reason else ""
-        lines.append(f"    {name.removesuffix(suffix):8} {interval.value:12.6g}   [{low}, {high}]{note}")
+        note = ""
+        if name.split("[")[0] in fit.constraints.fixed:
+            note = "   fixed"
+        elif interval.reason:
+            note = f"   NOT TO BE TRUSTED: {f'as {said[interval.reason]}' if interval.reason in said else interval.reason}"
+            said.setdefault(interval.reason, short)
+        lines.append(f"    {short:8} {interval.value:12.6g}   [{low}, {high}]{note}")
+    remedies: dict[str, list[str]] = {}
     for flag in fit.flags:
         if flag.remedy:
-            lines.append(f"  to tell {' and '.join(flag.parameters)} apart: {flag.remedy}")
+            remedies.setdefault(flag.remedy, []).extend(flag.parameters)
         elif flag.kind == "data":
             lines.append(f"  {flag.words}")
+    lines.extend(f"  to determine {', '.join(names)}: {remedy}" for remedy, names in remedies.items())
     lines.extend(f"  warning: {warning}" for warning in uncertainty.warnings)
     return lines
 
@@ -295,7 +304,8 @@ def describe_fit(uncertainty: "Uncertainty", group: str) -> list[str]:
 def describe_outliers(pair: "Pair", *, dropped: bool) -> str:
     from mlx_forget.laws.outliers import FAR
 
-    rows = pair.rows.tolist()
-    named = f"row{'' if len(rows) == 1 else 's'} {', '.join(map(str, rows[:8]))}{', ...' if len(rows) > 8 else ''}"
+    count = len(pair.names)
+    kind = "row" if pair.with_rows.table.run is None else "run"
+    named = f"{kind}{'' if count == 1 else 's'} {', '.join(pair.names[:8])}{', ...' if count > 8 else ''}"
     what = "left out by --drop" if dropped else f"more than {FAR:g} noise standard deviations off the law, and in the fit"
-    return f"  outliers: {named} ({len(rows)}), {what}; {pair.describe()}"
+    return f"  outliers: {named} ({count}), {what}; {pair.describe()}"

@@ -172,7 +172,7 @@ def solve(
         epochs: passes over the target tokens, for the cost.
 
     Raises:
-        UserError: not a forgetting law, B is not determined, or the question is too far outside the data.
+        UserError: not a forgetting law, no two values of p, or the question is too far outside the data.
     """
     if "L0" not in predictor.law.columns:
         raise UserError(f"{predictor.law.name} predicts no forgetting (it reads no L0): advise from a forgetting law.")
@@ -180,8 +180,11 @@ def solve(
         raise UserError(f"{predictor.law.name} does not know {unknown}, so it cannot be solved for.")
     if not (max_forgetting > 0 and np.isfinite(max_forgetting)):
         raise UserError(f"The budget of forgetting must be positive, in nats per token, and it is {max_forgetting:g}.")
-    if unknown == "p" and "B" in predictor.unidentified:
-        raise UserError(f"The fit cannot say what p does: {predictor.unidentified['B']}. Run one more, at p = 1%, and fit again.")
+    if unknown == "p" and len(set(predictor.data_range["p"])) == 1:
+        seen = _show("p", predictor.data_range["p"][0])
+        raise UserError(
+            f"These runs cannot say what p does: every one has p = {seen}. Run one more, at p = {'1%' if seen == '0%' else '0'}."
+        )
     base = {name: float(value) for name, value in columns.items()}
     refuse_distance(predictor, base, options)
     easy, hard = _reach(predictor, unknown, options)
@@ -212,7 +215,7 @@ def solve(
     distance = refuse_distance(predictor, run, options)
     if predictor.unidentified:
         names = ", ".join(predictor.unidentified)
-        words += f" Do not rely on it: {names} {'is' if len(predictor.unidentified) == 1 else 'are'} not determined by these runs."
+        words += f" These runs do not determine {names}: the answer is one for the middle of the data, and no law to carry further."
     if not len(predictor.draws):
         words += " The fit carries no draws, so this is the central value without confidence: fit with --bootstrap."
     if distance and answer is not None:
@@ -235,7 +238,10 @@ def _reach(predictor: Predictor, unknown: str, options: AdviceOptions) -> tuple[
     """The ends of the values considered: where forgetting is least, and where it is most."""
     low, high = predictor.data_range[unknown]
     if unknown == "p":
-        known = 1.0 if options.allow_extrapolation else high * options.max_share_distance
+        # Where alpha and B cannot be told apart, the effect of p is known between the shares that were run, and not beyond.
+        known = (
+            1.0 if options.allow_extrapolation else high * (1.0 if "B" in predictor.unidentified else options.max_share_distance)
+        )
         return min(options.max_share, known), 0.0
     # A hair inside, so that rounding does not make the ends too far.
     reach = FARTHEST if options.allow_extrapolation else options.max_distance * (1 - 1e-9)

@@ -18,10 +18,12 @@ class Pair:
 
     Args:
         rows: the numbers of those rows, int[m].
+        names: what to call them: their runs where the table names runs, otherwise their numbers.
         with_rows, without_rows: the two fits.
     """
 
     rows: npt.NDArray[np.int64]
+    names: tuple[str, ...]
     with_rows: Fit
     without_rows: Fit
 
@@ -40,7 +42,9 @@ def far_rows(fit: Fit) -> npt.NDArray[np.bool_]:
 def compare(whole: Fit, part: Fit) -> Pair | None:
     """A fit beside one to fewer of its rows; None where they are the same rows."""
     rows = np.setdiff1d(whole.table.row_numbers, part.table.row_numbers)
-    return Pair(rows, whole, part) if len(rows) else None
+    gone = np.isin(whole.table.row_numbers, rows)
+    labels = whole.table.row_numbers if whole.table.run is None else whole.table.run
+    return Pair(rows, tuple(str(label) for label in labels[gone]), whole, part) if len(rows) else None
 
 
 def without_far_rows(fit: Fit, *, by: str | None = None, options: FitOptions = DEFAULTS) -> Pair | None:

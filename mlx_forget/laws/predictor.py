@@ -14,6 +14,9 @@ from mlx_forget.laws.bootstrap import stretch
 from mlx_forget.laws.forms import Array, Law
 from mlx_forget.laws.uncertainty import Uncertainty
 
+# The factor outside the data that is not worth a word: subsets of tokens are cut at whole rows.
+NEGLIGIBLE = 1.01
+
 
 @dataclass(frozen=True)
 class Predictor:
@@ -130,9 +133,9 @@ class Predictor:
 
 
 def describe_distance(distance: Mapping[str, float], data_range: Mapping[str, tuple[float, float]]) -> str:
-    """The distances beyond 1 in words, or ""."""
+    """The distances of more than a percent in words, or ""."""
     return "; ".join(
         f"{name} is {factor:.3g} times outside the data ({data_range[name][0]:.3g} to {data_range[name][1]:.3g})"
         for name, factor in distance.items()
-        if factor > 1
+        if factor > NEGLIGIBLE
     )

@@ -74,7 +74,7 @@ def test_a_question_far_outside_is_refused_unless_told_otherwise(known):
 
 
 def test_no_advice_on_p_from_runs_without_replay():
-    with pytest.raises(UserError, match="cannot say what p does"):
+    with pytest.raises(UserError, match="every one has p = 0%"):
         solve(predictor(columns=paper_grid(shares=np.zeros(1)), resamples=30), RUN, "p", max_forgetting=0.02)
 
 
