@@ -57,6 +57,7 @@ def fit_command(
     """
     import mlx_forget.laws  # noqa: F401  (registers the published laws)
     from mlx_forget.laws.files import check_target, fit_json, write_fit
+    from mlx_forget.laws.fit import num_free
     from mlx_forget.laws.forms import get_law
     from mlx_forget.laws.model import Constraints
     from mlx_forget.laws.outliers import compare, without_far_rows
@@ -73,9 +74,11 @@ def fit_command(
         if target is not None:
             check_target(target)
     rows = read_table(table, mapping=pairs(mapping, "--map"), response=chosen.response)
-    report_left_out(rows)
     if where is not None:
         rows = keep(rows, where)
+    if by is not None:
+        rows = without_small_groups(rows, by, num_free(chosen, constraints))
+    report_left_out(rows)
     kept = rows if drop is None else rows.select(~rows.where(drop))
     train = kept if train_on is None else split(kept, train_on)[0]
 
@@ -177,6 +180,24 @@ def keep(table: "Table", condition: str) -> "Table":
     if not kept.num_rows:
         raise UserError(f"No row meets --where {condition!r}.")
     return kept
+
+
+def without_small_groups(table: "Table", by: str, num_free: int) -> "Table":
+    """The rows of the groups that have at least as many rows as the law has free parameters; all of them where none has."""
+    from dataclasses import replace
+
+    import numpy as np
+
+    groups = table.groups(by)
+    small = {name: part.row_numbers for name, part in groups.items() if part.num_rows < num_free}
+    if not small or len(small) == len(groups):
+        return table
+    reasons = {
+        f"rows of {name}, too few for {num_free} free parameters": tuple(f"row {number}" for number in numbers)
+        for name, numbers in small.items()
+    }
+    rest = table.select(~np.isin(table.row_numbers, np.concatenate(list(small.values()))))
+    return replace(rest, left_out={**table.left_out, **reasons})
 
 
 def split(table: "Table", condition: str) -> "tuple[Table, Table]":
@@ -304,8 +325,8 @@ def describe_fit(uncertainty: "Uncertainty", group: str) -> list[str]:
 def describe_outliers(pair: "Pair", *, dropped: bool) -> str:
     from mlx_forget.laws.outliers import FAR
 
-    count = len(pair.names)
-    kind = "row" if pair.with_rows.table.run is None else "run"
-    named = f"{kind}{'' if count == 1 else 's'} {', '.join(pair.names[:8])}{', ...' if count > 8 else ''}"
+    count, names = len(pair.names), list(dict.fromkeys(pair.names))
+    shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    named = f"{count} row{'' if count == 1 else 's'} ({shown})"
     what = "left out by --drop" if dropped else f"more than {FAR:g} noise standard deviations off the law, and in the fit"
-    return f"  outliers: {named} ({count}), {what}; {pair.describe()}"
+    return f"  outliers: {named}, {what}; {pair.describe()}"

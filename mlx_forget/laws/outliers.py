@@ -18,7 +18,7 @@ class Pair:
 
     Args:
         rows: the numbers of those rows, int[m].
-        names: what to call them: their runs where the table names runs, otherwise their numbers.
+        names: what to call each: its run where the table names runs, otherwise its number.
         with_rows, without_rows: the two fits.
     """
 
@@ -43,8 +43,8 @@ def compare(whole: Fit, part: Fit) -> Pair | None:
     """A fit beside one to fewer of its rows; None where they are the same rows."""
     rows = np.setdiff1d(whole.table.row_numbers, part.table.row_numbers)
     gone = np.isin(whole.table.row_numbers, rows)
-    labels = whole.table.row_numbers if whole.table.run is None else whole.table.run
-    return Pair(rows, tuple(str(label) for label in labels[gone]), whole, part) if len(rows) else None
+    names = [f"row {number}" for number in whole.table.row_numbers] if whole.table.run is None else whole.table.run.tolist()
+    return Pair(rows, tuple(names[i] for i in np.flatnonzero(gone)), whole, part) if len(rows) else None
 
 
 def without_far_rows(fit: Fit, *, by: str | None = None, options: FitOptions = DEFAULTS) -> Pair | None:

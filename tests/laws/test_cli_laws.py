@@ -178,7 +178,7 @@ def test_outliers_are_named_and_the_fit_without_them_is_shown(forget, spoiled):
     found = ran.json["outliers"][""]
     assert found["rows"] == [3, 77]
     assert found["params_with"]["B"] == ran.json["params"]["B"]["value"] != found["params_without"]["B"]
-    assert "rows 3, 77 (2)" in ran.stderr
+    assert "2 rows (row 3, row 77)" in ran.stderr
     assert "with / without them" in ran.stderr
 
 
@@ -189,6 +189,13 @@ def test_dropped_rows_leave_the_fit_and_are_shown_beside_it(forget, spoiled):
     assert ran.json["num_rows"] == 120
     assert found["params_without"]["B"] == ran.json["params"]["B"]["value"] != found["params_with"]["B"]
     assert "left out by --drop" in ran.stderr
+
+
+def test_a_group_with_too_few_rows_is_left_out_and_named(forget, runs):
+    where = 'domain == "code" or (N < 5e7 and p > 0.01 and D < 2e6)'
+    ran = forget("fit", runs, "--map", "loss=final_loss", "--by", "domain", "--where", where, "--bootstrap", "0", "--json")
+    assert set(ran.json["groups"]) == {"code"}
+    assert "left out: 2 rows of math, too few for 4 free parameters" in ran.stderr
 
 
 def test_clean_runs_have_no_outliers(forget, runs, one):
