@@ -166,7 +166,8 @@ def plot_parameters(fits: Mapping[str, Uncertainty], folder: str | Path, *, name
             axes.plot([interval.value], [row], marker, color=colour, markerfacecolor=face, ms=5)
         if is_log:
             axes.set_xscale("log")
-            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=6))
+            low, high = axes.get_xlim()
+            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 100 * low else (1.0,), numticks=5))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.xaxis.set_minor_locator(NullLocator())
         else:

@@ -258,6 +258,26 @@ def test_advise_names_the_smallest_share_and_the_next_runs(forget, runs, one, tm
     assert (tmp_path / "advice.png").stat().st_size > 5000
 
 
+def test_a_budget_out_of_reach_comes_without_numbers(forget, runs, one, tmp_path):
+    forget("fit", runs, *one, "-o", tmp_path / "fit.json")
+    ran = forget("advise", tmp_path / "fit.json", "--max-forgetting", "1e-5", "--n", "4.1e7", "--d", "3e7", "--json")
+    assert ran.code == 0
+    assert "expected" not in ran.stderr
+    assert {ran.json[key] for key in ("answer", "columns", "expected_forgetting_nats", "cost")} == {None}
+
+
+def test_runs_of_one_d_answer_at_that_d_only(forget, runs, tmp_path):
+    lines = [line for line in runs.read_text().splitlines() if line.startswith("N") or ("code" in line and ",3000000.0," in line)]
+    path = tmp_path / "one.csv"
+    path.write_text("\n".join(line for line in lines if line.startswith(("N", "334"))) + "\n")
+    ask = ("advise", path, "--map", "loss=final_loss", "--max-forgetting", "0.1", "--json")
+    assert 0.0 < forget(*ask, "--d", "3e6").json["answer"] < 0.05
+    for other in (("--d", "1e7"), ("--p", "1%")):
+        refused = forget(*ask, *other)
+        assert refused.code == 2
+        assert "nothing says what other D do" in refused.stderr
+
+
 def test_a_probe_becomes_advice_for_one_model(forget, tmp_path):
     plan = tmp_path / "probe.jsonl"
     assert forget("advise", "--probe", plan, "--d", "3e7").code == 0
