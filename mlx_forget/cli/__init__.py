@@ -29,9 +29,9 @@ COMMANDS = {
         "mlx_forget.cli.plot",
         "Draw Figure 1 from the runs of a sweep, and print what is read at the minimum.",
     ),
-    "fit": ("mlx_forget.cli.laws", "Fit a law to a table of runs: parameters with honest intervals, and what not to trust."),
-    "predict": ("mlx_forget.cli.laws", "Predict a loss, or the forgetting, from a fit.json."),
-    "advise": ("mlx_forget.cli.laws", "The smallest p (or the largest D, the smallest N) that keeps forgetting under a budget."),
+    "fit": ("mlx_forget.cli.fit", "Fit a law to a table of runs: parameters with honest intervals, and what not to trust."),
+    "predict": ("mlx_forget.cli.predict", "Predict a loss, or the forgetting, from a fit.json."),
+    "advise": ("mlx_forget.cli.advise", "The smallest p (or the largest D, the smallest N) that keeps forgetting under a budget."),
     "laws": ("mlx_forget.cli.laws", "The laws that can be fitted: formula, columns, parameters, source."),
     "doctor": ("mlx_forget.cli.doctor", "What this machine can run, and what is missing."),
 }
