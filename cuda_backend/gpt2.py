@@ -44,7 +44,8 @@ def block(weights: Weights, prefix: str, spec: ModelSpec, x_BTD: Tensor, mask: T
     """One pre-norm block."""
     B, T, D = x_BTD.shape
     normed = _norm(x_BTD, weights, prefix + "ln_1")
-    qkv = _linear(normed, weights, prefix + "attn.c_attn").view(B, T, 3, spec.num_heads, spec.head_dim)
+    qkv = _linear(normed, weights, prefix + "attn.c_attn", bias=_without_key_gradient(weights[prefix + "attn.c_attn.bias"]))
+    qkv = qkv.view(B, T, 3, spec.num_heads, spec.head_dim)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
     mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
     x_BTD = x_BTD + _linear(mixed.transpose(1, 2).reshape(B, T, D), weights, prefix + "attn.c_proj")
@@ -130,8 +131,18 @@ def _norm(x: Tensor, weights: Weights, name: str) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], weights[name + ".weight"], weights[name + ".bias"], LAYER_NORM_EPSILON)
 
 
-def _linear(x: Tensor, weights: Weights, name: str) -> Tensor:
-    weight, bias = weights[name + ".weight"], weights[name + ".bias"]
+def _without_key_gradient(bias: Tensor) -> Tensor:
+    """The bias of queries, keys and values, with no gradient for that of the keys.
+
+    Attention does not change when one vector is added to all keys: that gradient is zero, and AdamW would turn its rounding error into
+    full steps.
+    """
+    query, key, value = bias.chunk(3, dim=-1)
+    return torch.cat([query, key.detach(), value], dim=-1)
+
+
+def _linear(x: Tensor, weights: Weights, name: str, bias: Tensor | None = None) -> Tensor:
+    weight, bias = weights[name + ".weight"], weights[name + ".bias"] if bias is None else bias
     return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[1])
 
 

@@ -185,7 +185,7 @@ def drive(trainer: Trainer, runs: Sequence[RunState], *, interrupted: Callable[[
 
 
 def _open(run: RunState, trainer: Trainer) -> None:
-    if trainer.rank == 0:
+    if trainer.group.rank == 0:
         run._history = HistoryWriter(run.folder / HISTORY, keep_through=run.step if run.start is not None else None)
     run._clock = time.perf_counter()
     run._rate_mark = (run.step, run._clock)
@@ -198,7 +198,8 @@ def _open(run: RunState, trainer: Trainer) -> None:
 
 def _train_step(trainer: Trainer, runs: Sequence[RunState]) -> None:
     batches = [
-        run.stream.batch(min(run.step, run.stop.num_steps - 1), rank=trainer.rank, world_size=trainer.world_size) for run in runs
+        run.stream.batch(min(run.step, run.stop.num_steps - 1), rank=trainer.group.rank, world_size=trainer.group.size)
+        for run in runs
     ]
     rates = [run.schedule(run.step) for run in runs]
     active = [run.status is None for run in runs]
@@ -215,19 +216,17 @@ def _after_step(run: RunState, trainer: Trainer, interrupted: Callable[[], int |
     last = run.step >= run.stop.num_steps
     evaluate = last or run.step % run.cadence.evaluate == 0
     save = last or run.step % run.cadence.save == 0
+    due = evaluate or save or run.step % run.cadence.report == 0
     stop_now = bool(interrupted())
-    if trainer.world_size > 1 and (evaluate or save or run.step % run.cadence.report == 0):
-        stop_now = bool(trainer.all_sum(np.array([float(stop_now)]))[0])
-    elif trainer.world_size > 1:
-        stop_now = False
-    if not (evaluate or save or stop_now or run.step % run.cadence.report == 0):
+    if not due and (trainer.group.size > 1 or not stop_now):
         return
+    over_time = run.stop.max_seconds is not None and _elapsed(run) > run.stop.max_seconds
+    stop_now, over_time = trainer.group.agree(stop_now, over_time)
     _report(run)
     if run.num_skipped > run.stop.max_skipped:
         run.status, run.reason = "diverged", f"{run.num_skipped} updates were not finite by step {run.step:,}"
         return
     ended = _evaluate(run, trainer) if evaluate else None
-    over_time = run.stop.max_seconds is not None and _elapsed(run) > run.stop.max_seconds
     if ended is not None and not last:
         _end(run, trainer, "stopped", ended)
     elif last:
@@ -298,7 +297,7 @@ def _evaluate(run: RunState, trainer: Trainer) -> str | None:
         "wall_seconds": _elapsed(run),
     }
     run.interval_sums = np.zeros(2)
-    if trainer.rank == 0:
+    if trainer.group.rank == 0:
         run.history.append(row)
     losses = {
         "step": run.step,
@@ -317,7 +316,7 @@ def _evaluate(run: RunState, trainer: Trainer) -> str | None:
     if not too_much and (run.best is None or losses["target_val"] < run.best["target_val"]):
         run.best = losses
         run.evaluations_since_best = 0
-        if trainer.rank == 0:
+        if trainer.group.rank == 0:
             folder = run.folder / "checkpoints" / "best"
             checkpoint.save_checkpoint(folder, trainer, run.model, run.tokenizer, run.checkpoint_state(), with_training_state=False)
     else:
@@ -348,7 +347,7 @@ def _end(run: RunState, trainer: Trainer, status: Status, reason: str) -> None:
 
 def _save(run: RunState, trainer: Trainer) -> None:
     run.elapsed_seconds, run._clock = _elapsed(run), time.perf_counter()
-    if trainer.rank == 0:
+    if trainer.group.rank == 0:
         folder = run.folder / "checkpoints"
         checkpoint.save_checkpoint(
             folder / "last",
@@ -358,7 +357,7 @@ def _save(run: RunState, trainer: Trainer) -> None:
             run.checkpoint_state(),
             with_training_state=True,
         )
-    trainer.barrier()
+    trainer.group.barrier()
     run._rate_mark = (run.step, time.perf_counter())
 
 

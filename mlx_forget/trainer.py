@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from mlx_forget.distributed import ALONE, Group, launched_rank, launcher
 from mlx_forget.errors import UserError, unknown
 from mlx_forget.ladder import ModelSpec
 from mlx_forget.methods import NUM_SOURCES, NUM_TERMS, MethodSpec
@@ -190,11 +191,15 @@ class Comparison:
 class Trainer(ABC):
     """One model, its optimiser and its frozen reference, behind a short list of verbs."""
 
-    rank: int = 0
-    world_size: int = 1
+    group: Group = ALONE
 
     @abstractmethod
     def __init__(self, spec: TrainerSpec) -> None: ...
+
+    @classmethod
+    def join(cls) -> Group:
+        """The processes that a launcher started for this run; waits until all are there. One process is a group of its own."""
+        return ALONE
 
     @classmethod
     @abstractmethod
@@ -262,30 +267,20 @@ class Trainer(ABC):
         """One step of each active member of a stack (capability `stack`)."""
         raise UserError("This backend cannot train several runs as one: start them one by one.")
 
-    def all_sum(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """Sum over ranks."""
-        return values
-
-    def broadcast(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """Rank 0's values."""
-        return values
-
-    def barrier(self) -> None:  # noqa: B027 - one device has nothing to wait for
-        """Wait for every rank."""
-
 
 @dataclass(frozen=True)
 class Backend:
-    """A row of the registry: where the trainer is, what it needs, and how to get that."""
+    """A row of the registry: where the trainer is, what it needs, how to get that, and what starts it as several processes."""
 
     trainer: str
     requires: str
     install: str
+    launcher: str = "its own launcher"
 
 
 BACKENDS: dict[str, Backend] = {
-    "mlx": Backend("mlx_forget.mlx_backend.trainer:MLXTrainer", "mlx.core", "pip install 'mlx-forget[mlx]'"),
-    "cuda": Backend("cuda_backend.trainer:TorchTrainer", "torch", "pip install 'mlx-forget[cuda]'"),
+    "mlx": Backend("mlx_forget.mlx_backend.trainer:MLXTrainer", "mlx.core", "pip install 'mlx-forget[mlx]'", "mlx.launch"),
+    "cuda": Backend("cuda_backend.trainer:TorchTrainer", "torch", "pip install 'mlx-forget[cuda]'", "torchrun"),
 }
 ENTRY_POINT_GROUP = "mlx_forget.backends"
 
@@ -335,6 +330,19 @@ def load_backend(name: str) -> type[Trainer]:
             external: type[Trainer] = entry.load()
             return external
     raise unknown("backend", name, ["auto", *backend_names()])
+
+
+def join_group(name: str) -> Group:
+    """The processes of this run as a backend joins them.
+
+    Raises:
+        UserError: the process was launched by a launcher that this backend does not understand.
+    """
+    group = load_backend(name).join()
+    if group.size == 1 and launched_rank():
+        started_by = BACKENDS[name].launcher if name in BACKENDS else "its own launcher"
+        raise UserError(f"Backend {name!r} cannot join processes that {launcher()} started: start them with {started_by}.")
+    return group
 
 
 def _installed(module: str) -> bool:

@@ -33,13 +33,14 @@ def train(
 
     Example: forget train --target notes.txt --p 1% --iters 300
     """
-    from rich.console import Console
+    import os
 
     from mlx_forget.cli.signals import graceful_stop
-    from mlx_forget.progress import Preparation, RunProgress, supervisor
+    from mlx_forget.progress import SUPERVISOR, Preparation, RunProgress, supervisor
+    from mlx_forget.progress import console as make_console
     from mlx_forget.run import Watch, execute, plan_run
 
-    console = Console(stderr=True)
+    console = make_console()
     from_file = read_yaml(config) if config is not None else {}
     resolved = from_layers(TrainConfig, scale_defaults(), from_file, given(values))
 
@@ -56,14 +57,17 @@ def train(
         watch = Watch(say=say, progress=Preparation(console), observer=observer, interrupted=interrupted)
         plan = plan_run(resolved, folder=output, watch=watch)
         if dry_run:
-            _print_plan(plan.summary(), as_json=as_json)
+            if plan.group.rank == 0:
+                _print_plan(plan.summary(), as_json=as_json)
             return
         try:
             # The runs of a sweep that was killed may still be writing their last checkpoint.
-            record = execute(plan, resume=resume, watch=watch, wait=supervisor() is not None)
+            record = execute(plan, resume=resume, watch=watch, wait=SUPERVISOR in os.environ)
         finally:
             for progress in watched:
                 progress.close()
+    if plan.group.rank:
+        return
     if as_json:
         json.dump(record, sys.stdout)
         sys.stdout.write("\n")

@@ -14,11 +14,12 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save_file
 
+from mlx_forget.distributed import Group
 from mlx_forget.errors import UserError
 from mlx_forget.ladder import initial_weights, num_params, param_shapes
 from mlx_forget.methods import NUM_SOURCES, NUM_TERMS, TERM_REPLAY_NTP, TERM_TASK
 from mlx_forget.mlx_backend import BLAS_NOTE, adamw, gpt2
-from mlx_forget.mlx_backend.distributed import Group
+from mlx_forget.mlx_backend.distributed import MLXGroup, join, num_local_ranks
 from mlx_forget.mlx_backend.operators import operators
 from mlx_forget.mlx_backend.sample import sample
 from mlx_forget.mlx_backend.warmup import compile_loops
@@ -65,8 +66,7 @@ class MLXTrainer(Trainer):
         self._notes: list[str] = []
         self._on_cpu = self._choose_device(runtime.device)
         self._limit_memory()
-        self._group = Group()
-        self.rank, self.world_size = self._group.rank, self._group.size
+        self.group = join()
         self._streams = self._make_streams()
         can_compile = self._can_compile()
         dtype = mx.bfloat16 if runtime.precision == "bf16" else mx.float32
@@ -101,6 +101,10 @@ class MLXTrainer(Trainer):
             fast_bf16=gpu,
         )
 
+    @classmethod
+    def join(cls) -> Group:
+        return join()
+
     @property
     def device(self) -> str:
         if self._on_cpu:
@@ -113,10 +117,11 @@ class MLXTrainer(Trainer):
         return tuple(self._notes)
 
     def train_step(self, batch: Batch, learning_rate: float) -> StepResult:
-        counts = self._group.all_sum(group_counts(batch))
+        counts = self.group.all_sum(group_counts(batch))
         token_weight = token_weights(batch, counts, self.spec.method)
         groups = np.eye(NUM_TERMS * NUM_SOURCES, dtype=np.float32)[batch.term.astype(np.int64) * NUM_SOURCES + batch.source]
-        size = self.spec.runtime.micro_batch_size or len(batch.tokens)
+        # A rank may have no rows.
+        size = self.spec.runtime.micro_batch_size or max(1, len(batch.tokens))
         total: Arrays | None = None
         for start in range(0, len(batch.tokens), size):
             rows = slice(start, start + size)
@@ -131,7 +136,9 @@ class MLXTrainer(Trainer):
             total = part if total is None else {name: value + part[name] for name, value in total.items()}
             if size < len(batch.tokens):
                 mx.eval(total)
-        gradients = self._group.sum_arrays(total or self._no_gradient())
+        gradients = total or self._no_gradient()
+        if isinstance(self.group, MLXGroup):
+            gradients = self.group.sum_arrays(gradients)
         sums = gradients.pop(_SUMS)
         rate = mx.array(learning_rate, dtype=mx.float32)
         scalars, self._step, outcome = adamw.step_scalars(self._step, gradients, rate, self._hyper)
@@ -212,15 +219,6 @@ class MLXTrainer(Trainer):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 
-    def all_sum(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        return self._group.all_sum(values)
-
-    def broadcast(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        return self._group.broadcast(values)
-
-    def barrier(self) -> None:
-        self._group.all_sum(np.zeros(1))
-
     def _choose_device(self, wanted: str | None) -> bool:
         """Make the device MLX's default; returns whether it is a CPU."""
         gpu = _gpu_available()
@@ -241,7 +239,7 @@ class MLXTrainer(Trainer):
         first = mx.default_stream(mx.default_device())
         if not self._on_cpu or sys.platform != "linux":
             return [first]
-        count = self.spec.runtime.num_threads or len(os.sched_getaffinity(0))
+        count = self.spec.runtime.num_threads or max(1, len(os.sched_getaffinity(0)) // num_local_ranks())
         return [first, *_extra_cpu_streams(count - 1)]
 
     def _can_compile(self) -> bool:
