@@ -3,7 +3,7 @@
 import resource
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +25,7 @@ from mlx_forget.trainer import (
     Batch,
     Capabilities,
     Comparison,
+    Stack,
     StepReading,
     StepResult,
     Trainer,
@@ -84,6 +85,7 @@ class TorchTrainer(Trainer):
             terms=(TERM_TASK, TERM_REPLAY_NTP),
             sample=True,
             distributed=True,
+            stack=True,
             bitwise_resume=not torch.cuda.is_available(),
             accelerator=torch.cuda.is_available(),
             fast_bf16=torch.cuda.is_bf16_supported() if torch.cuda.is_available() else torch.cpu._is_amx_tile_supported(),
@@ -92,6 +94,12 @@ class TorchTrainer(Trainer):
     @classmethod
     def join(cls) -> Group:
         return join()
+
+    @classmethod
+    def stack(cls, spec: TrainerSpec, seeds: Sequence[int]) -> Stack:
+        from cuda_backend.stack import TorchStack
+
+        return TorchStack(spec, seeds)
 
     @property
     def device(self) -> str:

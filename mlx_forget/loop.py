@@ -22,7 +22,7 @@ from mlx_forget.methods import SOURCE_TARGET
 from mlx_forget.pipeline.batches import BatchStream
 from mlx_forget.records import HISTORY
 from mlx_forget.schedule import Schedule
-from mlx_forget.trainer import StepResult, Trainer
+from mlx_forget.trainer import Stack, StepResult, Trainer
 
 Status = Literal["finished", "stopped", "diverged", "interrupted"]
 
@@ -164,20 +164,30 @@ class RunState:
         }
 
 
-def drive(trainer: Trainer, runs: Sequence[RunState], *, interrupted: Callable[[], int | None] = lambda: None) -> None:
+def drive(
+    trainer: Trainer | Stack,
+    runs: Sequence[RunState],
+    *,
+    interrupted: Callable[[], int | None] = lambda: None,
+    ended: Callable[[RunState], None] = lambda run: None,
+) -> None:
     """Train every run to its end, or until `interrupted` names a signal; each then has its `status` and `reason`.
 
-    An interrupted run has a checkpoint at the step it reached. A diverged one keeps its last good checkpoint.
+    An interrupted run has a checkpoint at the step it reached. A diverged one keeps its last good checkpoint. A trainer drives one run, a
+    stack as many as it has members; `ended` is called with each run as it ends, while the others go on.
     """
-    members = trainer.members(len(runs))
+    members = trainer.members if isinstance(trainer, Stack) else [trainer]
     for run, member in zip(runs, members, strict=True):
         _open(run, member)
+        if run.status is not None:
+            ended(run)
     try:
         while any(run.status is None for run in runs):
-            _train_step(trainer, runs)
-            for run, member in zip(runs, members, strict=True):
-                if run.status is None:
-                    _after_step(run, member, interrupted)
+            for stepped, member in zip(_train_step(trainer, runs), members, strict=True):
+                if stepped is not None:
+                    _after_step(stepped, member, interrupted)
+                    if stepped.status is not None:
+                        ended(stepped)
     finally:
         for run in runs:
             if run._history is not None:
@@ -196,20 +206,23 @@ def _open(run: RunState, trainer: Trainer) -> None:
         _end(run, trainer, "finished", f"all {run.step:,} steps done")
 
 
-def _train_step(trainer: Trainer, runs: Sequence[RunState]) -> None:
-    batches = [
-        run.stream.batch(min(run.step, run.stop.num_steps - 1), rank=trainer.group.rank, world_size=trainer.group.size)
-        for run in runs
-    ]
-    rates = [run.schedule(run.step) for run in runs]
-    active = [run.status is None for run in runs]
-    if not any(active):
-        return
-    results = [trainer.train_step(batches[0], rates[0])] if len(runs) == 1 else trainer.train_stack(batches, rates, active)
-    for run, result, on in zip(runs, results, active, strict=True):
-        if on:
+def _train_step(trainer: Trainer | Stack, runs: Sequence[RunState]) -> list[RunState | None]:
+    """One step of every run that has not ended; returns those, with None in the place of the others."""
+    active = [run if run.status is None else None for run in runs]
+    # A run that has ended still fills its place in the call.
+    steps = [min(run.step, run.stop.num_steps - 1) for run in runs]
+    rates = [run.schedule(step) for run, step in zip(runs, steps, strict=True)]
+    if isinstance(trainer, Stack):
+        batches = [run.stream.batch(step) for run, step in zip(runs, steps, strict=True)]
+        results = trainer.train_step(batches, rates, [run is not None for run in active])
+    else:
+        batch = runs[0].stream.batch(steps[0], rank=trainer.group.rank, world_size=trainer.group.size)
+        results = [trainer.train_step(batch, rates[0])]
+    for run, result in zip(active, results, strict=True):
+        if run is not None:
             run._pending.append(result)
             run.step += 1
+    return active
 
 
 def _after_step(run: RunState, trainer: Trainer, interrupted: Callable[[], int | None]) -> None:

@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import platform
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -31,6 +32,7 @@ __all__ = [
     "ModelSpec",
     "OptimSpec",
     "RuntimeSpec",
+    "Stack",
     "StepReading",
     "StepResult",
     "Trainer",
@@ -258,14 +260,27 @@ class Trainer(ABC):
     def peak_memory_bytes(self) -> int:
         """Highest memory use so far: of the device where it has its own, else of the process."""
 
-    def members(self, count: int) -> "list[Trainer]":
-        """A stack of `count` models as single ones, for evaluation and saving; an ordinary trainer is a stack of one."""
-        assert count == 1, "this backend does not stack"
-        return [self]
-
-    def train_stack(self, batches: list[Batch], learning_rates: list[float], active: list[bool]) -> list[StepResult]:
-        """One step of each active member of a stack (capability `stack`)."""
+    @classmethod
+    def stack(cls, spec: TrainerSpec, seeds: Sequence[int]) -> "Stack":
+        """Models of one shape that train as one, the weights of each initialised from its seed (capability `stack`)."""
         raise UserError("This backend cannot train several runs as one: start them one by one.")
+
+
+class Stack(ABC):
+    """Models of one shape that train as one: a step of all of them is one pass of batched products.
+
+    Args:
+        members: each model as a trainer of its own, for evaluation, saving and loading; its state is that within the stack.
+    """
+
+    members: Sequence[Trainer]
+
+    @abstractmethod
+    def train_step(self, batches: Sequence[Batch], learning_rates: Sequence[float], active: Sequence[bool]) -> list[StepResult]:
+        """One optimiser step of each active member, on its own batch at its own rate; the results of the others mean nothing.
+
+        All batches have one shape. A member that is no longer active stays as it is and never becomes active again.
+        """
 
 
 @dataclass(frozen=True)

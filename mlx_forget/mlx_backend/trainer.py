@@ -5,7 +5,7 @@ import os
 import resource
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ from mlx_forget.trainer import (
     Batch,
     Capabilities,
     Comparison,
+    Stack,
     StepReading,
     StepResult,
     Trainer,
@@ -39,7 +40,7 @@ from mlx_forget.trainer import (
 _EVAL_TOKENS = 1 << 13
 _GIGABYTE = 1e9
 # The key of the loss sums beside the gradients: both are added up over micro-batches and ranks.
-_SUMS = "loss_sums"
+SUMS = "loss_sums"
 
 Arrays = dict[str, mx.array]
 
@@ -96,6 +97,7 @@ class MLXTrainer(Trainer):
             terms=(TERM_TASK, TERM_REPLAY_NTP),
             sample=True,
             distributed=True,
+            stack=True,
             bitwise_resume=not gpu,
             accelerator=gpu,
             fast_bf16=gpu,
@@ -104,6 +106,12 @@ class MLXTrainer(Trainer):
     @classmethod
     def join(cls) -> Group:
         return join()
+
+    @classmethod
+    def stack(cls, spec: TrainerSpec, seeds: Sequence[int]) -> Stack:
+        from mlx_forget.mlx_backend.stack import MLXStack
+
+        return MLXStack(spec, seeds)
 
     @property
     def device(self) -> str:
@@ -139,7 +147,7 @@ class MLXTrainer(Trainer):
         gradients = total or self._no_gradient()
         if isinstance(self.group, MLXGroup):
             gradients = self.group.sum_arrays(gradients)
-        sums = gradients.pop(_SUMS)
+        sums = gradients.pop(SUMS)
         rate = mx.array(learning_rate, dtype=mx.float32)
         scalars, self._step, outcome = adamw.step_scalars(self._step, gradients, rate, self._hyper)
         state = self._update(self._weights, self._exp_avg, self._exp_avg_sq, gradients, scalars)
@@ -295,24 +303,27 @@ class MLXTrainer(Trainer):
         groups: mx.array,
         segment: mx.array | None,
     ) -> Arrays:
-        """Gradients of the weighted token losses of some rows, and their loss sums; each thread takes its share of the rows."""
+        """Gradients of the weighted token losses of some rows, and their loss sums; each thread takes its share of the rows.
+
+        Everything may have the leading dimension of a stack; the threads share the rows of every member.
+        """
 
         parts: list[Arrays] = []
-        for stream, rows in zip(self._streams, _shares(len(tokens), len(self._streams)), strict=False):
+        for stream, rows in zip(self._streams, _shares(tokens.shape[-2], len(self._streams)), strict=False):
             with mx.stream(stream):
                 nll, gradients = gpt2.gradients(
                     weights,
                     self.spec.model,
-                    tokens[rows, :-1],
-                    tokens[rows, 1:],
-                    token_weight[rows],
-                    None if segment is None else segment[rows],
+                    tokens[..., rows, :-1],
+                    tokens[..., rows, 1:],
+                    token_weight[..., rows, :],
+                    None if segment is None else segment[..., rows, :],
                     chunk=self._chunk,
                     operators=self._operators,
                     grad_checkpoint=self.spec.runtime.grad_checkpoint,
                 )
-                per_row = (nll * mask[rows]).sum(axis=1)
-                parts.append({**gradients, _SUMS: (groups[rows] * per_row[:, None]).sum(axis=0)})
+                per_row = (nll * mask[..., rows, :]).sum(axis=-1, keepdims=True)
+                parts.append({**gradients, SUMS: (groups[..., rows, :] * per_row).sum(axis=-2)})
         total = parts[0]
         for part in parts[1:]:
             total = {name: value + part[name] for name, value in total.items()}
@@ -321,7 +332,7 @@ class MLXTrainer(Trainer):
     def _no_gradient(self) -> Arrays:
         """What a rank without rows adds."""
         zeros = {name: mx.zeros_like(value) for name, value in self._weights.items()}
-        return {**zeros, _SUMS: mx.zeros(NUM_TERMS * NUM_SOURCES)}
+        return {**zeros, SUMS: mx.zeros(NUM_TERMS * NUM_SOURCES)}
 
     def _batch_nll(self, weights: Arrays, tokens: mx.array) -> mx.array:
         """Next-token losses float32[B, T] of int32[B, T+1]."""
