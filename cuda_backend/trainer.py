@@ -206,6 +206,10 @@ class TorchTrainer(Trainer):
         )
         return out.cpu().numpy().astype(np.int32)
 
+    @classmethod
+    def memory_bytes(cls) -> int | None:
+        return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
+
     def peak_memory_bytes(self) -> int:
         if self._torch_device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._torch_device)

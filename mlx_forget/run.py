@@ -228,17 +228,22 @@ def execute(plan: Plan, *, resume: bool | None = None, watch: Watch | None = Non
     group = plan.group
     watch = (watch or Watch()).of(group)
     if plan.base is not None:
-        plan = _with_base(plan, watch)
-    with group.together(), _only_group(group, plan.folder, wait=wait):
+        plan = with_base(plan, watch)
+    with group.together(), only_group(group, plan.folder, wait=wait):
         with group.rank_zero_first():
-            record, latest = _found(plan, resume, watch)
+            record, latest = look_into(plan, resume, watch)
         if record is not None:
             watch.say(f"This run is done already: {plan.folder / records.RECORD}")
             return record
-        record = _train(plan, latest, watch)
-        if group.rank == 0:
-            records.write_record(plan.folder, record)
-            checkpoint.prune(plan.folder / "checkpoints")
+        with group.rank_zero_first():
+            trainer = load_backend(plan.backend)(trainer_spec(plan))
+        for note in trainer.notes:
+            watch.say(note)
+        run = prepare_run(plan, latest, trainer, watch)
+        drive(trainer, [run], interrupted=watch.interrupted)
+        if run.status == "interrupted":
+            raise Interrupted(f"{run.reason}; the same command goes on from there", signal=watch.interrupted() or 2)
+        record = finish_run(plan, run, trainer)
         # A launcher ends the others when one process ends with an error: nobody leaves before the record stands.
         group.barrier()
         if record["status"] == "diverged":
@@ -246,7 +251,7 @@ def execute(plan: Plan, *, resume: bool | None = None, watch: Watch | None = Non
         return record
 
 
-def _found(plan: Plan, resume: bool | None, watch: Watch) -> tuple[dict[str, Any] | None, Checkpoint | None]:
+def look_into(plan: Plan, resume: bool | None, watch: Watch) -> tuple[dict[str, Any] | None, Checkpoint | None]:
     """What a run's folder holds already: its record, or else the checkpoint to go on from; writes `config.yaml` into it."""
     record = records.read_record(plan.folder)
     if record is not None:
@@ -266,20 +271,20 @@ def _found(plan: Plan, resume: bool | None, watch: Watch) -> tuple[dict[str, Any
     return None, latest
 
 
-def _train(plan: Plan, latest: Checkpoint | None, watch: Watch) -> dict[str, Any]:
+def trainer_spec(plan: Plan) -> TrainerSpec:
+    """What a backend needs to train a planned run."""
+    return TrainerSpec(
+        model=plan.model,
+        optim=plan.config.optim(),
+        method=METHODS[plan.config.method],
+        runtime=plan.config.runtime(plan.precision),
+        seed=plan.config.seed,
+    )
+
+
+def prepare_run(plan: Plan, latest: Checkpoint | None, trainer: Trainer, watch: Watch) -> RunState:
+    """The state of a planned run, and its weights in the trainer: from its latest checkpoint, else from where it starts."""
     config = plan.config
-    with plan.group.rank_zero_first():
-        trainer = load_backend(plan.backend)(
-            TrainerSpec(
-                model=plan.model,
-                optim=config.optim(),
-                method=METHODS[config.method],
-                runtime=config.runtime(plan.precision),
-                seed=config.seed,
-            )
-        )
-    for note in trainer.notes:
-        watch.say(note)
     evaluate = config.steps_per_eval or max(1, math.ceil(plan.num_steps / EVALUATIONS_PER_RUN))
     curve = plan.start.state["curve"] if plan.start is not None and plan.start.state["is_pretraining"] else []
     identity = {
@@ -320,10 +325,16 @@ def _train(plan: Plan, latest: Checkpoint | None, watch: Watch) -> dict[str, Any
         watch.say(f"Resuming at step {run.step:,} of {plan.num_steps:,}.")
     elif plan.start is not None:
         trainer.load(plan.start.weights)
-    drive(trainer, [run], interrupted=watch.interrupted)
-    if run.status == "interrupted":
-        raise Interrupted(f"{run.reason}; the same command goes on from there", signal=watch.interrupted() or 2)
-    return _record(plan, run, trainer)
+    return run
+
+
+def finish_run(plan: Plan, run: RunState, trainer: Trainer, *, stack_size: int = 1) -> dict[str, Any]:
+    """The record of a run that has ended for good, written into its folder by rank 0."""
+    record = _record(plan, run, trainer) | {"stack_size": stack_size}
+    if plan.group.rank == 0:
+        records.write_record(plan.folder, record)
+        checkpoint.prune(plan.folder / "checkpoints")
+    return record
 
 
 def _check_history(path: Path, state: dict[str, Any], watch: Watch) -> None:
@@ -445,7 +456,7 @@ def _same_as_published(name: str, watch: Watch) -> bool:
     return corpus.published
 
 
-def _with_base(plan: Plan, watch: Watch) -> Plan:
+def with_base(plan: Plan, watch: Watch) -> Plan:
     """The plan with its base model trained, by this process or by the one that holds its folder."""
     assert plan.base is not None
     folder = plan.base.folder
@@ -499,7 +510,7 @@ def _write_config(plan: Plan) -> None:
 
 
 @contextmanager
-def _only_group(group: Group, folder: Path, *, wait: bool) -> Iterator[None]:
+def only_group(group: Group, folder: Path, *, wait: bool) -> Iterator[None]:
     """Make a run folder and hold it for the processes of a group: rank 0 has the lock, and the others know that it has."""
     with ExitStack() as held:
         with group.rank_zero_first():

@@ -256,6 +256,11 @@ class Trainer(ABC):
     ) -> npt.NDArray[np.int32]:
         """Continue int32[B, P] prompts by inverse-CDF sampling with uniforms `u` float64[B, T]; returns int32[B, T]."""
 
+    @classmethod
+    def memory_bytes(cls) -> int | None:
+        """What a run can use of the memory of a device of its own; None where it shares the host's."""
+        return None
+
     @abstractmethod
     def peak_memory_bytes(self) -> int:
         """Highest memory use so far: of the device where it has its own, else of the process."""

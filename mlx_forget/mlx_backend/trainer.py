@@ -117,8 +117,7 @@ class MLXTrainer(Trainer):
     def device(self) -> str:
         if self._on_cpu:
             return f"cpu ({len(self._streams)} threads)"
-        info = mx.device_info() if hasattr(mx, "device_info") else mx.metal.device_info()
-        return str(info.get("device_name", "gpu"))
+        return str(_device_info().get("device_name", "gpu"))
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -220,6 +219,11 @@ class MLXTrainer(Trainer):
         if prompts.shape[1] + u.shape[1] > self.spec.model.context_length:
             raise UserError(f"Prompt and sample together exceed the context of {self.spec.model.context_length} tokens.")
         return sample(self._weights, self.spec.model, prompts, u, temperature=temperature, operators=self._operators)
+
+    @classmethod
+    def memory_bytes(cls) -> int | None:
+        size = _device_info().get("max_recommended_working_set_size") if _gpu_available() else None
+        return None if size is None else int(size)
 
     def peak_memory_bytes(self) -> int:
         if not self._on_cpu:
@@ -381,6 +385,11 @@ def _extra_cpu_streams(count: int) -> list[mx.Stream]:
 def _gpu_available() -> bool:
     """Whether MLX has a GPU here, by the documented check of its version."""
     return bool(mx.is_available(mx.Device(mx.gpu)) if hasattr(mx, "is_available") else mx.metal.is_available())
+
+
+def _device_info() -> dict[str, Any]:
+    info: dict[str, Any] = mx.device_info() if hasattr(mx, "device_info") else mx.metal.device_info()
+    return info
 
 
 def _shares(num_rows: int, num_shares: int) -> list[slice]:
