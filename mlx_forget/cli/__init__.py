@@ -13,7 +13,7 @@ import typer
 import typer.core
 
 from mlx_forget.cli.signals import interruptible
-from mlx_forget.errors import Interrupted, RunFailed, UserError
+from mlx_forget.errors import Interrupted, LeaderFailed, RunFailed, UserError, exit_code
 
 # name -> (module with a Typer `app`, one line of help)
 COMMANDS = {
@@ -90,10 +90,12 @@ def _run(arguments: list[str], *, debug: bool) -> int:
         if debug:
             raise
         _say(str(error))
-        return 2 if isinstance(error, UserError) else 1
+        return exit_code(error)
     except Interrupted as error:
         _say(str(error))
-        return 128 + error.signal
+        return exit_code(error)
+    except LeaderFailed as error:
+        return error.code
     except BrokenPipeError:
         # Whoever read our output has gone; nothing more can be said there.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
