@@ -24,6 +24,10 @@ COMMANDS = {
         "mlx_forget.cli.sweep",
         "Train a grid of runs from a recipe. Done runs are skipped, begun ones resume.",
     ),
+    "replay": (
+        "mlx_forget.cli.replay",
+        "Sample a model into a store, to replay when its pretraining data is not at hand.",
+    ),
     "runs": ("mlx_forget.cli.runs", "List finished runs, or show one."),
     "plot": (
         "mlx_forget.cli.plot",

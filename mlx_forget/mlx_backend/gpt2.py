@@ -13,8 +13,12 @@ import mlx.core as mx
 
 from mlx_forget.ladder import LAYER_NORM_EPSILON, ModelSpec
 from mlx_forget.mlx_backend.operators import Operators
+from mlx_forget.mlx_backend.reference import kl_divergence
 
 Weights = Mapping[str, mx.array]
+# What the KL term of some rows needs, as a tree of arrays that compiled functions take: `nll_rows` int32[n] and `kl_rows` int32[k],
+# `kl_weight` float32[k, T], and `reference`, the weights of the frozen model.
+KLTerm = dict[str, Any]
 
 # Elements of one chunk of logits: on a CPU a chunk should stay in cache, on a GPU it should fill the device.
 _CHUNK_ELEMENTS_CPU = 1 << 21
@@ -42,10 +46,12 @@ def gradients(
     chunk: int,
     operators: Operators,
     grad_checkpoint: bool = False,
+    penalty: KLTerm | None = None,
 ) -> tuple[mx.array, dict[str, mx.array]]:
     """Next-token losses in nats, float32[B, T], and the float32 gradients of their sum weighted by float32[B, T].
 
-    `grad_checkpoint` keeps the inputs of each block only and computes the block again on the way back.
+    `grad_checkpoint` keeps the inputs of each block only and computes the block again on the way back. With a `penalty`, the losses are
+    those of its `nll_rows`, followed by the KL of its `kl_rows`, float32[n + k, T], and the gradients those of both terms.
     """
     allowed = _segment_mask(segment_BT)
     x_BTD = _embed(weights, tokens_BT)
@@ -55,11 +61,14 @@ def gradients(
         inputs.append(x_BTD)
         x_BTD, kept = block(_of_block(weights, i), spec, x_BTD, allowed, operators)
         saved.append(None if grad_checkpoint else kept)
-    final = _norm(x_BTD, weights, "transformer.ln_f").reshape(-1, spec.width)
+    final = _norm(x_BTD, weights, "transformer.ln_f")
     head = weights["transformer.wte.weight"]
-    nll, grad_final, grad_head = cross_entropy(
-        final, head, labels_BT.reshape(-1), weight_BT.reshape(-1), chunk=chunk, operators=operators
-    )
+    if penalty is None:
+        nll, grad_final, grad_head = _cross_entropy_of_rows(final, head, labels_BT, weight_BT, chunk, operators)
+    else:
+        nll, grad_final, grad_head = _two_terms(
+            final, spec, head, tokens_BT, labels_BT, weight_BT, segment_BT, penalty, chunk, operators
+        )
     grads: dict[str, mx.array] = {}
     grad = _norm_gradient(grad_final.reshape(x_BTD.shape), x_BTD, weights, "transformer.ln_f", grads, "")
     for i in reversed(range(spec.num_layers)):
@@ -72,7 +81,54 @@ def gradients(
     positions = grad.sum(axis=0)
     unused = mx.zeros((spec.context_length - len(positions), spec.width))
     grads["transformer.wpe.weight"] = mx.concatenate([positions, unused])
-    return nll.reshape(labels_BT.shape), {name: grads[name] for name in weights}
+    return nll, {name: grads[name] for name in weights}
+
+
+def _cross_entropy_of_rows(
+    final_BTD: mx.array, head: mx.array, labels_BT: mx.array, weight_BT: mx.array, chunk: int, operators: Operators
+) -> tuple[mx.array, mx.array, mx.array]:
+    """`cross_entropy` of whole rows: float32[B, T], and the gradients float32[B, T, D] and float32[V, D]."""
+    flat = final_BTD.reshape(-1, final_BTD.shape[-1])
+    nll, grad, grad_head = cross_entropy(flat, head, labels_BT.reshape(-1), weight_BT.reshape(-1), chunk=chunk, operators=operators)
+    return nll.reshape(labels_BT.shape), grad.reshape(final_BTD.shape), grad_head
+
+
+def _two_terms(
+    final_BTD: mx.array,
+    spec: ModelSpec,
+    head: mx.array,
+    tokens_BT: mx.array,
+    labels_BT: mx.array,
+    weight_BT: mx.array,
+    segment_BT: mx.array | None,
+    penalty: KLTerm,
+    chunk: int,
+    operators: Operators,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Next-token losses of some rows, then the KL of some rows, float32[n + k, T], and the gradients of both weighted sums."""
+    losses, grad_final, grad_head = [], mx.zeros_like(final_BTD), mx.zeros_like(head)
+    rows = penalty["nll_rows"]
+    if rows.size:
+        nll, grad, part = _cross_entropy_of_rows(final_BTD[rows], head, labels_BT[rows], weight_BT[rows], chunk, operators)
+        losses.append(nll)
+        grad_final, grad_head = grad_final.at[rows].add(grad), grad_head + part
+    rows, reference = penalty["kl_rows"], penalty["reference"]
+    if rows.size:
+        segment = None if segment_BT is None else segment_BT[rows]
+        ref_final = hidden_states(reference, spec, tokens_BT[rows], segment, operators=operators)
+        flat = (-1, spec.width)
+        kl, grad, part = kl_divergence(
+            final_BTD[rows].reshape(flat),
+            head,
+            ref_final.reshape(flat),
+            reference["transformer.wte.weight"],
+            penalty["kl_weight"].reshape(-1),
+            chunk=chunk,
+            operators=operators,
+        )
+        losses.append(kl.reshape(len(rows), -1))
+        grad_final, grad_head = grad_final.at[rows].add(grad.reshape(len(rows), *final_BTD.shape[1:])), grad_head + part
+    return mx.concatenate(losses), grad_final, grad_head
 
 
 def block(
