@@ -297,7 +297,7 @@ def _train(plan: Plan, latest: Checkpoint | None, watch: Watch) -> dict[str, Any
             max_seconds=None if config.stop_minutes is None else config.stop_minutes * 60,
             max_skipped=config.max_skipped,
         ),
-        observer=watch.observer("pretraining" if config.is_pretraining else f"finetuning, p = {config.p}", plan.folder),
+        observer=watch.observer(_title(config), plan.folder),
         identity=identity,
     )
     if latest is not None:
@@ -429,6 +429,13 @@ def _data(
     else:
         pretrain_val = None if config.pretrain is None else validation(config.pretrain)
     return stream, (Windows.of("train", target, config.eval_rows), target_val, pretrain_val), num_steps
+
+
+def _title(config: TrainConfig) -> str:
+    if config.is_pretraining:
+        return "pretraining"
+    share = f"p = {config.p}"
+    return f"finetuning, {share if config.method == 'injection' else config.method}"
 
 
 def _check_method(config: TrainConfig, backend: str, capabilities: Capabilities) -> None:
