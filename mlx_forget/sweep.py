@@ -53,7 +53,7 @@ class Recipe:
             if not values:
                 raise UserError(f"Grid axis {key!r} is empty.")
         cells = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-        variants = self.arms.values() or [{}]
+        variants: list[Mapping[str, Any]] = list(self.arms.values()) or [{}]
         return [from_layers(TrainConfig, self.config, arm, fixed, cell, where="recipe") for arm in variants for cell in cells]
 
 
