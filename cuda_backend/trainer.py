@@ -195,14 +195,17 @@ class TorchTrainer(Trainer):
             self._steps[name].copy_(state["step"][0])
 
     def sample(
-        self, prompts: npt.NDArray[np.int32], u: npt.NDArray[np.float64], *, temperature: float = 1.0
+        self, prompts: npt.NDArray[np.int32], u: npt.NDArray[np.float64], *, temperature: float = 1.0, from_reference: bool = False
     ) -> npt.NDArray[np.int32]:
+        weights = self._reference if from_reference else self._weights
+        if weights is None:
+            raise UserError("Sampling the reference needs one: call set_reference first.")
         # The last token is never an input.
         if prompts.shape[1] + u.shape[1] - 1 > self.spec.model.context_length:
             raise UserError(f"Prompt and sample together exceed the context of {self.spec.model.context_length} tokens.")
         try:
             out = sample(
-                {name: value.detach().to(self._dtype) for name, value in self._weights.items()},
+                {name: value.detach().to(self._dtype) for name, value in weights.items()},
                 self.spec.model,
                 torch.from_numpy(prompts.astype(np.int64)).to(self._torch_device),
                 torch.from_numpy(u).to(self._torch_device),

@@ -28,7 +28,7 @@ BUILTIN_TARGET_TOKENS = 100_000
 EVALUATIONS_PER_RUN = 20
 
 # What `replay_data` may be besides data.
-REPLAY_SELF, REPLAY_PRETRAIN = "self", "pretrain"
+REPLAY_SELF, REPLAY_ONLINE, REPLAY_PRETRAIN = "self", "online", "pretrain"
 INJECTED_SHARE = "1%"
 
 # Raised when the same configuration would give other numbers than before.
@@ -74,8 +74,8 @@ class TrainConfig:
     )
     replay_data: str = _key(
         REPLAY_SELF,
-        f"Where ntp-replay, kl-replay and ewc have rows from: {REPLAY_SELF} (sampled from the start model), {REPLAY_PRETRAIN}, "
-        "or data in the forms of --target, such as a store of forget replay.",
+        f"Where ntp-replay, kl-replay and ewc have rows from: {REPLAY_SELF} (sampled from the start model and kept), "
+        f"{REPLAY_ONLINE} (sampled while training, never repeated), {REPLAY_PRETRAIN}, or data in the forms of --target, such as a store of forget replay.",
     )
     replay_rows: int | None = _key(None, "Replay rows added to each step; default: a quarter of --batch-size.")
     replay_tokens: int | None = _key(
@@ -352,7 +352,7 @@ def science(config: TrainConfig) -> dict[str, Any]:
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         default = {} if f.name == "base" else f.default
-        if f.name == "replay_data" and value not in (REPLAY_SELF, REPLAY_PRETRAIN):
+        if f.name == "replay_data" and value not in (REPLAY_SELF, REPLAY_ONLINE, REPLAY_PRETRAIN):
             continue
         if f.metadata["science"] and value != default and f.name not in ("base", "init", "target", "pretrain", "tokenizer"):
             given[f.name] = value

@@ -15,7 +15,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -111,9 +111,15 @@ def uniforms(seed: int, first_row: int, num_rows: int, length: int) -> npt.NDArr
 
 
 def sample_rows(
-    trainer: Trainer, spec: SampleSpec, first_row: int, num_rows: int, *, say: Callable[[str], None] = lambda sentence: None
+    trainer: Trainer,
+    spec: SampleSpec,
+    first_row: int,
+    num_rows: int,
+    *,
+    from_reference: bool = False,
+    say: Callable[[str], None] = lambda sentence: None,
 ) -> Rows:
-    """Rows first_row, first_row + 1, ... of a sample, int32[num_rows, length], without BOS.
+    """Rows first_row, first_row + 1, ... of a sample of the model or of its reference, int32[num_rows, length], without BOS.
 
     A batch that does not fit into memory is halved, and that is said.
     """
@@ -125,7 +131,8 @@ def sample_rows(
         prompts = np.tile(np.array([BOS, *spec.prompt], np.int32), (count, 1))
         u = uniforms(spec.seed, first_row + start, count, spec.length - len(spec.prompt))
         try:
-            out[start : start + count, len(spec.prompt) :] = trainer.sample(prompts, u, temperature=spec.temperature)
+            sampled = trainer.sample(prompts, u, temperature=spec.temperature, from_reference=from_reference)
+            out[start : start + count, len(spec.prompt) :] = sampled
         except MemoryError:
             if count == 1:
                 raise UserError("One row does not fit into memory: sample on another device, or a shorter --length.") from None
@@ -134,6 +141,40 @@ def sample_rows(
             continue
         start += count
     return out
+
+
+@dataclass
+class OnlineReplay:
+    """Replay rows that the frozen reference writes while its successor trains: row j of the run is row j of the sample.
+
+    Nothing is stored and no row repeats. Some rows are sampled ahead at once; that cache changes no row.
+
+    Args:
+        trainer: with a reference.
+        spec: `num_tokens` is not used.
+        rows_per_step, term: as `ReplaySource` says.
+    """
+
+    trainer: Trainer
+    spec: SampleSpec
+    rows_per_step: int
+    term: int
+    _cache: tuple[int, Rows] | None = field(default=None, init=False, repr=False)
+
+    @property
+    def num_unique(self) -> None:
+        return None
+
+    def read(self, step: int, *, rank: int, world_size: int) -> Rows:
+        """The rows of a step that belong to `rank`, int32[B, T+1], BOS first."""
+        # Whole steps, as many as one batch of the sampler fills.
+        steps = max(1, self.spec.batch_size // self.rows_per_step)
+        first = step // steps * steps
+        if self._cache is None or self._cache[0] != first:
+            rows = sample_rows(self.trainer, self.spec, first * self.rows_per_step, steps * self.rows_per_step, from_reference=True)
+            self._cache = (first, np.concatenate([np.full((len(rows), 1), BOS, np.int32), rows], axis=1))
+        here = (step - first) * self.rows_per_step
+        return self._cache[1][here : here + self.rows_per_step][rank::world_size]
 
 
 def sample_store(

@@ -19,6 +19,7 @@ from mlx_forget.checkpoint import Checkpoint
 from mlx_forget.config import (
     BUILTIN_TARGET_TOKENS,
     EVALUATIONS_PER_RUN,
+    REPLAY_ONLINE,
     REPLAY_PRETRAIN,
     REPLAY_SELF,
     SCIENCE_VERSION,
@@ -46,7 +47,7 @@ from mlx_forget.pipeline.corpora import CORPORA, build_corpus, forget_home
 from mlx_forget.pipeline.mixture import Mixture, parse_share
 from mlx_forget.pipeline.store import TokenStore
 from mlx_forget.pipeline.tokenizer import Tokenizer
-from mlx_forget.replay import SampleSpec, origin_note, sample_store
+from mlx_forget.replay import OnlineReplay, SampleSpec, origin_note, sample_store
 from mlx_forget.schedule import Schedule
 from mlx_forget.trainer import Capabilities, Precision, Trainer, TrainerSpec, choose_backend, load_backend
 
@@ -176,7 +177,7 @@ def plan_run(config: TrainConfig, *, folder: Path | None = None, watch: Watch | 
     if config.pretrain is not None and config.pretrain not in stores:
         stores[config.pretrain] = resolve_store(config.pretrain, tokenizer, progress=watch.progress)
     replay = _replay_name(config)
-    if replay not in (None, REPLAY_SELF) and replay not in stores:
+    if replay not in (None, REPLAY_SELF, REPLAY_ONLINE) and replay not in stores:
         stores[replay] = resolve_store(replay, tokenizer, progress=watch.progress)
     published = {name: _same_as_published(name, watch) for name in stores if name in CORPORA}
     if config.tokens_per_param is not None:
@@ -188,7 +189,7 @@ def plan_run(config: TrainConfig, *, folder: Path | None = None, watch: Watch | 
         "target": stores[config.target].fingerprint,
         "pretrain": stores[config.pretrain].fingerprint if config.pretrain is not None else None,
     }
-    if replay not in (None, REPLAY_SELF):
+    if replay not in (None, REPLAY_SELF, REPLAY_ONLINE):
         data["replay"] = stores[replay].fingerprint
     identifier = run_id(config, precision=precision, learning_rate=rates.peak, data=data, init=init)
     return Plan(
@@ -347,7 +348,7 @@ def _record(plan: Plan, run: RunState, trainer: Trainer) -> dict[str, Any]:
         data[f"replay:{_replay_name(config)}"] = {
             "fingerprint": plan.replay_fingerprint,
             "role": "replay",
-            "unique_tokens": min(served, plan.stream.replay.subset.num_rows) * length,
+            "unique_tokens": min(served, plan.stream.replay.num_unique or served) * length,
             "tokens_seen": served * length,
         }
     forgetting, lost = None, None
@@ -451,12 +452,16 @@ def _check_method(config: TrainConfig, backend: str, capabilities: Capabilities)
         raise UserError(
             "--replay-data pretrain replays the pretraining data, and --pretrain is none: give it, or --replay-data self."
         )
-    if row.reads_replay and config.replay_data == REPLAY_SELF and not capabilities.sample:
+    if row.reads_replay and config.replay_data == REPLAY_ONLINE and method.ewc:
+        raise UserError(
+            "The Fisher information of ewc is measured before training: --replay-data online has no rows then; take self."
+        )
+    if row.reads_replay and config.replay_data in (REPLAY_SELF, REPLAY_ONLINE) and not capabilities.sample:
         raise UserError(f"Backend {backend!r} cannot sample: give --replay-data.")
 
 
 def _replay_name(config: TrainConfig) -> str | None:
-    """What replay rows come from: `self`, the name of a store of the plan, or None where the method reads none."""
+    """What replay rows come from: `self`, `online`, the name of a store of the plan, or None where the method reads none."""
     if not METHODS[config.method].reads_replay:
         return None
     return config.pretrain if config.replay_data == REPLAY_PRETRAIN else config.replay_data
@@ -476,6 +481,11 @@ def _with_replay(plan: Plan, trainer: Trainer, watch: Watch) -> Plan:
     length = plan.stream.target.row_length
     rows_per_step = _replay_rows_per_step(config)
     term = config.method_spec().replay_term
+    if name == REPLAY_ONLINE:
+        assert term is not None
+        trainer.set_reference("start")
+        online = OnlineReplay(trainer, SampleSpec(num_tokens=length, length=length, seed=config.seed), rows_per_step, term)
+        return dataclasses.replace(plan, stream=dataclasses.replace(plan.stream, replay=online))
     if name == REPLAY_SELF:
         needed = plan.num_steps * rows_per_step * length if term is not None else FISHER_ROWS * length
         spec = SampleSpec(num_tokens=config.replay_tokens or min(needed, MAX_SAMPLED_TOKENS), length=length, seed=config.seed)

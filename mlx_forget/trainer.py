@@ -283,12 +283,14 @@ class Trainer(ABC):
 
     @abstractmethod
     def sample(
-        self, prompts: npt.NDArray[np.int32], u: npt.NDArray[np.float64], *, temperature: float = 1.0
+        self, prompts: npt.NDArray[np.int32], u: npt.NDArray[np.float64], *, temperature: float = 1.0, from_reference: bool = False
     ) -> npt.NDArray[np.int32]:
         """Continue int32[B, P] prompts by inverse-CDF sampling with uniforms `u` float64[B, T]; returns int32[B, T].
 
+        `from_reference` samples the frozen reference instead of the model.
+
         Raises:
-            UserError: the model's context is shorter than its inputs, P + T - 1 tokens.
+            UserError: there is no reference, or the model's context is shorter than its inputs, P + T - 1 tokens.
             MemoryError: the batch needs more memory than the device has.
         """
 

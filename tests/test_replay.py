@@ -13,8 +13,8 @@ from mlx_forget.pipeline.batches import BatchStream, ReplayRows, RowSubset
 from mlx_forget.pipeline.mixture import Mixture, parse_share
 from mlx_forget.pipeline.store import open_store
 from mlx_forget.pipeline.tokenizer import BOS, EOS, train_tokenizer
-from mlx_forget.replay import SampleSpec, origin_note, parse_tokens, sample_rows, sample_store, uniforms
-from mlx_forget.trainer import RuntimeSpec, TrainerSpec, available_backends, load_backend
+from mlx_forget.replay import OnlineReplay, SampleSpec, origin_note, parse_tokens, sample_rows, sample_store, uniforms
+from mlx_forget.trainer import Batch, RuntimeSpec, TrainerSpec, available_backends, load_backend
 from tests.fakes import BigramTrainer
 from tests.pipeline.test_store import make_store
 
@@ -76,6 +76,26 @@ def test_samples_have_the_models_probabilities(backend, temperature):
         counts = np.bincount(rows[:, column], minlength=20)
         assert stats.chisquare(counts, exact * num_rows).pvalue > 1e-4
         assert stats.chisquare(counts, np.full(20, num_rows / 20)).pvalue < 1e-6
+
+
+def test_online_rows_are_those_of_the_sample_whatever_the_step_and_rank(backend):
+    """And of the frozen reference: training in between changes none."""
+    trainer = trainer_of(backend)
+    with pytest.raises(UserError, match="call set_reference first"):
+        OnlineReplay(trainer, SampleSpec(num_tokens=1, length=12), 3, 2).read(0, rank=0, world_size=1)
+    spec = SampleSpec(num_tokens=1, length=12, seed=5, batch_size=7)
+    expected = sample_rows(trainer, spec, 0, 30)
+    trainer.set_reference("start")
+    zeros = np.zeros(4, np.uint8)
+    batch = Batch(np.tile(np.arange(13, dtype=np.int32), (4, 1)), np.ones((4, 12), np.uint8), None, zeros, zeros)
+    for _ in range(5):
+        trainer.train_step(batch, 0.1).read()
+    online = OnlineReplay(trainer, spec, rows_per_step=3, term=2)
+    for step in (0, 1, 5, 2, 9):
+        rows = online.read(step, rank=0, world_size=1)
+        assert (rows[:, 0] == BOS).all()
+        np.testing.assert_array_equal(rows[:, 1:], expected[step * 3 : step * 3 + 3])
+        np.testing.assert_array_equal(online.read(step, rank=1, world_size=2), rows[1::2])
 
 
 # --- the store ---

@@ -100,6 +100,19 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(backend, method, tmp_path
     assert all((a[key] == b[key]).all() for key in b)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_online_replay_serves_the_rows_of_the_stored_sample_and_resumes(backend, tmp_path):
+    keys = {"method": "kl-replay", "replay_data": "online"}
+    straight = execute(plan_run(config(backend, **keys), folder=tmp_path / "straight"))
+    with pytest.raises(Interrupted):
+        execute(plan_run(config(backend, **keys), folder=tmp_path / "broken"), watch=Watch(interrupted=Interrupt(7)))
+    resumed = execute(plan_run(config(backend, **keys), folder=tmp_path / "broken"), resume=True)
+    assert resumed["losses"] == straight["losses"]
+    assert straight["data"]["replay:online"] == {
+        "fingerprint": None, "role": "replay", "unique_tokens": 12 * 2 * 128, "tokens_seen": 12 * 2 * 128,
+    }  # fmt: skip
+
+
 @pytest.fixture
 def base(run_forget):
     """A small run to start from."""
@@ -139,6 +152,7 @@ WRONG_TRAIN = [
     (["--method", "kl-reply"], "Did you mean 'kl-replay'"),
     (["--method", "lwf", "--init", "scratch"], "init: scratch has none"),
     (["--method", "ntp-replay", "--replay-data", "pretrain", "--pretrain", "none"], "--pretrain is none"),
+    (["--method", "ewc", "--replay-data", "online"], "measured before training"),
     (["--method", "kl-replay", "--replay-data", "nowhere.txt"], "no file or folder nowhere.txt"),
     (["--method", "kl-replay", "--replay-rows", "0"], "replay_rows must be positive"),
 ]

@@ -192,7 +192,8 @@ def next_logits(
         cache[i][:, :, :, position : position + 1] = qkv[1:]
         k, v = cache[i][:, :, :, : position + 1]
         scores = (qkv[0].astype(mx.float32) * spec.head_dim**-0.5) @ k.astype(mx.float32).swapaxes(-1, -2)
-        mixed = mx.softmax(scores, axis=-1).astype(v.dtype) @ v
+        exponentials = operators.exp_below(scores, scores.max(axis=-1, keepdims=True))
+        mixed = (exponentials / exponentials.sum(axis=-1, keepdims=True)).astype(v.dtype) @ v
         x_BD = x_BD + _linear(mixed.reshape(B, -1), own, "attn.c_proj", operators)
         expanded, _ = operators.gelu(_linear(_norm(x_BD, own, "ln_2"), own, "mlp.c_fc", operators))
         x_BD = x_BD + _linear(expanded, own, "mlp.c_proj", operators)

@@ -236,12 +236,15 @@ class MLXTrainer(Trainer):
         mx.eval(self._exp_avg, self._exp_avg_sq, self._step)
 
     def sample(
-        self, prompts: npt.NDArray[np.int32], u: npt.NDArray[np.float64], *, temperature: float = 1.0
+        self, prompts: npt.NDArray[np.int32], u: npt.NDArray[np.float64], *, temperature: float = 1.0, from_reference: bool = False
     ) -> npt.NDArray[np.int32]:
+        weights = self._reference if from_reference else self._weights
+        if weights is None:
+            raise UserError("Sampling the reference needs one: call set_reference first.")
         # The last token is never an input.
         if prompts.shape[1] + u.shape[1] - 1 > self.spec.model.context_length:
             raise UserError(f"Prompt and sample together exceed the context of {self.spec.model.context_length} tokens.")
-        return sample(self._weights, self.spec.model, prompts, u, temperature=temperature, operators=self._operators)
+        return sample(weights, self.spec.model, prompts, u, temperature=temperature, operators=self._operators)
 
     def peak_memory_bytes(self) -> int:
         if not self._on_cpu:

@@ -1,6 +1,7 @@
 """Batch k of a run, computed directly: mixture positions to rows of two memory-mapped splits to NumPy arrays."""
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -64,14 +65,30 @@ class RowSubset:
         self.split.read_rows(rows, out)
 
 
+class ReplaySource(Protocol):
+    """Rows that are added to each step, beside those of the mixture: `rows_per_step` over all ranks, all of one term."""
+
+    @property
+    def rows_per_step(self) -> int: ...
+
+    @property
+    def term(self) -> int: ...
+
+    @property
+    def num_unique(self) -> int | None:
+        """Rows before the first repeats; None: they never do."""
+
+    def read(self, step: int, *, rank: int, world_size: int) -> npt.NDArray[np.int32]:
+        """The rows of a step that belong to `rank`, int32[B, T+1]."""
+
+
 @dataclass(frozen=True)
 class ReplayRows:
-    """Rows that are added to each step, beside those of the mixture.
+    """Replay rows from a store.
 
     Args:
         subset: the pool; it is served in a new order every epoch, and no row repeats within one.
-        rows_per_step: over all ranks.
-        term: the objective's term they belong to.
+        rows_per_step, term: as `ReplaySource` says.
         seed: orders the pool.
     """
 
@@ -80,8 +97,11 @@ class ReplayRows:
     term: int
     seed: int
 
+    @property
+    def num_unique(self) -> int:
+        return self.subset.num_rows
+
     def read(self, step: int, *, rank: int, world_size: int) -> npt.NDArray[np.int32]:
-        """The rows of a step that belong to `rank`, int32[B, T+1]."""
         position = np.arange(step * self.rows_per_step, (step + 1) * self.rows_per_step, dtype=np.int64)[rank::world_size]
         epoch, within = np.divmod(position, self.subset.num_rows)
         out = np.empty((len(position), self.subset.row_length + 1), np.int32)
@@ -107,7 +127,7 @@ class BatchStream:
     mixture: Mixture
     batch_size: int
     num_steps: int
-    replay: ReplayRows | None = None
+    replay: ReplaySource | None = None
     _planned: tuple[int, npt.NDArray[np.uint8], npt.NDArray[np.int64]] | None = field(default=None, init=False, repr=False)
 
     def batch(self, step: int, *, rank: int = 0, world_size: int = 1) -> Batch:

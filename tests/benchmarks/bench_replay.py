@@ -139,11 +139,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--length", type=int, default=255)
     parser.add_argument("--cpu-time", action="store_true", help="rates per CPU second")
+    parser.add_argument("--only", choices=("sampling", "cost"))
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     clock = time.process_time if options.cpu_time else time.perf_counter
-    sampling(options.threads, options.rounds, clock, options.length)
-    for backend in available_backends():
+    if options.only != "cost":
+        sampling(options.threads, options.rounds, clock, options.length)
+    for backend in available_backends() if options.only != "sampling" else ():
         replay_cost(backend, options.threads, options.rounds, clock)
 
 
