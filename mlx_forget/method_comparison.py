@@ -95,7 +95,7 @@ def load_trajectories(runs: Sequence[Run], seed: int | None = None) -> list[Traj
     """The finetuning runs, in the order of the table of methods.
 
     Raises:
-        UserError: no finished finetuning runs, or two with one method and seed.
+        UserError: no finished finetuning runs.
     """
     found = []
     for run in runs:
@@ -108,8 +108,6 @@ def load_trajectories(runs: Sequence[Run], seed: int | None = None) -> list[Traj
         raise UserError("There are no finished finetuning runs here that measured a pretraining loss.")
     names = list(METHODS)
     found.sort(key=lambda t: (names.index(t.method), t.record["config"].get("replay_data") != REPLAY_SELF, t.label, t.seed))
-    if len({(t.label, t.seed) for t in found}) != len(found):
-        raise UserError("Two runs have the same method and seed: a comparison needs runs that differ in nothing else.")
     return found
 
 
@@ -135,8 +133,10 @@ def table(trajectories: Sequence[Trajectory]) -> list[Row]:
     """One row per method.
 
     Raises:
-        UserError: a seed without a plain run to compare with.
+        UserError: two runs with one method and seed, or a seed without a plain run to compare with.
     """
+    if len({(t.label, t.seed) for t in trajectories}) != len(trajectories):
+        raise UserError("Two runs have the same method and seed: a comparison of methods needs runs that differ in nothing else.")
     plain = {t.seed: t for t in trajectories if t.method == "plain"}
     lacking = sorted({t.seed for t in trajectories} - set(plain))
     if lacking:

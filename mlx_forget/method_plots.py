@@ -1,10 +1,11 @@
-"""The figure of a method comparison: trajectories of target loss against pretraining loss."""
+"""Figures of methods: trajectories of target loss against pretraining loss, and the learning rate's trade-off."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mlx_forget.method_comparison import TOLERANCE, Trajectory
 from mlx_forget.plots import COLOURS, MARKERS
+from mlx_forget.rate_tradeoff import Point
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,6 +38,38 @@ def draw_methods(trajectories: Sequence[Trajectory], *, title: str) -> "Figure":
     _frame_ends(end, drawn)
     handles, labels = end.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def draw_rates(found: Sequence[Point], level: float, *, title: str) -> "Figure":
+    """Forgetting at one target loss, and the steps to it, against the learning rate; a line for each method and seed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    labels = list(dict.fromkeys(point.label for point in found))
+    for key in dict.fromkeys((point.label, point.seed) for point in found):
+        line = [point for point in found if (point.label, point.seed) == key]
+        rates, number = [point.learning_rate for point in line], labels.index(key[0])
+        style: dict[str, Any] = {
+            "color": COLOURS[number % len(COLOURS)],
+            "marker": MARKERS[number % len(MARKERS)],
+            "linewidth": 1.4,
+        }
+        left.plot(rates, [point.forgetting for point in line], label=key[0] if key[1] == found[0].seed else None, **style)
+        right.plot(rates, [point.step for point in line], **style)
+    for axis, name in ((left, "forgetting (nats per token)"), (right, "steps")):
+        axis.set_xscale("log")
+        axis.set_xlabel("learning rate")
+        axis.set_title(f"{name} at target loss {level:.3f}", fontsize=11)
+        axis.set_ylabel(name)
+        axis.grid(alpha=0.25, linewidth=0.6, which="both")
+        axis.spines[["top", "right"]].set_visible(False)
+    left.axhline(0, color="black", linewidth=0.8, linestyle=":")
+    right.set_yscale("log")
+    handles, names = left.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.suptitle(title, fontsize=11)
     return figure
 

@@ -68,7 +68,7 @@ def test_what_cannot_be_compared_is_said(tmp_path):
     write_run(tmp_path / "a" / "c", PLAIN)
     write_run(tmp_path / "a" / "d", PLAIN)
     with pytest.raises(UserError, match="same method and seed"):
-        load_trajectories(list(find_runs(tmp_path / "a")))
+        table(load_trajectories(list(find_runs(tmp_path / "a"))))
     with pytest.raises(UserError, match="no finished finetuning runs"):
         load_trajectories([])
 
@@ -86,6 +86,45 @@ def test_the_recipe_holds_the_papers_arms_and_each_is_another_run():
     arms = {(c.method, c.replay_data) for c in configs}
     assert {("plain", "self")} | {(m, d) for m in ("kl-replay", "ntp-replay") for d in ("self", "pretrain")} <= arms
     assert all(c.p == "0" for c in configs)
+
+
+def test_rates_are_compared_at_the_target_loss_that_all_reach(run_forget, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    slow = [(5.0, 3.0), (4.8, 3.05), (4.6, 3.1), (4.2, 3.2)]
+    write_run(tmp_path / "s" / "a", [(5.0, 3.0), (4.4, 3.3), (3.8, 3.9)], learning_rate=2e-3)
+    write_run(tmp_path / "s" / "b", slow, learning_rate=5e-4)
+    write_run(tmp_path / "s" / "c", [(5.0, 3.0), (4.0, 3.02)], method="kl-replay", learning_rate=2e-3)
+    for name, rate in (("a", 2e-3), ("b", 5e-4), ("c", 2e-3)):
+        path = tmp_path / "s" / name / "record.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"learning_rate": rate}))
+    code, out, err = run_forget("plot", "s", "-o", "f", "--json")
+    assert code == 0, err
+    answer = json.loads(out)
+    assert answer["target_val_loss"] == 4.2
+    rows = {(row["label"].split(",")[0], row["learning_rate"]): row for row in answer["rows"]}
+    assert [row["learning_rate"] for row in answer["rows"]] == [2e-3, 5e-4, 2e-3]
+    fast = rows["plain finetuning", 2e-3]
+    assert fast["step"] == pytest.approx(10 + 10 / 3)
+    assert fast["forgetting"] == pytest.approx(0.3 + 0.6 / 3)
+    assert rows["plain finetuning", 5e-4]["step"] == 30
+    assert rows["KL replay", 2e-3]["forgetting"] == pytest.approx(0.016)
+    assert (tmp_path / "f" / "s.png").stat().st_size > 10_000
+    assert "first reaches 4.2000" in run_forget("plot", "s", "-o", "f")[1]
+    write_run(tmp_path / "s" / "d", [(5.0, 3.0), (5.1, 3.3)], learning_rate=1e-9)
+    path = tmp_path / "s" / "d" / "record.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"learning_rate": 1e-9}))
+    code, _, err = run_forget("plot", "s", "-o", "f")
+    assert code == 2
+    assert "learnt nothing" in err
+
+
+@pytest.mark.parametrize("name", ["replay", "anchors", "replay-learning-rate"])
+def test_the_recipes_of_methods_hold_a_plain_run_and_smoke_scale(name):
+    recipe = read_recipe(find_recipe(name))
+    configs = recipe.configs({})
+    assert "plain" in {c.method for c in configs}
+    assert {c.model for c in configs} == {"0.16m"}
+    assert len({str(c) for c in configs}) == len(configs)
 
 
 def test_a_recipe_becomes_a_table_and_a_figure(run_forget, tmp_path, monkeypatch):

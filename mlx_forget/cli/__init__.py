@@ -31,7 +31,7 @@ COMMANDS = {
     "runs": ("mlx_forget.cli.runs", "List finished runs, or show one."),
     "plot": (
         "mlx_forget.cli.plot",
-        "Draw Figure 1 or a method comparison from the runs of a sweep, and print what is read at the minimum.",
+        "Draw Figure 1, methods or learning rates from the runs of a sweep, and print what is read at the minimum.",
     ),
     "fit": ("mlx_forget.cli.laws", "Fit a law to a table of runs: parameters with honest intervals, and what not to trust."),
     "predict": ("mlx_forget.cli.laws", "Predict a loss, or the forgetting, from a fit.json."),
