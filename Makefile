@@ -18,7 +18,7 @@ OUTPUT ?= runs/$(RECIPE)-seed$(SEED)
 SETTINGS = --set seed=$(SEED) --set backend=$(BACKEND) $(if $(SIZE),--set model=$(SIZE)) $(if $(DATA),--set target=$(DATA)) $(if $(PRETRAIN),--set pretrain=$(PRETRAIN))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint type test test-full bench parity coverage reproduce-figure1 reproduce-laws clean
+.PHONY: help setup lint type test test-full bench parity coverage reproduce-figure1 reproduce-replay reproduce-laws clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-20s %s\n", $$1, $$2}'
@@ -69,6 +69,10 @@ reproduce-laws: setup  ## refit and redraw the laws from the committed tables, i
 	$(FIT) data/reference/replay_ibrahim2024.csv --law bethune-forgetting-e --by setting --fix beta=0 -o $(LAWS)/replay/fit.json --plot $(LAWS)/replay
 	for table in $(wildcard data/runs/*.csv data/runs/*.parquet); do name=$$(basename $${table%.*}); \
 	  $(FIT) $$table --by domain -o $(LAWS)/$$name/fit.json --plot $(LAWS)/$$name || exit 1; done
+
+reproduce-replay: setup  ## methods compared at laptop scale (Marek et al.); SEED= BACKEND= OUTPUT=
+	$(BIN)/forget sweep replay --set seed=$(SEED) --set backend=$(BACKEND) --output $(if $(filter command line,$(origin OUTPUT)),$(OUTPUT),runs/replay-seed$(SEED))
+	$(BIN)/forget plot $(if $(filter command line,$(origin OUTPUT)),$(OUTPUT),runs/replay-seed$(SEED)) --output figures --name $(if $(filter 0,$(SEED)),replay,replay-seed$(SEED))
 
 clean:  ## remove the environment, builds and caches of tools; runs, figures and corpora stay
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -11,7 +11,7 @@ from mlx_forget.ladder import ModelSpec
 def sample(weights: Weights, spec: ModelSpec, prompts_BP: Tensor, u_BT: Tensor, temperature: float) -> Tensor:
     """Continue int64[B, P] prompts by inverse-CDF sampling; returns int64[B, T] for uniforms float64[B, T].
 
-    The token is the first whose cumulative probability, in float64, exceeds u.
+    The token is the first whose cumulative probability, summed in float64, exceeds u.
     """
     B, P = prompts_BP.shape
     length = P + u_BT.shape[1]
@@ -24,7 +24,9 @@ def sample(weights: Weights, spec: ModelSpec, prompts_BP: Tensor, u_BT: Tensor, 
         if position + 1 < P:
             token = prompts_BP[:, position + 1]
             continue
-        cumulative = torch.softmax(logits.double() / temperature, dim=-1).cumsum(-1)
+        scaled = logits / temperature
+        # Sums of probabilities but for a factor, which the uniforms take up.
+        cumulative = scaled.sub_(scaled.amax(-1, keepdim=True)).exp_().cumsum(-1, dtype=torch.float64)
         u = u_BT[:, position + 1 - P, None] * cumulative[:, -1:]
         token = torch.searchsorted(cumulative, u, right=True)[:, 0].clamp_(max=spec.vocab_size - 1)
         out[:, position + 1 - P] = token

@@ -47,7 +47,7 @@ class TorchStack(Stack):
     def train_step(self, batches: Sequence[Batch], learning_rates: Sequence[float], active: Sequence[bool]) -> list[StepResult]:
         self._keep([k for k in self._rows if active[k]])
         mine = [batches[k] for k in self._rows]
-        counts = [group_counts(batch) for batch in mine]
+        counts = [group_counts(batch, self._spec.method) for batch in mine]
         weight = np.stack([token_weights(batch, n, self._spec.method) for batch, n in zip(mine, counts, strict=True)])
         tokens = np.stack([batch.tokens for batch in mine])
         mask = np.stack([batch.loss_mask for batch in mine])

@@ -17,11 +17,12 @@ from torch.optim.adamw import adamw
 from cuda_backend import gpt2
 from cuda_backend.allocator import keep_freed_memory
 from cuda_backend.distributed import TorchGroup, join, local_rank
+from cuda_backend.reference import FusedKL, add_penalty_gradients, pull_to_reference
 from cuda_backend.sample import sample
 from mlx_forget.distributed import Group
 from mlx_forget.errors import UserError
 from mlx_forget.ladder import decays, initial_weights, num_params, param_shapes
-from mlx_forget.methods import NUM_SOURCES, NUM_TERMS, TERM_REPLAY_NTP, TERM_TASK
+from mlx_forget.methods import NUM_SOURCES, NUM_TERMS, TERM_REPLAY_KL, TERM_REPLAY_NTP, TERM_TASK
 from mlx_forget.trainer import (
     Batch,
     Capabilities,
@@ -31,7 +32,9 @@ from mlx_forget.trainer import (
     StepResult,
     Trainer,
     TrainerSpec,
+    check_reference,
     group_counts,
+    kl_weights,
     token_weights,
     unpack_step,
 )
@@ -79,13 +82,16 @@ class TorchTrainer(Trainer):
         self._exp_avg_sq = {name: torch.zeros_like(value) for name, value in self._weights.items()}
         self._steps = {name: torch.zeros((), device=self._torch_device) for name in self._weights}
         self._reference: dict[str, Tensor] | None = None
+        self._fisher: dict[str, Tensor] | None = None
         self._hidden_states = self._maybe_compiled(gpt2.hidden_states)
 
     @classmethod
     def describe(cls) -> Capabilities:
         return Capabilities(
             precisions=("fp32", "bf16"),
-            terms=(TERM_TASK, TERM_REPLAY_NTP),
+            terms=(TERM_TASK, TERM_REPLAY_NTP, TERM_REPLAY_KL),
+            anchor=True,
+            fisher=True,
             sample=True,
             distributed=True,
             stack=True,
@@ -115,17 +121,21 @@ class TorchTrainer(Trainer):
         return tuple(self._notes)
 
     def train_step(self, batch: Batch, learning_rate: float) -> StepResult:
-        counts = self.group.all_sum(group_counts(batch))
-        token_weight = token_weights(batch, counts, self.spec.method)
+        counts = self.group.all_sum(group_counts(batch, self.spec.method))
+        token_weight, kl_weight = token_weights(batch, counts, self.spec.method), kl_weights(batch, counts, self.spec.method)
+        check_reference(self.spec.method, reference=self._reference is not None, fisher=self._fisher is not None)
         group = torch.from_numpy(batch.term.astype(np.int64) * NUM_SOURCES + batch.source).to(self._torch_device)
+        kl_group = torch.from_numpy(batch.source.astype(np.int64) + TERM_REPLAY_KL * NUM_SOURCES).to(self._torch_device)
         sums = torch.zeros(NUM_TERMS * NUM_SOURCES, device=self._torch_device)
         # A rank may have no rows.
         size = self.spec.runtime.micro_batch_size or max(1, len(batch.tokens))
         for start in range(0, len(batch.tokens), size):
             rows = slice(start, start + size)
-            nll = self._accumulate_gradient(batch, rows, token_weight[rows])
+            nll, kl = self._accumulate_gradient(batch, rows, token_weight[rows], None if kl_weight is None else kl_weight[rows])
             mask = torch.from_numpy(batch.loss_mask[rows]).to(self._torch_device)
             sums.index_add_(0, group[rows], (nll * mask).sum(1))
+            if kl is not None:
+                sums.index_add_(0, kl_group[rows], (kl * mask).sum(1))
         gradients = {name: torch.zeros_like(value) if value.grad is None else value.grad for name, value in self._weights.items()}
         if isinstance(self.group, TorchGroup):
             *summed, sums = self.group.sum_tensors([*gradients.values(), sums])
@@ -169,6 +179,19 @@ class TorchTrainer(Trainer):
         else:
             self._reference = self._read_weights(reference)
 
+    def set_fisher(self, tokens: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8]) -> None:
+        fisher = {name: torch.zeros_like(value) for name, value in self._weights.items()}
+        zeros = np.zeros(1, np.uint8)
+        for row in range(len(tokens)):
+            one = slice(row, row + 1)
+            batch = Batch(tokens=tokens[one], loss_mask=mask[one], segment=None, term=zeros, source=zeros)
+            self._accumulate_gradient(batch, slice(0, 1), mask[one].astype(np.float32), None)
+            for name, value in self._weights.items():
+                assert value.grad is not None
+                fisher[name].addcmul_(value.grad, value.grad, value=1 / max(1, int(mask.sum())))
+                value.grad = None
+        self._fisher = fisher
+
     def save(self, path: Path, *, trainable_only: bool = False) -> None:
         save_file(
             {name: value.detach().contiguous() for name, value in self._weights.items()},
@@ -196,17 +219,24 @@ class TorchTrainer(Trainer):
             self._steps[name].copy_(state["step"][0])
 
     def sample(
-        self, prompts: npt.NDArray[np.int32], u: npt.NDArray[np.float64], *, temperature: float = 1.0
+        self, prompts: npt.NDArray[np.int32], u: npt.NDArray[np.float64], *, temperature: float = 1.0, from_reference: bool = False
     ) -> npt.NDArray[np.int32]:
-        if prompts.shape[1] + u.shape[1] > self.spec.model.context_length:
+        weights = self._reference if from_reference else self._weights
+        if weights is None:
+            raise UserError("Sampling the reference needs one: call set_reference first.")
+        # The last token is never an input.
+        if prompts.shape[1] + u.shape[1] - 1 > self.spec.model.context_length:
             raise UserError(f"Prompt and sample together exceed the context of {self.spec.model.context_length} tokens.")
-        out = sample(
-            {name: value.detach().to(self._dtype) for name, value in self._weights.items()},
-            self.spec.model,
-            torch.from_numpy(prompts.astype(np.int64)).to(self._torch_device),
-            torch.from_numpy(u).to(self._torch_device),
-            temperature,
-        )
+        try:
+            out = sample(
+                {name: value.detach().to(self._dtype) for name, value in weights.items()},
+                self.spec.model,
+                torch.from_numpy(prompts.astype(np.int64)).to(self._torch_device),
+                torch.from_numpy(u).to(self._torch_device),
+                temperature,
+            )
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(f"sampling {len(prompts)} rows") from error
         return out.cpu().numpy().astype(np.int32)
 
     @classmethod
@@ -269,33 +299,65 @@ class TorchTrainer(Trainer):
         with self._autocast():
             return gpt2.hidden_states(weights, self.spec.model, inputs).flatten(0, 1).to(self._dtype)
 
-    def _accumulate_gradient(self, batch: Batch, rows: slice, weight: npt.NDArray[np.float32]) -> Tensor:
-        """Add the gradient of the weighted token losses of some rows; returns their nll, float32[B, T]."""
+    def _accumulate_gradient(
+        self, batch: Batch, rows: slice, weight: npt.NDArray[np.float32], kl_weight: npt.NDArray[np.float32] | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Add the gradient of the weighted token losses of some rows.
+
+        Returns their nll and their KL to the reference, float32[B, T]: 0 where a row has no such term, None where no row has.
+        """
         inputs, labels = self._split(batch.tokens[rows])
         segment = None if batch.segment is None else torch.from_numpy(batch.segment[rows]).to(self._torch_device)
         with self._autocast():
             checkpointed = self.spec.runtime.grad_checkpoint
             x = self._hidden_states(self._weights, self.spec.model, inputs, segment, grad_checkpoint=checkpointed)
+        head, x = self._weights["transformer.wte.weight"], x.to(self._dtype)
+        nll_rows, kl_rows = self._rows_of(np.asarray(batch.term[rows] != TERM_REPLAY_KL)), None
+        if kl_weight is not None and kl_weight.any():
+            kl_rows = self._rows_of(np.asarray(kl_weight.any(axis=1)))
         objective, nll = gpt2.FusedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            x.flatten(0, 1).to(self._dtype),
-            self._weights["transformer.wte.weight"],
-            labels,
-            torch.from_numpy(weight).to(self._torch_device).flatten(),
+            x[nll_rows].flatten(0, 1),
+            head,
+            labels.view(inputs.shape)[nll_rows].flatten(),
+            torch.from_numpy(weight).to(self._torch_device)[nll_rows].flatten(),
             self._chunk,
         )
+        kl_BT = None
+        if kl_rows is not None:
+            assert self._reference is not None
+            with torch.no_grad(), self._autocast():
+                part = None if segment is None else segment[kl_rows]
+                ref_x = self._hidden_states(self._reference, self.spec.model, inputs[kl_rows], part).to(self._dtype)
+            kl_objective, kl = FusedKL.apply(  # type: ignore[no-untyped-call]
+                x[kl_rows].flatten(0, 1),
+                head,
+                ref_x.flatten(0, 1),
+                self._reference["transformer.wte.weight"],
+                torch.from_numpy(kl_weight).to(self._torch_device)[kl_rows].flatten(),
+                self._chunk,
+            )
+            objective = objective + kl_objective
+            kl_BT = _in_rows(kl, kl_rows, inputs)
         objective.backward()
-        result: Tensor = nll.view(inputs.shape)
-        return result
+        return _in_rows(nll, nll_rows, inputs), kl_BT
+
+    def _rows_of(self, chosen: npt.NDArray[np.bool_]) -> slice | Tensor:
+        """The chosen rows as an index; a slice, which copies nothing, where it is all of them."""
+        return slice(None) if chosen.all() else torch.from_numpy(np.flatnonzero(chosen)).to(self._torch_device)
 
     def _update(self, gradients: dict[str, Tensor], learning_rate: float) -> tuple[Tensor, Tensor]:
         """Clip, step and clear the gradients; returns (gradient norm, 1 if the step was masked), both on the device."""
-        optim = self.spec.optim
+        optim, method = self.spec.optim, self.spec.method
+        if self._reference is not None and (method.l2_sp or method.ewc):
+            add_penalty_gradients(method, self._weights, gradients, self._reference, self._fisher)
         norms = torch._foreach_norm(list(gradients.values()))
         norm = torch.linalg.vector_norm(torch.stack(norms))
         skipped = (~torch.isfinite(norm)).float()
         # The fused kernel divides gradients by grad_scale and does nothing where found_inf is 1: clipping and masking cost no pass.
         limit = optim.max_grad_norm
         scale = torch.clamp(norm / limit, min=1.0) if limit > 0 else torch.ones_like(norm)
+        if self._reference is not None and method.anchor_decay:
+            pull_to_reference(self._weights, self._reference, method.anchor_decay, learning_rate, skipped)
         for names, weight_decay in ((self._decayed, optim.weight_decay), (self._plain, 0.0)):
             adamw(
                 [self._weights[name].detach() for name in names],
@@ -337,6 +399,15 @@ class TorchTrainer(Trainer):
         if shapes != param_shapes(self.spec.model):
             raise UserError(f"{path} does not hold the weights of this model: names or shapes differ.")
         return {name: value.float() for name, value in weights.items()}
+
+
+def _in_rows(values: Tensor, rows: slice | Tensor, inputs: Tensor) -> Tensor:
+    """Values [n * T] of some rows as float32[B, T], 0 in the others."""
+    if isinstance(rows, slice):
+        return values.view(inputs.shape)
+    out = torch.zeros(inputs.shape, device=inputs.device)
+    out[rows] = values.view(-1, inputs.shape[1])
+    return out
 
 
 def _compare(logp: Tensor, ref_logp: Tensor, labels: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 
 from mlx_forget.errors import UserError, unknown
 from mlx_forget.ladder import SIZES, ModelSpec, num_params
-from mlx_forget.methods import METHODS
+from mlx_forget.methods import METHODS, MethodSpec, method_spec
 from mlx_forget.pipeline.mixture import parse_share
 from mlx_forget.schedule import Decay, Schedule
 from mlx_forget.trainer import OptimSpec, Precision, RuntimeSpec
@@ -26,6 +26,10 @@ from mlx_forget.trainer import OptimSpec, Precision, RuntimeSpec
 # A built-in corpus stands for the small set that a user has.
 BUILTIN_TARGET_TOKENS = 100_000
 EVALUATIONS_PER_RUN = 20
+
+# What `replay_data` may be besides data.
+REPLAY_SELF, REPLAY_ONLINE, REPLAY_PRETRAIN = "self", "online", "pretrain"
+INJECTED_SHARE = "1%"
 
 # Raised when the same configuration would give other numbers than before.
 SCIENCE_VERSION = 1
@@ -55,13 +59,28 @@ class TrainConfig:
         aliases=("data",),
     )
     pretrain: str | None = _key("prose", "What not to forget, in the same forms; none measures no forgetting.", aliases=("replay",))
-    p: str = _key("1%", "Share of rows that are pretraining data.", aliases=("replay_ratio",))
+    p: str = _key(
+        None, "Share of rows that are pretraining data; default: 1% for injection, 0 for other methods.", aliases=("replay_ratio",)
+    )
     target_tokens: int | None = _key(
         None,
         f"Unique target tokens (D_ft); smaller sets are prefixes of larger ones. Default: {BUILTIN_TARGET_TOKENS:,} of a built-in corpus, else all.",
     )
     mixture: Literal["exact", "bernoulli"] = _key("exact", "How p is realised: exact counts, or independent draws.")
-    method: str = _key("injection", f"How to keep from forgetting: {', '.join(METHODS)}.")
+    method: str = _key("injection", f"How to keep from forgetting: {'; '.join(f'{n}: {m.text}' for n, m in METHODS.items())}.")
+    coefficient: float | None = _key(
+        None,
+        f"Strength of the method: {', '.join(f'{m.strength} of {n} [{m.default:g}]' for n, m in METHODS.items() if m.strength)}.",
+    )
+    replay_data: str = _key(
+        REPLAY_SELF,
+        f"Where ntp-replay, kl-replay and ewc have rows from: {REPLAY_SELF} (sampled from the start model and kept), "
+        f"{REPLAY_ONLINE} (sampled while training, never repeated), {REPLAY_PRETRAIN}, or data in the forms of --target, such as a store of forget replay.",
+    )
+    replay_rows: int | None = _key(None, "Replay rows added to each step; default: a quarter of --batch-size.")
+    replay_tokens: int | None = _key(
+        None, "Tokens to sample where replay_data is self; default: what the run needs, at most 2M, then they repeat."
+    )
     tokenizer: str | None = _key(None, "A tokenizer.model; default: the base's, else one trained on the built-in prose.")
     vocab_size: int = _key(2048, "Vocabulary of the built-in tokenizer.")
 
@@ -120,9 +139,10 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
+        self.method_spec()
+        if typing.cast("str | None", self.p) is None:
+            object.__setattr__(self, "p", INJECTED_SHARE if self.method == "injection" else "0")
         share = parse_share(self.p)
-        if self.method not in METHODS:
-            raise unknown("method", self.method, METHODS)
         for name in ("iters", "batch_size", "eval_rows", "steps_per_report", "vocab_size"):
             _positive(name, getattr(self, name))
         for name in (
@@ -140,6 +160,8 @@ class TrainConfig:
             "stop_minutes",
             "max_forgetting",
             "memory_limit_gb",
+            "replay_rows",
+            "replay_tokens",
         ):
             if getattr(self, name) is not None:
                 _positive(name, getattr(self, name))
@@ -155,11 +177,14 @@ class TrainConfig:
     def is_pretraining(self) -> bool:
         return self.init == "scratch"
 
+    def method_spec(self) -> MethodSpec:
+        return method_spec(self.method, self.coefficient)
+
     def optim(self) -> OptimSpec:
         return OptimSpec(
             beta1=self.beta1,
             beta2=self.beta2,
-            weight_decay=self.weight_decay,
+            weight_decay=self.weight_decay if self.method_spec().decays_to_zero else 0.0,
             max_grad_norm=self.max_grad_norm,
         )
 
@@ -240,12 +265,13 @@ def schedule(config: TrainConfig, spec: ModelSpec, base_peak: float | None) -> S
     Raises:
         UserError: a finetune whose start checkpoint does not say its peak rate, without a rate of its own.
     """
+    factor = config.method_spec().learning_rate_factor
     if config.learning_rate is not None:
-        peak = config.learning_rate
+        peak = config.learning_rate * factor
     elif config.is_pretraining:
         peak = default_peak(spec)
     elif base_peak is not None:
-        peak = base_peak * finetuning_ratio(spec)
+        peak = base_peak * finetuning_ratio(spec) * factor
     else:
         raise UserError("The start checkpoint does not say its peak learning rate: give --learning-rate.")
     decay: Decay = config.lr_schedule or ("cosine" if config.is_pretraining else "constant")
@@ -326,6 +352,8 @@ def science(config: TrainConfig) -> dict[str, Any]:
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         default = {} if f.name == "base" else f.default
+        if f.name == "replay_data" and value not in (REPLAY_SELF, REPLAY_ONLINE, REPLAY_PRETRAIN):
+            continue
         if f.metadata["science"] and value != default and f.name not in ("base", "init", "target", "pretrain", "tokenizer"):
             given[f.name] = value
     return given | {"p": str(parse_share(config.p))}

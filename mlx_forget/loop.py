@@ -18,7 +18,7 @@ from mlx_forget import checkpoint
 from mlx_forget.evaluate import Windows, window_losses
 from mlx_forget.history import HistoryWriter
 from mlx_forget.ladder import ModelSpec
-from mlx_forget.methods import SOURCE_TARGET
+from mlx_forget.methods import SOURCE_TARGET, TERM_TASK
 from mlx_forget.pipeline.batches import BatchStream
 from mlx_forget.records import HISTORY
 from mlx_forget.schedule import Schedule
@@ -262,7 +262,7 @@ def _report(run: RunState) -> None:
         run._grad_norm = reading.grad_norm
         run.num_skipped += reading.skipped
         if not reading.skipped:
-            target = (reading.loss_sums[:, SOURCE_TARGET].sum(), reading.counts[:, SOURCE_TARGET].sum())
+            target = (reading.loss_sums[TERM_TASK, SOURCE_TARGET], reading.counts[TERM_TASK, SOURCE_TARGET])
             run.interval_sums += target
     run._pending.clear()
     now = time.perf_counter()

@@ -11,11 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from mlx_forget import checkpoint, records
 from mlx_forget.checkpoint import Checkpoint
 from mlx_forget.config import (
     BUILTIN_TARGET_TOKENS,
     EVALUATIONS_PER_RUN,
+    REPLAY_ONLINE,
+    REPLAY_PRETRAIN,
+    REPLAY_SELF,
     SCIENCE_VERSION,
     TrainConfig,
     read_yaml,
@@ -36,14 +42,20 @@ from mlx_forget.ladder import (
 )
 from mlx_forget.loop import Cadence, Observer, Report, RunState, StopRules, drive
 from mlx_forget.methods import METHODS
-from mlx_forget.pipeline.batches import BatchStream, RowSubset
+from mlx_forget.pipeline.batches import BatchStream, ReplayRows, RowSubset
 from mlx_forget.pipeline.catalog import Progress, builtin_tokenizer, resolve_store, silent
 from mlx_forget.pipeline.corpora import CORPORA, build_corpus, forget_home
 from mlx_forget.pipeline.mixture import Mixture, parse_share
 from mlx_forget.pipeline.store import TokenStore
 from mlx_forget.pipeline.tokenizer import Tokenizer
+from mlx_forget.replay import OnlineReplay, SampleSpec, origin_note, sample_store
 from mlx_forget.schedule import Schedule
-from mlx_forget.trainer import Precision, Trainer, TrainerSpec, choose_backend, join_group, load_backend
+from mlx_forget.trainer import Capabilities, Precision, Trainer, TrainerSpec, choose_backend, join_group, load_backend
+
+# The Fisher information of EWC is measured on this many rows.
+FISHER_ROWS = 256
+# A run samples no more of its start model unless it is told to.
+MAX_SAMPLED_TOKENS = 2_000_000
 
 
 class NoObserver(Observer):
@@ -85,6 +97,7 @@ class Plan:
         base: the plan of the base model that `init: auto` stands for, or None.
         start: the checkpoint to start from, or None: from scratch, or from `base` once that is trained.
         published: whether each built-in corpus is the one that published numbers were measured on.
+        replay_fingerprint: of the store that replay rows come from, once it is there.
         group: the processes that train this run together.
     """
 
@@ -103,6 +116,7 @@ class Plan:
     folder: Path
     base: "Plan | None"
     start: Checkpoint | None
+    replay_fingerprint: str | None = None
     group: Group = ALONE
 
     def summary(self) -> dict[str, Any]:
@@ -120,6 +134,8 @@ class Plan:
             "num_tokens": tokens,
             "num_pretrain_tokens": self.stream.mixture.num_pretrain_before(self.num_steps * self.stream.batch_size)
             * self.stream.target.row_length,
+            "method": self.config.method,
+            "num_replay_tokens": self.num_steps * _replay_rows_per_step(self.config) * self.stream.target.row_length,
             "unique_target_tokens": self.stream.target.num_rows * self.stream.target.row_length,
             "learning_rate": self.schedule.peak,
             "train_flops": tokens * train_flops_per_token(self.model),
@@ -148,9 +164,7 @@ def plan_run(config: TrainConfig, *, folder: Path | None = None, watch: Watch | 
 def _plan(config: TrainConfig, backend: str, group: Group, folder: Path | None, watch: Watch) -> Plan:
     capabilities = load_backend(backend).describe()
     precision: Precision = config.precision if config.precision != "auto" else "bf16" if capabilities.fast_bf16 else "fp32"
-    for term, coefficient in enumerate(METHODS[config.method].coefficients):
-        if coefficient and term not in capabilities.terms:
-            raise UserError(f"Backend {backend!r} does not have what method {config.method!r} needs.")
+    _check_method(config, backend, capabilities)
 
     base, start = None, None
     if config.init == "auto":
@@ -177,22 +191,22 @@ def _plan(config: TrainConfig, backend: str, group: Group, folder: Path | None, 
     stores = {config.target: resolve_store(config.target, tokenizer, progress=watch.progress)}
     if config.pretrain is not None and config.pretrain not in stores:
         stores[config.pretrain] = resolve_store(config.pretrain, tokenizer, progress=watch.progress)
+    replay = _replay_name(config)
+    if replay not in (None, REPLAY_SELF, REPLAY_ONLINE) and replay not in stores:
+        stores[replay] = resolve_store(replay, tokenizer, progress=watch.progress)
     published = {name: _same_as_published(name, watch) for name in stores if name in CORPORA}
     if config.tokens_per_param is not None:
         num_tokens = config.tokens_per_param * num_params(model)
         config = dataclasses.replace(config, iters=math.ceil(num_tokens / (config.batch_size * row_length)), tokens_per_param=None)
     stream, windows, num_steps = _data(config, stores, row_length)
     rates = schedule(config, model, base_peak)
-    identifier = run_id(
-        config,
-        precision=precision,
-        learning_rate=rates.peak,
-        data={
-            "target": stores[config.target].fingerprint,
-            "pretrain": stores[config.pretrain].fingerprint if config.pretrain is not None else None,
-        },
-        init=init,
-    )
+    data = {
+        "target": stores[config.target].fingerprint,
+        "pretrain": stores[config.pretrain].fingerprint if config.pretrain is not None else None,
+    }
+    if replay not in (None, REPLAY_SELF, REPLAY_ONLINE):
+        data["replay"] = stores[replay].fingerprint
+    identifier = run_id(config, precision=precision, learning_rate=rates.peak, data=data, init=init)
     return Plan(
         config=config,
         backend=backend,
@@ -239,6 +253,7 @@ def execute(plan: Plan, *, resume: bool | None = None, watch: Watch | None = Non
             trainer = load_backend(plan.backend)(trainer_spec(plan))
         for note in trainer.notes:
             watch.say(note)
+        plan = start_trainer(plan, trainer, watch)
         run = prepare_run(plan, latest, trainer, watch)
         drive(trainer, [run], interrupted=watch.interrupted)
         if run.status == "interrupted":
@@ -276,14 +291,26 @@ def trainer_spec(plan: Plan) -> TrainerSpec:
     return TrainerSpec(
         model=plan.model,
         optim=plan.config.optim(),
-        method=METHODS[plan.config.method],
+        method=plan.config.method_spec(),
         runtime=plan.config.runtime(plan.precision),
         seed=plan.config.seed,
     )
 
 
+def start_trainer(plan: Plan, trainer: Trainer, watch: Watch) -> Plan:
+    """Give a trainer the start weights and what its method needs; returns the plan with the rows that are replayed."""
+    if plan.start is None:
+        return plan
+    trainer.load(plan.start.weights)
+    reference = plan.config.method_spec().reference
+    if reference is not None:
+        trainer.set_reference(reference)
+    with plan.group.rank_zero_first():
+        return _with_replay(plan, trainer, watch)
+
+
 def prepare_run(plan: Plan, latest: Checkpoint | None, trainer: Trainer, watch: Watch) -> RunState:
-    """The state of a planned run, and its weights in the trainer: from its latest checkpoint, else from where it starts."""
+    """The state of a run whose trainer has been started; with a latest checkpoint, both go on from it."""
     config = plan.config
     evaluate = config.steps_per_eval or max(1, math.ceil(plan.num_steps / EVALUATIONS_PER_RUN))
     curve = plan.start.state["curve"] if plan.start is not None and plan.start.state["is_pretraining"] else []
@@ -313,7 +340,7 @@ def prepare_run(plan: Plan, latest: Checkpoint | None, trainer: Trainer, watch: 
             max_seconds=None if config.stop_minutes is None else config.stop_minutes * 60,
             max_skipped=config.max_skipped,
         ),
-        observer=watch.observer("pretraining" if config.is_pretraining else f"finetuning, p = {config.p}", plan.folder),
+        observer=watch.observer(_title(config), plan.folder),
         identity=identity,
     )
     if latest is not None:
@@ -323,8 +350,6 @@ def prepare_run(plan: Plan, latest: Checkpoint | None, trainer: Trainer, watch: 
         if plan.group.rank == 0:
             _check_history(plan.folder / records.HISTORY, latest.state, watch)
         watch.say(f"Resuming at step {run.step:,} of {plan.num_steps:,}.")
-    elif plan.start is not None:
-        trainer.load(plan.start.weights)
     return run
 
 
@@ -367,6 +392,14 @@ def _record(plan: Plan, run: RunState, trainer: Trainer) -> dict[str, Any]:
             "unique_tokens": 0 if pool is None else pool.num_rows * length,
             "tokens_seen": pretrain_rows * length,
         }
+    if plan.stream.replay is not None:
+        served = run.step * plan.stream.replay.rows_per_step
+        data[f"replay:{_replay_name(config)}"] = {
+            "fingerprint": plan.replay_fingerprint,
+            "role": "replay",
+            "unique_tokens": min(served, plan.stream.replay.num_unique or served) * length,
+            "tokens_seen": served * length,
+        }
     forgetting, lost = None, None
     if best["pretrain_val"] is not None and not config.is_pretraining:
         forgetting = best["pretrain_val"] - run.start["pretrain_val"]
@@ -384,6 +417,7 @@ def _record(plan: Plan, run: RunState, trainer: Trainer) -> dict[str, Any]:
         "device": trainer.device,
         "world_size": plan.group.size,
         "precision": plan.precision,
+        "method": dataclasses.asdict(config.method_spec()),
         "config": dataclasses.asdict(config),
         "versions": records.installed_versions(),
         "seed": config.seed,
@@ -446,6 +480,94 @@ def _data(
     else:
         pretrain_val = None if config.pretrain is None else validation(config.pretrain)
     return stream, (Windows.of("train", target, config.eval_rows), target_val, pretrain_val), num_steps
+
+
+def _title(config: TrainConfig) -> str:
+    if config.is_pretraining:
+        return "pretraining"
+    share = f"p = {config.p}"
+    return f"finetuning, {share if config.method == 'injection' else config.method}"
+
+
+def _check_method(config: TrainConfig, backend: str, capabilities: Capabilities) -> None:
+    method = config.method_spec()
+    terms = [term for term, coefficient in enumerate(method.coefficients) if coefficient]
+    lacking = [term for term in terms if term not in capabilities.terms]
+    if lacking or (method.has_anchor and not capabilities.anchor) or (method.ewc and not capabilities.fisher):
+        raise UserError(f"Backend {backend!r} does not have what method {config.method!r} needs.")
+    row = METHODS[config.method]
+    if config.is_pretraining and (method.reference is not None or row.reads_replay):
+        raise UserError(f"Method {config.method!r} keeps what a start model knows, and init: scratch has none: give --init.")
+    if row.reads_replay and config.replay_data == REPLAY_PRETRAIN and config.pretrain is None:
+        raise UserError(
+            "--replay-data pretrain replays the pretraining data, and --pretrain is none: give it, or --replay-data self."
+        )
+    if row.reads_replay and config.replay_data == REPLAY_ONLINE and method.ewc:
+        raise UserError(
+            "The Fisher information of ewc is measured before training: --replay-data online has no rows then; take self."
+        )
+    if row.reads_replay and config.replay_data in (REPLAY_SELF, REPLAY_ONLINE) and not capabilities.sample:
+        raise UserError(f"Backend {backend!r} cannot sample: give --replay-data.")
+
+
+def _replay_name(config: TrainConfig) -> str | None:
+    """What replay rows come from: `self`, `online`, the name of a store of the plan, or None where the method reads none."""
+    if not METHODS[config.method].reads_replay:
+        return None
+    return config.pretrain if config.replay_data == REPLAY_PRETRAIN else config.replay_data
+
+
+def _replay_rows_per_step(config: TrainConfig) -> int:
+    """Rows that the method adds to each step."""
+    return 0 if config.method_spec().replay_term is None else config.replay_rows or max(1, config.batch_size // 4)
+
+
+def _with_replay(plan: Plan, trainer: Trainer, watch: Watch) -> Plan:
+    """The plan with the rows that its method replays; the model, which holds the start weights, is sampled here if it is to write them."""
+    name, config = _replay_name(plan.config), plan.config
+    if name is None:
+        return plan
+    assert plan.start is not None
+    length = plan.stream.target.row_length
+    rows_per_step = _replay_rows_per_step(config)
+    term = config.method_spec().replay_term
+    if name == REPLAY_ONLINE:
+        assert term is not None
+        trainer.set_reference("start")
+        online = OnlineReplay(trainer, SampleSpec(num_tokens=length, length=length, seed=config.seed), rows_per_step, term)
+        return dataclasses.replace(plan, stream=dataclasses.replace(plan.stream, replay=online))
+    if name == REPLAY_SELF:
+        needed = plan.num_steps * rows_per_step * length if term is not None else FISHER_ROWS * length
+        spec = SampleSpec(num_tokens=config.replay_tokens or min(needed, MAX_SAMPLED_TOKENS), length=length, seed=config.seed)
+        weights = plan.start.state["files"][checkpoint.WEIGHTS][:16]
+        store = sample_store(
+            trainer,
+            plan.start,
+            forget_home() / "replay" / f"{weights}-{plan.precision}-{plan.backend}-{spec.seed}-{length}-{spec.num_tokens}",
+            spec,
+            backend=plan.backend,
+            precision=plan.precision,
+            say=watch.say,
+            progress=watch.progress,
+            interrupted=watch.interrupted,
+        )
+    else:
+        store = plan.stores[name]
+        note = origin_note(store, plan.start)
+        if note is not None:
+            watch.say(note)
+    subset = RowSubset.of_tokens(store.split("train"), length, None)
+    replay = None if term is None else ReplayRows(subset, rows_per_step, term, config.seed)
+    if config.method_spec().ewc:
+        trainer.set_fisher(*_fisher_rows(subset))
+    return dataclasses.replace(plan, stream=dataclasses.replace(plan.stream, replay=replay), replay_fingerprint=store.fingerprint)
+
+
+def _fisher_rows(subset: RowSubset) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]:
+    rows = np.arange(min(FISHER_ROWS, subset.num_rows), dtype=np.int64)
+    tokens = np.empty((len(rows), subset.row_length + 1), np.int32)
+    subset.read(rows, tokens)
+    return tokens, np.ones((len(rows), subset.row_length), np.uint8)
 
 
 def _same_as_published(name: str, watch: Watch) -> bool:

@@ -16,8 +16,7 @@ from mlx_forget.checkpoint import Checkpoint
 from mlx_forget.errors import Interrupted, RunFailed
 from mlx_forget.ladder import num_params, train_bytes
 from mlx_forget.loop import RunState, drive
-from mlx_forget.methods import METHODS
-from mlx_forget.run import Plan, Watch, finish_run, look_into, only_group, prepare_run, trainer_spec, with_base
+from mlx_forget.run import Plan, Watch, finish_run, look_into, only_group, prepare_run, start_trainer, trainer_spec, with_base
 from mlx_forget.trainer import load_backend
 
 Wanted = Literal["auto", "off"] | int
@@ -31,12 +30,12 @@ _SHARE_OF_MEMORY = 0.7
 
 def obstacle(plan: Plan) -> str | None:
     """Why a run cannot be part of a stack, or None."""
-    method = METHODS[plan.config.method]
+    method = plan.config.method_spec()
     if not load_backend(plan.backend).describe().stack:
         return f"backend {plan.backend!r} does not stack"
     if plan.group.size > 1:
         return "a run on several devices does not stack"
-    if method.reference is not None or method.anchor_decay:
+    if method.reference is not None or method.replay_term is not None:
         return f"method {method.name!r} does not stack"
     return None
 
@@ -46,7 +45,7 @@ def shape_of(plan: Plan) -> Hashable:
     config = plan.config
     runtime = dataclasses.replace(config.runtime(plan.precision), num_threads=None)
     rows = (plan.stream.batch_size, plan.stream.target.row_length)
-    return plan.backend, plan.model, config.optim(), METHODS[config.method], runtime, rows
+    return plan.backend, plan.model, config.optim(), config.method_spec(), runtime, rows
 
 
 def most_members(plan: Plan, wanted: Wanted, *, num_processes: int = 1) -> tuple[int, str]:
@@ -144,7 +143,10 @@ def _train(todo: list[tuple[Plan, Checkpoint | None]], watch: Watch) -> dict[Pat
     for note in stack.members[0].notes:
         watch.say(note)
     watch.say(f"{len(todo)} runs are trained as one.")
-    runs = [prepare_run(plan, latest, member, watch) for (plan, latest), member in zip(todo, stack.members, strict=True)]
+    runs = [
+        prepare_run(start_trainer(plan, member, watch), latest, member, watch)
+        for (plan, latest), member in zip(todo, stack.members, strict=True)
+    ]
     plan_of = {run.folder: (plan, member) for run, (plan, _), member in zip(runs, todo, stack.members, strict=True)}
     written: dict[Path, dict[str, Any]] = {}
 

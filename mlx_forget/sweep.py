@@ -2,6 +2,7 @@
 
 name: figure1
 config: {model: 0.65m, target: code, ...}     # keys of TrainConfig
+arms: {plain: {method: plain}, ...}           # named variants; each is laid over config, and runs the whole grid
 grid: {p: [0, 1%], seed: [0, 1]}              # every combination is a run
 smoke: {config: {...}, grid: {...}}           # laid over the above when FORGET_SCALE=smoke
 """
@@ -41,6 +42,7 @@ class Recipe:
     config: Mapping[str, Any]
     grid: Mapping[str, list[Any]]
     description: str = ""
+    arms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def configs(self, overrides: Mapping[str, Any]) -> list[TrainConfig]:
         """Every run of the grid, `overrides` laid over it: a list adds or replaces an axis, any other value takes an axis away.
@@ -53,8 +55,9 @@ class Recipe:
         for key, values in axes.items():
             if not values:
                 raise UserError(f"Grid axis {key!r} is empty.")
-        cells = (dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values()))
-        return [from_layers(TrainConfig, self.config, fixed, cell, where="recipe") for cell in cells]
+        cells = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+        variants: list[Mapping[str, Any]] = list(self.arms.values()) or [{}]
+        return [from_layers(TrainConfig, self.config, arm, fixed, cell, where="recipe") for arm in variants for cell in cells]
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -64,7 +67,7 @@ def read_recipe(path: Path) -> Recipe:
         UserError: not a recipe, or unknown keys.
     """
     content = read_yaml(path)
-    known = {"name", "description", "config", "grid", "smoke"}
+    known = {"name", "description", "config", "arms", "grid", "smoke"}
     for key in content:
         if key not in known:
             raise unknown("recipe key", key, known)
@@ -75,7 +78,11 @@ def read_recipe(path: Path) -> Recipe:
     for key, values in grid.items():
         if not isinstance(values, list):
             raise UserError(f"{path}: grid axis {key!r} must be a list of values.")
-    return Recipe(content.get("name", path.stem), config, grid, content.get("description", ""))
+    arms = dict(content.get("arms") or {})
+    for arm, values in arms.items():
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: arm {arm!r} must be a mapping of keys to values.")
+    return Recipe(content.get("name", path.stem), config, grid, content.get("description", ""), arms)
 
 
 @dataclass

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from mlx_forget.distributed import ALONE, Group, launched_rank, launcher
 from mlx_forget.errors import UserError, unknown
 from mlx_forget.ladder import ModelSpec
-from mlx_forget.methods import NUM_SOURCES, NUM_TERMS, MethodSpec
+from mlx_forget.methods import NUM_SOURCES, NUM_TERMS, TERM_REPLAY_KL, TERM_TASK, MethodSpec
 from mlx_forget.pipeline.batches import Batch
 
 __all__ = [
@@ -39,8 +39,10 @@ __all__ = [
     "TrainerSpec",
     "available_backends",
     "backend_names",
+    "check_reference",
     "choose_backend",
     "group_counts",
+    "kl_weights",
     "load_backend",
     "token_weights",
     "unpack_step",
@@ -118,6 +120,7 @@ class Capabilities:
     terms: tuple[int, ...]
     adapters: tuple[str, ...] = ()
     anchor: bool = False
+    fisher: bool = False
     sample: bool = False
     stack: bool = False
     distributed: bool = False
@@ -150,22 +153,49 @@ class StepResult(ABC):
     def read(self) -> StepReading: ...
 
 
-def group_counts(batch: Batch) -> npt.NDArray[np.float64]:
+def group_counts(batch: Batch, method: MethodSpec) -> npt.NDArray[np.float64]:
     """Tokens behind each loss sum, float64[terms, sources]."""
     counts = np.zeros((NUM_TERMS, NUM_SOURCES))
     np.add.at(counts, (batch.term, batch.source), batch.loss_mask.sum(axis=1, dtype=np.float64))
+    if method.kl_on_task:
+        counts[TERM_REPLAY_KL] += counts[TERM_TASK]
     return counts
 
 
 def token_weights(batch: Batch, counts: npt.NDArray[np.float64], method: MethodSpec) -> npt.NDArray[np.float32]:
-    """The weight of each token's loss in the objective, float32[B, T]: coefficient / token count of its term, 0 where masked.
+    """The weight of each token's next-token loss in the objective, float32[B, T]: coefficient / token count of its term.
 
-    `counts` are those of the whole batch over all ranks and micro-batches, so partial gradients add up to the whole one.
+    It is 0 where masked and in the rows of the KL term, which has weights of its own. `counts` are those of the whole batch over all ranks and micro-batches, so partial gradients add up to the whole one.
     """
     per_term = counts.sum(axis=1)
     weights = np.divide(np.asarray(method.coefficients), per_term, out=np.zeros(NUM_TERMS), where=per_term > 0)
+    weights[TERM_REPLAY_KL] = 0
     per_token: npt.NDArray[np.float64] = weights[batch.term, None] * batch.loss_mask
     return per_token.astype(np.float32)
+
+
+def kl_weights(batch: Batch, counts: npt.NDArray[np.float64], method: MethodSpec) -> npt.NDArray[np.float32] | None:
+    """The weight of each token's KL(reference || model) in the objective, float32[B, T]; None where the method has no such term."""
+    if not method.has_kl:
+        return None
+    rows = batch.term == TERM_REPLAY_KL
+    if method.kl_on_task:
+        rows = rows | (batch.term == TERM_TASK)
+    weight = method.coefficients[TERM_REPLAY_KL] / max(1.0, counts[TERM_REPLAY_KL].sum())
+    per_token: npt.NDArray[np.float64] = weight * (rows[:, None] * batch.loss_mask)
+    return per_token.astype(np.float32)
+
+
+def check_reference(method: MethodSpec, *, reference: bool, fisher: bool) -> None:
+    """Refuse a step of a method whose frozen reference or Fisher information is not there yet.
+
+    Raises:
+        UserError: which call is missing.
+    """
+    if (method.has_kl or method.has_anchor) and not reference:
+        raise UserError(f"Method {method.name!r} needs a reference: call set_reference first.")
+    if method.ewc and not fisher:
+        raise UserError(f"Method {method.name!r} needs the Fisher information: call set_fisher first.")
 
 
 def unpack_step(packed: npt.NDArray[np.float64], counts: npt.NDArray[np.float64]) -> StepReading:
@@ -234,6 +264,14 @@ class Trainer(ABC):
     def set_reference(self, reference: Literal["start", "adapters_off"] | Path | None) -> None:
         """Freeze a reference: the weights as they are now, the base under the adapters, a checkpoint file, or none."""
 
+    def set_fisher(self, tokens: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8]) -> None:
+        """Measure the diagonal Fisher information of the weights as they are now, on int32[B, T+1] rows with mask uint8[B, T].
+
+        It is the mean over rows of the squared gradient of the row's summed loss, per token: then lambda / 2 sum F (theta - theta0)^2
+        is about lambda KL per token where rows are drawn from the model. For methods with `ewc` (capability `fisher`).
+        """
+        raise UserError("This backend does not measure Fisher information: choose another method than ewc.")
+
     @abstractmethod
     def save(self, path: Path, *, trainable_only: bool = False) -> None:
         """Write the weights as safetensors in Hugging Face names, fp32."""
@@ -252,9 +290,16 @@ class Trainer(ABC):
 
     @abstractmethod
     def sample(
-        self, prompts: npt.NDArray[np.int32], u: npt.NDArray[np.float64], *, temperature: float = 1.0
+        self, prompts: npt.NDArray[np.int32], u: npt.NDArray[np.float64], *, temperature: float = 1.0, from_reference: bool = False
     ) -> npt.NDArray[np.int32]:
-        """Continue int32[B, P] prompts by inverse-CDF sampling with uniforms `u` float64[B, T]; returns int32[B, T]."""
+        """Continue int32[B, P] prompts by inverse-CDF sampling with uniforms `u` float64[B, T]; returns int32[B, T].
+
+        `from_reference` samples the frozen reference instead of the model.
+
+        Raises:
+            UserError: there is no reference, or the model's context is shorter than its inputs, P + T - 1 tokens.
+            MemoryError: the batch needs more memory than the device has.
+        """
 
     @classmethod
     def memory_bytes(cls) -> int | None:

@@ -6,7 +6,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from mlx_forget.errors import UserError
-from mlx_forget.methods import NUM_SOURCES, NUM_TERMS
+from mlx_forget.methods import NUM_SOURCES, NUM_TERMS, TERM_REPLAY_KL
 from mlx_forget.trainer import (
     Capabilities,
     Comparison,
@@ -14,7 +14,9 @@ from mlx_forget.trainer import (
     StepResult,
     Trainer,
     TrainerSpec,
+    check_reference,
     group_counts,
+    kl_weights,
     token_weights,
     unpack_step,
 )
@@ -44,12 +46,15 @@ class BigramTrainer(Trainer):
         self.adamw.m[NAME] = np.zeros_like(self.weight)
         self.adamw.v[NAME] = np.zeros_like(self.weight)
         self.reference = None
+        self.fisher = None
         self.num_steps = 0
         self.spoil_step = None
 
     @classmethod
     def describe(cls):
-        return Capabilities(precisions=("fp32",), terms=(0, 1), sample=True, stack=True, bitwise_resume=True)
+        return Capabilities(
+            precisions=("fp32",), terms=(0, 1, 2), anchor=True, fisher=True, sample=True, stack=True, bitwise_resume=True
+        )
 
     @classmethod
     def stack(cls, spec, seeds):
@@ -60,22 +65,37 @@ class BigramTrainer(Trainer):
         return "numpy"
 
     def train_step(self, batch, learning_rate):
-        counts = group_counts(batch)
-        weights = token_weights(batch, counts, self.spec.method).astype(np.float64)
+        method = self.spec.method
+        check_reference(method, reference=self.reference is not None, fisher=self.fisher is not None)
+        counts = group_counts(batch, method)
+        weights, kl_weight = token_weights(batch, counts, method).astype(np.float64), kl_weights(batch, counts, method)
         inputs, labels = batch.tokens[:, :-1], batch.tokens[:, 1:]
         probability = softmax(self.weight[inputs])
         nll = -np.log(np.take_along_axis(probability, labels[..., None], -1)[..., 0])
         sums = np.zeros(NUM_TERMS * NUM_SOURCES)
-        np.add.at(sums, batch.term.astype(int) * NUM_SOURCES + batch.source, (nll * batch.loss_mask).sum(1))
+        own = batch.term != TERM_REPLAY_KL
+        np.add.at(sums, (batch.term.astype(int) * NUM_SOURCES + batch.source)[own], (nll * batch.loss_mask).sum(1)[own])
+        kl_gradient = 0
+        if kl_weight is not None:
+            reference = softmax(self.reference[inputs])
+            kl = (reference * (np.log(reference) - np.log(probability))).sum(-1)
+            rows = kl_weight.any(1)
+            np.add.at(sums, (TERM_REPLAY_KL * NUM_SOURCES + batch.source)[rows], (kl * batch.loss_mask).sum(1)[rows])
+            kl_gradient = (probability - reference) * kl_weight[..., None]
         np.put_along_axis(probability, labels[..., None], np.take_along_axis(probability, labels[..., None], -1) - 1, -1)
         gradient = np.zeros_like(self.weight)
-        np.add.at(gradient, inputs, probability * weights[..., None])
+        np.add.at(gradient, inputs, probability * weights[..., None] + kl_gradient)
+        if method.l2_sp or method.ewc:
+            strength = method.l2_sp + (method.ewc * self.fisher if method.ewc else 0)
+            gradient += strength * (self.weight - self.reference)
         self.num_steps += 1
         if self.spoil_step == self.num_steps:
             gradient[0, 0] = np.nan
         norm = np.sqrt((gradient**2).sum())
         skipped = not np.isfinite(norm)
         if not skipped:
+            if method.anchor_decay:
+                self.weight = self.weight + min(1, learning_rate * RATE * method.anchor_decay) * (self.reference - self.weight)
             new, _ = self.adamw.update({NAME: self.weight}, {NAME: gradient}, learning_rate * RATE)
             self.weight = new[NAME]
         return FakeStep(np.concatenate([sums, [norm, float(skipped)]]), counts)
@@ -108,6 +128,15 @@ class BigramTrainer(Trainer):
         else:
             self.reference = self.weight.copy() if reference == "start" else load_file(reference)[NAME]
 
+    def set_fisher(self, tokens, mask):
+        self.fisher = np.zeros_like(self.weight)
+        for row, row_mask in zip(tokens, mask, strict=True):
+            gradient = np.zeros_like(self.weight)
+            error = softmax(self.weight[row[:-1]])
+            error[np.arange(len(row) - 1), row[1:]] -= 1
+            np.add.at(gradient, row[:-1], error * row_mask[:, None])
+            self.fisher += gradient**2 / mask.sum()
+
     def save(self, path, *, trainable_only=False):
         save_file({NAME: self.weight}, path)
 
@@ -128,13 +157,16 @@ class BigramTrainer(Trainer):
         self.adamw.m[NAME], self.adamw.v[NAME] = state[f"exp_avg.{NAME}"], state[f"exp_avg_sq.{NAME}"]
         self.adamw.step = int(state["step"][0])
 
-    def sample(self, prompts, u, *, temperature=1.0):
-        if prompts.shape[1] + u.shape[1] > self.spec.model.context_length:
+    def sample(self, prompts, u, *, temperature=1.0, from_reference=False):
+        weight = self.reference if from_reference else self.weight
+        if weight is None:
+            raise UserError("Sampling the reference needs one: call set_reference first.")
+        if prompts.shape[1] + u.shape[1] - 1 > self.spec.model.context_length:
             raise UserError(f"Prompt and sample together exceed the context of {self.spec.model.context_length} tokens.")
         token, out = prompts[:, -1], np.empty(u.shape, np.int32)
         for t in range(u.shape[1]):
-            cumulative = softmax(self.weight[token] / temperature).cumsum(-1)
-            token = np.minimum((cumulative <= u[:, t, None] * cumulative[:, -1:]).sum(-1), self.weight.shape[0] - 1)
+            cumulative = softmax(weight[token] / temperature).cumsum(-1)
+            token = np.minimum((cumulative <= u[:, t, None] * cumulative[:, -1:]).sum(-1), weight.shape[0] - 1)
             out[:, t] = token
         return out
 

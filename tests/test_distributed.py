@@ -160,7 +160,9 @@ def test_two_processes_train_the_run_of_one_and_rank_zero_alone_speaks(backend, 
     lines = [line for line in out.splitlines() if line.startswith("{")]
     assert len(lines) == 1
     assert json.loads(lines[0]) == two
-    assert err.count("step 0 ") == 2, err  # the base model's and the run's
+    # The run's, and the base model's where no other test has trained it.
+    starts = [line for line in err.splitlines() if "step 0 " in line]
+    assert len(starts) == len(set(starts)) in (1, 2), err
 
 
 @pytest.mark.parametrize("how", ["ctrl-c", pytest.param("terminate the launcher", marks=pytest.mark.full)])

@@ -8,7 +8,6 @@ import pytest
 from mlx_forget import trainer as trainer_module
 from mlx_forget.config import TrainConfig, from_layers, scale_defaults
 from mlx_forget.errors import Interrupted, RunFailed, UserError
-from mlx_forget.methods import METHODS
 from mlx_forget.run import Watch, execute, plan_run
 from mlx_forget.stacking import execute_stack, group_runs, most_members
 from tests.fakes import BigramTrainer
@@ -47,12 +46,10 @@ def test_runs_that_differ_in_data_share_seed_rate_and_length_are_put_together(pl
 
 
 def test_what_cannot_stack_falls_back_and_it_is_said(plan, monkeypatch):
-    anchored = dataclasses.replace(METHODS["injection"], name="anchored", anchor_decay=0.1)
-    monkeypatch.setitem(METHODS, "anchored", anchored)
-    plans = [plan("a"), plan("b", seed=2), plan("c", batch_size=4), plan("d", weight_decay=0.0), plan("e", method="anchored")]
+    plans = [plan("a"), plan("b", seed=2), plan("c", batch_size=4), plan("d", weight_decay=0.0), plan("e", method="anchored-adamw")]
     groups, said = group_runs(plans, 8)
     assert groups == [[0, 1], [2], [3], [4]]
-    assert "Trained one by one: method 'anchored' does not stack." in said
+    assert "Trained one by one: method 'anchored-adamw' does not stack." in said
     assert any(plans[2].run_id in sentence and "only one of its shape" in sentence for sentence in said)
     monkeypatch.setattr(BigramTrainer, "describe", classmethod(lambda cls: trainer_module.Capabilities(("fp32",), (0, 1))))
     groups, said = group_runs(plans[:2], 8)

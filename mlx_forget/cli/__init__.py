@@ -24,10 +24,14 @@ COMMANDS = {
         "mlx_forget.cli.sweep",
         "Train a grid of runs from a recipe. Done runs are skipped, begun ones resume.",
     ),
+    "replay": (
+        "mlx_forget.cli.replay",
+        "Sample a model into a store, to replay when its pretraining data is not at hand.",
+    ),
     "runs": ("mlx_forget.cli.runs", "List finished runs, or show one."),
     "plot": (
         "mlx_forget.cli.plot",
-        "Draw Figure 1 from the runs of a sweep, and print what is read at the minimum.",
+        "Draw Figure 1, methods or learning rates from the runs of a sweep, and print what is read at the minimum.",
     ),
     "fit": ("mlx_forget.cli.fit", "Fit a law to a table of runs: parameters with honest intervals, and what not to trust."),
     "predict": ("mlx_forget.cli.predict", "Predict a loss, or the forgetting, from a fit.json."),

@@ -8,19 +8,27 @@ import typer
 
 if TYPE_CHECKING:
     from mlx_forget.figure1 import Row
+    from mlx_forget.method_comparison import Trajectory
+    from mlx_forget.records import Run
 
 app = typer.Typer()
+
+KINDS = ("figure1", "methods", "learning-rate")
 
 
 @app.command()
 def plot(
-    sweep: Annotated[Path, typer.Argument(help="Folder of a sweep over p.")],
+    sweep: Annotated[Path, typer.Argument(help="Folder of a sweep over p, methods or learning rates.")],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for the files. \\[default: figures]")] = None,
     name: Annotated[str | None, typer.Option(help="Stem of the files. \\[default: the sweep folder's name]")] = None,
     seed: Annotated[int | None, typer.Option(help="Which seed, if the sweep has several.")] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(help="figure1 (runs that differ in p), methods, or learning-rate. \\[default: what the runs differ in]"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the table as one JSON object.")] = False,
 ) -> None:
-    """Draw Figure 1 from the runs of a sweep, and print what is read at the minimum.
+    """Draw Figure 1, methods or learning rates from the runs of a sweep, and print what is read at the minimum.
 
     Writes PNG, PDF and CSV.
 
@@ -28,7 +36,7 @@ def plot(
     """
     from rich.console import Console
 
-    from mlx_forget.errors import UserError
+    from mlx_forget.errors import UserError, unknown
     from mlx_forget.figure1 import as_json as table_json
     from mlx_forget.figure1 import load_curves, table, write_csv
     from mlx_forget.plots import draw_figure1, save_figure
@@ -36,13 +44,21 @@ def plot(
 
     if not sweep.is_dir():
         raise UserError(f"There is no sweep folder {sweep}.")
-    curves = load_curves(list(find_runs(sweep)), seed)
-    rows = table(curves)
+    runs = list(find_runs(sweep))
+    chosen = kind or _kind_of(runs)
+    if chosen not in KINDS:
+        raise unknown("kind of figure", chosen, KINDS)
     folder, stem = output or Path("figures"), name or sweep.name
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"Cannot write to {folder}: {error.strerror}.") from None
+    if chosen != "figure1":
+        (_plot_methods if chosen == "methods" else _plot_rates)(runs, folder / stem, seed, as_json=as_json)
+        Console(stderr=True).print(f"Wrote {folder / stem}.png, .pdf, .csv", highlight=False, soft_wrap=True)
+        return
+    curves = load_curves(runs, seed)
+    rows = table(curves)
     record = curves[0].record
     config = record["config"]
     title = f"{record['num_params'] / 1e6:.2g}M parameters, {config['pretrain']} to {config['target']}, seed {record['seed']}"
@@ -62,6 +78,60 @@ def plot(
     else:
         _print_table(rows)
     Console(stderr=True).print(f"Wrote {folder / stem}.png, .pdf, .csv", highlight=False, soft_wrap=True)
+
+
+def _plot_methods(runs: "list[Run]", stem: Path, seed: int | None, *, as_json: bool) -> None:
+    from mlx_forget.method_comparison import as_json as table_json
+    from mlx_forget.method_comparison import load_trajectories, table, table_lines, write_csv
+    from mlx_forget.method_plots import draw_methods
+    from mlx_forget.plots import save_figure
+
+    trajectories = load_trajectories(runs, seed)
+    rows = table(trajectories)
+    figure = draw_methods(trajectories, title=f"{_setting(trajectories)}, seed {trajectories[0].seed}")
+    for suffix in (".png", ".pdf"):
+        save_figure(figure, stem.with_name(stem.name + suffix))
+    write_csv(trajectories, stem.with_name(f"{stem.name}.csv"))
+    if as_json:
+        print(json.dumps({"rows": table_json(rows), "files": _files(stem)}))
+    else:
+        print("\n".join(table_lines(rows)))
+
+
+def _plot_rates(runs: "list[Run]", stem: Path, seed: int | None, *, as_json: bool) -> None:
+    from mlx_forget.method_comparison import load_trajectories, write_csv
+    from mlx_forget.method_plots import draw_rates
+    from mlx_forget.plots import save_figure
+    from mlx_forget.rate_tradeoff import common_target_loss, point_lines, points, points_as_json
+
+    trajectories = load_trajectories(runs, seed)
+    level, found = common_target_loss(trajectories), points(trajectories)
+    figure = draw_rates(found, level, title=_setting(trajectories))
+    for suffix in (".png", ".pdf"):
+        save_figure(figure, stem.with_name(stem.name + suffix))
+    write_csv(trajectories, stem.with_name(f"{stem.name}.csv"))
+    if as_json:
+        print(json.dumps({**points_as_json(found, level), "files": _files(stem)}))
+    else:
+        print("\n".join(point_lines(found, level)))
+
+
+def _kind_of(runs: "list[Run]") -> str:
+    """The figure that shows what the runs differ in."""
+
+    def values(key: str) -> int:
+        return len({str(run.record["config"].get(key)) for run in runs})
+
+    return "learning-rate" if values("learning_rate") > 1 else "methods" if values("method") > 1 else "figure1"
+
+
+def _setting(trajectories: "list[Trajectory]") -> str:
+    record = trajectories[0].record
+    return f"{record['num_params'] / 1e6:.2g}M parameters, {record['config']['pretrain']} to {record['config']['target']}"
+
+
+def _files(stem: Path) -> list[str]:
+    return [f"{stem}{suffix}" for suffix in (".png", ".pdf", ".csv")]
 
 
 def _print_table(rows: "list[Row]") -> None:

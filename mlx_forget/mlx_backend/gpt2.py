@@ -14,8 +14,12 @@ import mlx.core as mx
 
 from mlx_forget.ladder import LAYER_NORM_EPSILON, ModelSpec
 from mlx_forget.mlx_backend.operators import Operators
+from mlx_forget.mlx_backend.reference import kl_divergence
 
 Weights = Mapping[str, mx.array]
+# What the KL term of some rows needs, as a tree of arrays that compiled functions take: `nll_rows` int32[n] and `kl_rows` int32[k],
+# `kl_weight` float32[k, T], and `reference`, the weights of the frozen model.
+KLTerm = dict[str, Any]
 
 # Elements of one chunk of logits: on a CPU a chunk should stay in cache, on a GPU it should fill the device.
 _CHUNK_ELEMENTS_CPU = 1 << 21
@@ -43,11 +47,14 @@ def gradients(
     chunk: int,
     operators: Operators,
     grad_checkpoint: bool = False,
+    penalty: KLTerm | None = None,
 ) -> tuple[mx.array, dict[str, mx.array]]:
     """Next-token losses in nats, float32[B, T], and the float32 gradients of their sum weighted by float32[B, T].
 
     Of a stack, tokens, labels, weights, segments and losses are [K, B, T].
-    `grad_checkpoint` keeps the inputs of each block only and computes the block again on the way back.
+    `grad_checkpoint` keeps the inputs of each block only and computes the block again on the way back. With a `penalty`, which a stack
+    does not have, the losses are those of its `nll_rows`, followed by the KL of its `kl_rows`, float32[n + k, T], and the gradients
+    those of both terms.
     """
     allowed = _segment_mask(segment_BT)
     x_BTD = _embed(weights, tokens_BT)
@@ -59,11 +66,13 @@ def gradients(
         saved.append(None if grad_checkpoint else kept)
     head = weights["transformer.wte.weight"]
     members = head.shape[:-2]
-    final = _norm(x_BTD, weights, "transformer.ln_f").reshape(*members, -1, spec.width)
-    flat = (*members, -1)
-    nll, grad_final, grad_head = cross_entropy(
-        final, head, labels_BT.reshape(flat), weight_BT.reshape(flat), chunk=chunk, operators=operators
-    )
+    final = _norm(x_BTD, weights, "transformer.ln_f")
+    if penalty is None:
+        losses, grad_final, grad_head = _cross_entropy_of_rows(final, head, labels_BT, weight_BT, chunk, operators)
+    else:
+        losses, grad_final, grad_head = _two_terms(
+            final, spec, head, tokens_BT, labels_BT, weight_BT, segment_BT, penalty, chunk, operators
+        )
     grads: dict[str, mx.array] = {}
     grad = _norm_gradient(grad_final.reshape(x_BTD.shape), x_BTD, weights, "transformer.ln_f", grads, "")
     for i in reversed(range(spec.num_layers)):
@@ -76,7 +85,57 @@ def gradients(
     positions = grad.reshape(*tokens_BT.shape, spec.width).sum(axis=-3)
     unused = mx.zeros((*members, spec.context_length - positions.shape[-2], spec.width))
     grads["transformer.wpe.weight"] = mx.concatenate([positions, unused], axis=-2)
-    return nll.reshape(labels_BT.shape), {name: grads[name] for name in weights}
+    return losses, {name: grads[name] for name in weights}
+
+
+def _cross_entropy_of_rows(
+    final_BTD: mx.array, head: mx.array, labels_BT: mx.array, weight_BT: mx.array, chunk: int, operators: Operators
+) -> tuple[mx.array, mx.array, mx.array]:
+    """`cross_entropy` of whole rows: float32[B, T], and the gradients float32[B, T, D] and float32[V, D]; of a stack, each by member."""
+    flat = (*head.shape[:-2], -1)
+    final = final_BTD.reshape(*flat, final_BTD.shape[-1])
+    nll, grad, grad_head = cross_entropy(
+        final, head, labels_BT.reshape(flat), weight_BT.reshape(flat), chunk=chunk, operators=operators
+    )
+    return nll.reshape(labels_BT.shape), grad.reshape(final_BTD.shape), grad_head
+
+
+def _two_terms(
+    final_BTD: mx.array,
+    spec: ModelSpec,
+    head: mx.array,
+    tokens_BT: mx.array,
+    labels_BT: mx.array,
+    weight_BT: mx.array,
+    segment_BT: mx.array | None,
+    penalty: KLTerm,
+    chunk: int,
+    operators: Operators,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Next-token losses of some rows, then the KL of some rows, float32[n + k, T], and the gradients of both weighted sums."""
+    losses, grad_final, grad_head = [], mx.zeros_like(final_BTD), mx.zeros_like(head)
+    rows = penalty["nll_rows"]
+    if rows.size:
+        nll, grad, part = _cross_entropy_of_rows(final_BTD[rows], head, labels_BT[rows], weight_BT[rows], chunk, operators)
+        losses.append(nll)
+        grad_final, grad_head = grad_final.at[rows].add(grad), grad_head + part
+    rows, reference = penalty["kl_rows"], penalty["reference"]
+    if rows.size:
+        segment = None if segment_BT is None else segment_BT[rows]
+        ref_final = hidden_states(reference, spec, tokens_BT[rows], segment, operators=operators)
+        flat = (-1, spec.width)
+        kl, grad, part = kl_divergence(
+            final_BTD[rows].reshape(flat),
+            head,
+            ref_final.reshape(flat),
+            reference["transformer.wte.weight"],
+            penalty["kl_weight"].reshape(-1),
+            chunk=chunk,
+            operators=operators,
+        )
+        losses.append(kl.reshape(len(rows), -1))
+        grad_final, grad_head = grad_final.at[rows].add(grad.reshape(len(rows), *final_BTD.shape[1:])), grad_head + part
+    return mx.concatenate(losses), grad_final, grad_head
 
 
 def block(
@@ -141,7 +200,8 @@ def next_logits(
         cache[i][:, :, :, position : position + 1] = qkv[1:]
         k, v = cache[i][:, :, :, : position + 1]
         scores = (qkv[0].astype(mx.float32) * spec.head_dim**-0.5) @ k.astype(mx.float32).swapaxes(-1, -2)
-        mixed = mx.softmax(scores, axis=-1).astype(v.dtype) @ v
+        exponentials = operators.exp_below(scores, scores.max(axis=-1, keepdims=True))
+        mixed = (exponentials / exponentials.sum(axis=-1, keepdims=True)).astype(v.dtype) @ v
         x_BD = x_BD + _linear(mixed.reshape(B, -1), own, "attn.c_proj", operators)
         expanded, _ = operators.gelu(_linear(_norm(x_BD, own, "ln_2"), own, "mlp.c_fc", operators))
         x_BD = x_BD + _linear(expanded, own, "mlp.c_proj", operators)

@@ -20,8 +20,8 @@ def sample(
 ) -> npt.NDArray[np.int32]:
     """Continue int32[B, P] prompts by inverse-CDF sampling; returns int32[B, T] for uniforms float64[B, T].
 
-    The token is the first whose cumulative probability, in float64, exceeds u. That choice is made on the host: a GPU has no
-    float64, and MLX's float64 exponential on a CPU is as exact as a float32 one.
+    The token is the first whose cumulative probability, summed in float64, exceeds u. That choice is made on the host, because a GPU
+    has no float64.
     """
     B, P = prompts_BP.shape
     length = P + u_BT.shape[1]
@@ -44,6 +44,7 @@ def sample(
 
 
 def _cumulative(logits: npt.NDArray[np.float32], temperature: float) -> npt.NDArray[np.float64]:
-    scaled = logits.astype(np.float64) / temperature
-    exponentials = np.exp(scaled - scaled.max(axis=1, keepdims=True))
-    return np.cumsum(exponentials / exponentials.sum(axis=1, keepdims=True), axis=1)
+    """Running sums of probabilities, but for a factor that the caller's uniforms take up."""
+    scaled = logits / np.float32(temperature)
+    scaled -= scaled.max(axis=1, keepdims=True)
+    return np.cumsum(np.exp(scaled, out=scaled), axis=1, dtype=np.float64)

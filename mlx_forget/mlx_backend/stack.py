@@ -33,7 +33,7 @@ class MLXStack(Stack):
     def train_step(self, batches: Sequence[Batch], learning_rates: Sequence[float], active: Sequence[bool]) -> list[StepResult]:
         rows = [k for k, on in enumerate(active) if on]
         mine, members = [batches[k] for k in rows], [self._members[k] for k in rows]
-        counts = [group_counts(batch) for batch in mine]
+        counts = [group_counts(batch, self._spec.method) for batch in mine]
         single = self._single
         # As many logits at once as one model has: the chunk of a CPU stays in its cache.
         single._chunk = max(64, self._chunk // len(rows))

@@ -17,10 +17,11 @@ from safetensors.numpy import save_file
 from mlx_forget.distributed import Group
 from mlx_forget.errors import UserError
 from mlx_forget.ladder import initial_weights, num_params, param_shapes
-from mlx_forget.methods import NUM_SOURCES, NUM_TERMS, TERM_REPLAY_NTP, TERM_TASK
+from mlx_forget.methods import NUM_SOURCES, NUM_TERMS, TERM_REPLAY_KL, TERM_REPLAY_NTP, TERM_TASK
 from mlx_forget.mlx_backend import BLAS_NOTE, adamw, gpt2
 from mlx_forget.mlx_backend.distributed import MLXGroup, join, num_local_ranks
 from mlx_forget.mlx_backend.operators import operators
+from mlx_forget.mlx_backend.reference import penalty_gradients, pull_to_reference
 from mlx_forget.mlx_backend.sample import sample
 from mlx_forget.mlx_backend.warmup import compile_loops
 from mlx_forget.trainer import (
@@ -32,7 +33,9 @@ from mlx_forget.trainer import (
     StepResult,
     Trainer,
     TrainerSpec,
+    check_reference,
     group_counts,
+    kl_weights,
     token_weights,
     unpack_step,
 )
@@ -81,6 +84,10 @@ class MLXTrainer(Trainer):
         self._step = mx.array(0.0)
         self._hyper = adamw.hyperparameters(spec.optim)
         self._reference: Arrays | None = None
+        self._fisher: Arrays | None = None
+        method = spec.method
+        strengths = {"anchor_decay": method.anchor_decay, "l2_sp": method.l2_sp, "ewc": method.ewc}
+        self._strengths = {name: mx.array(value, dtype=mx.float32) for name, value in strengths.items()}
         self._in_flight: mx.array = self._step
         self.num_traces = 0
         # On a CPU the whole graph is compiled on demand only: each new loop costs a run of the C++ compiler (see operators.py).
@@ -94,7 +101,9 @@ class MLXTrainer(Trainer):
         gpu = _gpu_available()
         return Capabilities(
             precisions=("fp32", "bf16"),
-            terms=(TERM_TASK, TERM_REPLAY_NTP),
+            terms=(TERM_TASK, TERM_REPLAY_NTP, TERM_REPLAY_KL),
+            anchor=True,
+            fisher=True,
             sample=True,
             distributed=True,
             stack=True,
@@ -124,8 +133,10 @@ class MLXTrainer(Trainer):
         return tuple(self._notes)
 
     def train_step(self, batch: Batch, learning_rate: float) -> StepResult:
-        counts = self.group.all_sum(group_counts(batch))
-        token_weight = token_weights(batch, counts, self.spec.method)
+        method = self.spec.method
+        check_reference(self.spec.method, reference=self._reference is not None, fisher=self._fisher is not None)
+        counts = self.group.all_sum(group_counts(batch, method))
+        token_weight, kl_weight = token_weights(batch, counts, method), kl_weights(batch, counts, method)
         groups = np.eye(NUM_TERMS * NUM_SOURCES, dtype=np.float32)[batch.term.astype(np.int64) * NUM_SOURCES + batch.source]
         # A rank may have no rows.
         size = self.spec.runtime.micro_batch_size or max(1, len(batch.tokens))
@@ -139,6 +150,7 @@ class MLXTrainer(Trainer):
                 mx.array(batch.loss_mask[rows]),
                 mx.array(groups[rows]),
                 None if batch.segment is None else mx.array(batch.segment[rows]),
+                self._kl_terms(batch.term[rows], batch.source[rows], None if kl_weight is None else kl_weight[rows]),
             )
             total = part if total is None else {name: value + part[name] for name, value in total.items()}
             if size < len(batch.tokens):
@@ -148,8 +160,13 @@ class MLXTrainer(Trainer):
             gradients = self.group.sum_arrays(gradients)
         sums = gradients.pop(SUMS)
         rate = mx.array(learning_rate, dtype=mx.float32)
+        if self._reference is not None and (method.l2_sp or method.ewc):
+            gradients = penalty_gradients(self._weights, gradients, self._reference, self._fisher, self._strengths)
         scalars, self._step, outcome = adamw.step_scalars(self._step, gradients, rate, self._hyper)
-        state = self._update(self._weights, self._exp_avg, self._exp_avg_sq, gradients, scalars)
+        weights = self._weights
+        if self._reference is not None and method.anchor_decay:
+            weights = pull_to_reference(weights, self._reference, rate, self._strengths["anchor_decay"], scalars["finite"])
+        state = self._update(weights, self._exp_avg, self._exp_avg_sq, gradients, scalars)
         self._weights, self._exp_avg, self._exp_avg_sq = state
         packed = mx.concatenate([sums, outcome])
         # One step runs while the host prepares the next; more would only hold memory.
@@ -192,6 +209,25 @@ class MLXTrainer(Trainer):
         else:
             self._reference = self._read_weights(reference)
 
+    def set_fisher(self, tokens: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8]) -> None:
+        fisher = {name: mx.zeros_like(value) for name, value in self._weights.items()}
+        for row in range(len(tokens)):
+            one = slice(row, row + 1)
+            weight = mx.array(mask[one].astype(np.float32))
+            _, gradients = gpt2.gradients(
+                self._weights,
+                self.spec.model,
+                mx.array(tokens[one, :-1]),
+                mx.array(tokens[one, 1:]),
+                weight,
+                chunk=self._chunk,
+                operators=self._operators,
+            )
+            fisher = {name: value + gradients[name].square() for name, value in fisher.items()}
+            mx.eval(fisher)
+        scale = mx.array(1 / max(1, int(mask.sum())), dtype=mx.float32)
+        self._fisher = {name: value * scale for name, value in fisher.items()}
+
     def save(self, path: Path, *, trainable_only: bool = False) -> None:
         save_file(_to_numpy(self._weights), path, metadata={"format": "pt"})
 
@@ -214,11 +250,15 @@ class MLXTrainer(Trainer):
         mx.eval(self._exp_avg, self._exp_avg_sq, self._step)
 
     def sample(
-        self, prompts: npt.NDArray[np.int32], u: npt.NDArray[np.float64], *, temperature: float = 1.0
+        self, prompts: npt.NDArray[np.int32], u: npt.NDArray[np.float64], *, temperature: float = 1.0, from_reference: bool = False
     ) -> npt.NDArray[np.int32]:
-        if prompts.shape[1] + u.shape[1] > self.spec.model.context_length:
+        weights = self._reference if from_reference else self._weights
+        if weights is None:
+            raise UserError("Sampling the reference needs one: call set_reference first.")
+        # The last token is never an input.
+        if prompts.shape[1] + u.shape[1] - 1 > self.spec.model.context_length:
             raise UserError(f"Prompt and sample together exceed the context of {self.spec.model.context_length} tokens.")
-        return sample(self._weights, self.spec.model, prompts, u, temperature=temperature, operators=self._operators)
+        return sample(weights, self.spec.model, prompts, u, temperature=temperature, operators=self._operators)
 
     @classmethod
     def memory_bytes(cls) -> int | None:
@@ -306,6 +346,7 @@ class MLXTrainer(Trainer):
         mask: mx.array,
         groups: mx.array,
         segment: mx.array | None,
+        kl_terms: "list[gpt2.KLTerm] | None" = None,
     ) -> Arrays:
         """Gradients of the weighted token losses of some rows, and their loss sums; each thread takes its share of the rows.
 
@@ -313,9 +354,10 @@ class MLXTrainer(Trainer):
         """
 
         parts: list[Arrays] = []
-        for stream, rows in zip(self._streams, _shares(tokens.shape[-2], len(self._streams)), strict=False):
-            with mx.stream(stream):
-                nll, gradients = gpt2.gradients(
+        for number, rows in enumerate(_shares(tokens.shape[-2], len(self._streams))):
+            kl_term = None if kl_terms is None else kl_terms[number]
+            with mx.stream(self._streams[number]):
+                losses, gradients = gpt2.gradients(
                     weights,
                     self.spec.model,
                     tokens[..., rows, :-1],
@@ -325,13 +367,41 @@ class MLXTrainer(Trainer):
                     chunk=self._chunk,
                     operators=self._operators,
                     grad_checkpoint=self.spec.runtime.grad_checkpoint,
+                    penalty=kl_term,
                 )
-                per_row = (nll * mask[..., rows, :]).sum(axis=-1, keepdims=True)
-                parts.append({**gradients, SUMS: (groups[..., rows, :] * per_row).sum(axis=-2)})
+                row_mask, row_groups = mask[..., rows, :], groups[..., rows, :]
+                if kl_term is not None:
+                    both = mx.concatenate([kl_term["nll_rows"], kl_term["kl_rows"]])
+                    row_mask = row_mask[both]
+                    row_groups = mx.concatenate([row_groups[kl_term["nll_rows"]], kl_term["kl_groups"]])
+                per_row = (losses * row_mask).sum(axis=-1, keepdims=True)
+                parts.append({**gradients, SUMS: (row_groups * per_row).sum(axis=-2)})
         total = parts[0]
         for part in parts[1:]:
             total = {name: value + part[name] for name, value in total.items()}
         return total
+
+    def _kl_terms(
+        self, term: npt.NDArray[np.uint8], source: npt.NDArray[np.uint8], kl_weight: npt.NDArray[np.float32] | None
+    ) -> "list[gpt2.KLTerm] | None":
+        """What each thread's share of some rows needs for their KL term; None where no row has one."""
+        if kl_weight is None and not (term == TERM_REPLAY_KL).any():
+            return None
+        weight = np.zeros((len(term), 0), np.float32) if kl_weight is None else kl_weight
+        terms: list[gpt2.KLTerm] = []
+        for rows in _shares(len(term), len(self._streams)):
+            kl_rows = np.flatnonzero(weight[rows].any(axis=1))
+            groups = TERM_REPLAY_KL * NUM_SOURCES + source[rows][kl_rows].astype(np.int64)
+            terms.append(
+                {
+                    "nll_rows": mx.array(np.flatnonzero(term[rows] != TERM_REPLAY_KL).astype(np.int32)),
+                    "kl_rows": mx.array(kl_rows.astype(np.int32)),
+                    "kl_groups": mx.array(np.eye(NUM_TERMS * NUM_SOURCES, dtype=np.float32)[groups]),
+                    "kl_weight": mx.array(weight[rows][kl_rows]),
+                    "reference": self._reference,
+                }
+            )
+        return terms
 
     def _no_gradient(self) -> Arrays:
         """What a rank without rows adds."""

@@ -1,6 +1,7 @@
 """Batch k of a run, computed directly: mixture positions to rows of two memory-mapped splits to NumPy arrays."""
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -9,7 +10,7 @@ from mlx_forget.errors import UserError
 from mlx_forget.pipeline.mixture import Mixture, permute, stream_key
 from mlx_forget.pipeline.store import Split
 
-_STREAM_SUBSET = 5
+_STREAM_SUBSET, _STREAM_REPLAY = 5, 6
 _ROWS_PLANNED_AHEAD = 4096
 
 
@@ -64,6 +65,50 @@ class RowSubset:
         self.split.read_rows(rows, out)
 
 
+class ReplaySource(Protocol):
+    """Rows that are added to each step, beside those of the mixture: `rows_per_step` over all ranks, all of one term."""
+
+    @property
+    def rows_per_step(self) -> int: ...
+
+    @property
+    def term(self) -> int: ...
+
+    @property
+    def num_unique(self) -> int | None:
+        """Rows before the first repeats; None: they never do."""
+
+    def read(self, step: int, *, rank: int, world_size: int) -> npt.NDArray[np.int32]:
+        """The rows of a step that belong to `rank`, int32[B, T+1]."""
+
+
+@dataclass(frozen=True)
+class ReplayRows:
+    """Replay rows from a store.
+
+    Args:
+        subset: the pool; it is served in a new order every epoch, and no row repeats within one.
+        rows_per_step, term: as `ReplaySource` says.
+        seed: orders the pool.
+    """
+
+    subset: RowSubset
+    rows_per_step: int
+    term: int
+    seed: int
+
+    @property
+    def num_unique(self) -> int:
+        return self.subset.num_rows
+
+    def read(self, step: int, *, rank: int, world_size: int) -> npt.NDArray[np.int32]:
+        position = np.arange(step * self.rows_per_step, (step + 1) * self.rows_per_step, dtype=np.int64)[rank::world_size]
+        epoch, within = np.divmod(position, self.subset.num_rows)
+        out = np.empty((len(position), self.subset.row_length + 1), np.int32)
+        self.subset.read(permute(within, self.subset.num_rows, stream_key(self.seed, _STREAM_REPLAY, epoch)), out)
+        return out
+
+
 @dataclass
 class BatchStream:
     """Every batch of a run, by number.
@@ -72,8 +117,9 @@ class BatchStream:
         target: rows to learn.
         pretrain: rows to inject, or None when p is 0.
         mixture: where each row of the stream comes from.
-        batch_size: rows per step over all ranks.
+        batch_size: rows per step over all ranks, without replay rows.
         num_steps: length of the run.
+        replay: rows that are added to each step, or None.
     """
 
     target: RowSubset
@@ -81,6 +127,7 @@ class BatchStream:
     mixture: Mixture
     batch_size: int
     num_steps: int
+    replay: ReplaySource | None = None
     _planned: tuple[int, npt.NDArray[np.uint8], npt.NDArray[np.int64]] | None = field(default=None, init=False, repr=False)
 
     def batch(self, step: int, *, rank: int = 0, world_size: int = 1) -> Batch:
@@ -97,13 +144,16 @@ class BatchStream:
                 part = np.empty((len(where), length + 1), np.int32)
                 subset.read(rows[where], part)
                 tokens[where] = part
-        return Batch(
+        batch = Batch(
             tokens=tokens,
             loss_mask=np.ones((len(rows), length), np.uint8),
             segment=None,
             term=np.zeros(len(rows), np.uint8),
             source=source,
         )
+        if self.replay is None:
+            return batch
+        return _with_replay(batch, self.replay.read(step, rank=rank, world_size=world_size), self.replay.term)
 
     def _plan(self, step: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
         """Source and row of each row of a batch; many batches are planned at once, because a plan's cost is mostly per call."""
@@ -114,3 +164,17 @@ class BatchStream:
         first, source, rows = self._planned
         here = slice((step - first) * self.batch_size, (step - first + 1) * self.batch_size)
         return source[here], rows[here]
+
+
+def _with_replay(batch: Batch, tokens: npt.NDArray[np.int32], term: int) -> Batch:
+    """A batch with replay rows spread evenly between its own, so that every micro-batch and every thread's share holds some."""
+    num, added = len(batch.tokens), len(tokens)
+    place = np.concatenate([(np.arange(num) + 0.5) / max(1, num), (np.arange(added) + 0.5) / max(1, added)])
+    order = np.argsort(place, kind="stable")
+    return Batch(
+        tokens=np.concatenate([batch.tokens, tokens])[order],
+        loss_mask=np.concatenate([batch.loss_mask, np.ones((added, batch.loss_mask.shape[1]), np.uint8)])[order],
+        segment=None,
+        term=np.concatenate([batch.term, np.full(added, term, np.uint8)])[order],
+        source=np.concatenate([batch.source, np.ones(added, np.uint8)])[order],
+    )

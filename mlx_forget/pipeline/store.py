@@ -55,6 +55,7 @@ class Split:
     tokens: tuple[npt.NDArray[np.unsignedinteger[Any]], ...]
     folder: Path
     bos_id: int
+    eos_id: int
 
     @property
     def num_tokens(self) -> int:
@@ -89,19 +90,20 @@ class Split:
         return table.column("start").to_numpy(), table.column("num_bytes").to_numpy()
 
     def document(self, index: int) -> npt.NDArray[np.int32]:
-        """The tokens of one document, without its EOS."""
+        """The tokens of one document, without its EOS if it has one (samples are cut to length instead)."""
         for number, shard in enumerate(self.shards):
             if index < shard.num_documents:
                 start, _ = self.documents(number)
                 stop = start[index + 1] if index + 1 < shard.num_documents else shard.num_tokens
-                return self.tokens[number][start[index] : stop - 1].astype(np.int32)
+                tokens = self.tokens[number][start[index] : stop].astype(np.int32)
+                return tokens[:-1] if tokens[-1] == self.eos_id else tokens
             index -= shard.num_documents
         raise IndexError(index)
 
 
 @dataclass(frozen=True)
 class TokenStore:
-    """An open store."""
+    """An open store; `provenance` says how its tokens were generated, where they were."""
 
     folder: Path
     fingerprint: str
@@ -109,6 +111,7 @@ class TokenStore:
     vocab_size: int
     source: str
     splits: Mapping[str, Split]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def split(self, name: str) -> Split:
         """A split by name.
@@ -149,7 +152,7 @@ def open_store(folder: Path, *, verify: bool = True) -> TokenStore:
                     _verify(folder / shard.tokens, shard.tokens_sha256)
                     _verify(folder / shard.documents, shard.documents_sha256)
             arrays = tuple(_map_tokens(folder / shard.tokens, shard.num_tokens, dtype) for shard in listed)
-            splits[name] = Split(name, listed, arrays, folder, manifest["bos_id"])
+            splits[name] = Split(name, listed, arrays, folder, manifest["bos_id"], manifest["eos_id"])
         if manifest["fingerprint"] != _fingerprint(manifest):
             raise UserError(f"{folder / MANIFEST} is damaged (its fingerprint does not match): prepare the store again.")
         return TokenStore(
@@ -159,6 +162,7 @@ def open_store(folder: Path, *, verify: bool = True) -> TokenStore:
             vocab_size=manifest["vocab_size"],
             source=manifest["source"],
             splits=splits,
+            provenance=manifest.get("provenance", {}),
         )
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{folder / MANIFEST} is damaged: prepare the store again.") from None
@@ -173,6 +177,7 @@ class StoreWriter:
         tokenizer_file: copied into the store.
         tokenizer_hash, vocab_size, bos_id, eos_id: of that tokenizer.
         source: what the tokens were made from, in words.
+        provenance: how generated tokens were made, for the manifest; the fingerprint covers content only.
         dtype: defaults to the narrowest unsigned type that holds the vocabulary.
     """
 
@@ -184,6 +189,7 @@ class StoreWriter:
     eos_id: int
     source: str
     tokens_per_shard: int = TOKENS_PER_SHARD
+    provenance: Mapping[str, Any] = field(default_factory=dict)
     _pending: dict[str, list[npt.NDArray[Any]]] = field(default_factory=dict, init=False)
     _pending_tokens: dict[str, int] = field(default_factory=dict, init=False)
     _starts: dict[str, list[tuple[int, int]]] = field(default_factory=dict, init=False)
@@ -201,15 +207,18 @@ class StoreWriter:
             raise UserError(f"Cannot write {self.folder}: {error.strerror}.") from None
         shutil.copyfile(self.tokenizer_file, self._aside / TOKENIZER_FILE)
 
-    def add(self, split: str, tokens: npt.NDArray[np.integer[Any]], num_bytes: int) -> None:
-        """Append one document, int[num_tokens] without EOS, and the number of UTF-8 bytes it came from."""
-        size = len(tokens) + 1
+    def add(self, split: str, tokens: npt.NDArray[np.integer[Any]], num_bytes: int, *, end: bool = True) -> None:
+        """Append one document, int[num_tokens] without EOS, and the number of UTF-8 bytes it came from.
+
+        Without `end` no EOS follows it: a sample of fixed length stays a row of that length.
+        """
+        size = len(tokens) + end
         if self._pending_tokens.get(split, 0) + size > self.tokens_per_shard:
             self._flush(split)
         self._starts.setdefault(split, []).append((self._pending_tokens.get(split, 0), num_bytes))
         document = np.empty(size, self.dtype)
-        document[:-1] = tokens
-        document[-1] = self.eos_id
+        document[: len(tokens)] = tokens
+        document[len(tokens) :] = self.eos_id
         self._pending.setdefault(split, []).append(document)
         self._pending_tokens[split] = self._pending_tokens.get(split, 0) + size
 
@@ -227,6 +236,8 @@ class StoreWriter:
             "source": self.source,
             "splits": self._shards,
         }
+        if self.provenance:
+            manifest["provenance"] = dict(self.provenance)
         manifest["fingerprint"] = _fingerprint(manifest)
         (self._aside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         os.rename(self._aside, self.folder)

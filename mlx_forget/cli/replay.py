@@ -1,0 +1,92 @@
+"""`forget replay`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer()
+
+
+@app.command()
+def replay(
+    model: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A run or checkpoint folder.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the store.")],
+    num_tokens: Annotated[str | None, typer.Option(help="How many tokens, such as 300K or 2M. \\[default: 2M]")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens per row. \\[default: the model's context]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Row j depends on the seed and on j alone. \\[default: 0]")] = None,
+    temperature: Annotated[float | None, typer.Option(help="1 is the model's own distribution. \\[default: 1]")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Text that every row starts with. \\[default: none, BOS alone]")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows sampled at once; the rows are the same. \\[default: 64]")] = None,
+    backend: Annotated[str | None, typer.Option(help="mlx, cuda (PyTorch, also on a CPU) or auto. \\[default: auto]")] = None,
+    device: Annotated[str | None, typer.Option(help="Insist on a device such as cuda:1 or cpu.")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32 or bf16. \\[default: fp32]")] = None,
+    num_threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the store's facts as one JSON object.")] = False,
+) -> None:
+    """Sample a model into a store, to replay when its pretraining data is not at hand.
+
+    Rows start with BOS and do not stop at EOS. A killed command goes on where it was. Use the store as --replay-data, or like any
+    other data.
+
+    Example: forget replay runs/base --num-tokens 2M --output stores/replay
+    """
+    from rich.console import Console
+
+    from mlx_forget.checkpoint import find_checkpoint
+    from mlx_forget.cli.data import print_facts
+    from mlx_forget.cli.signals import graceful_stop
+    from mlx_forget.errors import UserError, unknown
+    from mlx_forget.pipeline.tokenizer import Tokenizer
+    from mlx_forget.progress import Preparation
+    from mlx_forget.replay import SampleSpec, parse_tokens, sample_store
+    from mlx_forget.trainer import RuntimeSpec, TrainerSpec, choose_backend, load_backend
+
+    console = Console(stderr=True)
+
+    def say(sentence: str) -> None:
+        console.print(sentence, highlight=False, soft_wrap=True)
+
+    if output.exists():
+        raise UserError(f"{output} exists already: choose another place or remove it.")
+    start = find_checkpoint(model.expanduser())
+    shape, tokenizer = start.model_spec(), Tokenizer.load(start.tokenizer)
+    row = length or shape.context_length
+    if row > shape.context_length:
+        raise UserError(f"--length {row} exceeds the model's context of {shape.context_length} tokens.")
+    sampling = {"seed": seed, "temperature": temperature, "batch_size": batch_size}
+    spec = SampleSpec(
+        num_tokens=parse_tokens(num_tokens or "2M"),
+        length=row,
+        prompt=tuple(tokenizer.encode(prompt or "").tolist()),
+        **{key: value for key, value in sampling.items() if value is not None},  # type: ignore[arg-type]
+    )
+    name, reason = (backend, "") if backend not in (None, "auto") else choose_backend()
+    if reason:
+        say(f"Backend {name}: {reason}.")
+    if precision not in (None, "fp32", "bf16"):
+        raise unknown("precision", precision, ("fp32", "bf16"))
+    runtime = RuntimeSpec(precision="bf16" if precision == "bf16" else "fp32", device=device, num_threads=num_threads)
+    trainer = load_backend(name)(TrainerSpec(model=shape, runtime=runtime))
+    for note in trainer.notes:
+        say(note)
+    trainer.load(start.weights)
+    with graceful_stop(say) as interrupted:
+        store = sample_store(
+            trainer,
+            start,
+            output,
+            spec,
+            backend=name,
+            precision=runtime.precision,
+            say=say,
+            progress=Preparation(console),
+            interrupted=interrupted,
+        )
+    print_facts(store, as_json=as_json)
+    if as_json:
+        return
+    entropy, repetition = store.provenance["entropy_nats"], store.provenance["repetition"]
+    console.print(
+        f"Wrote {output}: {entropy:.2f} nats per token, {repetition:.0%} repeated 4-grams", highlight=False, soft_wrap=True
+    )

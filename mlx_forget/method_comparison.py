@@ -1,0 +1,224 @@
+"""Methods against each other, from the runs of a sweep: how much of plain finetuning's forgetting each removes, and at what target loss.
+
+Two readings, because a run that learns less also forgets less: at the run's own minimum of the target validation loss, and, of all its
+evaluations whose target validation loss is within 1% of plain finetuning's minimum, at the one that has forgotten least. Seeds are
+averaged; the spread is the standard deviation over them.
+"""
+
+import csv
+import io
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_forget.config import REPLAY_PRETRAIN, REPLAY_SELF
+from mlx_forget.errors import UserError
+from mlx_forget.history import read_history
+from mlx_forget.methods import METHODS
+from mlx_forget.records import Run
+
+CSV_COLUMNS = ("method", "seed", "step", "learning_rate", "target_train_loss", "target_val_loss", "pretrain_val_loss")
+TOLERANCE = 0.01
+
+_TEXTS = {
+    "plain": "plain finetuning",
+    "injection": "injection",
+    "anchored-adamw": "anchored AdamW",
+    "l2-sp": "L2-SP",
+    "ewc": "EWC",
+    "ntp-replay": "NTP replay",
+    "kl-replay": "KL replay",
+    "lwf": "learning without forgetting",
+    "low-lr": "lower rate",
+}
+_SYMBOLS = {"lambda": "λ", "c": "c", "factor": "×"}
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One run: its method in words, and its evaluations in order."""
+
+    label: str
+    method: str
+    seed: int
+    record: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The evaluation with the lowest target validation loss."""
+        return min(self.rows, key=lambda row: float(row["target_val_loss"]))
+
+    def forgetting(self, row: dict[str, Any]) -> float:
+        """Rise of the pretraining loss since the start, nats per token."""
+        return float(row["pretrain_val_loss"] - self.rows[0]["pretrain_val_loss"])
+
+    def least_forgetting(self, target_loss: float) -> dict[str, Any] | None:
+        """Of the evaluations whose target loss is at most this, the one that has forgotten least."""
+        reached = [row for row in self.rows if row["target_val_loss"] <= target_loss]
+        return min(reached, key=self.forgetting) if reached else None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method, over its seeds: means, and standard deviations over seeds (None for one seed).
+
+    Args:
+        step, target, forgetting: at the minimum of the target validation loss.
+        target_excess: that minimum over plain finetuning's, as a share.
+        removed: share of plain finetuning's forgetting at its minimum that is not there at this method's.
+        removed_within: the same, at the evaluation within 1% of plain's minimum that has forgotten least; None where a seed has none.
+        tokens_factor: tokens trained on per step over those of plain finetuning.
+    """
+
+    label: str
+    method: str
+    seeds: list[int]
+    step: float
+    target: float
+    target_sd: float | None
+    target_excess: float
+    forgetting: float
+    forgetting_sd: float | None
+    removed: float
+    removed_sd: float | None
+    removed_within: float | None
+    tokens_factor: float
+
+
+def load_trajectories(runs: Sequence[Run], seed: int | None = None) -> list[Trajectory]:
+    """The finetuning runs, in the order of the table of methods.
+
+    Raises:
+        UserError: no finished finetuning runs.
+    """
+    found = []
+    for run in runs:
+        record = run.record
+        if record["forgetting_nats"] is None or (seed is not None and record["seed"] != seed):
+            continue
+        rows = read_history(run.history).to_pylist()
+        found.append(Trajectory(describe(record["config"]), record["config"]["method"], record["seed"], record, rows))
+    if not found:
+        raise UserError("There are no finished finetuning runs here that measured a pretraining loss.")
+    names = list(METHODS)
+    found.sort(key=lambda t: (names.index(t.method), t.record["config"].get("replay_data") != REPLAY_SELF, t.label, t.seed))
+    return found
+
+
+def describe(config: dict[str, Any]) -> str:
+    """A run's method in words, with its coefficient and where its replay rows come from."""
+    name = config["method"]
+    method = METHODS[name]
+    coefficient = config.get("coefficient")
+    parts = [_TEXTS[name]]
+    if method.reads_replay and name != "ewc":
+        data = config["replay_data"]
+        parts.append({REPLAY_SELF: "self-generated", REPLAY_PRETRAIN: "real data"}.get(data, str(data)))
+    if str(config["p"]) not in ("0", "0%"):
+        parts.append(f"p = {config['p']}")
+    if method.strength is not None:
+        value = method.default if coefficient is None else coefficient
+        equals = " " if method.strength == "factor" else " = "
+        parts.append(f"{_SYMBOLS[method.strength]}{equals}{value:g}")
+    return ", ".join(parts)
+
+
+def table(trajectories: Sequence[Trajectory]) -> list[Row]:
+    """One row per method.
+
+    Raises:
+        UserError: two runs with one method and seed, or a seed without a plain run to compare with.
+    """
+    if len({(t.label, t.seed) for t in trajectories}) != len(trajectories):
+        raise UserError("Two runs have the same method and seed: a comparison of methods needs runs that differ in nothing else.")
+    plain = {t.seed: t for t in trajectories if t.method == "plain"}
+    lacking = sorted({t.seed for t in trajectories} - set(plain))
+    if lacking:
+        raise UserError(f"Seed {lacking[0]} has no run of method plain, with which the others are compared.")
+    return [_row([t for t in trajectories if t.label == label], plain) for label in dict.fromkeys(t.label for t in trajectories)]
+
+
+def _row(group: list[Trajectory], plain: dict[int, Trajectory]) -> Row:
+    def over_seeds(measure: Callable[[Trajectory, Trajectory], float]) -> tuple[float, float | None]:
+        values = [measure(t, plain[t.seed]) for t in group]
+        return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+    def removed_within(t: Trajectory, base: Trajectory) -> float:
+        row = t.least_forgetting((1 + TOLERANCE) * base.best["target_val_loss"])
+        return math.nan if row is None else 1 - t.forgetting(row) / base.forgetting(base.best)
+
+    target, target_sd = over_seeds(lambda t, base: t.best["target_val_loss"])
+    forgetting, forgetting_sd = over_seeds(lambda t, base: t.forgetting(t.best))
+    removed, removed_sd = over_seeds(lambda t, base: 1 - t.forgetting(t.best) / base.forgetting(base.best))
+    within, _ = over_seeds(removed_within)
+    return Row(
+        label=group[0].label,
+        method=group[0].method,
+        seeds=[t.seed for t in group],
+        step=over_seeds(lambda t, base: t.best["step"])[0],
+        target=target,
+        target_sd=target_sd,
+        target_excess=over_seeds(lambda t, base: t.best["target_val_loss"] / base.best["target_val_loss"] - 1)[0],
+        forgetting=forgetting,
+        forgetting_sd=forgetting_sd,
+        removed=removed,
+        removed_sd=removed_sd,
+        removed_within=None if math.isnan(within) else within,
+        tokens_factor=over_seeds(lambda t, base: _tokens_per_step(t))[0],
+    )
+
+
+def _tokens_per_step(trajectory: Trajectory) -> float:
+    """Tokens trained on per step, replay included, over those of the task."""
+    seen = {row["role"]: row["tokens_seen"] for row in trajectory.record["data"].values()}
+    task = sum(count for role, count in seen.items() if role != "replay")
+    return float(1 + seen.get("replay", 0) / max(1, task))
+
+
+def table_lines(rows: Sequence[Row]) -> list[str]:
+    """The table as aligned text."""
+    width = max(len(row.label) for row in rows)
+    lines = [
+        f"{'method':<{width}}  {'seeds':>5}  {'minimum at':>10}  {'target val':>16}  {'to plain':>8}  {'forgetting (nats)':>18}  "
+        f"{'removed':>15}  {'removed within 1%':>17}  {'tokens':>6}"
+    ]
+    for row in rows:
+        within = "" if row.removed_within is None else f"{row.removed_within:.1%}"
+        lines.append(
+            f"{row.label:<{width}}  {len(row.seeds):>5}  {row.step:>10,.0f}  {row.target:>8.4f}{_spread(row.target_sd):>8}  "
+            f"{row.target_excess:>+8.2%}  {row.forgetting:>+10.4f}{_spread(row.forgetting_sd):>8}  "
+            f"{row.removed:>8.1%}{'' if row.removed_sd is None else f'±{row.removed_sd:.1%}':>7}  {within:>17}  {row.tokens_factor:>5.2f}x"
+        )
+    lines.append(
+        "Read at the minimum of each run's target validation loss. removed: share of plain finetuning's forgetting. removed within 1%: the "
+        "same at the evaluation that has forgotten least of those within 1% of plain's minimum. ± is the standard deviation over seeds."
+    )
+    return lines
+
+
+def _spread(value: float | None) -> str:
+    return "" if value is None else f"±{value:.4f}"
+
+
+def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The table as plain values."""
+    return [asdict(row) for row in rows]
+
+
+def write_csv(trajectories: Sequence[Trajectory], path: Path) -> None:
+    """Every evaluation of every run, columns `CSV_COLUMNS`."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(CSV_COLUMNS)
+    for t in trajectories:
+        for row in t.rows:
+            writer.writerow([t.label, t.seed, *(row[column] for column in CSV_COLUMNS[2:])])
+    aside = path.with_name(f".{path.name}.part")
+    aside.write_text(text.getvalue(), encoding="utf-8")
+    os.replace(aside, path)

@@ -1,0 +1,149 @@
+"""Methods compared: what the table reads from runs whose losses are known, and the whole way from the recipe to the figure."""
+
+import csv
+import json
+
+import pytest
+
+from mlx_forget import trainer as trainer_module
+from mlx_forget.errors import UserError
+from mlx_forget.history import SCHEMA, HistoryWriter
+from mlx_forget.method_comparison import CSV_COLUMNS, describe, load_trajectories, table, table_lines
+from mlx_forget.records import SCHEMA_VERSION, find_runs
+from mlx_forget.resources import recipe as find_recipe
+from mlx_forget.sweep import read_recipe
+
+
+def write_run(folder, losses, *, method="plain", seed=0, replay_tokens=0, **config):
+    """A finished run with (target, pretraining) losses at steps 0, 10, 20, ..."""
+    folder.mkdir(parents=True)
+    with HistoryWriter(folder / "history.arrows") as history:
+        for number, (target, pretrain) in enumerate(losses):
+            row = dict.fromkeys(SCHEMA.names) | {"step": number * 10, "target_val_loss": target, "pretrain_val_loss": pretrain}
+            history.append(row)
+    data = {"code": {"role": "target", "tokens_seen": 1000}}
+    if replay_tokens:
+        data["replay:self"] = {"role": "replay", "tokens_seen": replay_tokens}
+    record = {
+        "schema_version": SCHEMA_VERSION, "run_id": folder.name, "seed": seed, "num_params": 1000, "forgetting_nats": 0.1, "data": data,
+        "config": {"method": method, "p": "0", "replay_data": "self", "pretrain": "prose", "target": "code", **config},
+    }  # fmt: skip
+    (folder / "record.json").write_text(json.dumps(record))
+
+
+PLAIN = [(5.0, 3.0), (4.5, 3.2), (4.0, 3.4), (4.1, 3.9)]
+KEPT = [(5.0, 3.0), (4.3, 3.05), (4.03, 3.06), (4.02, 3.10)]
+
+
+def test_the_table_reads_both_ways_and_averages_seeds(tmp_path):
+    write_run(tmp_path / "a", PLAIN)
+    write_run(tmp_path / "b", KEPT, method="kl-replay", coefficient=3.0, replay_tokens=250)
+    write_run(tmp_path / "c", [(5.0, 3.0), (4.5, 3.0)], method="low-lr", coefficient=None)
+    for name, method in (("d", "plain"), ("e", "kl-replay")):
+        losses = [(t, 3.0 + 2 * (p - 3.0)) for t, p in (PLAIN if method == "plain" else KEPT)]
+        write_run(tmp_path / name, losses, method=method, seed=1, coefficient=3.0 if method == "kl-replay" else None)
+    write_run(tmp_path / "f", [(5.0, 3.0), (4.5, 3.0)], method="low-lr", seed=1)
+    rows = {row.method: row for row in table(load_trajectories(list(find_runs(tmp_path))))}
+    assert list(rows) == ["plain", "kl-replay", "low-lr"]
+    plain, kl, low = rows.values()
+    assert (plain.step, plain.target, plain.removed, plain.removed_within) == (20, 4.0, 0, pytest.approx(0))
+    assert plain.forgetting == pytest.approx((0.4 + 0.8) / 2)
+    assert plain.forgetting_sd == pytest.approx(0.4 / 2**0.5)
+    assert kl.target_excess == pytest.approx(0.005)
+    assert kl.removed == pytest.approx(0.75)
+    assert kl.removed_sd == pytest.approx(0)
+    assert kl.removed_within == pytest.approx(0.85), "step 20 is within 1% and has forgotten less than the minimum at step 30"
+    assert kl.tokens_factor == pytest.approx(1.125)
+    assert (low.removed, low.removed_within) == (1, None), "it forgets nothing, and never comes within 1%"
+    text = "\n".join(table_lines(list(rows.values())))
+    assert "KL replay, self-generated, c = 3" in text
+    assert "lower rate, × 0.1" in text
+    assert "75.0%" in text
+
+
+def test_what_cannot_be_compared_is_said(tmp_path):
+    write_run(tmp_path / "a" / "b", KEPT, method="kl-replay")
+    with pytest.raises(UserError, match="Seed 0 has no run of method plain"):
+        table(load_trajectories(list(find_runs(tmp_path / "a"))))
+    write_run(tmp_path / "a" / "c", PLAIN)
+    write_run(tmp_path / "a" / "d", PLAIN)
+    with pytest.raises(UserError, match="same method and seed"):
+        table(load_trajectories(list(find_runs(tmp_path / "a"))))
+    with pytest.raises(UserError, match="no finished finetuning runs"):
+        load_trajectories([])
+
+
+def test_runs_are_described_by_what_they_replay():
+    config = {"method": "ntp-replay", "p": "0", "replay_data": "stores/mine", "coefficient": 0.5}
+    assert describe(config) == "NTP replay, stores/mine, c = 0.5"
+    assert describe(config | {"replay_data": "pretrain", "p": "1%", "coefficient": None}) == "NTP replay, real data, p = 1%, c = 1"
+
+
+def test_the_recipe_holds_the_papers_arms_and_each_is_another_run():
+    recipe = read_recipe(find_recipe("replay"))
+    configs = recipe.configs({"seed": [0, 1]})
+    assert len(configs) == 2 * len(recipe.arms)
+    arms = {(c.method, c.replay_data) for c in configs}
+    assert {("plain", "self")} | {(m, d) for m in ("kl-replay", "ntp-replay") for d in ("self", "pretrain")} <= arms
+    assert all(c.p == "0" for c in configs)
+
+
+def test_rates_are_compared_at_the_target_loss_that_all_reach(run_forget, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    slow = [(5.0, 3.0), (4.8, 3.05), (4.6, 3.1), (4.2, 3.2)]
+    write_run(tmp_path / "s" / "a", [(5.0, 3.0), (4.4, 3.3), (3.8, 3.9)], learning_rate=2e-3)
+    write_run(tmp_path / "s" / "b", slow, learning_rate=5e-4)
+    write_run(tmp_path / "s" / "c", [(5.0, 3.0), (4.0, 3.02)], method="kl-replay", learning_rate=2e-3)
+    for name, rate in (("a", 2e-3), ("b", 5e-4), ("c", 2e-3)):
+        path = tmp_path / "s" / name / "record.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"learning_rate": rate}))
+    code, out, err = run_forget("plot", "s", "-o", "f", "--json")
+    assert code == 0, err
+    answer = json.loads(out)
+    assert answer["target_val_loss"] == 4.2
+    rows = {(row["label"].split(",")[0], row["learning_rate"]): row for row in answer["rows"]}
+    assert [row["learning_rate"] for row in answer["rows"]] == [2e-3, 5e-4, 2e-3]
+    fast = rows["plain finetuning", 2e-3]
+    assert fast["step"] == pytest.approx(10 + 10 / 3)
+    assert fast["forgetting"] == pytest.approx(0.3 + 0.6 / 3)
+    assert rows["plain finetuning", 5e-4]["step"] == 30
+    assert rows["KL replay", 2e-3]["forgetting"] == pytest.approx(0.016)
+    assert (tmp_path / "f" / "s.png").stat().st_size > 10_000
+    assert "first reaches 4.2000" in run_forget("plot", "s", "-o", "f")[1]
+    write_run(tmp_path / "s" / "d", [(5.0, 3.0), (5.1, 3.3)], learning_rate=1e-9)
+    path = tmp_path / "s" / "d" / "record.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"learning_rate": 1e-9}))
+    code, _, err = run_forget("plot", "s", "-o", "f")
+    assert code == 2
+    assert "learnt nothing" in err
+
+
+@pytest.mark.parametrize("name", ["replay", "anchors", "replay-learning-rate"])
+def test_the_recipes_of_methods_hold_a_plain_run_and_smoke_scale(name):
+    recipe = read_recipe(find_recipe(name))
+    configs = recipe.configs({})
+    assert "plain" in {c.method for c in configs}
+    assert {c.model for c in configs} == {"0.16m"}
+    assert len({str(c) for c in configs}) == len(configs)
+
+
+def test_a_recipe_becomes_a_table_and_a_figure(run_forget, tmp_path, monkeypatch):
+    """Two arms of the recipe in this process, then the plot."""
+    from mlx_forget.run import execute, plan_run
+
+    row = trainer_module.Backend("tests.fakes:BigramTrainer", "numpy", "nothing to install")
+    monkeypatch.setitem(trainer_module.BACKENDS, "fake", row)
+    monkeypatch.chdir(tmp_path)
+    for config in read_recipe(find_recipe("replay")).configs({"backend": "fake"})[:2]:
+        execute(plan_run(config, folder=tmp_path / "sweep" / config.method))
+    code, out, err = run_forget("plot", "sweep", "-o", "figures", "--json")
+    assert code == 0, err
+    rows = json.loads(out)["rows"]
+    assert [row["method"] for row in rows] == ["plain", "kl-replay"]
+    for suffix in ("png", "pdf"):
+        assert (tmp_path / "figures" / f"sweep.{suffix}").stat().st_size > 10_000
+    with (tmp_path / "figures" / "sweep.csv").open() as file:
+        table_rows = list(csv.DictReader(file))
+    assert tuple(table_rows[0]) == CSV_COLUMNS
+    assert len(table_rows) == 2 * 4
+    assert run_forget("plot", "sweep", "--kind", "figure2")[0] == 2

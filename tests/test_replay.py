@@ -1,0 +1,303 @@
+"""Self-generated replay: rows that are functions of (weights, seed, row), their distribution, and the store that holds them."""
+
+import json
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from mlx_forget import checkpoint
+from mlx_forget.errors import Interrupted, UserError
+from mlx_forget.ladder import model_spec
+from mlx_forget.pipeline.batches import BatchStream, ReplayRows, RowSubset
+from mlx_forget.pipeline.mixture import Mixture, parse_share
+from mlx_forget.pipeline.store import open_store
+from mlx_forget.pipeline.tokenizer import BOS, EOS, train_tokenizer
+from mlx_forget.replay import OnlineReplay, SampleSpec, origin_note, parse_tokens, sample_rows, sample_store, uniforms
+from mlx_forget.trainer import Batch, RuntimeSpec, TrainerSpec, available_backends, load_backend
+from tests.fakes import BigramTrainer
+from tests.pipeline.test_store import make_store
+
+NETWORKS = available_backends()
+SMALL = model_spec("2x32", vocab_size=20, context_length=12)
+
+
+@pytest.fixture(params=["fake", *NETWORKS])
+def backend(request):
+    return BigramTrainer if request.param == "fake" else load_backend(request.param)
+
+
+def trainer_of(backend, spec=SMALL, seed=0):
+    return backend(TrainerSpec(model=spec, runtime=RuntimeSpec(precision="fp32"), seed=seed))
+
+
+def test_uniforms_depend_on_seed_row_and_position_alone():
+    whole = uniforms(3, 0, 50, 40)
+    assert ((whole >= 0) & (whole < 1)).all()
+    np.testing.assert_array_equal(uniforms(3, 7, 5, 40), whole[7:12])
+    np.testing.assert_array_equal(uniforms(3, 0, 50, 11), whole[:, :11])
+    assert not (uniforms(4, 0, 50, 40) == whole).any()
+    assert len(np.unique(whole)) == whole.size
+
+
+def test_a_row_is_the_same_whatever_the_batch(backend):
+    trainer = trainer_of(backend)
+    whole = sample_rows(trainer, SampleSpec(num_tokens=1, length=12, seed=5, batch_size=64), 0, 23)
+    for batch_size, first in ((1, 0), (5, 0), (4, 9)):
+        spec = SampleSpec(num_tokens=1, length=12, seed=5, batch_size=batch_size)
+        np.testing.assert_array_equal(sample_rows(trainer, spec, first, 23 - first), whole[first:])
+
+
+@pytest.mark.skipif(len(NETWORKS) < 2, reason="one backend has nothing to agree with")
+def test_backends_sample_the_same_tokens():
+    spec = SampleSpec(num_tokens=1, length=12, seed=2, prompt=(7, 8))
+    left, right = (sample_rows(trainer_of(load_backend(name)), spec, 0, 200) for name in NETWORKS)
+    np.testing.assert_array_equal(left, right)
+    assert (left[:, :2] == [7, 8]).all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_samples_have_the_models_probabilities(backend, temperature):
+    """Chi-square of first and second tokens against exact probabilities, and of a wrong distribution, which must be seen."""
+    trainer, num_rows, vocabulary = trainer_of(backend), 6000, np.arange(20, dtype=np.int32)
+    if backend is BigramTrainer:
+        trainer.weight *= 25
+
+    def conditional(context):
+        rows = np.array([[*context, token] for token in vocabulary], np.int32)
+        probability = np.exp(-trainer.token_losses(rows)[:, -1].astype(np.float64) / temperature)
+        return probability / probability.sum()
+
+    first = conditional([BOS])
+    second = sum(share * conditional([BOS, token]) for token, share in zip(vocabulary, first, strict=True))
+    spec = SampleSpec(num_tokens=1, length=2, seed=1, temperature=temperature, batch_size=2000)
+    rows = sample_rows(trainer, spec, 0, num_rows)
+    for column, exact in ((0, first), (1, second)):
+        counts = np.bincount(rows[:, column], minlength=20)
+        assert stats.chisquare(counts, exact * num_rows).pvalue > 1e-4
+        assert stats.chisquare(counts, np.full(20, num_rows / 20)).pvalue < 1e-6
+
+
+def test_online_rows_are_those_of_the_sample_whatever_the_step_and_rank(backend):
+    """And of the frozen reference: training in between changes none."""
+    trainer = trainer_of(backend)
+    with pytest.raises(UserError, match="call set_reference first"):
+        OnlineReplay(trainer, SampleSpec(num_tokens=1, length=12), 3, 2).read(0, rank=0, world_size=1)
+    spec = SampleSpec(num_tokens=1, length=12, seed=5, batch_size=7)
+    expected = sample_rows(trainer, spec, 0, 30)
+    trainer.set_reference("start")
+    zeros = np.zeros(4, np.uint8)
+    batch = Batch(np.tile(np.arange(13, dtype=np.int32), (4, 1)), np.ones((4, 12), np.uint8), None, zeros, zeros)
+    for _ in range(5):
+        trainer.train_step(batch, 0.1).read()
+    online = OnlineReplay(trainer, spec, rows_per_step=3, term=2)
+    for step in (0, 1, 5, 2, 9):
+        rows = online.read(step, rank=0, world_size=1)
+        assert (rows[:, 0] == BOS).all()
+        np.testing.assert_array_equal(rows[:, 1:], expected[step * 3 : step * 3 + 3])
+        np.testing.assert_array_equal(online.read(step, rank=1, world_size=2), rows[1::2])
+
+
+# --- the store ---
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "t.model"
+    train_tokenizer(["some words to learn from, and more of them"] * 50, vocab_size=288).save(path)
+    return path
+
+
+MODEL = model_spec("1x32", vocab_size=288, context_length=16)
+
+
+@pytest.fixture
+def start(tmp_path, tokenizer):
+    """A checkpoint of an untrained bigram, and its trainer."""
+    trainer = trainer_of(BigramTrainer, MODEL)
+    checkpoint.save_checkpoint(tmp_path / "start", trainer, MODEL, tokenizer, {"run_id": "first"}, with_training_state=False)
+    return trainer, checkpoint.open_checkpoint(tmp_path / "start")
+
+
+class Said(list):
+    def __call__(self, sentence):
+        self.append(sentence)
+
+
+def write(start, folder, num_tokens=16 * 600, *, say=None, **changes):
+    trainer, found = start
+    spec = SampleSpec(num_tokens=num_tokens, length=16, **changes.pop("spec", {}))
+    return sample_store(
+        trainer, found, folder, spec, backend="fake", precision="fp32", say=Said() if say is None else say, **changes
+    )
+
+
+def test_a_sample_is_an_ordinary_store_of_whole_rows_with_its_origin(start, tmp_path):
+    store = write(start, tmp_path / "s", 16 * 300, spec={"seed": 4})
+    train = RowSubset.of_tokens(store.split("train"), 16, None)
+    assert (train.num_rows, store.split("validation").num_rows(16)) == (300, 30)
+    out = np.empty((300, 17), np.int32)
+    store.split("train").read_rows(np.arange(300), out)
+    expected = sample_rows(start[0], SampleSpec(num_tokens=1, length=16, seed=4), 0, 300)
+    assert (out[:, 0] == BOS).all()
+    np.testing.assert_array_equal(out[:, 1:], expected)
+    last = expected[7][:-1] if expected[7][-1] == EOS else expected[7]
+    assert store.split("train").document(7).tolist() == last.tolist()
+    assert store.provenance["model"] == {"run_id": "first", "weights_sha256": start[1].state["files"]["model.safetensors"]}
+    assert {key: store.provenance[key] for key in ("seed", "temperature", "length", "prompt")} == {
+        "seed": 4, "temperature": 1.0, "length": 16, "prompt": [],
+    }  # fmt: skip
+    assert open_store(tmp_path / "s").fingerprint == store.fingerprint
+    assert not list(tmp_path.glob(".s.samples"))
+
+
+def test_larger_samples_begin_with_smaller_ones_and_validation_rows_are_others(start, tmp_path):
+    small, large = (write(start, tmp_path / name, 16 * rows) for name, rows in (("small", 90), ("large", 700)))
+    rows = [store.split("train").tokens[0][: 90 * 16] for store in (small, large)]
+    np.testing.assert_array_equal(*rows)
+    held_out = {tuple(row) for row in large.split("validation").tokens[0].reshape(-1, 16).tolist()}
+    assert not held_out & {tuple(row) for row in large.split("train").tokens[0].reshape(-1, 16).tolist()}
+
+
+def test_a_killed_sample_goes_on_where_it_was(start, tmp_path):
+    straight = write(start, tmp_path / "straight")
+    trainer, calls = start[0], []
+    sample = trainer.sample
+
+    def dies(prompts, u, **options):
+        calls.append(len(prompts))
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return sample(prompts, u, **options)
+
+    trainer.sample = dies
+    with pytest.raises(KeyboardInterrupt):
+        write(start, tmp_path / "broken")
+    assert not (tmp_path / "broken").exists()
+    shards = sorted((tmp_path / ".broken.samples").glob("*.npy"))
+    assert [path.name for path in shards] == ["train-00000.npy"]
+    before = sum(calls)
+    again = write(start, tmp_path / "broken")
+    assert again.fingerprint == straight.fingerprint
+    assert sum(calls) - before == 600 - 256 + 60, "the whole shard is not sampled again"
+
+
+def test_an_interrupted_sample_says_how_far_it_came(start, tmp_path):
+    with pytest.raises(Interrupted, match="after 0 tokens; the same command goes on"):
+        write(start, tmp_path / "s", interrupted=lambda: 15)
+
+
+def test_shards_of_another_sample_or_damaged_ones_are_not_used(start, tmp_path):
+    part = tmp_path / ".s.samples"
+    straight = write(start, tmp_path / "straight")
+    part.mkdir()
+    (part / "samples.json").write_text("{}")
+    np.save(part / "train-00000.npy", np.zeros((256, 16), np.int32))
+    said = Said()
+    assert write(start, tmp_path / "s", say=said).fingerprint == straight.fingerprint
+    assert any("rows of another sample" in sentence for sentence in said)
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_the_rows_stay(start, tmp_path):
+    trainer = start[0]
+    straight = write(start, tmp_path / "straight", 16 * 50)
+    sample = trainer.sample
+
+    def small(prompts, u, **options):
+        if len(prompts) > 10:
+            raise MemoryError
+        return sample(prompts, u, **options)
+
+    trainer.sample, said = small, Said()
+    assert write(start, tmp_path / "s", 16 * 50, say=said).fingerprint == straight.fingerprint
+    assert said[0] == "50 rows at once do not fit into memory: sampling 25."
+
+
+def test_a_collapsed_or_untrained_model_is_named_with_its_numbers(start, tmp_path):
+    said = Said()
+    write(start, tmp_path / "noise", 16 * 20, say=said)
+    assert any("are noise: 5." in sentence for sentence in said)
+    said, trainer = Said(), start[0]
+    trainer.weight[:] = -50
+    trainer.weight[np.arange(288), (np.arange(288) + 1) % 3 + 20] = 50
+    write(start, tmp_path / "loop", 16 * 20, say=said)
+    assert any("collapsed: 0.00 nats" in sentence for sentence in said)
+    assert any("repeat themselves: 92% of their 4-grams" in sentence for sentence in said)
+
+
+def test_a_store_of_another_model_is_named_and_used(start, tmp_path):
+    store = write(start, tmp_path / "s", 16 * 20)
+    assert origin_note(store, start[1]) is None
+    state = {"run_id": "second", "files": {checkpoint.WEIGHTS: "other"}}
+    note = origin_note(store, checkpoint.Checkpoint(tmp_path, state))
+    assert "run first" in note
+    assert "from second" in note
+    assert origin_note(make_store(tmp_path / "m" / "text", [[3, 4, 5]]), start[1]) is None
+
+
+@pytest.mark.parametrize(
+    "text, number", [("2M", 2_000_000), ("300k", 300_000), ("1.5B", 1_500_000_000), ("2e6", 2_000_000), ("1,000", 1000)]
+)
+def test_numbers_of_tokens_are_read(text, number):
+    assert parse_tokens(text) == number
+
+
+@pytest.mark.parametrize("text", ["", "M", "-3", "2X", "0", "1.5", "1.2.3"])
+def test_wrong_numbers_of_tokens_are_refused(text):
+    with pytest.raises(UserError, match="300K or 2M"):
+        parse_tokens(text)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"seed": -1}, "seed must lie"),
+        ({"num_tokens": 0}, "num_tokens must be positive"),
+        ({"prompt": (3,) * 16}, "nothing is left to sample"),
+    ],
+)
+def test_wrong_samples_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        SampleSpec(**{"num_tokens": 100, "length": 16, **changes})
+
+
+# --- replay rows in batches ---
+
+
+def make_stream(tmp_path, *, rows_per_step=3, pool=7):
+    rng = np.random.default_rng(0)
+    target, replay = (
+        RowSubset.of_tokens(make_store(tmp_path / name / "s", [rng.integers(3, 300, rows * 8 - 1)]).split("train"), 8, None)
+        for name, rows in (("target", 20), ("replay", pool))
+    )
+    mixture = Mixture(target.num_rows, 0, parse_share(0), 0)
+    return BatchStream(target, None, mixture, 6, 50, ReplayRows(replay, rows_per_step, 2, seed=1))
+
+
+def test_replay_rows_are_added_between_the_rows_of_the_task(tmp_path):
+    stream = make_stream(tmp_path)
+    batch = stream.batch(4)
+    assert batch.tokens.shape == (9, 9)
+    assert batch.term.tolist() == [0, 2, 0, 0, 2, 0, 0, 2, 0]
+    assert (batch.source == (batch.term > 0)).all()
+    stream.replay = None
+    np.testing.assert_array_equal(batch.tokens[batch.term == 0], stream.batch(4).tokens)
+
+
+def test_replay_rows_come_once_an_epoch_and_ranks_share_them(tmp_path):
+    stream = make_stream(tmp_path)
+    served = [tuple(row) for step in range(7) for row in stream.batch(step).tokens[stream.batch(step).term == 2].tolist()]
+    epochs = [served[i * 7 : (i + 1) * 7] for i in range(3)]
+    assert all(len(set(epoch)) == 7 for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    for step in range(4):
+        whole = stream.batch(step).tokens.tolist()
+        parts = [row for rank in range(3) for row in stream.batch(step, rank=rank, world_size=3).tokens.tolist()]
+        assert sorted(parts) == sorted(whole)
+
+
+def test_the_provenance_is_plain_json(start, tmp_path):
+    write(start, tmp_path / "s", 16 * 20)
+    manifest = json.loads((tmp_path / "s" / "manifest.json").read_text())
+    assert manifest["provenance"]["entropy_nats"] == pytest.approx(5.6, abs=0.2)

@@ -1,0 +1,192 @@
+"""Whole runs with each method: the command line's requests, exact resume with a reference, and ids that do not move."""
+
+import json
+
+import pytest
+from safetensors.numpy import load_file
+
+from mlx_forget import trainer as trainer_module
+from mlx_forget.config import TrainConfig, from_layers, run_id, scale_defaults
+from mlx_forget.errors import Interrupted
+from mlx_forget.history import read_history
+from mlx_forget.methods import METHODS
+from mlx_forget.run import Watch, execute, plan_run
+from mlx_forget.trainer import available_backends
+
+BACKENDS = ["fake", *available_backends()]
+
+
+@pytest.fixture(autouse=True)
+def fake_backend(monkeypatch, tmp_path):
+    row = trainer_module.Backend("tests.fakes:BigramTrainer", "numpy", "nothing to install")
+    monkeypatch.setitem(trainer_module.BACKENDS, "fake", row)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "keys, identifier",
+    [({}, "b48a0bb776b9"), ({"p": "5%", "seed": 3}, "701f55fd046c"), ({"method": "plain", "p": "0"}, "2c92f83d63c2")],
+)
+def test_ids_of_runs_that_replay_nothing_are_what_they_were(keys, identifier):
+    data = {"target": "a", "pretrain": "b"}
+    assert run_id(TrainConfig(**keys), precision="fp32", learning_rate=6e-4, data=data, init="c") == identifier
+
+
+def test_only_injection_injects_by_default():
+    assert {name: TrainConfig(method=name).p for name in METHODS} == {
+        name: "1%" if name == "injection" else "0" for name in METHODS
+    }
+    assert TrainConfig(method="kl-replay", p="2%").p == "2%"
+
+
+class Interrupt:
+    """A stop after some questions of the loop."""
+
+    def __init__(self, after):
+        self.left = after
+
+    def __call__(self):
+        self.left -= 1
+        return 15 if self.left < 0 else None
+
+
+def config(backend, **keys):
+    return from_layers(
+        TrainConfig, scale_defaults(), {"backend": backend, "num_threads": 1, "iters": 12, "steps_per_eval": 4, **keys}
+    )
+
+
+METHOD_RUNS = {
+    "kl-replay": {"coefficient": 2.0},
+    "ntp-replay": {"replay_data": "pretrain", "replay_rows": 3},
+    "lwf": {},
+    "anchored-adamw": {"coefficient": 30.0},
+    "ewc": {"coefficient": 5.0, "replay_tokens": 2048},
+    "l2-sp": {},
+    "low-lr": {},
+    "plain": {},
+}
+
+
+@pytest.mark.parametrize("method", METHOD_RUNS)
+def test_a_run_with_each_method_says_what_it_did(method):
+    plan = plan_run(config("fake", method=method, **METHOD_RUNS[method]))
+    record = execute(plan)
+    assert record["status"] == "finished"
+    assert record["method"]["name"] == method
+    replay = {name: row for name, row in record["data"].items() if row["role"] == "replay"}
+    expected = {"kl-replay": {"replay:self": 12 * 2 * 128}, "ntp-replay": {"replay:prose": 12 * 3 * 128}}
+    assert {name: row["tokens_seen"] for name, row in replay.items()} == expected.get(method, {})
+    assert record["learning_rate"] == pytest.approx(plan_run(config("fake")).schedule.peak * (0.1 if method == "low-lr" else 1))
+    assert record["p"]["rows"] == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("method", ["kl-replay", "ewc", "anchored-adamw"])
+def test_an_interrupted_run_ends_as_if_it_had_not_been(backend, method, tmp_path):
+    """The reference and the Fisher information are those of the start again, not of the checkpoint."""
+    keys = {"method": method, **METHOD_RUNS[method], "p": "0"}
+    straight = execute(plan_run(config(backend, **keys), folder=tmp_path / "straight"))
+    plan = plan_run(config(backend, **keys), folder=tmp_path / "broken")
+    with pytest.raises(Interrupted):
+        execute(plan, watch=Watch(interrupted=Interrupt(5 if method == "anchored-adamw" else 9)))
+    resumed = execute(plan_run(config(backend, **keys), folder=tmp_path / "broken"), resume=True)
+    assert resumed["num_resumes"] == 1
+    assert resumed["losses"] == straight["losses"]
+    columns = ["step", "batch_loss", "target_val_windows", "pretrain_val_windows", "grad_norm"]
+    ours, theirs = (read_history(tmp_path / name / "history.arrows").select(columns).to_pylist() for name in ("broken", "straight"))
+    assert ours == theirs
+    a, b = (load_file(tmp_path / name / "checkpoints" / "last" / "model.safetensors") for name in ("broken", "straight"))
+    assert all((a[key] == b[key]).all() for key in b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_online_replay_serves_the_rows_of_the_stored_sample_and_resumes(backend, tmp_path):
+    keys = {"method": "kl-replay", "replay_data": "online"}
+    straight = execute(plan_run(config(backend, **keys), folder=tmp_path / "straight"))
+    with pytest.raises(Interrupted):
+        execute(plan_run(config(backend, **keys), folder=tmp_path / "broken"), watch=Watch(interrupted=Interrupt(7)))
+    resumed = execute(plan_run(config(backend, **keys), folder=tmp_path / "broken"), resume=True)
+    assert resumed["losses"] == straight["losses"]
+    assert straight["data"]["replay:online"] == {
+        "fingerprint": None, "role": "replay", "unique_tokens": 12 * 2 * 128, "tokens_seen": 12 * 2 * 128,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def base(run_forget):
+    """A small run to start from."""
+    arguments = ("--init", "scratch", "--target", "prose", "--pretrain", "none", "--p", "0", "--iters", "4", "--output", "base")
+    code, _, err = run_forget("train", "--backend", "fake", *arguments)
+    assert code == 0, err
+    return "base"
+
+
+def test_replay_writes_a_store_that_a_run_takes_as_replay_data(run_forget, base, tmp_path):
+    code, out, err = run_forget("replay", base, "--num-tokens", "10K", "-o", "store", "--backend", "fake", "--seed", "3", "--json")
+    assert code == 0, err
+    facts = json.loads(out)
+    assert facts["splits"]["train"]["num_tokens"] == -(-10_000 // 128) * 128
+    assert "samples of run" in facts["source"]
+    assert "The samples are noise" in err, "four steps teach nothing"
+    kl = ("train", "--backend", "fake", "--init", base, "--method", "kl-replay", "--iters", "4", "--json")
+    code, out, err = run_forget(*kl, "--replay-data", "store", "--output", "r")
+    assert code == 0, err
+    record = json.loads(out)
+    assert record["data"]["replay:store"]["fingerprint"] == facts["fingerprint"]
+    assert "sampled from run" not in err
+    code, out, err = run_forget(*kl, "--replay-data", "store", "--dry-run")
+    assert json.loads(out)["run_id"] == record["run_id"]
+    assert json.loads(run_forget(*kl, "--dry-run")[1])["run_id"] != record["run_id"]
+    code, _, err = run_forget(
+        "train", "--backend", "fake", "--init", "r", "--method", "kl-replay", "--iters", "2", "--replay-data", "store"
+    )
+    assert code == 0, err
+    assert "was sampled from run" in " ".join(err.split())
+
+
+WRONG_TRAIN = [
+    (["--method", "kl-replay", "--coefficient", "-1"], "(c of kl-replay) must be finite and not negative"),
+    (["--method", "plain", "--coefficient", "2"], "'plain' has no coefficient"),
+    (["--method", "low-lr", "--coefficient", "0"], "nothing is learnt"),
+    (["--method", "kl-reply"], "Did you mean 'kl-replay'"),
+    (["--method", "lwf", "--init", "scratch"], "init: scratch has none"),
+    (["--method", "ntp-replay", "--replay-data", "pretrain", "--pretrain", "none"], "--pretrain is none"),
+    (["--method", "ewc", "--replay-data", "online"], "measured before training"),
+    (["--method", "kl-replay", "--replay-data", "nowhere.txt"], "no file or folder nowhere.txt"),
+    (["--method", "kl-replay", "--replay-rows", "0"], "replay_rows must be positive"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", WRONG_TRAIN, ids=[" ".join(a) for a, _ in WRONG_TRAIN])
+def test_wrong_methods_are_one_line_and_exit_code_2(run_forget, arguments, message):
+    code, out, err = run_forget("train", "--backend", "fake", *arguments)
+    assert (code, out) == (2, "")
+    assert message in " ".join(err.split())
+    assert "Traceback" not in err
+
+
+WRONG_REPLAY = [
+    (["nowhere"], "no checkpoint at nowhere"),
+    (["base", "--num-tokens", "lots"], "300K or 2M"),
+    (["base", "--length", "129"], "exceeds the model's context of 128"),
+    (["base", "--temperature", "0"], "temperature must be positive"),
+    (["base", "--precision", "fp8"], "Unknown precision"),
+    (["base", "--backend", "fakee"], "Unknown backend"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", WRONG_REPLAY, ids=[" ".join(a) for a, _ in WRONG_REPLAY])
+def test_wrong_samples_are_one_line_and_exit_code_2(run_forget, base, tmp_path, arguments, message):
+    code, out, err = run_forget("replay", "--backend", "fake", "-o", "s", *arguments)
+    assert (code, out) == (2, "")
+    assert message in " ".join(err.split())
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_store_of_another_tokenizer_is_refused_as_replay_data(run_forget, base, tmp_path):
+    (tmp_path / "notes.txt").write_text("".join(f"some words to learn by heart {i}\n" for i in range(2000)))
+    assert run_forget("prepare", "notes.txt", "-o", "other", "--tokenizer", "new", "--vocab-size", "296")[0] == 0
+    code, _, err = run_forget("train", "--backend", "fake", "--init", base, "--method", "kl-replay", "--replay-data", "other")
+    assert code == 2
+    assert "another tokenizer" in err
