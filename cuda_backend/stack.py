@@ -15,6 +15,7 @@ from torch.optim.adamw import adamw
 
 from cuda_backend import gpt2
 from cuda_backend.trainer import TorchStep, TorchTrainer
+from mlx_forget.errors import OutOfMemory
 from mlx_forget.ladder import decays, initial_weights, param_shapes
 from mlx_forget.methods import NUM_SOURCES, NUM_TERMS
 from mlx_forget.trainer import Batch, Stack, StepResult, Trainer, TrainerSpec, group_counts, token_weights
@@ -45,6 +46,12 @@ class TorchStack(Stack):
                 member._weights[name].data.copy_(torch.from_numpy(value))
 
     def train_step(self, batches: Sequence[Batch], learning_rates: Sequence[float], active: Sequence[bool]) -> list[StepResult]:
+        try:
+            return self._step(batches, learning_rates, active)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(f"A step of {sum(active)} models at once is more than the device holds ({error}).") from None
+
+    def _step(self, batches: Sequence[Batch], learning_rates: Sequence[float], active: Sequence[bool]) -> list[StepResult]:
         self._keep([k for k in self._rows if active[k]])
         mine = [batches[k] for k in self._rows]
         counts = [group_counts(batch, self._spec.method) for batch in mine]

@@ -66,6 +66,9 @@ class TorchTrainer(Trainer):
         self._torch_device = self._choose_device(runtime.device)
         if runtime.num_threads is not None:
             torch.set_num_threads(runtime.num_threads)
+        elif self._torch_device.type == "cpu" and "mlx.core" in sys.modules and torch.get_num_threads() == 1:
+            # The two share one BLAS, which MLX wants on one thread; PyTorch takes over its number when it is imported.
+            self._notes.append("PyTorch runs on one thread, because MLX was loaded before it in this process: give num_threads.")
         if runtime.memory_limit_gb is not None:
             self._limit_memory(runtime.memory_limit_gb)
         if self._torch_device.type == "cpu":

@@ -11,6 +11,10 @@ class UserError(ValueError):
     """
 
 
+class OutOfMemory(UserError):
+    """A step needs more memory than the device or its limit has."""
+
+
 class RunFailed(RuntimeError):
     """The request was right, and the work failed or diverged: exit code 1."""
 

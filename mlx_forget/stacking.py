@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from mlx_forget import records
 from mlx_forget.checkpoint import Checkpoint
-from mlx_forget.errors import Interrupted, RunFailed
+from mlx_forget.errors import Interrupted, OutOfMemory, RunFailed
 from mlx_forget.ladder import num_params, train_bytes
 from mlx_forget.loop import RunState, drive
 from mlx_forget.run import Plan, Watch, finish_run, look_into, only_group, prepare_run, start_trainer, trainer_spec, with_base
@@ -116,24 +116,41 @@ def execute_stack(plans: Sequence[Plan], *, watch: Watch | None = None, wait: bo
     assert len({shape_of(plan) for plan in plans}) == 1
     assert not any(obstacle(plan) for plan in plans)
     plans = [with_base(plan, watch) if plan.base is not None else plan for plan in plans]
-    found: dict[Path, dict[str, Any]] = {}
     with ExitStack() as held:
-        todo: list[tuple[Plan, Checkpoint | None]] = []
         for plan in sorted(plans, key=lambda plan: plan.folder):
             held.enter_context(only_group(plan.group, plan.folder, wait=wait))
-            record, latest = look_into(plan, None, watch)
-            if record is None:
-                todo.append((plan, latest))
-            else:
-                watch.say(f"This run is done already: {plan.folder / records.RECORD}")
-                found[plan.folder] = record
-        if todo:
-            found |= _train(todo, watch)
+        found = _train_fitting(list(plans), watch)
     ordered = [found[plan.folder] for plan in plans]
     diverged = [plan.folder / records.RECORD for plan in plans if found[plan.folder]["status"] == "diverged"]
     if diverged:
         raise RunFailed(f"{len(diverged)} of {len(plans)} runs diverged: {', '.join(map(str, diverged))}")
     return ordered
+
+
+def _train_fitting(plans: list[Plan], watch: Watch) -> dict[Path, dict[str, Any]]:
+    """Train runs to their ends, half of them at a time where all are too much for the memory; their records by folder."""
+    found: dict[Path, dict[str, Any]] = {}
+    todo: list[tuple[Plan, Checkpoint | None]] = []
+    for plan in plans:
+        record, latest = look_into(plan, None, watch)
+        if record is None:
+            todo.append((plan, latest))
+        else:
+            watch.say(f"This run is done already: {plan.folder / records.RECORD}")
+            found[plan.folder] = record
+    if not todo:
+        return found
+    try:
+        return found | _train(todo, watch)
+    except OutOfMemory as error:
+        if len(todo) == 1:
+            raise
+        watch.say(f"{error} Training {math.ceil(len(todo) / 2)} runs as one instead of {len(todo)}.")
+    left = [plan for plan, _ in todo]
+    middle = math.ceil(len(left) / 2)
+    for half in (left[:middle], left[middle:]):
+        found |= _train_fitting(half, watch)
+    return found
 
 
 def _train(todo: list[tuple[Plan, Checkpoint | None]], watch: Watch) -> dict[Path, dict[str, Any]]:

@@ -55,6 +55,19 @@ def test_a_process_that_has_mlx_already_is_told_that_it_is_slow():
     assert "reference BLAS" in run_python("import mlx.core; import mlx_forget.mlx_backend as b; print(b.BLAS_NOTE)")
 
 
+@LINUX
+@pytest.mark.skipif("cuda" not in available_backends(), reason="PyTorch is not installed")
+def test_pytorch_says_when_it_has_one_thread_because_mlx_came_first():
+    code = (
+        "from mlx_forget.trainer import *; from mlx_forget.ladder import model_spec;"
+        "spec = TrainerSpec(model=model_spec('1x16', 8, 4), runtime=RuntimeSpec(device='cpu'));"
+        "load_backend('mlx'); trainer = load_backend('cuda')(spec); import torch;"
+        "print(torch.get_num_threads() == 1, any('MLX was loaded before it' in note for note in trainer.notes))"
+    )
+    few, said = run_python(code).splitlines()[-1].split()
+    assert few == said
+
+
 def test_the_trainer_announces_its_blas():
     if sys.platform == "linux":
         assert any("BLAS" in note for note in trainer_of().notes)

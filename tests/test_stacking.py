@@ -7,10 +7,10 @@ import pytest
 
 from mlx_forget import trainer as trainer_module
 from mlx_forget.config import TrainConfig, from_layers, scale_defaults
-from mlx_forget.errors import Interrupted, RunFailed, UserError
+from mlx_forget.errors import Interrupted, OutOfMemory, RunFailed, UserError
 from mlx_forget.run import Watch, execute, plan_run
 from mlx_forget.stacking import execute_stack, group_runs, most_members
-from tests.fakes import BigramTrainer
+from tests.fakes import BigramStack, BigramTrainer
 
 
 @pytest.fixture
@@ -95,12 +95,30 @@ def test_a_stack_writes_the_records_that_its_runs_would_have_written_alone(plan,
     assert sum("done already" in sentence for sentence in said) == 3
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")
 def test_a_run_that_diverges_ends_alone_with_its_record(plan, tmp_path):
     plans = [plan("good"), plan("bad", learning_rate=1e307)]
     with pytest.raises(RunFailed, match=r"1 of 2 runs diverged.*bad"):
         execute_stack(plans)
     assert json.loads((tmp_path / "bad" / "record.json").read_text())["status"] == "diverged"
     assert losses(tmp_path / "good") == execute(plan("alone"))["losses"]
+
+
+def test_a_stack_that_turns_out_too_large_is_split_and_it_is_said(plan, monkeypatch):
+    plans = [plan("a"), plan("b", seed=2), plan("c", seed=3)]
+    train_step = BigramStack.train_step
+
+    def limited(self, batches, rates, active):
+        if sum(active) > 2 and self.members[0].num_steps == 7:
+            raise OutOfMemory("A step needs 9 GB.")
+        return train_step(self, batches, rates, active)
+
+    monkeypatch.setattr(BigramStack, "train_step", limited)
+    said = []
+    records = execute_stack(plans, watch=Watch(say=said.append))
+    assert "A step needs 9 GB. Training 2 runs as one instead of 3." in said
+    assert [record["stack_size"] for record in records] == [2, 2, 1]
+    assert records[1]["losses"] == execute(plan("alone", seed=2))["losses"]
 
 
 def test_an_interrupted_stack_resumes_every_run(plan, tmp_path):

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from safetensors.numpy import save_file
 
 from mlx_forget.distributed import Group
-from mlx_forget.errors import UserError
+from mlx_forget.errors import OutOfMemory, UserError
 from mlx_forget.ladder import initial_weights, num_params, param_shapes
 from mlx_forget.methods import NUM_SOURCES, NUM_TERMS, TERM_REPLAY_KL, TERM_REPLAY_NTP, TERM_TASK
 from mlx_forget.mlx_backend import BLAS_NOTE, adamw, gpt2
@@ -334,7 +334,7 @@ class MLXTrainer(Trainer):
         mx.eval(self._in_flight)
         need = mx.get_peak_memory() / _GIGABYTE
         if need > limit:
-            raise UserError(
+            raise OutOfMemory(
                 f"A step needs {need:.3g} GB, --memory-limit-gb is {limit:g}: lower --micro-batch-size, or use --grad-checkpoint."
             )
 
