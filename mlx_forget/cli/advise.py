@@ -131,9 +131,11 @@ def advise_command(
 def write_probe(path: Path, tokens: float | None, num_runs: int | None, as_json: bool | None) -> None:
     """Write the runs of a probe, one JSON object per line, and say what to do with them."""
     from mlx_forget.laws.design import probe_runs
+    from mlx_forget.laws.files import check_target
 
     if tokens is None:
         raise UserError("A probe needs the planned number of finetuning tokens: --d 3e7.")
+    check_target(path)
     runs = probe_runs(tokens, PROBE_RUNS if num_runs is None else num_runs)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(run) + "\n" for run in runs), encoding="utf-8")

@@ -79,7 +79,7 @@ def fit_command(
     if by is not None:
         rows = without_small_groups(rows, by, num_free(chosen, constraints))
     report_left_out(rows)
-    kept = rows if drop is None else rows.select(~rows.where(drop))
+    kept = rows if drop is None else without(rows, drop)
     train = kept if train_on is None else split(kept, train_on)[0]
 
     def fitted(part: "Table") -> "dict[str, Any]":
@@ -198,6 +198,13 @@ def without_small_groups(table: "Table", by: str, num_free: int) -> "Table":
     }
     rest = table.select(~np.isin(table.row_numbers, np.concatenate(list(small.values()))))
     return replace(rest, left_out={**table.left_out, **reasons})
+
+
+def without(table: "Table", condition: str) -> "Table":
+    gone = table.where(condition)
+    if gone.all() or not gone.any():
+        raise UserError(f"--drop {condition!r} names {int(gone.sum())} of {len(gone)} rows: name some, and leave some.")
+    return table.select(~gone)
 
 
 def split(table: "Table", condition: str) -> "tuple[Table, Table]":

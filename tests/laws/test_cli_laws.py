@@ -316,6 +316,11 @@ def test_laws_lists_every_law_with_its_formula(forget):
         (("fit", "{runs}", "--map", "loss=final_loss", "--where", "N > 1e12"), "No row meets"),
         (("fit", "{runs}", "--map", "loss=final_loss", "--shared", "alpha"), "--by"),
         (("fit", "{runs}", "--map", "loss=final_loss", "--by", "colour"), "colour"),
+        (("fit", "{runs}", "--map", "loss=final_loss", "--drop", "p > 2"), "names 0 of 250 rows"),
+        (
+            ("fit", "{runs}", "--map", "loss=final_loss", "--where", "domain == code"),
+            "write text in quotes, as in 'domain == \"code\"'",
+        ),
         (("fit", "{runs}", "--map", "loss=final_loss", "--cluster", "seed"), "Known: auto, base, repeat"),
         (("fit", "{runs}", "--map", "loss=final_loss", "--by", "domain", "--shared", "alpha", "--select"), "separate fits"),
         (("fit", "{runs}", "--map", "loss=final_loss", "-o", "{runs}/fit.json"), "is no folder"),
@@ -346,6 +351,35 @@ def test_a_file_that_is_no_fit_is_refused(forget, tmp_path, text, words):
     ran = forget("predict", path, "--n", "1e9", "--d", "1e9")
     assert ran.code == 2
     assert words in ran.stderr
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda content: content["params"].pop("B"), "is damaged"),
+        (lambda content: content["params"]["B"].update(value="x"), "is damaged"),
+        (lambda content: content.pop("data_range"), "is damaged"),
+        (lambda content: content.update(law="zzz"), "Unknown law 'zzz'"),
+    ],
+)
+def test_a_damaged_fit_is_refused_in_a_line(forget, runs, one, tmp_path, change, words):
+    path = tmp_path / "fit.json"
+    forget("fit", runs, *one, "-o", path)
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    ran = forget("predict", path, "--n", "1e9", "--d", "1e6", "--p", "1%")
+    assert (ran.code, ran.stderr.count("\n")) == (2, 1)
+    assert words in ran.stderr
+
+
+def test_damaged_draws_are_refused_and_missing_ones_announced(forget, runs, one, tmp_path):
+    forget("fit", runs, *one, "-o", tmp_path / "fit.json")
+    ask = ("predict", tmp_path / "fit.json", "--n", "1e9", "--d", "1e6", "--p", "1%")
+    (tmp_path / "fit.draws.npz").write_bytes(b"PK junk")
+    assert "fit.draws.npz is damaged" in forget(*ask).stderr
+    (tmp_path / "fit.draws.npz").unlink()
+    assert "no interval: the fit has no draws" in forget(*ask).stderr
 
 
 def test_untrustworthy_numbers_are_printed_with_the_reason(forget, runs):
