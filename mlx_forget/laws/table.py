@@ -232,7 +232,8 @@ def check(
             )
         if column == "p":
             _refuse_rows(table, values == 1, "p is 100%, which leaves no target data (is it in percent? 1% is 0.01)")
-    if "L0" in law.columns:
+    has_offset = any(parameter.linear and not parameter.log for parameter in law.parameters)
+    if "L0" in law.columns and not has_offset:
         below = int(np.sum(table.columns["loss"] < table.columns["L0"]))
         if below > MOST_BELOW * table.num_rows:
             raise UserError(

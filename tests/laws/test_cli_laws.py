@@ -6,7 +6,7 @@ import pytest
 
 from mlx_forget.laws.files import read_fit
 from mlx_forget.laws.fit import fit_law
-from mlx_forget.laws.forms import get_law
+from mlx_forget.laws.forms import Parameter, get_law, law_from_function, register
 from mlx_forget.laws.predictor import Predictor
 from mlx_forget.laws.uncertainty import BootstrapOptions, assess
 from mlx_forget.tables import read_table
@@ -302,6 +302,39 @@ def test_laws_lists_every_law_with_its_formula(forget):
     one = forget("laws", "bethune-forgetting").stderr
     assert "(1 + B p) N" in one
     assert "rivals" in one
+
+
+def test_a_users_own_law_is_fitted_asked_and_advises(forget, tmp_path):
+    register(
+        law_from_function(
+            "test-own-forgetting",
+            lambda columns, q: (
+                columns["L0"] + q["size"] * np.exp(q["power"] * np.log(columns["D"] / 1e6)) / (1 + q["gain"] * columns["p"])
+            ),
+            parameters=(
+                Parameter("size", "forgetting at a million tokens", "nats", log=True, low=1e-9, high=1e9, linear=True),
+                Parameter("power", "how it grows", low=0.0, high=5.0, grid=(0.2, 0.5)),
+                Parameter("gain", "what replay does", log=True, low=1e-3, high=1e6, grid=(10.0, 100.0)),
+            ),
+            columns=("D", "p", "L0"),
+            formula="loss = L0 + size (D / 1e6)^power / (1 + gain p)",
+            response="pretraining",
+        )
+    )
+    truth = {"size": 0.3, "power": 0.4, "gain": 80.0}
+    columns = {name: values for name, values in paper_grid(sizes=SIZES[:1]).items() if name != "N"}
+    exact = get_law("test-own-forgetting").predict(truth, columns)
+    loss = exact * np.exp(0.001 * np.random.default_rng(0).standard_normal(len(exact)))
+    path = tmp_path / "runs.jsonl"
+    rows = [dict(zip((*columns, "loss"), map(float, row), strict=True)) for row in zip(*columns.values(), loss, strict=True)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fitted = forget("fit", path, "--law", "test-own-forgetting", "-o", tmp_path / "fit.json", "--json")
+    assert fitted.json["params"]["gain"]["low"] < 80 < fitted.json["params"]["gain"]["high"]
+    asked = forget("predict", tmp_path / "fit.json", "--d", "1e7", "--p", "2%", "--json").json
+    wanted = 0.3 * 10**0.4 / (1 + 80 * 0.02)
+    assert asked["low"] < wanted < asked["high"]
+    advised = forget("advise", tmp_path / "fit.json", "--max-forgetting", "0.3", "--d", "1e7", "--json").json
+    assert advised["answer"] == pytest.approx((10**0.4 - 1) / 80, rel=0.1)
 
 
 @pytest.mark.parametrize(
