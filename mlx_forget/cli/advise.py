@@ -49,7 +49,6 @@ def advise_command(
     as_json: Json = None,
 ) -> None:
     """The smallest p (or the largest D, the smallest N) that keeps forgetting under a budget."""
-    import mlx_forget.laws  # noqa: F401
     from mlx_forget.laws import advise
     from mlx_forget.laws.design import describe_plan
     from mlx_forget.tables import parse_share
@@ -197,9 +196,7 @@ def load_source(
 def front(
     forgetting: "Predictor", path: Path, group: str | None, columns: Mapping[str, float], epochs: float
 ) -> list[dict[str, Any]]:
-    """The Pareto front of the asked size: fewer tokens forget less and learn less, replay forgets less and
-    costs.
-    """
+    """The Pareto front of the asked size: fewer tokens forget less and learn less, replay forgets less and costs."""
     import numpy as np
 
     from mlx_forget.laws.advise import pareto

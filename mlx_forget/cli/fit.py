@@ -55,7 +55,6 @@ def fit_command(
 
     Example: forget fit runs.csv --law bethune-forgetting --by domain -o fit.json
     """
-    import mlx_forget.laws  # noqa: F401  (registers the published laws)
     from mlx_forget.laws.files import check_target, fit_json, write_fit
     from mlx_forget.laws.fit import num_free
     from mlx_forget.laws.forms import get_law

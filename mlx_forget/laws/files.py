@@ -88,8 +88,7 @@ def fit_json(
     """The content of fit.json.
 
     Args:
-        fits: one entry named "" for an ordinary fit, or one per group; the groups of a joint fit share one
-            value.
+        fits: one entry named "" for an ordinary fit, or one per group; the groups of a joint fit share one value.
         by: the column of the groups.
         extrapolation: {train_on, num_test, mre, max}, or None.
     """
@@ -158,9 +157,7 @@ def check_target(path: Path) -> None:
 
 
 def write_fit(path: str | os.PathLike[str], content: Mapping[str, Any], fits: Mapping[str, Uncertainty]) -> Path:
-    """Write fit.json and, beside it, `<stem>.draws.npz` with the natural parameters of every refit and the
-    fitted rows.
-    """
+    """Write fit.json and, beside it, `<stem>.draws.npz` with the natural parameters of every refit and the fitted rows."""
     target = Path(path)
     check_target(target)
     target.parent.mkdir(parents=True, exist_ok=True)

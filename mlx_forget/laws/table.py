@@ -211,9 +211,8 @@ def check(
     """Refuse what a fit could not answer honestly, in one sentence that names the rows and the way out.
 
     Raises:
-        UserError: a column is missing; a value is not finite, not positive or not a share; a count looks as
-            if it were in
-            millions; rows are duplicated; there are fewer rows than free parameters.
+        UserError: a column is missing; a value is not finite, not positive or not a share; a count looks as if it were in millions;
+            rows are duplicated; there are fewer rows than free parameters.
     """
     needed = (*law.columns, "loss")
     for column in needed:
@@ -268,8 +267,7 @@ def _refuse_rows(table: Table, bad: npt.NDArray[np.bool_], what: str) -> None:
 
 
 def refuse_duplicates(table: Table, columns: Sequence[str]) -> None:
-    """Refuse rows that repeat another in every needed column and in the run: counted twice, they fake
-    precision.
+    """Refuse rows that repeat another in every needed column and in the run: counted twice, they fake precision.
 
     Raises:
         UserError: with the first pair of row numbers.

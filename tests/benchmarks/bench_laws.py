@@ -1,9 +1,9 @@
 # ruff: noqa: E402  (the thread count must be set before NumPy is loaded)
 """How fast the law core is, against tuned scipy in the same run.
 
-`python tests/benchmarks/bench_laws.py [--json]`. One core, one BLAS thread. `cpu` is the median processor
-time, which is what the code costs even on a shared machine; `wall` the median time a user waits. Ratios are
-baseline / ours in processor time, both measured here.
+`python tests/benchmarks/bench_laws.py [--json]`. One core, one BLAS thread. `cpu` is the median processor time, which is what the
+code costs even on a shared machine; `wall` the median time a user waits. Ratios are baseline / ours in processor time, both
+measured here.
 """
 
 import os
@@ -91,9 +91,7 @@ def chinchilla_residuals(fit: Fit) -> tuple[Callable, Callable, np.ndarray]:
 
 
 def scipy_resample(fit: Fit, weights: np.ndarray, *, huber: bool) -> None:
-    """One warm refit by scipy: BFGS with a hand gradient on a scaled objective (robust), or
-    Levenberg-Marquardt (squares).
-    """
+    """One warm refit by scipy: BFGS with a hand gradient on a scaled objective (robust), or Levenberg-Marquardt (squares)."""
     residual, jacobian, _ = chinchilla_residuals(fit)
     if not huber:
         root = np.sqrt(weights)

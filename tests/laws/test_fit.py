@@ -39,9 +39,7 @@ def test_exact_data_give_back_60_truths_per_law(name):
 
 
 def brute_force(fit: Fit, starts: int) -> float:
-    """The lowest objective that L-BFGS-B from scattered starts and Nelder-Mead find: code that shares
-    nothing with the solver.
-    """
+    """The lowest objective that L-BFGS-B from scattered starts and Nelder-Mead find: code that shares nothing with the solver."""
     law, model = fit.law, fit.model
     response = np.log(fit.table.columns["loss"])
     features = law.features(fit.table.columns, model.references)

@@ -1,6 +1,4 @@
-"""The published fits as a test suite: a correct fitter reproduces them, or finds better optima of the same
-objective.
-"""
+"""The published fits as a test suite: a correct fitter reproduces them, or finds better optima of the same objective."""
 
 import csv
 import os
@@ -154,9 +152,7 @@ def test_kalajdzievskis_laws_agree_with_his_line(data):
 
 
 def share_of_good_seeds(count: int) -> float:
-    """The share of seeds whose held-out mean error is at most 1%: 12 domains on the paper's grid, 1,500
-    runs.
-    """
+    """The share of seeds whose held-out mean error is at most 1%: 12 domains on the paper's grid, 1,500 runs."""
     law = get_law("bethune-forgetting")
     columns = paper_grid()
     good = 0
