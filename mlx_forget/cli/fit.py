@@ -104,6 +104,8 @@ def fit_command(
         group: {"rows": pair.rows.tolist(), "params_with": pair.with_rows.params, "params_without": pair.without_rows.params}
         for group, pair in beside.items()
     }
+    for hint in hints(train, chosen, by):
+        say(f"note: {hint}")
     for group, uncertainty in fits.items():
         for line in describe_fit(uncertainty, group):
             say(line)
@@ -164,6 +166,18 @@ def bootstrap_options(
     if options.num_resamples < 0 or not 0 < options.level < 1 or options.seed < 0:
         raise UserError("--bootstrap and --seed must be 0 or more, and --level between 0 and 1.")
     return options
+
+
+def hints(table: "Table", law: "Law", by: str | None) -> list[str]:
+    """What a user of such a table should know: domains fitted as one, and a law of sizes for one size."""
+    made = []
+    domains = sorted(set(table.labels.get("domain", [])))
+    if by is None and len(domains) > 1:
+        shown = ", ".join(domains[:4]) + (", ..." if len(domains) > 4 else "")
+        made.append(f"{len(domains)} domains ({shown}) are fitted as one; --by domain fits a law to each")
+    if law.name.startswith("bethune-forgetting") and len(set(table.columns["N"].tolist())) == 1:
+        made.append("these runs have one model size, which cannot tell alpha; --law forgetting-fixed-n needs no sizes")
+    return made
 
 
 def report_left_out(table: "Table") -> None:

@@ -198,6 +198,14 @@ def test_a_group_with_too_few_rows_is_left_out_and_named(forget, runs):
     assert "left out: 2 rows of math, too few for 4 free parameters" in ran.stderr
 
 
+def test_pooled_domains_and_a_single_size_are_pointed_out(forget, runs):
+    pooled = forget("fit", runs, "--map", "loss=final_loss", "--bootstrap", "0")
+    assert "2 domains (code, math) are fitted as one" in pooled.stderr
+    single = forget("fit", runs, "--map", "loss=final_loss", "--by", "domain", "--where", "N < 5e7", "--bootstrap", "0")
+    assert "--law forgetting-fixed-n" in single.stderr
+    assert "fitted as one" not in single.stderr
+
+
 def test_clean_runs_have_no_outliers(forget, runs, one):
     assert forget("fit", runs, *one, "--json").json["outliers"] == {}
 
