@@ -21,6 +21,13 @@ _PUBLIC = {
     "Tokenizer": "mlx_forget.pipeline.tokenizer",
     "train_tokenizer": "mlx_forget.pipeline.tokenizer",
     "find_runs": "mlx_forget.records",
+    "read_table": "mlx_forget.tables",
+    "Table": "mlx_forget.laws.table",
+    "fit_law": "mlx_forget.laws.fit",
+    "fit_groups": "mlx_forget.laws.fit",
+    "assess": "mlx_forget.laws.uncertainty",
+    "law_from_function": "mlx_forget.laws.forms",
+    "register_law": "mlx_forget.laws.forms:register",
 }
 
 __all__ = sorted(_PUBLIC)
@@ -28,7 +35,8 @@ __all__ = sorted(_PUBLIC)
 
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
-        return getattr(import_module(_PUBLIC[name]), name)
+        module, _, attribute = _PUBLIC[name].partition(":")
+        return getattr(import_module(module), attribute or name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -184,7 +184,8 @@ def plot_parameters(fits: Mapping[str, Uncertainty], folder: str | Path, *, name
 def plot_curves(uncertainty: Uncertainty, folder: str | Path, *, group: str = "", name: str = "curves") -> Path:
     """The law over data, one curve with its band per size (or share), and the measured points; a second panel over p where it varies.
 
-    A law of forgetting is drawn as loss - L0. The other columns stand still at their most frequent value; only rows that have it are drawn.
+    A law of forgetting is drawn as loss - L0. The other columns stand still at their most frequent value; only rows that have it
+    are drawn.
     """
     predictor = Predictor.from_uncertainty(uncertainty, group)
     loss = uncertainty.fit.table.columns["loss"][_rows(uncertainty.fit, group)]
@@ -285,9 +286,7 @@ def _gap(levels: list[float]) -> float:
 
 
 def plot_profiles(uncertainty: Uncertainty, folder: str | Path, *, group: str = "", name: str = "profiles") -> Path:
-    """The rise of the objective along each free coordinate; a curve that never reaches the line is not
-    identified.
-    """
+    """The rise of the objective along each free coordinate; a curve that never reaches the line is not identified."""
     profiles: Mapping[str, Profile] = uncertainty.profiles or profile_coordinates(uncertainty.fit, level=uncertainty.level)
     columns = 2 if len(profiles) == 4 else min(len(profiles), 3)
     lines = -(-len(profiles) // columns)

@@ -12,7 +12,7 @@ import numpy as np
 
 from mlx_forget.errors import UserError, unknown
 from mlx_forget.laws.forms import COLUMNS
-from mlx_forget.laws.table import Table, missing_column
+from mlx_forget.laws.table import Table
 from mlx_forget.records import RECORD, SCHEMA_VERSION
 
 READERS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".arrows", ".feather")
@@ -52,8 +52,7 @@ def _read_rows(source: Path) -> list[dict[str, Any]]:
     try:
         if kind in (".csv", ".tsv"):
             with open(source, newline="", encoding="utf-8-sig") as stream:
-                reader = csv.DictReader(stream, delimiter="\t" if kind == ".tsv" else ",", skipinitialspace=True)
-                return [{(k or "").strip(): v for k, v in row.items() if isinstance(v, str | None)} for row in reader]
+                return _read_csv(source, csv.reader(stream, delimiter="\t" if kind == ".tsv" else ",", skipinitialspace=True))
         if kind in (".jsonl", ".ndjson", ".json"):
             text = source.read_text(encoding="utf-8")
             whole = json.loads(text) if kind == ".json" else [json.loads(line) for line in text.splitlines() if line.strip()]
@@ -63,6 +62,24 @@ def _read_rows(source: Path) -> list[dict[str, Any]]:
         return _read_arrow(source, kind)
     except (json.JSONDecodeError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{source} cannot be read as {kind[1:]}: {error}.") from None
+
+
+def _read_csv(source: Path, reader: Iterable[list[str]]) -> list[dict[str, Any]]:
+    rows = [row for row in reader if row]
+    if not rows:
+        return []
+    header = [name.strip() for name in rows[0]]
+    twice = sorted({name for name in header if header.count(name) > 1})
+    if twice:
+        raise UserError(f"{source} has the column {twice[0]!r} twice: rename or remove one.")
+    if len(header) == 1 and (";" in header[0] or "\t" in header[0]):
+        raise UserError(f"The columns of {source} are not separated by commas: save it with commas, or as .tsv with tabs.")
+    long = [i for i, row in enumerate(rows) if len(row) > len(header)]
+    if long:
+        raise UserError(
+            f"Row {long[0]} of {source} has {len(rows[long[0]])} cells for {len(header)} columns: is a comma too many in it?"
+        )
+    return [dict(zip(header, row, strict=False)) for row in rows[1:]]
 
 
 def _read_arrow(source: Path, kind: str) -> list[dict[str, Any]]:
@@ -98,7 +115,7 @@ def table_from_rows(rows: Sequence[Mapping[str, Any]], *, mapping: Mapping[str, 
         elif (constant := _number(source)) is not None:
             raw[law_column] = [constant] * len(rows)
         else:
-            raise missing_column(source, Table({name: np.empty(0) for name in names}))
+            raise UserError(f"--map {law_column}={source}: the table has no column {source!r}; it has {', '.join(names)}.")
     columns: dict[str, np.ndarray] = {}
     labels: dict[str, np.ndarray] = {}
     # A row that names no run is one of its own.

@@ -49,7 +49,6 @@ def advise_command(
     as_json: Json = None,
 ) -> None:
     """The smallest p (or the largest D, the smallest N) that keeps forgetting under a budget."""
-    import mlx_forget.laws  # noqa: F401
     from mlx_forget.laws import advise
     from mlx_forget.laws.design import describe_plan
     from mlx_forget.tables import parse_share
@@ -131,9 +130,11 @@ def advise_command(
 def write_probe(path: Path, tokens: float | None, num_runs: int | None, as_json: bool | None) -> None:
     """Write the runs of a probe, one JSON object per line, and say what to do with them."""
     from mlx_forget.laws.design import probe_runs
+    from mlx_forget.laws.files import check_target
 
     if tokens is None:
         raise UserError("A probe needs the planned number of finetuning tokens: --d 3e7.")
+    check_target(path)
     runs = probe_runs(tokens, PROBE_RUNS if num_runs is None else num_runs)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(run) + "\n" for run in runs), encoding="utf-8")
@@ -195,9 +196,7 @@ def load_source(
 def front(
     forgetting: "Predictor", path: Path, group: str | None, columns: Mapping[str, float], epochs: float
 ) -> list[dict[str, Any]]:
-    """The Pareto front of the asked size: fewer tokens forget less and learn less, replay forgets less and
-    costs.
-    """
+    """The Pareto front of the asked size: fewer tokens forget less and learn less, replay forgets less and costs."""
     import numpy as np
 
     from mlx_forget.laws.advise import pareto

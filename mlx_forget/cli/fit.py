@@ -55,7 +55,6 @@ def fit_command(
 
     Example: forget fit runs.csv --law bethune-forgetting --by domain -o fit.json
     """
-    import mlx_forget.laws  # noqa: F401  (registers the published laws)
     from mlx_forget.laws.files import check_target, fit_json, write_fit
     from mlx_forget.laws.fit import num_free
     from mlx_forget.laws.forms import get_law
@@ -79,7 +78,7 @@ def fit_command(
     if by is not None:
         rows = without_small_groups(rows, by, num_free(chosen, constraints))
     report_left_out(rows)
-    kept = rows if drop is None else rows.select(~rows.where(drop))
+    kept = rows if drop is None else without(rows, drop)
     train = kept if train_on is None else split(kept, train_on)[0]
 
     def fitted(part: "Table") -> "dict[str, Any]":
@@ -105,6 +104,8 @@ def fit_command(
         group: {"rows": pair.rows.tolist(), "params_with": pair.with_rows.params, "params_without": pair.without_rows.params}
         for group, pair in beside.items()
     }
+    for hint in hints(train, chosen, by):
+        say(f"note: {hint}")
     for group, uncertainty in fits.items():
         for line in describe_fit(uncertainty, group):
             say(line)
@@ -167,6 +168,18 @@ def bootstrap_options(
     return options
 
 
+def hints(table: "Table", law: "Law", by: str | None) -> list[str]:
+    """What a user of such a table should know: domains fitted as one, and a law of sizes for one size."""
+    made = []
+    domains = sorted(set(table.labels.get("domain", [])))
+    if by is None and len(domains) > 1:
+        shown = ", ".join(domains[:4]) + (", ..." if len(domains) > 4 else "")
+        made.append(f"{len(domains)} domains ({shown}) are fitted as one; --by domain fits a law to each")
+    if law.name.startswith("bethune-forgetting") and len(set(table.columns["N"].tolist())) == 1:
+        made.append("these runs have one model size, which cannot tell alpha; --law forgetting-fixed-n needs no sizes")
+    return made
+
+
 def report_left_out(table: "Table") -> None:
     """Say which runs of a folder are not in the table, and why."""
     from mlx_forget.tables import describe_left_out
@@ -198,6 +211,13 @@ def without_small_groups(table: "Table", by: str, num_free: int) -> "Table":
     }
     rest = table.select(~np.isin(table.row_numbers, np.concatenate(list(small.values()))))
     return replace(rest, left_out={**table.left_out, **reasons})
+
+
+def without(table: "Table", condition: str) -> "Table":
+    gone = table.where(condition)
+    if gone.all() or not gone.any():
+        raise UserError(f"--drop {condition!r} names {int(gone.sum())} of {len(gone)} rows: name some, and leave some.")
+    return table.select(~gone)
 
 
 def split(table: "Table", condition: str) -> "tuple[Table, Table]":

@@ -18,7 +18,6 @@ def laws_command(
     as_json: Json = None,
 ) -> None:
     """The laws that can be fitted: formula, columns, parameters, source."""
-    import mlx_forget.laws  # noqa: F401
     from mlx_forget.laws.forms import get_law, laws
 
     chosen = list(laws()) if name is None else [get_law(name)]

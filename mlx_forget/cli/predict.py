@@ -67,7 +67,6 @@ def predict_command(
     """Predict a loss, or the forgetting, from a fit.json."""
     import numpy as np
 
-    import mlx_forget.laws  # noqa: F401
     from mlx_forget.laws.files import read_fit
     from mlx_forget.laws.predictor import describe_distance
     from mlx_forget.laws.uncertainty import BootstrapOptions

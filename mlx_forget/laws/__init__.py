@@ -1,4 +1,5 @@
-"""Scaling laws of forgetting and finetuning: forms, fits, uncertainty, decisions."""
+"""Scaling laws of forgetting and finetuning: forms, fits, uncertainty, decisions. Importing it registers the published laws."""
 
-from mlx_forget.laws import published as published
-from mlx_forget.laws import update_steps as update_steps
+from mlx_forget.laws import forgetting, mixtures, power_laws, update_steps
+
+__all__ = ["forgetting", "mixtures", "power_laws", "update_steps"]

@@ -1,7 +1,7 @@
 """From a forgetting law to a decision: the smallest p, the largest D, the smallest N that keep forgetting under a budget.
 
-Every answer holds with a stated confidence: the budget is compared with an upper quantile of the law's draws, not with its central value.
-An answer far outside the data is refused unless asked for.
+Every answer holds with a stated confidence: the budget is compared with an upper quantile of the law's draws, not with its central
+value. An answer far outside the data is refused unless asked for.
 """
 
 from collections.abc import Callable, Mapping
@@ -257,9 +257,7 @@ def _show(name: str, value: float) -> str:
 
 @dataclass(frozen=True)
 class Choice:
-    """One point of the front of target loss against forgetting: the run's columns, what it reaches and what
-    it costs.
-    """
+    """One point of the front of target loss against forgetting: the run's columns, what it reaches and what it costs."""
 
     columns: Mapping[str, float]
     target_loss: float

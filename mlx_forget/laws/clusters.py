@@ -1,8 +1,8 @@
 """Which rows of a table are one independent observation.
 
-Checkpoints of one run share its noise, repeats of one configuration share what the law misses there, and runs that start from one base
-model share that model. The levels nest, each one coarser than the one before; a bootstrap that draws rows where it should draw base
-models promises intervals that are far too narrow.
+Checkpoints of one run share its noise, repeats of one configuration share what the law misses there, and runs that start from one
+base model share that model. The levels nest, each one coarser than the one before; a bootstrap that draws rows where it should draw
+base models promises intervals that are far too narrow.
 """
 
 from dataclasses import dataclass

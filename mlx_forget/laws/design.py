@@ -1,6 +1,4 @@
-"""Which runs to do next: those that shrink the interval of a stated prediction most per FLOP, and the probe
-of one model.
-"""
+"""Which runs to do next: those that shrink the interval of a stated prediction most per FLOP, and the probe of one model."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,8 +21,7 @@ class Plan:
 
     Args:
         runs: law columns of each run.
-        width: standard deviation of the prediction's logarithm before any of them and after each,
-            float64[len(runs) + 1].
+        width: standard deviation of the prediction's logarithm before any of them and after each, float64[len(runs) + 1].
         flops: cost of each run by 6 N D (1, where N is unknown).
     """
 
@@ -34,9 +31,7 @@ class Plan:
 
 
 def sensitivity(predictor: Predictor, columns: Mapping[str, npt.ArrayLike], references: Mapping[str, float]) -> Array:
-    """Derivatives [n, k] of the log prediction with respect to the centred internal coordinates, at the
-    fitted parameters.
-    """
+    """Derivatives [n, k] of the log prediction with respect to the centred internal coordinates, at the fitted parameters."""
     law = predictor.law
     arrays = {name: np.atleast_1d(np.asarray(columns[name], float)) for name in law.columns}
     theta = law.internal(np.array([[predictor.params[name] for name in law.names]]), references)
@@ -120,9 +115,7 @@ def next_runs(
 
 
 def _swap(information: Array, rows: Array, goal: Array, picked: list[int]) -> list[int]:
-    """Replace a chosen run by another while that shrinks the variance: greedy choices regret their first
-    ones.
-    """
+    """Replace a chosen run by another while that shrinks the variance: greedy choices regret their first ones."""
     chosen = list(picked)
     for _ in range(MAX_SWAPS):
         total = information + rows[chosen].T @ rows[chosen]
@@ -145,9 +138,9 @@ def _swap(information: Array, rows: Array, goal: Array, picked: list[int]) -> li
 def probe_runs(tokens: float, count: int) -> list[dict[str, float]]:
     """The short runs that someone with one model and no law should do, as {D, p}.
 
-    In F = A D^beta (1 + B p)^-alpha the effects of D and p multiply, so p can be probed at a tenth of the
-    tokens; two runs without replay give the slope in D. Three runs answer at their own D only; four determine
-    the law exactly, without an interval; six leave two degrees of freedom for one.
+    In F = A D^beta (1 + B p)^-alpha the effects of D and p multiply, so p can be probed at a tenth of the tokens; two runs without
+    replay give the slope in D. Three runs answer at their own D only; four determine the law exactly, without an interval; six
+    leave two degrees of freedom for one.
 
     Args:
         tokens: D of the run that is planned.

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 
 from mlx_forget.errors import UserError
 from mlx_forget.laws.fit import Fit
-from mlx_forget.laws.forms import get_law
+from mlx_forget.laws.forms import Law, get_law
 from mlx_forget.laws.predictor import Predictor
 from mlx_forget.laws.profiles import Interval
 from mlx_forget.laws.uncertainty import Uncertainty
@@ -87,8 +88,7 @@ def fit_json(
     """The content of fit.json.
 
     Args:
-        fits: one entry named "" for an ordinary fit, or one per group; the groups of a joint fit share one
-            value.
+        fits: one entry named "" for an ordinary fit, or one per group; the groups of a joint fit share one value.
         by: the column of the groups.
         extrapolation: {train_on, num_test, mre, max}, or None.
     """
@@ -157,9 +157,7 @@ def check_target(path: Path) -> None:
 
 
 def write_fit(path: str | os.PathLike[str], content: Mapping[str, Any], fits: Mapping[str, Uncertainty]) -> Path:
-    """Write fit.json and, beside it, `<stem>.draws.npz` with the natural parameters of every refit and the
-    fitted rows.
-    """
+    """Write fit.json and, beside it, `<stem>.draws.npz` with the natural parameters of every refit and the fitted rows."""
     target = Path(path)
     check_target(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -200,6 +198,8 @@ class SavedFit:
         """
         if group is None and len(self.predictors) == 1:
             return next(iter(self.predictors.values()))
+        if group is not None and set(self.predictors) == {""}:
+            raise UserError("This fit has no groups: leave --group out.")
         if group is None or group not in self.predictors:
             asked = "none was named" if group is None else f"not {group!r}"
             raise UserError(f"This fit has the groups {', '.join(self.predictors)}: name one with --group, {asked}.")
@@ -228,12 +228,15 @@ def read_fit(path: str | os.PathLike[str]) -> SavedFit:
             "again, or use the release that wrote it."
         )
     law = get_law(content["law"])
+    arrays = _draws(source, str(content.get("draws") or ""))
+    try:
+        return SavedFit(content, _predictors(content, law, arrays))
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise UserError(f"{source} is damaged: fit again with `forget fit TABLE --law {law.name} -o {source.name}`.") from None
+
+
+def _predictors(content: Mapping[str, Any], law: Law, arrays: Mapping[str, Any]) -> dict[str, Predictor]:
     groups: dict[str, Any] = content["groups"] or {"": content}
-    sidecar = source.with_name(str(content.get("draws") or ""))
-    arrays: dict[str, Any] = {}
-    if content.get("draws") and sidecar.is_file():
-        with np.load(sidecar, allow_pickle=False) as stored:
-            arrays = dict(stored)
     predictors = {}
     for i, (group, entry) in enumerate(groups.items()):
         params = {name: float(entry["params"][name]["value"]) for name in law.names}
@@ -253,4 +256,20 @@ def read_fit(path: str | os.PathLike[str]) -> SavedFit:
             group,
             reasons,
         )
-    return SavedFit(content, predictors)
+    return predictors
+
+
+def _draws(source: Path, name: str) -> dict[str, Any]:
+    """The arrays beside a fit.json; none where it was written without, or the file has gone.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    sidecar = source.with_name(Path(name).name) if name else source
+    if sidecar == source or not sidecar.is_file():
+        return {}
+    try:
+        with np.load(sidecar, allow_pickle=False) as stored:
+            return dict(stored)
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile):
+        raise UserError(f"{sidecar} is damaged: fit again, or remove it to go on without intervals.") from None

@@ -1,7 +1,7 @@
 """Fit a law to a table: global by construction, with a certificate of how the fit ended.
 
-Variable projection gives starts over a grid of exponents; a batched Newton method carries the best of them to
-the optimum; the ends that agree are counted. Groups that share nothing are fitted in the same batch.
+Variable projection gives starts over a grid of exponents; a batched Newton method carries the best of them to the optimum; the ends
+that agree are counted. Groups that share nothing are fitted in the same batch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,9 +32,8 @@ class FitOptions:
         num_starts: starts that are carried some steps; None for what a law of its size needs.
         num_first_steps: those steps; None likewise.
         num_finalists: starts that are carried to the end; None likewise.
-        first_delta: the Huber delta of those steps, at least: far from the optimum a nearly absolute loss has
-            local minima
-            that a smoother one has not.
+        first_delta: the Huber delta of those steps, at least: far from the optimum a nearly absolute loss has local minima that a
+            smoother one has not.
         max_steps: evaluations per finalist at most.
         allow_duplicates, allow_units: skip the checks of those names (see `table.check`).
     """
@@ -51,8 +50,8 @@ class FitOptions:
     def effort(self, num_free: int) -> tuple[int, int, int]:
         """(starts, first steps, finalists) for a law of `num_free` coordinates.
 
-        Measured on 60 exact data sets per law: up to 5 coordinates 10 starts always reach the optimum; the 12
-            of the overfitting gap need about 100.
+        Measured on 60 exact data sets per law: up to 5 coordinates 10 starts always reach the optimum; the 12 of the overfitting
+        gap need about 100.
         """
         usual = (10, 6, 4) if num_free <= 5 else (12 * (num_free - 3), 20, num_free + 2)
         asked = (self.num_starts, self.num_first_steps, self.num_finalists)
@@ -70,8 +69,7 @@ class Certificate:
     Args:
         status: "converged", "stalled" or "iteration limit".
         reason: the same in a sentence.
-        num_starts: starts carried to the end, and num_agree of them that ended within 1e-6 of the best
-            objective.
+        num_starts: starts carried to the end, and num_agree of them that ended within 1e-6 of the best objective.
         excess: how far the objective can still be above its local minimum, relative, by the majoriser.
         gradient_norm: the gradient's norm in the majoriser's metric, relative to the objective.
         at_bounds: free coordinates that ended on a bound.
@@ -159,9 +157,7 @@ class Fit:
 
     @property
     def covariance(self) -> Array:
-        """The estimator's asymptotic covariance of the free coordinates, for independent rows; infinite on
-        ridges.
-        """
+        """The estimator's asymptotic covariance of the free coordinates, for independent rows; infinite on ridges."""
         return sandwich(self.jacobian, self.noise)
 
     def predict(self, columns: Mapping[str, npt.ArrayLike], *, group: str | None = None) -> Array:
@@ -189,9 +185,7 @@ def predict_at(fit: Fit, u: Array, columns: Mapping[str, npt.ArrayLike], *, grou
 
 
 def sandwich(jacobian: Array, noise: Noise) -> Array:
-    """tau^2 (J'J)^-1 for J [n, K], through a scaled singular value decomposition that leaves ridges huge,
-    not lost.
-    """
+    """tau^2 (J'J)^-1 for J [n, K], through a scaled singular value decomposition that leaves ridges huge, not lost."""
     norms = np.linalg.norm(jacobian, axis=0)
     scale = np.where(norms > 0, norms, 1.0)
     _, sizes, directions = np.linalg.svd(jacobian / scale, full_matrices=False)
@@ -334,8 +328,7 @@ def _starts(model: Model, features: Mapping[str, Array], loss: Array, weights: A
     theta: Array = projected_starts(model.law, features, loss, weights[None], count=count)[0]
     if model.is_plain:
         return theta
-    # A held parameter makes some starts coincide; the least-squares projection keeps the others close to
-    # theirs.
+    # A held parameter makes some starts coincide; the least-squares projection keeps the others close to theirs.
     flat = model.matrix.reshape(-1, model.num_free)
     return np.asarray((theta - model.offset[0]) @ np.linalg.pinv(flat).T)
 

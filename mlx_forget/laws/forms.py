@@ -1,10 +1,9 @@
 """What a law is, as data: its formula, columns, parameters, gradient, contrasts, and the registry of laws.
 
-A law is written in *internal* coordinates: a positive amplitude enters as its logarithm, and every column
-that the law sees through a logarithm is divided by a reference (its geometric mean over the table). Centred
-this way, an amplitude is the size of its term in the middle of the data and no longer moves with its
-exponent, which takes the condition number of the normal matrix from 1e13 to about 1e3. `to_natural` undoes
-both for the reader.
+A law is written in *internal* coordinates: a positive amplitude enters as its logarithm, and every column that the law sees through
+a logarithm is divided by a reference (its geometric mean over the table). Centred this way, an amplitude is the size of its term in
+the middle of the data and no longer moves with its exponent, which takes the condition number of the normal matrix from 1e13 to
+about 1e3. `to_natural` undoes both for the reader.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -80,8 +79,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Rescale:
-    """How an amplitude moves when a column is divided by its reference: amplitude_natural =
-    amplitude_internal * reference^power.
+    """How an amplitude moves when a column is divided by its reference: amplitude_natural = amplitude_internal * reference^power.
 
     Args:
         amplitude: the parameter that absorbs the reference.
@@ -145,12 +143,10 @@ class Law:
         source: paper and equation.
         columns: the columns it reads, the response aside.
         parameters: in the order that `evaluate` takes them.
-        evaluate: `(features, theta) -> (value, partials)`. `features` holds one array per column, shape [1 or
-            R, n];
-            a column named in `logs` is the logarithm of column / reference, and `features["ref:" + column]`
-            is the logarithm of the reference. `theta` holds one internal coordinate per parameter, shape [R,
-            1] or [R, n]. `value` and the partials (derivatives with respect to the internal coordinates)
-            broadcast to [R, n].
+        evaluate: `(features, theta) -> (value, partials)`. `features` holds one array per column, shape [1 or R, n]; a column named
+            in `logs` is the logarithm of column / reference, and `features["ref:" + column]` is the logarithm of the reference.
+            `theta` holds one internal coordinate per parameter, shape [R, 1] or [R, n]. `value` and the partials (derivatives with
+            respect to the internal coordinates) broadcast to [R, n].
         logs: columns seen through a logarithm.
         rescales: how amplitudes absorb the references.
         contrasts: what the data determine (see `law_contrasts` for the ones that follow from `rescales`).
@@ -159,8 +155,8 @@ class Law:
         to_natural, to_internal: own change of coordinates, for laws where `rescales` cannot say it.
         starts: own starting points, `(features, response[n], weights[n]) -> internal[S, k]`.
         mixed: parameters that `to_natural` makes of several coordinates, so that they are no better known than the worst of those.
-        plain: the same law in coordinates of which each is one parameter, for a law with `to_natural`: what is fixed or tied is held
-            there. None where nothing can be held.
+        plain: the same law in coordinates of which each is one parameter, for a law with `to_natural`: what is fixed or tied is
+            held there. None where nothing can be held.
     """
 
     name: str
@@ -274,9 +270,7 @@ class Law:
 
 
 def law_contrasts(law: Law) -> tuple[Contrast, ...]:
-    """What ordinary data determine: the law's own contrasts, its exponents, and each amplitude at the
-    middle of the data.
-    """
+    """What ordinary data determine: the law's own contrasts, its exponents, and each amplitude at the middle of the data."""
     if law.to_natural is not None:
         return law.contrasts
     made = list(law.contrasts)
@@ -329,9 +323,7 @@ def get_law(name: str) -> Law:
 
 
 def laws() -> Iterator[Law]:
-    """All laws that are not mere rivals of another (those carry a slash in their name), in order of
-    registration.
-    """
+    """All laws that are not mere rivals of another (those carry a slash in their name), in order of registration."""
     return (law for name, law in _LAWS.items() if "/" not in name)
 
 
@@ -352,10 +344,8 @@ def law_from_function(
 ) -> Law:
     """A law from an ordinary function `f(columns, params) -> values` of natural columns and parameters.
 
-    Derivatives come from the complex step (exact to rounding), so `function` must be built of NumPy
-    operations that
-    accept complex numbers: `+ - * / **`, `exp`, `log`, `sqrt`; not `abs`, `maximum` or `log1p` of a complex
-        array.
+    Derivatives come from the complex step (exact to rounding), so `function` must be built of NumPy operations that accept complex
+    numbers: `+ - * / **`, `exp`, `log`, `sqrt`; not `abs`, `maximum` or `log1p` of a complex array.
     """
 
     def evaluate(features: Features, theta: Sequence[Array]) -> tuple[Array, Sequence[Partial]]:

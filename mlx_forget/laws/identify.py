@@ -1,10 +1,8 @@
-"""What a design can and cannot tell: before a fit from the columns alone, after it from the curvature, in
-words.
+"""What a design can and cannot tell: before a fit from the columns alone, after it from the curvature, in words.
 
-A coordinate is *unidentified* when the data leave it free over more than a useful range: a factor of e^2 each
-way for an amplitude or B, half a unit for an exponent, half the loss for an offset. Directions are named by
-the coordinates that move together, and the run that would break the tie is searched among the neighbours of
-the runs that exist.
+A coordinate is *unidentified* when the data leave it free over more than a useful range: a factor of e^2 each way for an amplitude
+or B, half a unit for an exponent, half the loss for an offset. Directions are named by the coordinates that move together, and the
+run that would break the tie is searched among the neighbours of the runs that exist.
 """
 
 from collections.abc import Mapping
@@ -47,8 +45,7 @@ class Flag:
     """One reason not to trust a number.
 
     Args:
-        kind: "unidentified" (the data leave a direction free), "bound" (a parameter ended on a bound), or
-            "data".
+        kind: "unidentified" (the data leave a direction free), "bound" (a parameter ended on a bound), or "data".
         parameters: the free coordinates concerned.
         words: what is wrong.
         remedy: the run that would help, or "".
@@ -92,8 +89,7 @@ def ridges(jacobian: Array, limit: Array, noise: float, *, degrees: int) -> tupl
     if len(scaled) < k:
         scaled = np.concatenate([scaled, np.zeros((k - len(scaled), k))])
     _, sizes, directions = np.linalg.svd(scaled, full_matrices=False)
-    # Flatness to rounding is judged column by column scaled, so that a large parameter does not hide a small
-    # one.
+    # Flatness to rounding is judged column by column scaled, so that a large parameter does not hide a small one.
     unit = scaled / np.where(norms > 0, norms, 1.0)
     _, unit_sizes, _ = np.linalg.svd(unit, full_matrices=False)
     num_flat = int(np.sum(unit_sizes <= STRUCTURAL * max(unit_sizes[0], 1e-300)))
@@ -106,9 +102,7 @@ def ridges(jacobian: Array, limit: Array, noise: float, *, degrees: int) -> tupl
 
 
 def fit_flags(model: Model, u: Array, jacobian: Array, noise: Noise, table: Table, at_bounds: tuple[str, ...]) -> tuple[Flag, ...]:
-    """The flags of a fit: free directions with the run that would break the tie, bounds, and degenerate
-    data.
-    """
+    """The flags of a fit: free directions with the run that would break the tie, bounds, and degenerate data."""
     loss = table.columns["loss"]
     limit = limits(model, loss)
     found = list(_data_flags(model, table))
@@ -141,8 +135,8 @@ def fit_flags(model: Model, u: Array, jacobian: Array, noise: Noise, table: Tabl
 def design_flags(law: Law, table: Table, *, constraints: Constraints = FREE, noise: float = ASSUMED_NOISE) -> tuple[Flag, ...]:
     """What the columns of a table, before any loss is measured, will leave undetermined.
 
-    The law's sensitivity is taken at a spread of plausible parameters; a direction counts only where it is
-    free at most of them. The table needs no `loss`.
+    The law's sensitivity is taken at a spread of plausible parameters; a direction counts only where it is free at most of them.
+    The table needs no `loss`.
     """
     model = bind(law, table.columns, constraints=constraints)
     found = list(_data_flags(model, table))
@@ -170,9 +164,7 @@ def design_flags(law: Law, table: Table, *, constraints: Constraints = FREE, noi
 
 
 def _plausible(model: Model) -> list[Array]:
-    """Free coordinates of plausible truths: amplitudes of one nat in the middle of the data, two values per
-    other parameter.
-    """
+    """Free coordinates of plausible truths: amplitudes of one nat in the middle of the data, two values per other parameter."""
     axes = []
     for parameter in model.law.parameters:
         if parameter.linear:

@@ -1,8 +1,7 @@
-"""A law bound to a table: references, constraints and groups, as one affine map from free coordinates to the
-law's.
+"""A law bound to a table: references, constraints and groups, as one affine map from free coordinates to the law's.
 
-Fixing, tying and sharing parameters are all affine in internal coordinates, so one evaluation serves every
-    fit: for the groups g of a joint fit, theta_g = M_g u + t_g.
+Fixing, tying and sharing parameters are all affine in internal coordinates, so one evaluation serves every fit: for the groups g of
+a joint fit, theta_g = M_g u + t_g.
 """
 
 from collections.abc import Mapping, Sequence

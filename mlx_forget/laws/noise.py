@@ -1,6 +1,4 @@
-"""How large the noise is, as an estimator sees it: the scale that turns curvature into variance and falls
-into F ratios.
-"""
+"""How large the noise is, as an estimator sees it: the scale that turns curvature into variance and falls into F ratios."""
 
 from dataclasses import dataclass
 
@@ -18,13 +16,10 @@ class Noise:
     """Scales of a fit's residuals, in the link.
 
     Args:
-        residual: the standard deviation of a residual, from its median: robust, and corrected for the fitted
-            parameters.
-        estimator: tau, with covariance of the estimate = tau^2 (J'J)^-1. Residual scale for least squares,
-            about 1.25 times
-            that for a nearly absolute loss under normal noise.
-        ratio: what one degree of freedom adds to twice the objective, E psi^2 / E psi'; chi-squared ratios
-            divide by it.
+        residual: the standard deviation of a residual, from its median: robust, and corrected for the fitted parameters.
+        estimator: tau, with covariance of the estimate = tau^2 (J'J)^-1. Residual scale for least squares, about 1.25 times that
+            for a nearly absolute loss under normal noise.
+        ratio: what one degree of freedom adds to twice the objective, E psi^2 / E psi'; chi-squared ratios divide by it.
     """
 
     residual: float
@@ -35,9 +30,9 @@ class Noise:
 def estimate_noise(residual: Array, objective: Objective, num_free: int) -> Noise:
     """The noise scales of residuals [n] of a fit with `num_free` free coordinates.
 
-    The slope E psi' of a nearly absolute loss is the density of residuals at zero. Counting residuals within
-    delta would count the rows that the fit runs through (one per parameter), so the density is that of a
-    normal law whose scale is the median of the other residuals.
+    The slope E psi' of a nearly absolute loss is the density of residuals at zero. Counting residuals within delta would count the
+    rows that the fit runs through (one per parameter), so the density is that of a normal law whose scale is the median of the
+    other residuals.
     """
     n = len(residual)
     degrees = max(n - num_free, 1)

@@ -1,6 +1,4 @@
-"""The objective: a weighted sum of Huber losses of residuals in the log (or plain) loss, with its gradient
-and curvature.
-"""
+"""The objective: a weighted sum of Huber losses of residuals in the log (or plain) loss, with its gradient and curvature."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,8 +12,7 @@ from mlx_forget.laws.forms import Array
 from mlx_forget.laws.model import Model
 
 Rows = npt.NDArray[np.int64]
-# Elements of one Jacobian block: 512 KiB, so that it stays in a small L2 cache between its creation and the
-# products.
+# Elements of one Jacobian block: 512 KiB, so that it stays in a small L2 cache between its creation and the products.
 BLOCK = 1 << 16
 
 
@@ -25,8 +22,7 @@ class Objective:
 
     Args:
         link: "log" (relative errors) or "linear" (nats).
-        delta: where the Huber loss turns from square to straight, in units of the residual; infinity is least
-            squares.
+        delta: where the Huber loss turns from square to straight, in units of the residual; infinity is least squares.
     """
 
     link: str = "log"
@@ -69,8 +65,7 @@ class Curvature:
         value: float64[R].
         gradient: float64[R, K].
         inner: float64[R, K, K], J'WJ over the rows in the square part: Newton's matrix.
-        outer: float64[R, K, K], J'WJ with every row, weighted delta/|residual| in the straight part: the
-            majoriser's matrix.
+        outer: float64[R, K, K], J'WJ with every row, weighted delta/|residual| in the straight part: the majoriser's matrix.
     """
 
     value: Array
@@ -170,8 +165,7 @@ def _take(values: Array, rows: Rows) -> Array:
 
 @dataclass(frozen=True)
 class TangentProblem:
-    """The law replaced by its tangent at one point: a linear robust regression, made of matrix products
-    alone.
+    """The law replaced by its tangent at one point: a linear robust regression, made of matrix products alone.
 
     It carries all resamples close to their optima for a fraction of the cost of evaluating the law.
 

@@ -1,6 +1,4 @@
-"""A fitted law as a thing that answers: values, intervals and distances from the data, in memory or from a
-fit.json.
-"""
+"""A fitted law as a thing that answers: values, intervals and distances from the data, in memory or from a fit.json."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -112,8 +110,7 @@ class Predictor:
         return columns
 
     def distance(self, columns: Mapping[str, float]) -> dict[str, float]:
-        """How far outside the data a question is, per column: the factor beyond the nearest end of the range;
-        1 inside.
+        """How far outside the data a question is, per column: the factor beyond the nearest end of the range; 1 inside.
 
         A share beyond the largest share seen counts as its ratio to it; L0 is no part of the distance.
         """

@@ -15,9 +15,7 @@ from mlx_forget.laws.solver import CONVERGED, minimise
 
 
 def critical_fall(fit: Fit, level: float) -> float:
-    """How far the objective may rise along a profile: half the noise ratio times the F quantile with 1 and
-    n - k degrees.
-    """
+    """How far the objective may rise along a profile: half the noise ratio times the F quantile with 1 and n - k degrees."""
     degrees = max(fit.num_rows - fit.model.num_free, 1)
     return float(0.5 * fit.noise.ratio * fdtri(1, degrees, level))
 
@@ -49,8 +47,7 @@ class Profile:
 
     Args:
         points: float64[m], the held values.
-        rise: float64[m], objective above its minimum, in units of the critical rise (1 is the end of the
-            interval).
+        rise: float64[m], objective above its minimum, in units of the critical rise (1 is the end of the interval).
         low, high: where the rise crosses 1; infinite where it never does within the bounds.
     """
 
@@ -63,8 +60,8 @@ class Profile:
 def profile_coordinates(fit: Fit, *, level: float, coordinates: tuple[str, ...] | None = None) -> dict[str, Profile]:
     """Profile-F intervals of free coordinates: the values from which no other parameter can win the objective back.
 
-    All coordinates and sides are one batch of points near the fit; sides that do not end there get a batch further out. The ends are found
-    by inverse interpolation of the root of the rise, which is about straight, and one more point there.
+    All coordinates and sides are one batch of points near the fit; sides that do not end there get a batch further out. The ends
+    are found by inverse interpolation of the root of the rise, which is about straight, and one more point there.
     """
     names = fit.model.coordinates if coordinates is None else coordinates
     variance = np.diag(np.linalg.pinv(np.atleast_2d(fit.jacobian.T @ fit.jacobian), hermitian=True)) * fit.noise.estimator**2
@@ -174,9 +171,8 @@ def _held_at(u: Array, j: int, points: Array) -> Array:
 def profile_prediction(fit: Fit, columns: Mapping[str, npt.ArrayLike], *, level: float, group: str | None = None) -> list[Interval]:
     """Profile-F intervals of predictions at points of natural columns [m].
 
-    One extra row at that point pulls the prediction away. Wherever the pulled fit comes to rest, it has the
-    lowest objective of all fits with that prediction, so it lies on the profile, and no law needs to be
-    solved for its prediction.
+    One extra row at that point pulls the prediction away. Wherever the pulled fit comes to rest, it has the lowest objective of all
+    fits with that prediction, so it lies on the profile, and no law needs to be solved for its prediction.
     """
     length = max(np.size(np.asarray(columns[name])) for name in fit.law.columns)
     at = {name: np.broadcast_to(np.asarray(columns[name], float), (length,)) for name in fit.law.columns}

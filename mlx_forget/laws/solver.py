@@ -1,13 +1,13 @@
 """A batched semismooth Newton method: every start, resample, group and profile point is one row of one batch.
 
-The step solves (inner + damping x outer) step = -gradient. `inner` is Newton's matrix on the rows in the
-square part of the Huber loss, `outer` the majoriser's: damping 1 is at least the majorise-minimise step,
-which always descends, and damping 0 is Newton on the inliers, which finishes. Both matrices scale with the
-parameters, so the step does not care how an amplitude and its exponent are confounded. Plain reweighting
-stalls here, because the usual delta of 1e-3 is far below the residuals and makes the loss nearly absolute.
+The step solves (inner + damping x outer) step = -gradient. `inner` is Newton's matrix on the rows in the square part of the Huber
+loss, `outer` the majoriser's: damping 1 is at least the majorise-minimise step, which always descends, and damping 0 is Newton on
+the inliers, which finishes. Both matrices scale with the parameters, so the step does not care how an amplitude and its exponent
+are confounded. Plain reweighting stalls here, because the usual delta of 1e-3 is far below the residuals and makes the loss nearly
+absolute.
 
-Bounds are an active set: a coordinate on its bound whose gradient pushes outwards is held, and a step that
-    would cross a bound is cut there and solved again for the others.
+Bounds are an active set: a coordinate on its bound whose gradient pushes outwards is held, and a step that would cross a bound is
+cut there and solved again for the others.
 """
 
 from dataclasses import dataclass
@@ -50,8 +50,7 @@ class Solution:
 
 
 def solve_small(matrices: Array, vectors: Array) -> Array:
-    """x of M x = v for a batch of symmetric positive definite M [R, K, K] and v [R, K]; a zero pivot gives
-    zero.
+    """x of M x = v for a batch of symmetric positive definite M [R, K, K] and v [R, K]; a zero pivot gives zero.
 
     Cholesky across the batch: for many small systems it beats a LAPACK call per system.
     """
@@ -87,8 +86,7 @@ def solve_small(matrices: Array, vectors: Array) -> Array:
 def _step(matrix: Array, gradient: Array, held: npt.NDArray[np.bool_], damping: Array) -> Array:
     """The step of (matrix) step = -gradient with held coordinates at zero, after scaling to a unit diagonal.
 
-    Where columns are collinear, no multiple of `outer` regularises: a trace of the damping goes on the
-    diagonal as well.
+    Where columns are collinear, no multiple of `outer` regularises: a trace of the damping goes on the diagonal as well.
     """
     k = gradient.shape[1]
     diagonal = np.arange(k)
@@ -187,8 +185,7 @@ def minimise(
         arrived = (quiet[active] >= 2) | (value[active] <= floor) | (is_quiet & accepted & (was < 1e-3) & (ratio > 0.5))
         stuck = (lam[active] > 1e7) & ~arrived
         status[active[arrived]] = CONVERGED
-        # No representable step descends any more: at the optimum to rounding, or at a point where the model
-        # is wrong.
+        # No representable step descends any more: at the optimum to rounding, or at a point where the model is wrong.
         status[active[stuck]] = np.where(decrement[active[stuck]] < 1e-9, CONVERGED, STALLED)
         active = active[~(arrived | stuck)]
         if not len(active):

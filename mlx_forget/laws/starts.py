@@ -1,9 +1,7 @@
-"""Starting points: for every point of a grid of exponents, the best amplitudes by weighted linear least
-squares.
+"""Starting points: for every point of a grid of exponents, the best amplitudes by weighted linear least squares.
 
-Given its exponents a law is linear in its amplitudes, and the basis of that linear problem is the law's own
-gradient, so no law needs code of its own here. For many weight rows at once the normal equations are one
-matrix product.
+Given its exponents a law is linear in its amplitudes, and the basis of that linear problem is the law's own gradient, so no law
+needs code of its own here. For many weight rows at once the normal equations are one matrix product.
 """
 
 from itertools import product
@@ -18,9 +16,7 @@ RIDGE = 1e-9
 
 
 def exponent_grid(law: Law) -> Array:
-    """Internal coordinates [S, k] over the product of the parameters' grids, amplitudes one and offsets
-    zero.
-    """
+    """Internal coordinates [S, k] over the product of the parameters' grids, amplitudes one and offsets zero."""
     axes = [parameter.grid or (_neutral(parameter.low, parameter.high),) for parameter in law.parameters]
     axes = [(1.0 if p.log else 0.0,) if p.linear else axis for p, axis in zip(law.parameters, axes, strict=True)]
     size = int(np.prod([len(axis) for axis in axes]))
@@ -66,8 +62,7 @@ def projected_starts(law: Law, features: Features, loss: Array, weights: Array, 
         misfit = weights @ ((np.broadcast_to(value, shape) / loss - 1) ** 2).T
         return grid[np.argsort(misfit, axis=1)[:, :count]]
     basis = np.stack([np.broadcast_to(partials[j], shape) for j in columns], axis=1)
-    # A linear amplitude starts at zero in the grid, a logarithmic one at one: what is left at zero is the
-    # offset.
+    # A linear amplitude starts at zero in the grid, a logarithmic one at one: what is left at zero is the offset.
     at_one = np.array([law.parameters[j].log for j in columns])
     offset = np.broadcast_to(value, shape) - basis[:, at_one].sum(axis=1)
     basis, target = basis / loss, 1.0 - offset / loss
@@ -95,9 +90,7 @@ def projected_starts(law: Law, features: Features, loss: Array, weights: Array, 
 
 
 def _bounded_solve(normal: Array, right: Array, low: Array, high: Array) -> Array:
-    """Least squares from normal equations [..., m, m] and [..., m], amplitudes that leave their bounds held
-    there.
-    """
+    """Least squares from normal equations [..., m, m] and [..., m], amplitudes that leave their bounds held there."""
     m = right.shape[-1]
     eye = np.eye(m)
     ridge = RIDGE * np.einsum("...ii->...", normal)[..., None, None] * eye + 1e-300 * eye

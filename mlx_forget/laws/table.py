@@ -31,6 +31,8 @@ USUAL_NAMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "base": ("base", "init", "checkpoint"),
     }
 )
+# With more of the rows than this below their L0, there is no forgetting to fit.
+MOST_BELOW = 0.8
 # Below these, a count is almost surely in thousands, millions or billions.
 SMALLEST = {"N": 3e4, "D": 2e3, "P": 500.0}
 
@@ -129,7 +131,8 @@ class Table:
 def missing_column(name: str, table: Table) -> UserError:
     """The error for a column that the table does not have: which exist, and the nearest."""
     known = [*table.columns, *table.labels]
-    nearest = [column for usual in USUAL_NAMES.get(name, ()) for column in known if usual in column.lower()][:1]
+    nearest = [column for column in known if column.lower() == name.lower()][:1]
+    nearest = nearest or [column for usual in USUAL_NAMES.get(name, ()) for column in known if usual in column.lower()][:1]
     nearest = nearest or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     way_out = f" Is it {nearest[0]!r}? Then add --map {name}={nearest[0]}." if nearest else f" Name it with --map {name}=COLUMN."
     meaning = f" ({COLUMNS[name]})" if name in COLUMNS else ""
@@ -167,7 +170,10 @@ def _operand(node: ast.expr, table: Table, expression: str) -> npt.NDArray[np.ge
             return text
         if node.id in table.columns:
             return table.columns[node.id]
-        raise missing_column(node.id, table)
+        known = ", ".join((*table.columns, *table.labels))
+        raise UserError(
+            f"The condition {expression!r} names {node.id!r}, which is no column ({known}): write text in quotes, as in 'domain == \"{node.id}\"'."
+        )
     raise UserError(f"Cannot read the condition {expression!r}: compare columns with numbers or quoted text.")
 
 
@@ -205,9 +211,8 @@ def check(
     """Refuse what a fit could not answer honestly, in one sentence that names the rows and the way out.
 
     Raises:
-        UserError: a column is missing; a value is not finite, not positive or not a share; a count looks as
-            if it were in
-            millions; rows are duplicated; there are fewer rows than free parameters.
+        UserError: a column is missing; a value is not finite, not positive or not a share; a count looks as if it were in millions;
+            rows are duplicated; there are fewer rows than free parameters.
     """
     needed = (*law.columns, "loss")
     for column in needed:
@@ -224,6 +229,15 @@ def check(
                 (values < 0) | (values > 1),
                 f"column {column!r} is a share and must lie in 0..1 (1% is 0.01)",
             )
+        if column == "p":
+            _refuse_rows(table, values == 1, "p is 100%, which leaves no target data (is it in percent? 1% is 0.01)")
+    has_offset = any(parameter.linear and not parameter.log for parameter in law.parameters)
+    if "L0" in law.columns and not has_offset:
+        below = int(np.sum(table.columns["loss"] < table.columns["L0"]))
+        if below > MOST_BELOW * table.num_rows:
+            raise UserError(
+                f"In {below} of {table.num_rows} rows 'loss' is below 'L0', so nothing was forgotten: are the two columns swapped?"
+            )
     if not allow_units:
         for column in needed:
             if column in SMALLEST and table.num_rows and table.columns[column].max() < SMALLEST[column]:
@@ -239,7 +253,7 @@ def check(
     if table.num_rows < free:
         raise UserError(
             f"{law.name} has {free} free parameters and the table {table.num_rows} rows: add at least "
-            f"{free - table.num_rows} runs, or fix parameters with --fix NAME=VALUE."
+            f"{free - table.num_rows} more, or fix parameters with --fix NAME=VALUE."
         )
 
 
@@ -253,8 +267,7 @@ def _refuse_rows(table: Table, bad: npt.NDArray[np.bool_], what: str) -> None:
 
 
 def refuse_duplicates(table: Table, columns: Sequence[str]) -> None:
-    """Refuse rows that repeat another in every needed column and in the run: counted twice, they fake
-    precision.
+    """Refuse rows that repeat another in every needed column and in the run: counted twice, they fake precision.
 
     Raises:
         UserError: with the first pair of row numbers.

@@ -2,8 +2,8 @@
 
 Which interval is the default (measured coverage: `tests/laws/coverage.py`):
 - rows independent and fewer than 40: profile-F, since a case bootstrap of 12 rows is far too wide and a residual one too narrow;
-- 20 clusters or more, or 40 independent rows or more: percentile bootstrap over clusters, stretched about the fit by
-  sqrt(G / (G - 1)) t / z, because a resample of G clusters varies less than G new clusters would;
+- 20 clusters or more, or 40 independent rows or more: percentile bootstrap over clusters, stretched about the fit by sqrt(G / (G -
+  1)) t / z, because a resample of G clusters varies less than G new clusters would;
 - fewer than 20 clusters: t with G - 1 degrees of freedom on the bootstrap's spread, and a warning.
 """
 
@@ -54,8 +54,7 @@ class Uncertainty:
     Args:
         fit: the fit.
         clusters: its independent observations.
-        method: "cluster bootstrap", "t on the cluster bootstrap", "profile-F", "residual bootstrap" or
-            "Bayesian bootstrap".
+        method: "cluster bootstrap", "t on the cluster bootstrap", "profile-F", "residual bootstrap" or "Bayesian bootstrap".
         level: coverage promised.
         params: intervals of natural parameters, named like `Fit.params`.
         draws: the refits; None where there are none.
@@ -74,8 +73,7 @@ class Uncertainty:
 
 
 def assess(fit: Fit, options: BootstrapOptions = DEFAULTS) -> Uncertainty:
-    """The intervals of a fit's parameters, by the default method for its number of independent runs or by the
-    one asked for.
+    """The intervals of a fit's parameters, by the default method for its number of independent runs or by the one asked for.
 
     Raises:
         UserError: unknown method.
@@ -148,9 +146,7 @@ def assess(fit: Fit, options: BootstrapOptions = DEFAULTS) -> Uncertainty:
 def _natural_intervals(
     fit: Fit, ends: Mapping[str, tuple[float, float]], draws: Draws | None, level: float, degrees: int
 ) -> dict[str, Interval]:
-    """Intervals of natural parameters: a coordinate's own ends where it is one, the draws' where it mixes
-    several.
-    """
+    """Intervals of natural parameters: a coordinate's own ends where it is one, the draws' where it mixes several."""
     unidentified = {name: flag.words for flag in fit.flags if flag.kind == "unidentified" for name in flag.parameters}
     on_bound = {name: flag.words for flag in fit.flags if flag.kind == "bound" for name in flag.parameters}
     made: dict[str, Interval] = {}

@@ -1,7 +1,7 @@
 """Kalajdzievski's laws of finetuning loss and forgetting in trainable parameters and update steps.
 
-The published form, c [(a/P)^alpha + (b/steps)^beta]^rho + s, has an exactly flat direction: c joins a and b.
-The canonical scale here is c = 1; `canonical_scale` converts published coefficients.
+The published form, c [(a/P)^alpha + (b/steps)^beta]^rho + s, has an exactly flat direction: c joins a and b. The canonical scale
+here is c = 1; `canonical_scale` converts published coefficients.
 """
 
 from collections.abc import Mapping, Sequence
@@ -69,8 +69,7 @@ def _forgetting(f: Features, theta: Sequence[Array]) -> tuple[Array, Sequence[Pa
 
 
 def _to_natural(theta: Array, references: Mapping[str, float]) -> Array:
-    # The internal amplitude is the logarithm of the term at the reference, alpha log(a / P_ref): linear in
-    # what the data see.
+    # The internal amplitude is the logarithm of the term at the reference, alpha log(a / P_ref): linear in what the data see.
     values = np.array(theta)
     with np.errstate(over="ignore"):
         values[..., 0] = np.exp(theta[..., 0] / theta[..., 2]) * references["P"]
@@ -110,9 +109,7 @@ def _plain_starts(starts: Starts) -> Starts:
 
 def _starts(sign: float) -> Starts:
     def starts(f: Features, response: Array, weights: Array) -> Array:
-        """For each shape (alpha, beta, rho, ratio of the terms), scale and offset by weighted least
-        squares.
-        """
+        """For each shape (alpha, beta, rho, ratio of the terms), scale and offset by weighted least squares."""
         exponents, powers, ratios = (0.03, 0.1, 0.3, 0.8), (1.0, 3.0, 8.0), (-2.0, 0.0, 2.0)
         grid = np.array(np.meshgrid(exponents, exponents, powers, ratios)).reshape(4, -1).T
         alpha, beta, rho, ratio = (grid[:, j, None] for j in range(4))

@@ -1,6 +1,4 @@
-"""How a law does where it was not fitted: hold-outs by construction, interval calibration, and selection
-among rivals.
-"""
+"""How a law does where it was not fitted: hold-outs by construction, interval calibration, and selection among rivals."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,8 +17,7 @@ from mlx_forget.laws.table import Table
 from mlx_forget.laws.uncertainty import BootstrapOptions, assess, predict_intervals
 
 NO_BOOTSTRAP = BootstrapOptions(num_resamples=0)
-# Selection prefers the simpler of two nested laws unless the F test rejects it at this level: rivals are
-# many.
+# Selection prefers the simpler of two nested laws unless the F test rejects it at this level: rivals are many.
 SELECTION_LEVEL = 0.01
 # AICc differences below this are no evidence (Burnham and Anderson 2002, section 2.6).
 AICC_TIE = 2.0
@@ -36,8 +33,7 @@ class HoldOut:
         test: the rows held out.
         predicted: float64[m].
         error: float64[m], relative, signed.
-        covered: share of held-out points inside their 95% interval (parameters and noise); NaN without
-            intervals.
+        covered: share of held-out points inside their 95% interval (parameters and noise); NaN without intervals.
     """
 
     name: str
@@ -232,12 +228,10 @@ def select(
     alternatives: Sequence[Alternative] | None = None,
     options: FitOptions = DEFAULTS,
 ) -> Selection:
-    """Choose among a law and its rivals by F tests where they are nested, by AICc where they are not, and say
-    why.
+    """Choose among a law and its rivals by F tests where they are nested, by AICc where they are not, and say why.
 
-    All rivals are fitted with one Huber loss whose delta is 1.345 times the noise of the best of them: nearly
-    as sharp as least squares under normal noise, where the usual delta of 1e-3 would throw information away,
-    and still robust.
+    All rivals are fitted with one Huber loss whose delta is 1.345 times the noise of the best of them: nearly as sharp as least
+    squares under normal noise, where the usual delta of 1e-3 would throw information away, and still robust.
 
     Args:
         table: the rows.
@@ -312,9 +306,8 @@ def _nested_tests(candidates: Sequence[Alternative], fits: Mapping[str, Fit], n:
 
 
 def _choose(rivals: Sequence[Rival], tests: Sequence[FTest]) -> tuple[str, list[FTest]]:
-    """Of the rivals that tie with the lowest AICc take the one with fewest parameters, then step down to a
-    simpler
-    law for as long as an F test does not reject it.
+    """Of the rivals that tie with the lowest AICc take the one with fewest parameters, then step down to a simpler law for as long as
+    an F test does not reject it.
     """
     tied = [rival for rival in rivals if rival.aicc <= rivals[0].aicc + AICC_TIE]
     chosen = min(tied, key=lambda rival: (rival.fit.model.num_free, rival.aicc)).name

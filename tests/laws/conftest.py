@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 
-import mlx_forget.laws  # noqa: F401  (registers the published laws)
-
 REFERENCE = Path(__file__).parents[2] / "data" / "reference"
 
 

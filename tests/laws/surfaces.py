@@ -20,8 +20,7 @@ class Surface:
     Args:
         law: name of the law.
         columns: the design.
-        ranges: {parameter: (low, high, how)}, how being "log" or "plain"; amplitudes are given at the middle
-            of the data.
+        ranges: {parameter: (low, high, how)}, how being "log" or "plain"; amplitudes are given at the middle of the data.
     """
 
     law: str

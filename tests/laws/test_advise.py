@@ -126,9 +126,7 @@ def test_nothing_beats_a_run_on_the_front(known):
 
 
 def widths(count: int) -> tuple[float, float]:
-    """Median standard deviation of a prediction's logarithm: greedy third against random two thirds, over
-    `count` draws.
-    """
+    """Median standard deviation of a prediction's logarithm: greedy third against random two thirds, over `count` draws."""
     law = get_law("bethune-forgetting")
     question = {"N": 1.27e9, "D": 3e7, "p": 0.01, "L0": 2.6}
     ours, theirs = [], []
@@ -157,8 +155,8 @@ def test_the_greedy_third_is_as_sharp_as_a_random_two_thirds():
 
 
 def fitted_widths(count: int) -> tuple[float, float]:
-    """Median widths, in log loss, of profile intervals of a prediction, fitted to noisy losses of the planned third and of a random two
-    thirds. The plan knows a usual law, not the true one.
+    """Median widths, in log loss, of profile intervals of a prediction, fitted to noisy losses of the planned third and of a random
+    two thirds. The plan knows a usual law, not the true one.
     """
     law = get_law("bethune-forgetting")
     question = {"N": 1.27e9, "D": 3e7, "p": 0.01, "L0": 2.6}

@@ -6,7 +6,7 @@ import pytest
 
 from mlx_forget.laws.files import read_fit
 from mlx_forget.laws.fit import fit_law
-from mlx_forget.laws.forms import get_law
+from mlx_forget.laws.forms import Parameter, get_law, law_from_function, register
 from mlx_forget.laws.predictor import Predictor
 from mlx_forget.laws.uncertainty import BootstrapOptions, assess
 from mlx_forget.tables import read_table
@@ -198,6 +198,14 @@ def test_a_group_with_too_few_rows_is_left_out_and_named(forget, runs):
     assert "left out: 2 rows of math, too few for 4 free parameters" in ran.stderr
 
 
+def test_pooled_domains_and_a_single_size_are_pointed_out(forget, runs):
+    pooled = forget("fit", runs, "--map", "loss=final_loss", "--bootstrap", "0")
+    assert "2 domains (code, math) are fitted as one" in pooled.stderr
+    single = forget("fit", runs, "--map", "loss=final_loss", "--by", "domain", "--where", "N < 5e7", "--bootstrap", "0")
+    assert "--law forgetting-fixed-n" in single.stderr
+    assert "fitted as one" not in single.stderr
+
+
 def test_clean_runs_have_no_outliers(forget, runs, one):
     assert forget("fit", runs, *one, "--json").json["outliers"] == {}
 
@@ -304,6 +312,39 @@ def test_laws_lists_every_law_with_its_formula(forget):
     assert "rivals" in one
 
 
+def test_a_users_own_law_is_fitted_asked_and_advises(forget, tmp_path):
+    register(
+        law_from_function(
+            "test-own-forgetting",
+            lambda columns, q: (
+                columns["L0"] + q["size"] * np.exp(q["power"] * np.log(columns["D"] / 1e6)) / (1 + q["gain"] * columns["p"])
+            ),
+            parameters=(
+                Parameter("size", "forgetting at a million tokens", "nats", log=True, low=1e-9, high=1e9, linear=True),
+                Parameter("power", "how it grows", low=0.0, high=5.0, grid=(0.2, 0.5)),
+                Parameter("gain", "what replay does", log=True, low=1e-3, high=1e6, grid=(10.0, 100.0)),
+            ),
+            columns=("D", "p", "L0"),
+            formula="loss = L0 + size (D / 1e6)^power / (1 + gain p)",
+            response="pretraining",
+        )
+    )
+    truth = {"size": 0.3, "power": 0.4, "gain": 80.0}
+    columns = {name: values for name, values in paper_grid(sizes=SIZES[:1]).items() if name != "N"}
+    exact = get_law("test-own-forgetting").predict(truth, columns)
+    loss = exact * np.exp(0.001 * np.random.default_rng(0).standard_normal(len(exact)))
+    path = tmp_path / "runs.jsonl"
+    rows = [dict(zip((*columns, "loss"), map(float, row), strict=True)) for row in zip(*columns.values(), loss, strict=True)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fitted = forget("fit", path, "--law", "test-own-forgetting", "-o", tmp_path / "fit.json", "--json")
+    assert fitted.json["params"]["gain"]["low"] < 80 < fitted.json["params"]["gain"]["high"]
+    asked = forget("predict", tmp_path / "fit.json", "--d", "1e7", "--p", "2%", "--json").json
+    wanted = 0.3 * 10**0.4 / (1 + 80 * 0.02)
+    assert asked["low"] < wanted < asked["high"]
+    advised = forget("advise", tmp_path / "fit.json", "--max-forgetting", "0.3", "--d", "1e7", "--json").json
+    assert advised["answer"] == pytest.approx((10**0.4 - 1) / 80, rel=0.1)
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
@@ -316,6 +357,11 @@ def test_laws_lists_every_law_with_its_formula(forget):
         (("fit", "{runs}", "--map", "loss=final_loss", "--where", "N > 1e12"), "No row meets"),
         (("fit", "{runs}", "--map", "loss=final_loss", "--shared", "alpha"), "--by"),
         (("fit", "{runs}", "--map", "loss=final_loss", "--by", "colour"), "colour"),
+        (("fit", "{runs}", "--map", "loss=final_loss", "--drop", "p > 2"), "names 0 of 250 rows"),
+        (
+            ("fit", "{runs}", "--map", "loss=final_loss", "--where", "domain == code"),
+            "write text in quotes, as in 'domain == \"code\"'",
+        ),
         (("fit", "{runs}", "--map", "loss=final_loss", "--cluster", "seed"), "Known: auto, base, repeat"),
         (("fit", "{runs}", "--map", "loss=final_loss", "--by", "domain", "--shared", "alpha", "--select"), "separate fits"),
         (("fit", "{runs}", "--map", "loss=final_loss", "-o", "{runs}/fit.json"), "is no folder"),
@@ -346,6 +392,35 @@ def test_a_file_that_is_no_fit_is_refused(forget, tmp_path, text, words):
     ran = forget("predict", path, "--n", "1e9", "--d", "1e9")
     assert ran.code == 2
     assert words in ran.stderr
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda content: content["params"].pop("B"), "is damaged"),
+        (lambda content: content["params"]["B"].update(value="x"), "is damaged"),
+        (lambda content: content.pop("data_range"), "is damaged"),
+        (lambda content: content.update(law="zzz"), "Unknown law 'zzz'"),
+    ],
+)
+def test_a_damaged_fit_is_refused_in_a_line(forget, runs, one, tmp_path, change, words):
+    path = tmp_path / "fit.json"
+    forget("fit", runs, *one, "-o", path)
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    ran = forget("predict", path, "--n", "1e9", "--d", "1e6", "--p", "1%")
+    assert (ran.code, ran.stderr.count("\n")) == (2, 1)
+    assert words in ran.stderr
+
+
+def test_damaged_draws_are_refused_and_missing_ones_announced(forget, runs, one, tmp_path):
+    forget("fit", runs, *one, "-o", tmp_path / "fit.json")
+    ask = ("predict", tmp_path / "fit.json", "--n", "1e9", "--d", "1e6", "--p", "1%")
+    (tmp_path / "fit.draws.npz").write_bytes(b"PK junk")
+    assert "fit.draws.npz is damaged" in forget(*ask).stderr
+    (tmp_path / "fit.draws.npz").unlink()
+    assert "no interval: the fit has no draws" in forget(*ask).stderr
 
 
 def test_untrustworthy_numbers_are_printed_with_the_reason(forget, runs):

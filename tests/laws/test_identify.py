@@ -41,6 +41,17 @@ def test_the_identified_twin_is_not_flagged(design):
     assert not unidentified(design_flags(get_law(design.law), Table.of(**design.twin), constraints=constraints))
 
 
+@pytest.mark.full
+@BY_NAME
+def test_25_noisy_data_sets_of_a_design_are_flagged_and_of_its_twin_are_not(design):
+    truth = TWIN_TRUTHS.get(design.name, design.truth)
+    constraints = TWIN_CONSTRAINTS.get(design.name, design.constraints)
+    for seed in range(25):
+        assert unidentified(fit_design(design, seed).flags) & set(design.expected)
+        table = noisy(design.twin_truth_law or design.law, truth, design.twin, seed)
+        assert not unidentified(fit_law(table, design.law, constraints=constraints).flags)
+
+
 @BY_NAME
 def test_what_the_columns_alone_leave_open_is_flagged_before_any_run(design):
     flags = design_flags(get_law(design.law), Table.of(**design.columns), constraints=design.constraints)

@@ -1,9 +1,9 @@
-"""The published fits as a test suite: a correct fitter reproduces them, or finds better optima of the same
-objective.
-"""
+"""The published fits as a test suite: a correct fitter reproduces them, or finds better optima of the same objective."""
 
 import csv
 import os
+import shlex
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -153,10 +153,25 @@ def test_kalajdzievskis_laws_agree_with_his_line(data):
         assert line == pytest.approx([0.875, 0.918], abs=2e-3)
 
 
+@pytest.mark.full
+def test_make_reproduce_laws_refits_every_table(forget, tmp_path, monkeypatch):
+    root = REFERENCE.parents[1]
+    monkeypatch.chdir(root)
+    recipe = subprocess.run(
+        ["make", "--dry-run", "--assume-old=setup", "reproduce-laws", f"LAWS={tmp_path}", "FIT=forget fit"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    commands = [shlex.split(line) for line in recipe.stdout.splitlines() if line.startswith("forget fit data/")]
+    assert len(commands) == 5
+    for command in commands:
+        assert forget(*command[1:]).code == 0
+    assert len(list(tmp_path.glob("*/fit.json"))) == 5
+
+
 def share_of_good_seeds(count: int) -> float:
-    """The share of seeds whose held-out mean error is at most 1%: 12 domains on the paper's grid, 1,500
-    runs.
-    """
+    """The share of seeds whose held-out mean error is at most 1%: 12 domains on the paper's grid, 1,500 runs."""
     law = get_law("bethune-forgetting")
     columns = paper_grid()
     good = 0

@@ -60,7 +60,10 @@ def test_percent_cells_and_constants_are_read(tmp_path):
     [
         ("N,D,loss\n1e8,1e6,abc\n", {}, "row 1 holds 'abc'"),
         ("N,D,loss\n", {}, "no rows"),
-        ("N,D,value\n1e8,1e6,3\n", {"loss": "los"}, "no numeric column 'los'"),
+        ("N,D,value\n1e8,1e6,3\n", {"loss": "los"}, "--map loss=los: the table has no column 'los'; it has N, D, value"),
+        ("N,D,N\n1,2,3\n", {}, "'N' twice"),
+        ("N;D;loss\n1e8;1e6;3\n", {}, "not separated by commas"),
+        ("N,D,loss\n1e8,1e6,3\n1e8,2e6,3,1\n", {}, "Row 2 of .* has 4 cells for 3 columns"),
         ("N,D,value\n1e8,1e6,3\n", {"lss": "value"}, "Did you mean 'loss'"),
     ],
 )
@@ -99,6 +102,8 @@ def rows_with(**changes):
         ({"D": [3e5, 1e6, 0.0, 1e7, 3e7]}, "row 3, column 'D' is not positive"),
         ({"N": [41.0, 109.0, 334.0, 665.0, 1270.0]}, "millions"),
         ({"p": [0.0, 1.0, 5.0, 0.0, 1.0]}, "share"),
+        ({"p": [0.0, 0.5, 1.0, 0.0, 0.1]}, "row 3, p is 100%"),
+        ({"loss": [3.9, 3.3, 2.9, 2.7, 2.5], "L0": [4.1, 3.6, 3.1, 2.8, 2.7]}, "swapped"),
         (
             {
                 name: [values[0], *values[:4]]
@@ -127,9 +132,10 @@ def test_fewer_rows_than_parameters_are_refused():
 def test_a_missing_column_names_the_nearest():
     from mlx_forget.laws.table import Table
 
-    table = Table.of(N=[1e8, 2e8], tokens_D=[1e6, 2e6], loss=[3.0, 2.9])
-    with pytest.raises(UserError, match="--map D=tokens_D"):
-        check(table, get_law("chinchilla"))
+    for name in ("tokens_D", "num_tokens", "d"):
+        table = Table.of(N=[1e8, 2e8], **{name: [1e6, 2e6]}, loss=[3.0, 2.9])
+        with pytest.raises(UserError, match=f"--map D={name}"):
+            check(table, get_law("chinchilla"))
 
 
 def record(folder, *, p, loss, status="finished", version=1):
