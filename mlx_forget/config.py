@@ -74,7 +74,7 @@ class TrainConfig:
     )
     replay_data: str = _key(
         REPLAY_SELF,
-        f"Where ntp-replay, kl-replay and ewc have rows from: {REPLAY_SELF} (sampled from the start model and kept), "
+        f"Where ntp-replay, kl-replay and ewc take rows from: {REPLAY_SELF} (sampled from the start model and kept), "
         f"{REPLAY_ONLINE} (sampled while training, never repeated), {REPLAY_PRETRAIN}, or data in the forms of --target, such as a store of forget replay.",
     )
     replay_rows: int | None = _key(None, "Replay rows added to each step; default: a quarter of --batch-size.")

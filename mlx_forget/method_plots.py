@@ -31,7 +31,7 @@ def draw_methods(trajectories: Sequence[Trajectory], *, title: str) -> "Figure":
     start = drawn[0].rows[0]
     whole.plot(start["target_val_loss"], start["pretrain_val_loss"], "k*", markersize=12)
     whole.annotate(
-        "start", (start["target_val_loss"], start["pretrain_val_loss"]), xytext=(-8, 8), textcoords="offset points", ha="right"
+        "start", (start["target_val_loss"], start["pretrain_val_loss"]), xytext=(-10, -13), textcoords="offset points", ha="right"
     )
     whole.set_ylabel("pretraining validation loss (nats per token)")
     whole.set_title("finetuning, from right to left", fontsize=11)

@@ -58,6 +58,11 @@ def test_the_laws_need_numpy_and_scipy_only():
         "run",
         "sweep",
         "figure1",
+        "replay",
+        "method_comparison",
+        "rate_tradeoff",
+        "method_plots",
+        "toy_continual",
     ],
 )
 def test_the_core_loads_no_framework(module):

@@ -1,5 +1,6 @@
 """What only the MLX backend has: its BLAS, one trace, threads, memory limits, and installations that cannot work."""
 
+import dataclasses
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 
 from mlx_forget.errors import UserError
 from mlx_forget.ladder import model_spec, num_params
+from mlx_forget.methods import MethodSpec, method_spec
 from mlx_forget.trainer import Batch, RuntimeSpec, TrainerSpec, available_backends, load_backend
 
 pytestmark = pytest.mark.skipif("mlx" not in available_backends(), reason="MLX is not installed")
@@ -18,8 +20,9 @@ SPEC = model_spec("2x32", vocab_size=53, context_length=16)
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="Linux wheels alone link the reference BLAS")
 
 
-def trainer_of(spec=SPEC, **runtime):
-    return load_backend("mlx")(TrainerSpec(model=spec, runtime=RuntimeSpec(device="cpu", **runtime), seed=3))
+def trainer_of(spec=SPEC, method=None, **runtime):
+    runtime_spec = RuntimeSpec(device="cpu", **runtime)
+    return load_backend("mlx")(TrainerSpec(model=spec, method=method or MethodSpec(), runtime=runtime_spec, seed=3))
 
 
 def make_batch(seed=0, rows=6):
@@ -83,6 +86,30 @@ def test_no_step_is_traced_again_after_the_first(whole):
     for step in range(50):
         trainer.train_step(make_batch(step), 1e-3 * (1 + step)).read()
     assert trainer.num_traces == before
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_replay_and_penalties_are_not_traced_again_either(whole):
+    """Weights of terms, lambda and the rate enter as arrays, and the rows of the KL term as an index."""
+    trainer = trainer_of(compile=True if whole else None, num_threads=2, method=method_spec("kl-replay", 2.0))
+    trainer.set_reference("start")
+    batches = [make_batch(step, rows=5) for step in range(6)]
+    batches = [dataclasses.replace(b, term=np.array([0, 2, 0, 2, 0], np.uint8)) for b in batches]
+    trainer.train_step(batches[0], 1e-3).read()
+    before = trainer.num_traces
+    for step, batch in enumerate(batches):
+        trainer.train_step(batch, 1e-3 * (1 + step)).read()
+    assert trainer.num_traces == before
+
+
+def test_threads_change_no_kl_term_but_by_rounding():
+    single, several = (trainer_of(num_threads=n, method=method_spec("kl-replay", 2.0)) for n in (1, 3))
+    for trainer in (single, several):
+        trainer.set_reference("start")
+    for step in range(3):
+        batch = dataclasses.replace(make_batch(step, rows=7), term=np.array([0, 2, 0, 0, 2, 2, 2], np.uint8))
+        left, right = (trainer.train_step(batch, 1e-2).read() for trainer in (single, several))
+        np.testing.assert_allclose(left.loss_sums, right.loss_sums, rtol=1e-5, atol=1e-5)
 
 
 def test_threads_change_nothing_but_rounding():

@@ -57,6 +57,32 @@ def with_transformers(folder: Path) -> Callable[[int], object]:
     return generate
 
 
+def with_mlx_lm(folder: Path) -> Callable[[int], object]:
+    """mlx-lm's batch generator on the same weights."""
+    import mlx.core as mx
+    from mlx_lm.generate import BatchGenerator
+    from mlx_lm.models.gpt2 import Model, ModelArgs
+
+    config = json.loads((folder / "config.json").read_text()) | {"n_ctx": SPEC.context_length}
+    model = Model(ModelArgs.from_dict(config))
+    weights = mx.load(str(folder / "model.safetensors"))
+    model.load_weights(list(model.sanitize({name.removeprefix("transformer."): w for name, w in weights.items()}).items()))
+    mx.eval(model.parameters())
+
+    def generate(length: int) -> object:
+        options = {"completion_batch_size": ROWS, "prefill_batch_size": ROWS, "sampler": mx.random.categorical}
+        generator = BatchGenerator(model, **options)
+        generator.insert([[BOS]] * ROWS, [length] * ROWS)
+        count = 0
+        while responses := generator.next_generated():
+            count += len(responses)
+        generator.close()
+        assert count == ROWS * length
+        return count
+
+    return generate
+
+
 def sampling(threads: int, rounds: int, clock: Clock, length: int) -> None:
     contenders: dict[str, Callable[[int], object]] = {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -69,6 +95,8 @@ def sampling(threads: int, rounds: int, clock: Clock, length: int) -> None:
                 trainer.save(folder / "model.safetensors")
                 (folder / "config.json").write_text(json.dumps(hf_config(SPEC, bos_token_id=BOS, eos_token_id=2)))
             contenders[f"forget replay, {backend}"] = lambda length, trainer=trainer: trainer.sample(prompts, u[:, :length])
+        if "mlx" in available_backends():
+            contenders["mlx-lm batch generator"] = with_mlx_lm(folder)
         baseline = "transformers generate"
         try:
             contenders = {baseline: with_transformers(folder), **contenders}
