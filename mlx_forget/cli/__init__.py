@@ -24,6 +24,7 @@ COMMANDS = {
         "mlx_forget.cli.sweep",
         "Train a grid of runs from a recipe. Done runs are skipped, begun ones resume.",
     ),
+    "audit": ("mlx_forget.cli.audit", "What did a model forget? Two checkpoints in; a table, JSON and an HTML page out."),
     "runs": ("mlx_forget.cli.runs", "List finished runs, or show one."),
     "plot": (
         "mlx_forget.cli.plot",
