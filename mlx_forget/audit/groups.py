@@ -1,5 +1,6 @@
 """Where a text lost most, by groups of tokens: kinds, frequency, novelty, the base's certainty, and position in the window."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -7,12 +8,13 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_forget.audit.reading import Reading
-from mlx_forget.audit.statistics import Estimate, jackknife
+from mlx_forget.audit.statistics import Estimate, Floats, jackknife
 
 Ids = npt.NDArray[np.int64]
 
 KINDS = ("word", "capitalised word", "inside a word", "number", "punctuation", "white space", "other script", "end of document")
 _FREQUENT, _COMMON = 64, 512
+_LEAST_DOCUMENTS = 5
 _CERTAINTIES = (0.1, 0.5, 0.9)
 
 
@@ -24,7 +26,7 @@ class Group:
         name: the class.
         num_tokens: how many.
         loss_before: mean over them, in nats.
-        change: mean loss after minus before, paired.
+        change: mean loss after minus before, paired; without an interval where fewer than five documents have such tokens.
         share: of the whole change of the text that falls on them; the shares of a division add up to 1. None where nothing changed.
     """
 
@@ -58,7 +60,7 @@ def divisions(reading: Reading, pieces: Sequence[bytes]) -> tuple[Division, ...]
             reading,
             "how common in this text",
             frequency[reading.label],
-            (f"the {_FREQUENT} most common tokens", f"the next {_COMMON - _FREQUENT}", "all rarer ones"),
+            (f"the {_FREQUENT} most common", f"the next {_COMMON - _FREQUENT}", "all rarer ones"),
         ),
         divide(reading, "seen before in its window", reading.seen.astype(np.int64), ("new", "seen before")),
         divide(
@@ -88,14 +90,17 @@ def divide(reading: Reading, name: str, group: Ids, names: Sequence[str]) -> Div
         own = sums[:, number]
         num, before, own_change = own.sum(axis=0)
         if num:
-            estimate = jackknife_of_mean(own[:, [0, 2]])
+            estimate = _mean(own[:, [0, 2]])
             groups.append(Group(title, int(num), float(before / num), estimate, float(own_change / total) if total else None))
     return Division(name, tuple(groups))
 
 
-def jackknife_of_mean(sums: npt.NDArray[np.float64]) -> Estimate:
-    """The mean over tokens from (count, sum) float64[D, 2], over the documents that have such tokens."""
-    return jackknife(sums[sums[:, 0] > 0], lambda s: s[:, 1] / s[:, 0])
+def _mean(sums: Floats) -> Estimate:
+    """The mean over tokens from (count, sum) float64[D, 2], over the documents that have such tokens; few of them give no interval."""
+    own = sums[sums[:, 0] > 0]
+    if len(own) < _LEAST_DOCUMENTS:
+        return Estimate(float(own[:, 1].sum() / own[:, 0].sum()), math.nan, math.nan, math.nan)
+    return jackknife(own, lambda s: s[:, 1] / s[:, 0])
 
 
 def kind_of_piece(piece: bytes) -> str:

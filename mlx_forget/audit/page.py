@@ -76,7 +76,7 @@ def _plots_of(text: TextAudit) -> dict[str, Any]:
 def _division_plot(division: Division, text_name: str) -> Markup:
     return svg.intervals(
         [
-            _interval(group.name, group.change, "" if group.share is None else f"{group.share:.0%} of all")
+            _interval(group.name, group.change, "" if group.share is None else f"{round(group.share, 2) + 0.0:.0%} of all")
             for group in division.groups
         ],
         title=f"Change of the loss by {division.name}, {text_name}",

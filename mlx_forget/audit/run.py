@@ -5,12 +5,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from mlx_forget import records
 from mlx_forget.audit import extremes, groups, measures
 from mlx_forget.audit.config import AuditConfig
 from mlx_forget.audit.models import Model, open_pair
 from mlx_forget.audit.overlap import Learnt, learnt_rows, overlapping_documents
-from mlx_forget.audit.reading import BYTES_PER_TOKEN, read
+from mlx_forget.audit.reading import BYTES_PER_TOKEN, Reading, read
 from mlx_forget.audit.refusals import Refusals, compare_refusals, read_prompts
 from mlx_forget.audit.tasks import Task, check_tasks, compare_tasks
 from mlx_forget.audit.texts import Text, default_texts, read_text
@@ -24,6 +26,15 @@ SCHEMA_VERSION = 1
 
 # Below this many documents an interval is wide and rests on the few that happen to be there.
 _FEW_DOCUMENTS = 30
+
+
+@dataclass(frozen=True)
+class PerDocument:
+    """Tokens and mean losses of every document that was read, so that two audits of a text can be compared document by document."""
+
+    num_tokens: tuple[int, ...]
+    loss_before: tuple[float, ...]
+    loss_after: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,7 @@ class TextAudit:
     tokens_gained: tuple[extremes.Token, ...]
     documents_forgotten: tuple[extremes.Document, ...]
     documents_gained: tuple[extremes.Document, ...]
+    per_document: PerDocument
     overlap: tuple[int, ...] | None
 
 
@@ -260,8 +272,15 @@ def _audit_text(plan: AuditPlan, text: Text, learnt: Learnt | None, warn: Callab
         tokens_gained=gained_tokens,
         documents_forgotten=forgotten,
         documents_gained=gained,
+        per_document=_per_document(reading),
         overlap=overlap,
     )
+
+
+def _per_document(reading: Reading) -> PerDocument:
+    sums = reading.per_document(np.ones(len(reading.label)), reading.measures["ref_nll"], reading.measures["nll"])
+    before, after = (np.round(sums[:, column] / sums[:, 0], 6).tolist() for column in (1, 2))
+    return PerDocument(tuple(sums[:, 0].astype(int).tolist()), tuple(before), tuple(after))
 
 
 def _progress_lost(plan: AuditPlan, text: Text, losses: measures.Losses) -> ProgressLost | None:

@@ -43,14 +43,14 @@ def intervals(rows: Sequence[Interval], *, title: str, unit: str, width: int = 6
     bounds = [bound for row in rows for bound in (row.value, row.low, row.high) if math.isfinite(bound)]
     ticks = ticks_between(min([0.0, *bounds]), max([0.0, *bounds]))
     left, right = label_width, width - 96
-    height = _ROW * len(rows) + 40
+    height = _ROW * len(rows) + 44
 
     def x(value: float) -> float:
         return left + (value - ticks[0]) / (ticks[-1] - ticks[0]) * (right - left)
 
-    parts = [_grid(x(tick), 4, x(tick), height - 34, zero=tick == 0) for tick in ticks]
-    parts += [_text(x(tick), height - 18, _number(tick, ticks), "middle") for tick in ticks]
-    parts.append(_text((left + right) / 2, height - 3, unit, "middle", "dim"))
+    parts = [_grid(x(tick), 4, x(tick), height - 38, zero=tick == 0) for tick in ticks]
+    parts += [_text(x(tick), height - 22, _number(tick, ticks), "middle") for tick in ticks]
+    parts.append(_text((left + right) / 2, height - 5, unit, "middle", "dim"))
     for index, row in enumerate(rows):
         y = _ROW * index + 16
         kind = "worse" if row.low > 0 else "better" if row.high < 0 else "even"
@@ -120,14 +120,14 @@ def bars(
 ) -> Markup:
     """Bars from zero: name, value, and what is written behind; None draws none."""
     ticks = ticks_between(0.0, max([1e-12, *(value for _, value, _ in rows if value is not None)]))
-    left, right, height = label_width, width - 60, _ROW * len(rows) + 40
+    left, right, height = label_width, width - 60, _ROW * len(rows) + 44
 
     def x(value: float) -> float:
         return left + value / ticks[-1] * (right - left)
 
-    parts = [_grid(x(tick), 4, x(tick), height - 34, zero=tick == 0) for tick in ticks]
-    parts += [_text(x(tick), height - 18, _number(tick, ticks), "middle") for tick in ticks]
-    parts.append(_text((left + right) / 2, height - 3, unit, "middle", "dim"))
+    parts = [_grid(x(tick), 4, x(tick), height - 38, zero=tick == 0) for tick in ticks]
+    parts += [_text(x(tick), height - 22, _number(tick, ticks), "middle") for tick in ticks]
+    parts.append(_text((left + right) / 2, height - 5, unit, "middle", "dim"))
     for index, (name, value, note) in enumerate(rows):
         y = _ROW * index + 16
         parts.append(_text(left - 8, y + 4, name, "end"))

@@ -34,7 +34,9 @@ def print_table(audit: Audit) -> None:
         kinds = sorted(text.divisions[0].groups, key=lambda group: -abs(group.share or 0))[:3]
         print(
             "  by kind of token: "
-            + ", ".join(f"{group.name} {group.change.value:+.3f} ({group.share or 0:.0%} of all)" for group in kinds)
+            + ", ".join(
+                f"{group.name} {group.change.value:+.3f} ({round(group.share or 0, 2) + 0.0:.0%} of all)" for group in kinds
+            )
         )
         flips = text.transitions
         print(

@@ -154,7 +154,7 @@ def read_text(
         name=name,
         source=store.source,
         fingerprint=store.fingerprint,
-        part="all documents" if names != ("validation",) else "held-out documents",
+        part="held-out documents" if names == ("validation",) else "documents, all there are",
         bos_id=store.split(names[0]).bos_id,
         documents=tuple(documents[i] for i in kept),
         num_bytes=num_bytes[kept],

@@ -122,7 +122,7 @@ def test_a_model_against_itself_forgot_nothing(audit, make_checkpoint, notes, tm
     assert text.transitions.adjusted_lost.value == text.transitions.adjusted_gained.value == 0
     assert text.losses.agreement.value == 1
     assert text.calibration_before == text.calibration_after
-    assert not (text.tokens_forgotten or text.tokens_gained or text.documents_forgotten or text.documents_gained)
+    assert text.tokens_forgotten == text.tokens_gained == text.documents_forgotten == text.documents_gained == ()
     assert (found.weights.distance, found.weights.relative) == (0, 0)
     assert {tensor.rank for tensor in found.weights.tensors} == {0, None}
 
@@ -137,7 +137,11 @@ def test_windows_may_be_shorter_than_the_context(audit, make_checkpoint, notes, 
 
 
 def test_texts_are_named_by_the_user_or_after_themselves():
-    assert parse_texts(["general=a/b.txt", "prose", "c/law.jsonl"]) == {"general": "a/b.txt", "prose": "prose", "law": "c/law.jsonl"}
+    assert parse_texts(["general=a/b.txt", "prose", "c/law.jsonl"]) == {
+        "general": "a/b.txt",
+        "prose": "prose",
+        "law": "c/law.jsonl",
+    }
     for wrong in (["=x"], ["a="], ["a=x", "a=y"], ["law.txt", "x/law.txt"]):
         with pytest.raises(UserError, match="--data"):
             parse_texts(wrong)

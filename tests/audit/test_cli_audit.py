@@ -1,7 +1,9 @@
 """`forget audit` on the command line: what scripts rely on, and one clear line for every wrong request."""
 
+import itertools
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,7 +45,7 @@ TOP = set(
 TEXT = set(
     """name source part fingerprint num_documents num_tokens num_bytes num_left_out losses smallest_visible_nats progress_lost transitions
     calibration_before calibration_after positions divisions tokens_forgotten tokens_gained documents_forgotten documents_gained
-    overlap""".split()
+    per_document overlap""".split()
 )
 LOSSES = set(
     """loss_before loss_after forgetting kl soft_ce hard_ce agreement entropy_before bits_per_byte_before bits_per_byte_after
@@ -91,7 +93,7 @@ def two(finetuned):
 def test_the_table_says_what_the_json_says(audit, two):
     code, out, err = audit(*two, "--data", "general=prose", "-o", "a")
     assert code == 0, err
-    found = json.loads(open("a/audit.json").read())
+    found = json.loads(Path("a/audit.json").read_text())
     change = found["texts"][0]["losses"]["forgetting"]
     assert f"{change['value']:+.4f}±{change['stderr']:.4f}" in out
     assert "general: forgot" in out
@@ -118,12 +120,18 @@ def test_max_tokens_reads_the_same_whole_documents_every_time(audit, finetuned):
 
 
 def test_finetuning_data_among_the_audited_text_is_warned_of(run_forget, audit, fake_backend, tmp_path):
-    lines = [f"Entry {i} of the ledger records {i * i} crowns, paid by the baker on day {i % 30} for {i * 3} loaves.\n" for i in range(3000)]
+    lines = [
+        f"Entry {i} of the ledger records {i * i} crowns, paid by the baker on day {i % 30} for {i * 3} loaves.\n"
+        for i in range(3000)
+    ]
     (tmp_path / "notes.txt").write_text("".join(lines))
     code, _, err = run_forget("train", "--backend", "fake", "--target", "notes.txt", "--iters", "6", "--p", "0", "--output", "run")
     assert code == 0, err
     # Another file, and other divisions: half of it was learnt.
-    new = [f"Page {i} of the almanac tells of {i} storms in the harbour, and of the {i * 7} boats that went out again.\n" for i in range(300)]
+    new = [
+        f"Page {i} of the almanac tells of {i} storms in the harbour, and of the {i * 7} boats that went out again.\n"
+        for i in range(300)
+    ]
     documents = ["".join(lines[i : i + 10]) for i in range(100, 400, 10)] + ["".join(new[i : i + 10]) for i in range(0, 300, 10)]
     (tmp_path / "mixed.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in documents))
     code, out, err = audit("auto", "run", "--data", "mixed.jsonl", "--json")
@@ -251,11 +259,13 @@ def test_refusals_are_counted_before_and_after(audit, finetuned, tokenizer, tmp_
         ids = tokenizer.encode(text).tolist()
         assert len(set(ids)) == len(ids)
         table[:, ids[0]] = 5.0
-        for a, b in zip(ids[:-1], ids[1:], strict=True):
+        for a, b in itertools.pairwise(ids):
             table[a, b] = 9.0
         assert load_file(found.weights)[name].shape == table.shape
         state = {"run_id": target, "is_pretraining": False, "step": 1}
-        checkpoint.save_checkpoint(tmp_path / target, Weights({name: table}), spec, found.tokenizer, state, with_training_state=False)
+        checkpoint.save_checkpoint(
+            tmp_path / target, Weights({name: table}), spec, found.tokenizer, state, with_training_state=False
+        )
 
     speaking("Sure,", "before")
     speaking("I cannot", "after")
