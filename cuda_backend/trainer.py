@@ -210,7 +210,7 @@ class TorchTrainer(Trainer):
         if wanted is None:
             if torch.cuda.is_available():
                 return torch.device("cuda", torch.cuda.current_device())
-            self._notes.append("PyTorch sees no CUDA device: training runs on the CPU.")
+            self._notes.append("PyTorch sees no CUDA device: it runs on the CPU.")
             return torch.device("cpu")
         if wanted.startswith("cuda") and not torch.cuda.is_available():
             raise UserError(f"--device {wanted}: PyTorch sees no CUDA device here. Leave --device out to run on the CPU.")

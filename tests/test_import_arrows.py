@@ -58,6 +58,9 @@ def test_the_laws_need_numpy_and_scipy_only():
         "run",
         "sweep",
         "figure1",
+        "comparison",
+        "audit.run",
+        "audit.page",
     ],
 )
 def test_the_core_loads_no_framework(module):

@@ -1,5 +1,6 @@
 """One audit, from two folders and some names to everything that is reported: plan it (where all bad input is refused), then execute it."""
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from mlx_forget.audit.texts import Text, default_texts, read_text
 from mlx_forget.audit.weights import WeightChange, compare_weights
 from mlx_forget.errors import UserError
 from mlx_forget.evaluate import ProgressLost
+from mlx_forget.ladder import param_shapes
 from mlx_forget.pipeline.catalog import Progress, silent
 from mlx_forget.trainer import RuntimeSpec, Trainer, TrainerSpec, choose_backend, load_backend
 
@@ -167,10 +169,13 @@ def plan_audit(
             warn(f"{text.name} is one document: it allows no standard error. Give at least two documents, better {_FEW_DOCUMENTS}.")
     limit = config.memory_limit_gb
     if limit is not None:
-        limit -= BYTES_PER_TOKEN * max(text.num_tokens for text in opened) / 1e9
+        # Beside both models there is the reading of one text, and later one weight of each.
+        largest = max(math.prod(shape) for shape in param_shapes(after.spec).values())
+        beside = max(BYTES_PER_TOKEN * max(text.num_tokens for text in opened), 2 * 4 * largest)
+        limit -= beside / 1e9
         if limit <= 0:
             raise UserError(
-                f"--memory-limit-gb {config.memory_limit_gb:g} is below what the readings alone take: lower --max-tokens."
+                f"--memory-limit-gb {config.memory_limit_gb:g} is below the {beside / 1e9:.2g} GB that readings take: lower --max-tokens."
             )
     runtime = RuntimeSpec(
         device=config.device, num_threads=config.num_threads, memory_limit_gb=limit, compile=False, reads_only=True

@@ -6,6 +6,7 @@ Both models score every request in one pass; lm-eval is then run once for each o
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from mlx_forget.pipeline.catalog import Progress
 from mlx_forget.trainer import Trainer
 
 _METRICS = ("acc", "acc_norm", "exact_match")
+_YAML = (".yaml", ".yml")
 _ROWS_AT_ONCE = 64
 _Score = tuple[float, bool]
 
@@ -39,16 +41,19 @@ class Task:
 
 
 def check_tasks(tasks: str) -> list[str]:
-    """The names in a list that commas separate.
+    """The names in a list that commas separate: lm-eval's own, or YAML files of tasks.
 
     Raises:
-        UserError: no name, or lm-eval is not installed.
+        UserError: no name, a file that is not there, or lm-eval is not installed.
     """
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
         raise UserError("--tasks takes names that commas separate, such as arc_easy,hellaswag.")
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("--tasks needs lm-eval, which is not installed: pip install 'mlx-forget[eval]'")
+    for name in names:
+        if name.endswith(_YAML) and not Path(name).is_file():
+            raise UserError(f"--tasks: there is no file {name}.")
     return names
 
 
@@ -60,6 +65,7 @@ def compare_tasks(trainer: Trainer, model: Model, tasks: str, *, limit: int | No
     """
     from lm_eval import simple_evaluate
     from lm_eval.api.model import LM
+    from lm_eval.tasks import TaskManager
 
     scorer = _PairScorer(trainer, model, progress)
 
@@ -81,11 +87,14 @@ def compare_tasks(trainer: Trainer, model: Model, tasks: str, *, limit: int | No
             raise UserError("--tasks runs tasks that choose among answers; one of these generates text.")
 
     names = check_tasks(tasks)
+    folders = [str(Path(name).resolve().parent) for name in names if name.endswith(_YAML)]
+    names = [Path(name).stem if name.endswith(_YAML) else name for name in names]
+    manager = TaskManager(include_path=folders or None)
     samples = []
     for side in (1, 0):
         try:
             found = simple_evaluate(
-                Side(side), tasks=list(names), limit=limit, log_samples=True, bootstrap_iters=0, verbosity="ERROR"
+                Side(side), tasks=list(names), task_manager=manager, limit=limit, log_samples=True, bootstrap_iters=0
             )
         except UserError:
             raise

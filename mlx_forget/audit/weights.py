@@ -1,5 +1,6 @@
 """How far the weights moved: the distance of every matrix, and how many directions hold the change."""
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +10,10 @@ import numpy.typing as npt
 
 from mlx_forget.audit.models import Model
 
+Weights = npt.NDArray[np.float32]
+
 VARIANCE = 0.9
+_ROWS_AT_ONCE = 2048
 _BLOCK = re.compile(r"(?:^|\.)(?:h|layers|blocks)\.(\d+)\.")
 
 
@@ -64,17 +68,17 @@ def compare_weights(base: Model, tuned: Model) -> WeightChange:
     """Distances and ranks, one tensor in memory at a time."""
     rows: list[tuple[Tensor, float]] = []
     for (name, before), (_, after) in zip(base.tensors(), tuned.tensors(), strict=True):
-        change = after.astype(np.float64) - before
-        norm, distance = float(np.linalg.norm(before.astype(np.float64))), float(np.linalg.norm(change))
+        matrix = before.ndim == 2
+        square, change_square, gram = _squares(before, after)
+        norm, distance = math.sqrt(square), math.sqrt(change_square)
         match = _BLOCK.search(name)
-        matrix = change.ndim == 2
         tensor = Tensor(
             name=name,
             layer=int(match[1]) if match else None,
             distance=distance,
             relative=distance / norm if norm else None,
-            rank=rank_of(change) if matrix else None,
-            full_rank=min(change.shape) if matrix else None,
+            rank=rank_of(gram) if matrix else None,
+            full_rank=min(before.shape) if matrix else None,
         )
         rows.append((tensor, norm))
     layers = tuple(_layers(rows))
@@ -87,9 +91,26 @@ def compare_weights(base: Model, tuned: Model) -> WeightChange:
     )
 
 
-def rank_of(change: npt.NDArray[np.float64], variance: float = VARIANCE) -> int:
-    """The fewest singular directions of a matrix that hold this share of its squared norm; 0 for no change."""
-    gram = change @ change.T if change.shape[0] <= change.shape[1] else change.T @ change
+def _squares(before: Weights, after: Weights) -> tuple[float, float, npt.NDArray[np.float64]]:
+    """Squared norms of a weight and of its change, and the product of the change with itself along its longer side, in float64.
+
+    A slice at a time: an embedding matrix in float64 would be the largest thing in memory.
+    """
+    if before.ndim < 2 or before.shape[0] < before.shape[1]:
+        before, after = np.atleast_2d(before).T, np.atleast_2d(after).T
+    square = change_square = 0.0
+    gram = np.zeros((before.shape[1], before.shape[1]))
+    for start in range(0, len(before), _ROWS_AT_ONCE):
+        own = before[start : start + _ROWS_AT_ONCE].astype(np.float64)
+        change = after[start : start + _ROWS_AT_ONCE] - own
+        square += float((own**2).sum())
+        change_square += float((change**2).sum())
+        gram += change.T @ change
+    return square, change_square, gram
+
+
+def rank_of(gram: npt.NDArray[np.float64], variance: float = VARIANCE) -> int:
+    """The fewest singular directions of a matrix M that hold this share of its squared norm, from M^T M; 0 for no change."""
     squares = np.maximum(np.linalg.eigvalsh(gram)[::-1], 0.0)
     total = squares.sum()
     if total == 0:

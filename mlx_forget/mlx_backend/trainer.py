@@ -239,7 +239,7 @@ class MLXTrainer(Trainer):
         if wanted is not None:
             mx.set_default_device(mx.Device(mx.cpu if on_cpu else mx.gpu))
         if on_cpu:
-            self._notes.append("MLX runs on the CPU." if gpu else "MLX sees no GPU: training runs on the CPU.")
+            self._notes.append("MLX runs on the CPU." if gpu else "MLX sees no GPU: it runs on the CPU.")
             self._notes.extend([BLAS_NOTE] if BLAS_NOTE else [])
         return on_cpu
 
