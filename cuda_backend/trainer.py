@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from cuda_backend import compare, gpt2
+from cuda_backend.allocator import keep_freed_memory
 from cuda_backend.sample import sample
 from mlx_forget.comparison import MEASURES, portions
 from mlx_forget.errors import UserError
@@ -61,6 +62,8 @@ class TorchTrainer(Trainer):
             torch.set_num_threads(runtime.num_threads)
         if runtime.memory_limit_gb is not None and not runtime.reads_only:
             self._limit_memory(runtime.memory_limit_gb)
+        if self._torch_device.type == "cpu" and runtime.memory_limit_gb is None:
+            keep_freed_memory()
         self._dtype = torch.bfloat16 if runtime.precision == "bf16" else torch.float32
         self._chunk = gpt2.chunk_rows(spec.model.vocab_size, self._torch_device)
         self._portions = portions(
