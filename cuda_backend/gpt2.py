@@ -1,6 +1,7 @@
 """GPT-2 in PyTorch as functions of a dict of weights in Hugging Face names, and the cross-entropy that never holds all logits.
 
-Shapes: B rows, T tokens, D width, H heads, V vocabulary, N = B * T.
+Shapes: B rows, T tokens, D width, H heads, V vocabulary, N = B * T. A stack of K models is one dict whose weights all have a leading
+dimension K; tokens are then [K, B, T], the rows of all members go through the blocks as [K * B, T, D], and products are batched.
 """
 
 from collections.abc import Mapping
@@ -28,7 +29,10 @@ def hidden_states(
     *,
     grad_checkpoint: bool = False,
 ) -> Tensor:
-    """Final hidden states [B, T, D] of int64[B, T] tokens; attention stays inside segments where they are given."""
+    """Final hidden states [B, T, D] of int64[B, T] tokens; attention stays inside segments where they are given.
+
+    Of a stack: [K * B, T, D] of int64[K, B, T].
+    """
     x_BTD = _embed(weights, tokens_BT)
     mask = None if segment_BT is None else _segment_mask(segment_BT)
     for i in range(spec.num_layers):
@@ -63,11 +67,6 @@ def num_shared_blocks(weights: Weights, reference: Weights, spec: ModelSpec) -> 
     return next((i for i in range(spec.num_layers) if not same(f"transformer.h.{i}.")), spec.num_layers)
 
 
-def _embed(weights: Weights, tokens_BT: Tensor) -> Tensor:
-    positions = weights["transformer.wpe.weight"][: tokens_BT.shape[1]]
-    return F.embedding(tokens_BT, weights["transformer.wte.weight"]) + positions
-
-
 def _through_blocks(x_BTD: Tensor, weights: Weights, spec: ModelSpec, blocks: range) -> Tensor:
     for i in blocks:
         x_BTD = block(weights, f"transformer.h.{i}.", spec, x_BTD, None)
@@ -78,7 +77,7 @@ def block(weights: Weights, prefix: str, spec: ModelSpec, x_BTD: Tensor, mask: T
     """One pre-norm block."""
     B, T, D = x_BTD.shape
     normed = _norm(x_BTD, weights, prefix + "ln_1")
-    qkv = _linear(normed, weights, prefix + "attn.c_attn")
+    qkv = _linear(normed, weights, prefix + "attn.c_attn", bias=_without_key_gradient(weights[prefix + "attn.c_attn.bias"]))
     q, k, v = (part.view(B, T, spec.num_heads, spec.head_dim).transpose(1, 2) for part in qkv.chunk(3, dim=2))
     mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
     x_BTD = x_BTD + _linear(mixed.transpose(1, 2).reshape(B, T, D), weights, prefix + "attn.c_proj")
@@ -115,24 +114,27 @@ class FusedCrossEntropy(torch.autograd.Function):
 
     `apply(x [N, D], head [V, D], labels int64[N], weight float32[N], chunk)` returns (objective, nll): the sum of weight * nll,
     and the nll in nats, float32[N], which carries no gradient. The logits of a chunk are float32 whatever the type of x.
+    All of them may have a leading dimension K.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, head: Tensor, labels: Tensor, weight: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-        nll = torch.empty(len(x), dtype=torch.float32, device=x.device)
-        grad_x, grad_head = torch.empty_like(x), torch.zeros_like(head, dtype=torch.float32)
+        nll = torch.empty(labels.shape, dtype=torch.float32, device=x.device)
+        # Zeros laid out as a whole: the head of a stack has gaps between its members.
+        grad_x, grad_head = torch.empty_like(x), torch.zeros(head.shape, dtype=torch.float32, device=head.device)
         compute_head = head.to(x.dtype)
-        for start in range(0, len(x), chunk):
-            rows = slice(start, start + chunk)
-            exponentials, total, nll[rows] = _exponentials(x[rows], compute_head, labels[rows])
+        add_product = grad_head.addmm_ if head.dim() == 2 else grad_head.baddbmm_
+        for start in range(0, labels.shape[-1], chunk):
+            stop = start + chunk
+            part, label, share = x[..., start:stop, :], labels[..., start:stop, None], weight[..., start:stop, None]
+            exponentials, total, nll[..., start:stop] = _exponentials(part, compute_head, label)
             # weight * (softmax - one-hot), in one pass over the chunk.
-            grad_logits = exponentials.mul_(weight[rows, None] / total).scatter_add_(1, labels[rows, None], -weight[rows, None])
-            grad_logits = grad_logits.to(x.dtype)
-            torch.mm(grad_logits, compute_head, out=grad_x[rows])
+            grad_logits = exponentials.mul_(share / total).scatter_add_(-1, label, -share).to(x.dtype)
+            torch.matmul(grad_logits, compute_head, out=grad_x[..., start:stop, :])
             if x.dtype == torch.float32:
-                grad_head.addmm_(grad_logits.T, x[rows])
+                add_product(grad_logits.mT, part)
             else:
-                grad_head += grad_logits.T @ x[rows]
+                grad_head += grad_logits.mT @ part
         ctx.save_for_backward(grad_x, grad_head)
         ctx.mark_non_differentiable(nll)
         ctx.head_dtype = head.dtype
@@ -147,26 +149,53 @@ class FusedCrossEntropy(torch.autograd.Function):
 def token_nll(x: Tensor, head: Tensor, labels: Tensor, chunk: int) -> Tensor:
     """Next-token losses in nats, float32[N], in chunks, without gradients."""
     head = head.to(x.dtype)
-    return torch.cat([_exponentials(x[s : s + chunk], head, labels[s : s + chunk])[2] for s in range(0, len(x), chunk)])
+    return torch.cat([_exponentials(x[s : s + chunk], head, labels[s : s + chunk, None])[2] for s in range(0, len(x), chunk)])
 
 
 def _exponentials(x: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """exp(logits - max) [N, V], its row sums [N, 1] and the nll [N], float32."""
-    logits = (x @ head.T).float()
-    top = logits.amax(1, keepdim=True)
-    label_logit = logits.gather(1, labels[:, None])
+    """exp(logits - max) [N, V], its row sums [N, 1] and the nll [N], float32, of int64[N, 1] labels."""
+    logits = (x @ head.mT).float()
+    top = logits.amax(-1, keepdim=True)
+    label_logit = logits.gather(-1, labels)
     exponentials = logits.sub_(top).exp_()
-    total = exponentials.sum(1, keepdim=True)
-    return exponentials, total, (total.log() + top - label_logit)[:, 0]
+    total = exponentials.sum(-1, keepdim=True)
+    return exponentials, total, (total.log() + top - label_logit)[..., 0]
+
+
+def _embed(weights: Weights, tokens: Tensor) -> Tensor:
+    """Token and position embeddings [B, T, D], or [K * B, T, D] of a stack."""
+    table, positions = weights["transformer.wte.weight"], weights["transformer.wpe.weight"][..., : tokens.shape[-1], :]
+    if table.dim() == 2:
+        return F.embedding(tokens, table) + positions
+    first_row = torch.arange(0, table.shape[0] * table.shape[1], table.shape[1], device=tokens.device)[:, None, None]
+    return (F.embedding(tokens + first_row, table.flatten(0, 1)) + positions[:, None]).flatten(0, 1)
 
 
 def _norm(x: Tensor, weights: Weights, name: str) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], weights[name + ".weight"], weights[name + ".bias"], LAYER_NORM_EPSILON)
-
-
-def _linear(x: Tensor, weights: Weights, name: str) -> Tensor:
     weight, bias = weights[name + ".weight"], weights[name + ".bias"]
-    return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[1])
+    if weight.dim() == 1:
+        return F.layer_norm(x, x.shape[-1:], weight, bias, LAYER_NORM_EPSILON)
+    normed = F.layer_norm(x, x.shape[-1:], eps=LAYER_NORM_EPSILON).view(len(weight), -1, x.shape[-1])
+    return torch.addcmul(bias[:, None], normed, weight[:, None]).view(x.shape)
+
+
+def _without_key_gradient(bias: Tensor) -> Tensor:
+    """The bias of queries, keys and values, with no gradient for that of the keys.
+
+    Attention does not change when one vector is added to all keys: that gradient is zero, and AdamW would turn its rounding error into
+    full steps.
+    """
+    query, key, value = bias.chunk(3, dim=-1)
+    return torch.cat([query, key.detach(), value], dim=-1)
+
+
+def _linear(x: Tensor, weights: Weights, name: str, bias: Tensor | None = None) -> Tensor:
+    weight, bias = weights[name + ".weight"], weights[name + ".bias"] if bias is None else bias
+    if weight.dim() == 2:
+        product = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight)
+    else:
+        product = torch.baddbmm(bias[:, None], x.reshape(len(weight), -1, x.shape[-1]), weight)
+    return product.view(*x.shape[:-1], weight.shape[-1])
 
 
 def _segment_mask(segment_BT: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import resource
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -16,8 +16,10 @@ from torch.optim.adamw import adamw
 
 from cuda_backend import compare, gpt2
 from cuda_backend.allocator import keep_freed_memory
+from cuda_backend.distributed import TorchGroup, join, local_rank
 from cuda_backend.sample import sample
 from mlx_forget.comparison import MEASURES, portions
+from mlx_forget.distributed import Group
 from mlx_forget.errors import UserError
 from mlx_forget.ladder import decays, initial_weights, num_params, param_shapes
 from mlx_forget.methods import NUM_SOURCES, NUM_TERMS, TERM_REPLAY_NTP, TERM_TASK
@@ -25,6 +27,7 @@ from mlx_forget.trainer import (
     Batch,
     Capabilities,
     Comparison,
+    Stack,
     StepReading,
     StepResult,
     Trainer,
@@ -49,7 +52,7 @@ class TorchStep(StepResult):
 
 
 class TorchTrainer(Trainer):
-    """GPT-2 with AdamW on one device."""
+    """GPT-2 with AdamW on one device, or on one device of each process of a run."""
 
     def __init__(self, spec: TrainerSpec) -> None:
         runtime = spec.runtime
@@ -57,6 +60,7 @@ class TorchTrainer(Trainer):
             raise UserError("The ladder trains all its weights: adapters need a Hugging Face model.")
         self.spec = spec
         self._notes: list[str] = []
+        self.group = join()
         self._torch_device = self._choose_device(runtime.device)
         if runtime.num_threads is not None:
             torch.set_num_threads(runtime.num_threads)
@@ -88,10 +92,22 @@ class TorchTrainer(Trainer):
             precisions=("fp32", "bf16"),
             terms=(TERM_TASK, TERM_REPLAY_NTP),
             sample=True,
+            distributed=True,
+            stack=True,
             bitwise_resume=not torch.cuda.is_available(),
             accelerator=torch.cuda.is_available(),
             fast_bf16=torch.cuda.is_bf16_supported() if torch.cuda.is_available() else torch.cpu._is_amx_tile_supported(),
         )
+
+    @classmethod
+    def join(cls) -> Group:
+        return join()
+
+    @classmethod
+    def stack(cls, spec: TrainerSpec, seeds: Sequence[int]) -> Stack:
+        from cuda_backend.stack import TorchStack
+
+        return TorchStack(spec, seeds)
 
     @property
     def device(self) -> str:
@@ -104,17 +120,22 @@ class TorchTrainer(Trainer):
         return tuple(self._notes)
 
     def train_step(self, batch: Batch, learning_rate: float) -> StepResult:
-        counts = group_counts(batch)
+        counts = self.group.all_sum(group_counts(batch))
         token_weight = token_weights(batch, counts, self.spec.method)
         group = torch.from_numpy(batch.term.astype(np.int64) * NUM_SOURCES + batch.source).to(self._torch_device)
         sums = torch.zeros(NUM_TERMS * NUM_SOURCES, device=self._torch_device)
-        size = self.spec.runtime.micro_batch_size or len(batch.tokens)
+        # A rank may have no rows.
+        size = self.spec.runtime.micro_batch_size or max(1, len(batch.tokens))
         for start in range(0, len(batch.tokens), size):
             rows = slice(start, start + size)
             nll = self._accumulate_gradient(batch, rows, token_weight[rows])
             mask = torch.from_numpy(batch.loss_mask[rows]).to(self._torch_device)
             sums.index_add_(0, group[rows], (nll * mask).sum(1))
-        norm, skipped = self._update(learning_rate)
+        gradients = {name: torch.zeros_like(value) if value.grad is None else value.grad for name, value in self._weights.items()}
+        if isinstance(self.group, TorchGroup):
+            *summed, sums = self.group.sum_tensors([*gradients.values(), sums])
+            gradients = dict(zip(gradients, summed, strict=True))
+        norm, skipped = self._update(gradients, learning_rate)
         return TorchStep(torch.cat([sums, torch.stack([norm, skipped])]), counts)
 
     def token_losses(self, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
@@ -197,6 +218,10 @@ class TorchTrainer(Trainer):
         )
         return out.cpu().numpy().astype(np.int32)
 
+    @classmethod
+    def memory_bytes(cls) -> int | None:
+        return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
+
     def peak_memory_bytes(self) -> int:
         if self._torch_device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._torch_device)
@@ -212,7 +237,7 @@ class TorchTrainer(Trainer):
     def _choose_device(self, wanted: str | None) -> torch.device:
         if wanted is None:
             if torch.cuda.is_available():
-                return torch.device("cuda", torch.cuda.current_device())
+                return torch.device("cuda", self._choose_gpu())
             self._notes.append("PyTorch sees no CUDA device: it runs on the CPU.")
             return torch.device("cpu")
         if wanted.startswith("cuda") and not torch.cuda.is_available():
@@ -221,6 +246,18 @@ class TorchTrainer(Trainer):
             return torch.device(wanted)
         except RuntimeError:
             raise UserError(f"--device {wanted}: PyTorch knows no such device; use cpu, cuda or cuda:1.") from None
+
+    def _choose_gpu(self) -> int:
+        """One GPU a process: the current one, or that of this process's number on this machine."""
+        if self.group.size == 1:
+            return torch.cuda.current_device()
+        if local_rank() >= torch.cuda.device_count():
+            raise UserError(
+                f"This machine has {torch.cuda.device_count()} GPUs and at least {local_rank() + 1} processes of this run: "
+                "start one process a GPU, or give --device cpu."
+            )
+        torch.cuda.set_device(local_rank())
+        return local_rank()
 
     def _limit_memory(self, limit_gb: float) -> None:
         if self._torch_device.type != "cuda":
@@ -265,10 +302,9 @@ class TorchTrainer(Trainer):
         result: Tensor = nll.view(inputs.shape)
         return result
 
-    def _update(self, learning_rate: float) -> tuple[Tensor, Tensor]:
+    def _update(self, gradients: dict[str, Tensor], learning_rate: float) -> tuple[Tensor, Tensor]:
         """Clip, step and clear the gradients; returns (gradient norm, 1 if the step was masked), both on the device."""
         optim = self.spec.optim
-        gradients = {name: value.grad for name, value in self._weights.items() if value.grad is not None}
         norms = torch._foreach_norm(list(gradients.values()))
         norm = torch.linalg.vector_norm(torch.stack(norms))
         skipped = (~torch.isfinite(norm)).float()

@@ -26,6 +26,23 @@ class Interrupted(BaseException):
         self.signal = signal
 
 
+class LeaderFailed(BaseException):
+    """Rank 0 of this run has failed and says why: this process ends with the same exit code, in silence."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"rank 0 failed with exit code {code}")
+        self.code = code
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code of the command line for what ended it."""
+    if isinstance(error, UserError):
+        return 2
+    if isinstance(error, Interrupted):
+        return 128 + error.signal
+    return error.code if isinstance(error, LeaderFailed) else 1
+
+
 def unknown(kind: str, name: object, choices: Iterable[str]) -> UserError:
     """The error for a name that is none of `choices`: it suggests the nearest, then lists them all."""
     known = sorted(choices)

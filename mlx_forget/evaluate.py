@@ -43,10 +43,10 @@ class Estimate:
 def window_losses(trainer: Trainer, windows: Windows) -> Losses:
     """Mean loss of each window in nats per token, float64[num_windows]; ranks share the work."""
     losses = np.zeros(len(windows.tokens))
-    mine = slice(trainer.rank, None, trainer.world_size)
+    mine = slice(trainer.group.rank, None, trainer.group.size)
     if len(windows.tokens[mine]):
         losses[mine] = trainer.token_losses(windows.tokens[mine]).mean(axis=1, dtype=np.float64)
-    return trainer.all_sum(losses)
+    return trainer.group.all_sum(losses)
 
 
 def estimate(losses: Losses) -> Estimate:

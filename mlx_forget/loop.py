@@ -22,7 +22,7 @@ from mlx_forget.methods import SOURCE_TARGET
 from mlx_forget.pipeline.batches import BatchStream
 from mlx_forget.records import HISTORY
 from mlx_forget.schedule import Schedule
-from mlx_forget.trainer import StepResult, Trainer
+from mlx_forget.trainer import Stack, StepResult, Trainer
 
 Status = Literal["finished", "stopped", "diverged", "interrupted"]
 
@@ -164,20 +164,30 @@ class RunState:
         }
 
 
-def drive(trainer: Trainer, runs: Sequence[RunState], *, interrupted: Callable[[], int | None] = lambda: None) -> None:
+def drive(
+    trainer: Trainer | Stack,
+    runs: Sequence[RunState],
+    *,
+    interrupted: Callable[[], int | None] = lambda: None,
+    ended: Callable[[RunState], None] = lambda run: None,
+) -> None:
     """Train every run to its end, or until `interrupted` names a signal; each then has its `status` and `reason`.
 
-    An interrupted run has a checkpoint at the step it reached. A diverged one keeps its last good checkpoint.
+    An interrupted run has a checkpoint at the step it reached. A diverged one keeps its last good checkpoint. A trainer drives one run, a
+    stack as many as it has members; `ended` is called with each run as it ends, while the others go on.
     """
-    members = trainer.members(len(runs))
+    members = trainer.members if isinstance(trainer, Stack) else [trainer]
     for run, member in zip(runs, members, strict=True):
         _open(run, member)
+        if run.status is not None:
+            ended(run)
     try:
         while any(run.status is None for run in runs):
-            _train_step(trainer, runs)
-            for run, member in zip(runs, members, strict=True):
-                if run.status is None:
-                    _after_step(run, member, interrupted)
+            for stepped, member in zip(_train_step(trainer, runs), members, strict=True):
+                if stepped is not None:
+                    _after_step(stepped, member, interrupted)
+                    if stepped.status is not None:
+                        ended(stepped)
     finally:
         for run in runs:
             if run._history is not None:
@@ -185,7 +195,7 @@ def drive(trainer: Trainer, runs: Sequence[RunState], *, interrupted: Callable[[
 
 
 def _open(run: RunState, trainer: Trainer) -> None:
-    if trainer.rank == 0:
+    if trainer.group.rank == 0:
         run._history = HistoryWriter(run.folder / HISTORY, keep_through=run.step if run.start is not None else None)
     run._clock = time.perf_counter()
     run._rate_mark = (run.step, run._clock)
@@ -196,38 +206,40 @@ def _open(run: RunState, trainer: Trainer) -> None:
         _end(run, trainer, "finished", f"all {run.step:,} steps done")
 
 
-def _train_step(trainer: Trainer, runs: Sequence[RunState]) -> None:
-    batches = [
-        run.stream.batch(min(run.step, run.stop.num_steps - 1), rank=trainer.rank, world_size=trainer.world_size) for run in runs
-    ]
-    rates = [run.schedule(run.step) for run in runs]
-    active = [run.status is None for run in runs]
-    if not any(active):
-        return
-    results = [trainer.train_step(batches[0], rates[0])] if len(runs) == 1 else trainer.train_stack(batches, rates, active)
-    for run, result, on in zip(runs, results, active, strict=True):
-        if on:
+def _train_step(trainer: Trainer | Stack, runs: Sequence[RunState]) -> list[RunState | None]:
+    """One step of every run that has not ended; returns those, with None in the place of the others."""
+    active = [run if run.status is None else None for run in runs]
+    # A run that has ended still fills its place in the call.
+    steps = [min(run.step, run.stop.num_steps - 1) for run in runs]
+    rates = [run.schedule(step) for run, step in zip(runs, steps, strict=True)]
+    if isinstance(trainer, Stack):
+        batches = [run.stream.batch(step) for run, step in zip(runs, steps, strict=True)]
+        results = trainer.train_step(batches, rates, [run is not None for run in active])
+    else:
+        batch = runs[0].stream.batch(steps[0], rank=trainer.group.rank, world_size=trainer.group.size)
+        results = [trainer.train_step(batch, rates[0])]
+    for run, result in zip(active, results, strict=True):
+        if run is not None:
             run._pending.append(result)
             run.step += 1
+    return active
 
 
 def _after_step(run: RunState, trainer: Trainer, interrupted: Callable[[], int | None]) -> None:
     last = run.step >= run.stop.num_steps
     evaluate = last or run.step % run.cadence.evaluate == 0
     save = last or run.step % run.cadence.save == 0
+    due = evaluate or save or run.step % run.cadence.report == 0
     stop_now = bool(interrupted())
-    if trainer.world_size > 1 and (evaluate or save or run.step % run.cadence.report == 0):
-        stop_now = bool(trainer.all_sum(np.array([float(stop_now)]))[0])
-    elif trainer.world_size > 1:
-        stop_now = False
-    if not (evaluate or save or stop_now or run.step % run.cadence.report == 0):
+    if not due and (trainer.group.size > 1 or not stop_now):
         return
+    over_time = run.stop.max_seconds is not None and _elapsed(run) > run.stop.max_seconds
+    stop_now, over_time = trainer.group.agree(stop_now, over_time)
     _report(run)
     if run.num_skipped > run.stop.max_skipped:
         run.status, run.reason = "diverged", f"{run.num_skipped} updates were not finite by step {run.step:,}"
         return
     ended = _evaluate(run, trainer) if evaluate else None
-    over_time = run.stop.max_seconds is not None and _elapsed(run) > run.stop.max_seconds
     if ended is not None and not last:
         _end(run, trainer, "stopped", ended)
     elif last:
@@ -298,7 +310,7 @@ def _evaluate(run: RunState, trainer: Trainer) -> str | None:
         "wall_seconds": _elapsed(run),
     }
     run.interval_sums = np.zeros(2)
-    if trainer.rank == 0:
+    if trainer.group.rank == 0:
         run.history.append(row)
     losses = {
         "step": run.step,
@@ -317,7 +329,7 @@ def _evaluate(run: RunState, trainer: Trainer) -> str | None:
     if not too_much and (run.best is None or losses["target_val"] < run.best["target_val"]):
         run.best = losses
         run.evaluations_since_best = 0
-        if trainer.rank == 0:
+        if trainer.group.rank == 0:
             folder = run.folder / "checkpoints" / "best"
             checkpoint.save_checkpoint(folder, trainer, run.model, run.tokenizer, run.checkpoint_state(), with_training_state=False)
     else:
@@ -348,7 +360,7 @@ def _end(run: RunState, trainer: Trainer, status: Status, reason: str) -> None:
 
 def _save(run: RunState, trainer: Trainer) -> None:
     run.elapsed_seconds, run._clock = _elapsed(run), time.perf_counter()
-    if trainer.rank == 0:
+    if trainer.group.rank == 0:
         folder = run.folder / "checkpoints"
         checkpoint.save_checkpoint(
             folder / "last",
@@ -358,7 +370,7 @@ def _save(run: RunState, trainer: Trainer) -> None:
             run.checkpoint_state(),
             with_training_state=True,
         )
-    trainer.barrier()
+    trainer.group.barrier()
     run._rate_mark = (run.step, time.perf_counter())
 
 

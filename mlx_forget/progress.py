@@ -1,15 +1,19 @@
 """What a person or a supervising process sees of long work: a rich bar on a terminal, plain lines elsewhere, a file for supervisors."""
 
+import io
 import json
 import math
 import os
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from mlx_forget.distributed import launched_rank
 from mlx_forget.loop import Report
 
 PROGRESS_FILE = "progress.json"
@@ -21,9 +25,37 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 
 def supervisor() -> int | None:
-    """The process that started this one as part of a sweep, if one did."""
+    """The process whose end should end this one: the launcher of several processes, or the sweep that started this one."""
+    if launched_rank() is not None:
+        return os.getppid()
     number = os.environ.get(SUPERVISOR)
     return None if number is None else int(number)
+
+
+def console() -> Console:
+    """Where a command speaks: standard error; of several processes that a launcher started, rank 0 speaks for all."""
+    rank = launched_rank()
+    if rank is None:
+        return Console(stderr=True)
+    return Console(file=cast(IO[str], _LaunchedStderr()), quiet=rank > 0)
+
+
+class _LaunchedStderr(io.TextIOBase):
+    """Standard error of a process that a launcher reads: once the launcher has gone, what is said is dropped, and the run goes on to
+    write its checkpoint."""
+
+    def write(self, text: str) -> int:
+        self._keep_going(lambda: sys.stderr.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._keep_going(sys.stderr.flush)
+
+    def _keep_going(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def losses_text(row: dict[str, Any]) -> str:

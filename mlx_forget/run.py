@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from mlx_forget.config import (
     schedule,
     to_yaml,
 )
+from mlx_forget.distributed import ALONE, Group
 from mlx_forget.errors import Interrupted, RunFailed, UserError
 from mlx_forget.evaluate import Windows, progress_lost
 from mlx_forget.history import read_history
@@ -42,7 +43,7 @@ from mlx_forget.pipeline.mixture import Mixture, parse_share
 from mlx_forget.pipeline.store import TokenStore
 from mlx_forget.pipeline.tokenizer import Tokenizer
 from mlx_forget.schedule import Schedule
-from mlx_forget.trainer import Precision, Trainer, TrainerSpec, choose_backend, load_backend
+from mlx_forget.trainer import Precision, Trainer, TrainerSpec, choose_backend, join_group, load_backend
 
 
 class NoObserver(Observer):
@@ -71,6 +72,10 @@ class Watch:
     observer: Callable[[str, Path], Observer] = lambda title, folder: NoObserver()
     interrupted: Callable[[], int | None] = lambda: None
 
+    def of(self, group: Group) -> "Watch":
+        """What a process of a group says: rank 0 speaks for all."""
+        return self if group.rank == 0 else Watch(interrupted=self.interrupted)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -80,6 +85,7 @@ class Plan:
         base: the plan of the base model that `init: auto` stands for, or None.
         start: the checkpoint to start from, or None: from scratch, or from `base` once that is trained.
         published: whether each built-in corpus is the one that published numbers were measured on.
+        group: the processes that train this run together.
     """
 
     config: TrainConfig
@@ -97,6 +103,7 @@ class Plan:
     folder: Path
     base: "Plan | None"
     start: Checkpoint | None
+    group: Group = ALONE
 
     def summary(self) -> dict[str, Any]:
         """What the run will be and cost."""
@@ -123,6 +130,8 @@ class Plan:
 def plan_run(config: TrainConfig, *, folder: Path | None = None, watch: Watch | None = None) -> Plan:
     """Resolve and check a run. Corpora and files are tokenised here if they are not yet; nothing is trained.
 
+    Where a launcher started several processes, they join here, and rank 0 prepares the data before the others look.
+
     Raises:
         UserError: anything about the request that cannot work.
     """
@@ -131,6 +140,12 @@ def plan_run(config: TrainConfig, *, folder: Path | None = None, watch: Watch | 
     if backend == "auto":
         backend, reason = choose_backend()
         watch.say(f"Backend {backend}: {reason}.")
+    group = join_group(backend)
+    with group.rank_zero_first():
+        return _plan(config, backend, group, folder, watch.of(group))
+
+
+def _plan(config: TrainConfig, backend: str, group: Group, folder: Path | None, watch: Watch) -> Plan:
     capabilities = load_backend(backend).describe()
     precision: Precision = config.precision if config.precision != "auto" else "bf16" if capabilities.fast_bf16 else "fp32"
     for term, coefficient in enumerate(METHODS[config.method].coefficients):
@@ -139,7 +154,7 @@ def plan_run(config: TrainConfig, *, folder: Path | None = None, watch: Watch | 
 
     base, start = None, None
     if config.init == "auto":
-        base = plan_run(config.base_config(), watch=dataclasses.replace(watch, say=lambda sentence: None))
+        base = _plan(config.base_config(), backend, group, None, dataclasses.replace(watch, say=lambda sentence: None))
         base = dataclasses.replace(base, folder=forget_home() / "bases" / base.folder.name)
         tokenizer, model, base_peak, init = base.tokenizer, base.model, base.schedule.peak, base.run_id
     elif config.init == "scratch":
@@ -194,6 +209,7 @@ def plan_run(config: TrainConfig, *, folder: Path | None = None, watch: Watch | 
         folder=folder or Path("runs") / f"{identifier}-{backend}",
         base=base,
         start=start,
+        group=group,
     )
 
 
@@ -209,49 +225,66 @@ def execute(plan: Plan, *, resume: bool | None = None, watch: Watch | None = Non
         RunFailed: the run diverged.
         Interrupted: a stop was asked for; the run has a checkpoint.
     """
-    watch = watch or Watch()
+    group = plan.group
+    watch = (watch or Watch()).of(group)
     if plan.base is not None:
-        plan = _with_base(plan, watch)
-    _make_folder(plan.folder)
-    with _only_process(plan.folder, wait=wait):
-        record = records.read_record(plan.folder)
+        plan = with_base(plan, watch)
+    with group.together(), only_group(group, plan.folder, wait=wait):
+        with group.rank_zero_first():
+            record, latest = look_into(plan, resume, watch)
         if record is not None:
-            _check_same_run(plan, record["run_id"])
             watch.say(f"This run is done already: {plan.folder / records.RECORD}")
             return record
-        latest, problem = checkpoint.latest_checkpoint(plan.folder / "checkpoints")
-        if problem is not None:
-            watch.say(f"{problem} Going on from the checkpoint before it.")
-        if latest is not None:
-            _check_same_run(plan, latest.state["run_id"])
-            if resume is False:
-                raise UserError(
-                    f"{plan.folder} holds an unfinished run: leave out --no-resume to go on, or choose another --output."
-                )
-        elif resume:
-            raise UserError(f"There is nothing to resume in {plan.folder}.")
-        _write_config(plan)
-        record = _train(plan, latest, watch)
-        records.write_record(plan.folder, record)
-        checkpoint.prune(plan.folder / "checkpoints")
+        with group.rank_zero_first():
+            trainer = load_backend(plan.backend)(trainer_spec(plan))
+        for note in trainer.notes:
+            watch.say(note)
+        run = prepare_run(plan, latest, trainer, watch)
+        drive(trainer, [run], interrupted=watch.interrupted)
+        if run.status == "interrupted":
+            raise Interrupted(f"{run.reason}; the same command goes on from there", signal=watch.interrupted() or 2)
+        record = finish_run(plan, run, trainer)
+        # A launcher ends the others when one process ends with an error: nobody leaves before the record stands.
+        group.barrier()
         if record["status"] == "diverged":
             raise RunFailed(f"The run diverged: {record['reason']}. Its record: {plan.folder / records.RECORD}")
         return record
 
 
-def _train(plan: Plan, latest: Checkpoint | None, watch: Watch) -> dict[str, Any]:
-    config = plan.config
-    trainer = load_backend(plan.backend)(
-        TrainerSpec(
-            model=plan.model,
-            optim=config.optim(),
-            method=METHODS[config.method],
-            runtime=config.runtime(plan.precision),
-            seed=config.seed,
-        )
+def look_into(plan: Plan, resume: bool | None, watch: Watch) -> tuple[dict[str, Any] | None, Checkpoint | None]:
+    """What a run's folder holds already: its record, or else the checkpoint to go on from; writes `config.yaml` into it."""
+    record = records.read_record(plan.folder)
+    if record is not None:
+        _check_same_run(plan, record["run_id"])
+        return record, None
+    latest, problem = checkpoint.latest_checkpoint(plan.folder / "checkpoints")
+    if problem is not None:
+        watch.say(f"{problem} Going on from the checkpoint before it.")
+    if latest is not None:
+        _check_same_run(plan, latest.state["run_id"])
+        if resume is False:
+            raise UserError(f"{plan.folder} holds an unfinished run: leave out --no-resume to go on, or choose another --output.")
+    elif resume:
+        raise UserError(f"There is nothing to resume in {plan.folder}.")
+    if plan.group.rank == 0:
+        _write_config(plan)
+    return None, latest
+
+
+def trainer_spec(plan: Plan) -> TrainerSpec:
+    """What a backend needs to train a planned run."""
+    return TrainerSpec(
+        model=plan.model,
+        optim=plan.config.optim(),
+        method=METHODS[plan.config.method],
+        runtime=plan.config.runtime(plan.precision),
+        seed=plan.config.seed,
     )
-    for note in trainer.notes:
-        watch.say(note)
+
+
+def prepare_run(plan: Plan, latest: Checkpoint | None, trainer: Trainer, watch: Watch) -> RunState:
+    """The state of a planned run, and its weights in the trainer: from its latest checkpoint, else from where it starts."""
+    config = plan.config
     evaluate = config.steps_per_eval or max(1, math.ceil(plan.num_steps / EVALUATIONS_PER_RUN))
     curve = plan.start.state["curve"] if plan.start is not None and plan.start.state["is_pretraining"] else []
     identity = {
@@ -287,14 +320,21 @@ def _train(plan: Plan, latest: Checkpoint | None, watch: Watch) -> dict[str, Any
         trainer.load(latest.weights)
         trainer.load_state(latest.training_state)
         run.resume(latest.state)
-        _check_history(plan.folder / records.HISTORY, latest.state, watch)
+        if plan.group.rank == 0:
+            _check_history(plan.folder / records.HISTORY, latest.state, watch)
         watch.say(f"Resuming at step {run.step:,} of {plan.num_steps:,}.")
     elif plan.start is not None:
         trainer.load(plan.start.weights)
-    drive(trainer, [run], interrupted=watch.interrupted)
-    if run.status == "interrupted":
-        raise Interrupted(f"{run.reason}; the same command goes on from there", signal=watch.interrupted() or 2)
-    return _record(plan, run, trainer)
+    return run
+
+
+def finish_run(plan: Plan, run: RunState, trainer: Trainer, *, stack_size: int = 1) -> dict[str, Any]:
+    """The record of a run that has ended for good, written into its folder by rank 0."""
+    record = _record(plan, run, trainer) | {"stack_size": stack_size}
+    if plan.group.rank == 0:
+        records.write_record(plan.folder, record)
+        checkpoint.prune(plan.folder / "checkpoints")
+    return record
 
 
 def _check_history(path: Path, state: dict[str, Any], watch: Watch) -> None:
@@ -342,6 +382,7 @@ def _record(plan: Plan, run: RunState, trainer: Trainer) -> dict[str, Any]:
         "reason": run.reason,
         "backend": plan.backend,
         "device": trainer.device,
+        "world_size": plan.group.size,
         "precision": plan.precision,
         "config": dataclasses.asdict(config),
         "versions": records.installed_versions(),
@@ -415,11 +456,12 @@ def _same_as_published(name: str, watch: Watch) -> bool:
     return corpus.published
 
 
-def _with_base(plan: Plan, watch: Watch) -> Plan:
+def with_base(plan: Plan, watch: Watch) -> Plan:
     """The plan with its base model trained, by this process or by the one that holds its folder."""
     assert plan.base is not None
     folder = plan.base.folder
-    if records.read_record(folder) is None:
+    (missing,) = plan.group.agree(records.read_record(folder) is None)
+    if missing:
         watch.say(f"Training the base model first; it is kept in {folder}")
         execute(plan.base, watch=watch, wait=True)
     return dataclasses.replace(plan, base=None, start=checkpoint.open_checkpoint(folder / "checkpoints" / "last"))
@@ -465,6 +507,17 @@ def _write_config(plan: Plan) -> None:
     aside = plan.folder / f".{records.CONFIG}.part"
     aside.write_text(to_yaml(plan.config), encoding="utf-8")
     os.replace(aside, plan.folder / records.CONFIG)
+
+
+@contextmanager
+def only_group(group: Group, folder: Path, *, wait: bool) -> Iterator[None]:
+    """Make a run folder and hold it for the processes of a group: rank 0 has the lock, and the others know that it has."""
+    with ExitStack() as held:
+        with group.rank_zero_first():
+            if group.rank == 0:
+                _make_folder(folder)
+                held.enter_context(_only_process(folder, wait=wait))
+        yield
 
 
 @contextmanager

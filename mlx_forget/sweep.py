@@ -26,8 +26,11 @@ from mlx_forget.config import TrainConfig, from_layers, read_yaml, to_yaml
 from mlx_forget.errors import Interrupted, UserError, unknown
 from mlx_forget.progress import PROGRESS_FILE, SUPERVISOR
 from mlx_forget.run import Plan, Watch, plan_run
+from mlx_forget.stacking import Wanted, group_runs
 
 _SECONDS_BETWEEN_POLLS = 0.25
+# The configuration of a run in its folder, as the sweep asked for it.
+REQUESTED = "requested.yaml"
 
 
 @dataclass(frozen=True)
@@ -77,10 +80,11 @@ def read_recipe(path: Path) -> Recipe:
 
 @dataclass
 class Job:
-    """One run of a sweep and the process that trains it."""
+    """One run of a sweep and the process that trains it, alone or with the others of its stack."""
 
     plan: Plan
     title: str
+    log: Path
     process: "subprocess.Popen[bytes] | None" = None
     exit_code: int | None = None
     progress: dict[str, Any] = field(default_factory=dict)
@@ -93,22 +97,25 @@ class Job:
             return "waiting"
         return {0: "done", 130: "interrupted", 143: "interrupted"}.get(self.exit_code, "failed")
 
-    @property
-    def log(self) -> Path:
-        return self.plan.folder / "log.txt"
-
 
 @dataclass(frozen=True)
 class Sweep:
-    """A planned sweep: the runs, and the base models that must be there first."""
+    """A planned sweep: the runs, and the base models that must be there first.
+
+    Args:
+        stacks: the runs again, those together that one process trains as one.
+        notes: why they are together, or not.
+    """
 
     folder: Path
     jobs: list[Job]
     bases: list[Job]
+    stacks: list[list[Job]]
+    notes: list[str]
 
 
 def plan_sweep(recipe: Recipe, folder: Path, *, overrides: Mapping[str, Any] | None = None, watch: Watch | None = None) -> Sweep:
-    """Resolve and check every run.
+    """Resolve and check every run; each is trained alone until `stack_sweep` says otherwise.
 
     Raises:
         UserError: anything that cannot work, or two runs with one id.
@@ -123,13 +130,29 @@ def plan_sweep(recipe: Recipe, folder: Path, *, overrides: Mapping[str, Any] | N
             raise UserError(
                 f"Two runs of the grid are the same run, {plan.run_id}: {jobs[plan.run_id].title} and {_title(config, configs)}."
             )
-        jobs[plan.run_id] = Job(plan, _title(config, configs))
+        jobs[plan.run_id] = Job(plan, _title(config, configs), plan.folder / "log.txt")
         if plan.base is not None:
             bases.setdefault(
                 plan.base.folder,
-                Job(plan.base, f"base {plan.base.config.model}, seed {plan.base.config.seed}"),
+                Job(plan.base, f"base {plan.base.config.model}, seed {plan.base.config.seed}", plan.base.folder / "log.txt"),
             )
-    return Sweep(folder, list(jobs.values()), list(bases.values()))
+    runs = list(jobs.values())
+    return Sweep(folder, runs, list(bases.values()), [[job] for job in runs], [])
+
+
+def stack_sweep(sweep: Sweep, wanted: Wanted, *, num_processes: int) -> Sweep:
+    """The sweep with runs of one shape put together into stacks, where they can be and it pays (see `stacking`).
+
+    Args:
+        wanted: auto, off, or how many at a time.
+        num_processes: stacks that will share the device's memory.
+    """
+    groups, notes = group_runs([job.plan for job in sweep.jobs], wanted, num_processes=num_processes)
+    stacks = [[sweep.jobs[number] for number in numbers] for numbers in groups]
+    for together in stacks:
+        for job in together:
+            job.log = together[0].log
+    return dataclasses.replace(sweep, stacks=stacks, notes=notes)
 
 
 def execute_sweep(
@@ -140,71 +163,79 @@ def execute_sweep(
     on_change: Callable[[list[Job]], None] = lambda jobs: None,
     interrupted: Callable[[], int | None] = lambda: None,
 ) -> list[Job]:
-    """Train what is not done: base models first, then runs, `num_processes` at a time with `num_threads` threads each.
+    """Train what is not done: base models first, then runs or stacks, `num_processes` at a time with `num_threads` threads each.
 
     A single base gets all threads. Returns every job; an interrupted sweep leaves checkpoints and raises Interrupted.
     """
     everything = [*sweep.bases, *sweep.jobs]
-    for stage in (sweep.bases, sweep.jobs):
+    for stage in ([[base] for base in sweep.bases], sweep.stacks):
         if not stage:
             continue
         at_once = min(num_processes, len(stage))
         threads = max(num_threads, num_processes * num_threads // at_once)
         _run_stage(stage, everything, at_once, threads, on_change, interrupted)
-        if any(job.state == "failed" for job in stage):
+        if any(job.state == "failed" for together in stage for job in together):
             break
     return everything
 
 
 def _run_stage(
-    stage: list[Job],
+    stage: list[list[Job]],
     everything: list[Job],
     at_once: int,
     num_threads: int,
     on_change: Callable[[list[Job]], None],
     interrupted: Callable[[], int | None],
 ) -> None:
-    waiting = []
-    for job in stage:
-        if records.read_record(job.plan.folder) is None:
-            waiting.append(job)
-        else:
+    jobs = [job for together in stage for job in together]
+    for job in jobs:
+        if records.read_record(job.plan.folder) is not None:
             job.exit_code = 0
+    waiting = [left for together in stage if (left := [job for job in together if job.exit_code is None])]
     stopping = False
     try:
-        while waiting or any(job.process for job in stage):
+        while waiting or _processes(jobs):
             if interrupted() and not stopping:
                 stopping, waiting = True, []
-                for job in stage:
-                    if job.process is not None:
-                        job.process.send_signal(signal.SIGTERM)
-            while waiting and sum(job.process is not None for job in stage) < at_once:
+                for process in _processes(jobs):
+                    process.send_signal(signal.SIGTERM)
+            while waiting and len(_processes(jobs)) < at_once:
                 _start(waiting.pop(0), num_threads)
-            for job in stage:
+            for job in jobs:
                 _poll(job)
             on_change(everything)
             time.sleep(_SECONDS_BETWEEN_POLLS)
     finally:
-        for job in stage:
-            if job.process is not None:
-                job.process.kill()
+        for process in _processes(jobs):
+            process.kill()
     if stopping:
         raise Interrupted("interrupted; the same command goes on from there", signal=interrupted() or signal.SIGINT)
     on_change(everything)
 
 
-def _start(job: Job, num_threads: int) -> None:
-    folder = job.plan.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    config = folder / "requested.yaml"
-    config.write_text(to_yaml(dataclasses.replace(job.plan.config, num_threads=num_threads)), encoding="utf-8")
-    command = [sys.executable, "-m", "mlx_forget", "train", "--config", str(config), "--output", str(folder)]
+def _processes(jobs: list[Job]) -> "list[subprocess.Popen[bytes]]":
+    """The processes that run, each once."""
+    return list({id(job.process): job.process for job in jobs if job.process is not None}.values())
+
+
+def _start(together: list[Job], num_threads: int) -> None:
+    for job in together:
+        folder = job.plan.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        config = dataclasses.replace(job.plan.config, num_threads=num_threads)
+        (folder / REQUESTED).write_text(to_yaml(config), encoding="utf-8")
+    folders = [str(job.plan.folder) for job in together]
+    command = [sys.executable, "-m", "mlx_forget", "train", "--config", f"{folders[0]}/{REQUESTED}", "--output", folders[0]]
+    for folder_name in folders[1:]:
+        command += ["--stack-with", folder_name]
     environment = {**os.environ, SUPERVISOR: str(os.getpid()), "OMP_NUM_THREADS": str(num_threads), "PYTHONUNBUFFERED": "1"}
-    with job.log.open("ab") as log:
+    with together[0].log.open("ab") as log:
         # A session of its own: a Ctrl-C on the terminal reaches the sweep alone, which passes it on once.
-        job.process = subprocess.Popen(
+        process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
         )
+    for job in together:
+        job.process = process
 
 
 def _poll(job: Job) -> None:
@@ -216,7 +247,10 @@ def _poll(job: Job) -> None:
         job.progress = {}
     code = job.process.poll()
     if code is not None:
-        job.process, job.exit_code = None, 128 - code if code < 0 else code
+        record = records.read_record(job.plan.folder)
+        # A run of a stack may have ended well where another has not.
+        ended_well = record is not None and record["status"] != "diverged"
+        job.process, job.exit_code = None, 0 if ended_well else 128 - code if code < 0 else code
 
 
 def _title(config: TrainConfig, configs: list[TrainConfig]) -> str:

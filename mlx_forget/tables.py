@@ -4,6 +4,7 @@ import csv
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,34 +13,36 @@ import numpy as np
 from mlx_forget.errors import UserError, unknown
 from mlx_forget.laws.forms import COLUMNS
 from mlx_forget.laws.table import Table, missing_column
+from mlx_forget.records import RECORD, SCHEMA_VERSION
 
 READERS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".arrows", ".feather")
-RECORD_VERSION = 1
+# Columns that name things, whatever their names look like: a run id of digits is no number.
+NAMES = ("run", "base")
 
 
 def read_table(path: str | os.PathLike[str], *, mapping: Mapping[str, str] | None = None, response: str = "loss") -> Table:
     """Read a table.
 
     Args:
-        path: a CSV, TSV, JSONL, Parquet or Arrow file, or a folder of runs (anything above `record.json`
-            files).
+        path: a CSV, TSV, JSONL, Parquet or Arrow file, or a folder of runs (anything above `record.json` files).
         mapping: {law column: column of the file, or a number for a constant}.
         response: what `loss` is when the source is run folders: "pretraining" or "target".
 
     Raises:
-        UserError: no such file, unknown kind, no rows, a mapped column that is missing, or text where a
+        UserError: no such file, unknown kind, no rows, no run that can be fitted, a mapped column that is missing, or text where a
             number must be.
     """
     source = Path(path)
+    left_out: Mapping[str, tuple[str, ...]] = {}
     if source.is_dir():
-        rows = record_rows(source, response=response)
+        rows, left_out = read_runs(source, response=response)
     elif not source.is_file():
         raise UserError(f"No table at {source}: give a CSV, Parquet, Arrow or JSONL file, or a folder of runs.")
     else:
         rows = _read_rows(source)
     if not rows:
         raise UserError(f"{source} has no rows.")
-    return table_from_rows(rows, mapping=mapping)
+    return replace(table_from_rows(rows, mapping=mapping), left_out=left_out)
 
 
 def _read_rows(source: Path) -> list[dict[str, Any]]:
@@ -98,12 +101,20 @@ def table_from_rows(rows: Sequence[Mapping[str, Any]], *, mapping: Mapping[str, 
             raise missing_column(source, Table({name: np.empty(0) for name in names}))
     columns: dict[str, np.ndarray] = {}
     labels: dict[str, np.ndarray] = {}
-    run = None
+    # A row that names no run is one of its own.
+    named = {
+        name: np.asarray(
+            [str(value) if value not in (None, "") else f"row {i}" * (name == "run") for i, value in enumerate(raw[name])]
+        )
+        for name in NAMES
+        if name in raw
+    }
     for name, values in raw.items():
-        numbers = [_number(value) for value in values]
-        if name == "run":
-            run = np.asarray([str(value) for value in values])
-        elif all(number is not None for number in numbers):
+        if name in named:
+            continue
+        is_plain = all(type(value) is float or type(value) is int for value in values)
+        numbers = values if is_plain else [_number(value) for value in values]
+        if all(number is not None for number in numbers):
             columns[name] = np.asarray(numbers, dtype=np.float64)
         elif name in COLUMNS:
             bad = [i + 1 for i, number in enumerate(numbers) if number is None]
@@ -116,7 +127,7 @@ def table_from_rows(rows: Sequence[Mapping[str, Any]], *, mapping: Mapping[str, 
             )
         else:
             labels[name] = np.asarray(["" if value is None else str(value) for value in values])
-    return Table(columns, run=run, labels=labels)
+    return Table(columns, run=named.get("run"), base=named.get("base"), labels=labels)
 
 
 def _number(value: Any) -> float | None:
@@ -148,63 +159,94 @@ def parse_share(text: str) -> float:
     return value
 
 
-# ------------------------------------------------------------------------------------------------ our own
-# runs
+# ------------------------------------------------------------------------------------------------ our own runs
 
 
-def record_paths(folder: Path) -> list[Path]:
-    """Every `record.json` at or below a folder, sorted."""
-    return sorted(folder.rglob("record.json"))
-
-
-def record_rows(folder: Path, *, response: str) -> list[dict[str, Any]]:
-    """One row per finished or stopped run below a folder; diverged runs are left out.
+def read_runs(folder: Path, *, response: str) -> tuple[list[dict[str, Any]], dict[str, tuple[str, ...]]]:
+    """One row per run below a folder that can be fitted, and the others: {reason: record files}.
 
     Raises:
-        UserError: no records, an unreadable one, or another schema version.
+        UserError: there is no record, or no run that can be fitted.
     """
-    paths = record_paths(folder)
+    paths = record_files(folder)
     if not paths:
-        raise UserError(f"No record.json below {folder}: give a folder of finished runs, or a table file.")
-    rows = []
+        raise UserError(f"No {RECORD} below {folder}: give a folder of finished runs, or a table file.")
+    rows, left_out = dict[tuple[Any, Any], dict[str, Any]](), dict[str, list[str]]()
     for path in paths:
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            raise UserError(f"{path} is not JSON: the run did not end for good; remove it or run it again.") from None
-        if record.get("schema_version") != RECORD_VERSION:
-            raise UserError(
-                f"{path} has schema version {record.get('schema_version')!r} and this release reads "
-                f"{RECORD_VERSION}: "
-                f"run it again, or use the release that wrote it."
-            )
-        if record.get("status") in ("finished", "stopped") and (record.get("losses") or {}).get("best"):
-            rows.append(record_row(record, response=response))
+        found = read_row(path, response=response)
+        if not isinstance(found, str) and (key := (found["run"], found["backend"])) not in rows:
+            rows[key] = found
+        else:
+            left_out.setdefault(found if isinstance(found, str) else "copied from another folder", []).append(path)
+    reasons = {reason: tuple(sources) for reason, sources in left_out.items()}
     if not rows:
-        raise UserError(f"None of the {len(paths)} runs below {folder} finished: there is nothing to fit.")
-    return rows
+        raise UserError(f"None of the {len(paths)} runs below {folder} can be fitted: {'; '.join(describe_left_out(reasons))}.")
+    return list(rows.values()), reasons
+
+
+def record_files(folder: Path) -> list[str]:
+    """The path of every record at or below a folder, sorted; a run folder's own folders are not searched."""
+    found, waiting = [], [str(folder)]
+    while waiting:
+        here = waiting.pop()
+        with os.scandir(here) as entries:
+            known = list(entries)
+        if any(entry.name == RECORD for entry in known):
+            found.append(os.path.join(here, RECORD))
+        else:
+            waiting.extend(entry.path for entry in known if entry.is_dir(follow_symlinks=False))
+    return sorted(found)
+
+
+def describe_left_out(left_out: Mapping[str, Sequence[str]]) -> list[str]:
+    """What a table left out, one phrase per reason."""
+    phrases = []
+    for reason, sources in left_out.items():
+        shown = ", ".join(str(source) for source in sources[:3]) + (", ..." if len(sources) > 3 else "")
+        phrases.append(f"{len(sources)} {reason} ({shown})")
+    return phrases
+
+
+def read_row(path: str, *, response: str) -> dict[str, Any] | str:
+    """The law columns of a record, or why it cannot be fitted, as a phrase that follows its number."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            record = json.loads(file.read())
+        version = record["schema_version"]
+    except (ValueError, KeyError, TypeError, OSError):
+        return "damaged or not of this tool"
+    if version != SCHEMA_VERSION:
+        return f"of record schema {version}, where this release reads {SCHEMA_VERSION}"
+    try:
+        if record["status"] not in ("finished", "stopped"):
+            return str(record["status"])
+        if record.get("init") == "scratch" and response != "loss":
+            return "pretrained from scratch, where nothing could be forgotten"
+        row = record_row(record, response=response)
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return "damaged or not of this tool"
+    missing = [name for name in ("N", "D", "loss", *(["L0"] if response == "pretraining" else [])) if row[name] is None]
+    return f"without {' and '.join(missing)}" if missing else row
 
 
 def record_row(record: Mapping[str, Any], *, response: str) -> dict[str, Any]:
-    """The law columns of one record: N, D (unique target tokens), p as served, L0, loss at the best target
-    validation loss.
-    """
-    sources: Mapping[str, Mapping[str, Any]] = record.get("data") or {}
-    target = {name: source for name, source in sources.items() if source.get("role") == "target"}
-    replayed = {name: source for name, source in sources.items() if source.get("role") in ("pretrain", "replay")}
+    """The law columns of one record: N, D (unique target tokens), p as served, L0, loss at the best target validation loss."""
+    sources: Mapping[str, Mapping[str, Any]] = record["data"]
+    target = {name: source for name, source in sources.items() if source["role"] == "target"}
+    replayed = [source for source in sources.values() if source["role"] in ("pretrain", "replay")]
     seen = _total(sources.values(), "tokens_seen")
-    losses = record["losses"]
-    best, start = losses["best"], losses.get("start") or {}
+    best, start = record["losses"]["best"], record["losses"].get("start") or {}
     return {
-        "N": record.get("num_params"),
-        "D": _total(target.values(), "unique_tokens"),
-        "p": _total(replayed.values(), "tokens_seen") / seen if seen else float("nan"),
-        "P": record.get("num_trainable_params", record.get("num_params")),
-        "steps": best.get("step"),
+        "N": record["num_params"],
+        "D": _total(target.values(), "unique_tokens") or None,
+        "p": _total(replayed, "tokens_seen") / seen if seen else float("nan"),
+        "P": record.get("num_trainable_params", record["num_params"]),
+        "steps": best["step"],
         "L0": start.get("pretrain_val"),
-        "L_ft": best.get("target_val"),
-        "loss": best.get("target_val") if response == "target" else best.get("pretrain_val"),
-        "run": record.get("run_id"),
+        "L_ft": best["target_val"],
+        "loss": best["target_val"] if response == "target" else best["pretrain_val"],
+        "run": record["run_id"],
+        "base": record.get("init"),
         "domain": "+".join(sorted(target)),
         "backend": record.get("backend"),
         "seed": record.get("seed"),

@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import platform
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_forget.comparison import Comparison
+from mlx_forget.distributed import ALONE, Group, launched_rank, launcher
 from mlx_forget.errors import UserError, unknown
 from mlx_forget.ladder import ModelSpec
 from mlx_forget.methods import NUM_SOURCES, NUM_TERMS, MethodSpec
@@ -31,6 +33,7 @@ __all__ = [
     "ModelSpec",
     "OptimSpec",
     "RuntimeSpec",
+    "Stack",
     "StepReading",
     "StepResult",
     "Trainer",
@@ -177,11 +180,15 @@ def unpack_step(packed: npt.NDArray[np.float64], counts: npt.NDArray[np.float64]
 class Trainer(ABC):
     """One model, its optimiser and its frozen reference, behind a short list of verbs."""
 
-    rank: int = 0
-    world_size: int = 1
+    group: Group = ALONE
 
     @abstractmethod
     def __init__(self, spec: TrainerSpec) -> None: ...
+
+    @classmethod
+    def join(cls) -> Group:
+        """The processes that a launcher started for this run; waits until all are there. One process is a group of its own."""
+        return ALONE
 
     @classmethod
     @abstractmethod
@@ -236,43 +243,51 @@ class Trainer(ABC):
     ) -> npt.NDArray[np.int32]:
         """Continue int32[B, P] prompts by inverse-CDF sampling with uniforms `u` float64[B, T]; returns int32[B, T]."""
 
+    @classmethod
+    def memory_bytes(cls) -> int | None:
+        """What a run can use of the memory of a device of its own; None where it shares the host's."""
+        return None
+
     @abstractmethod
     def peak_memory_bytes(self) -> int:
         """Highest memory use so far: of the device where it has its own, else of the process."""
 
-    def members(self, count: int) -> "list[Trainer]":
-        """A stack of `count` models as single ones, for evaluation and saving; an ordinary trainer is a stack of one."""
-        assert count == 1, "this backend does not stack"
-        return [self]
-
-    def train_stack(self, batches: list[Batch], learning_rates: list[float], active: list[bool]) -> list[StepResult]:
-        """One step of each active member of a stack (capability `stack`)."""
+    @classmethod
+    def stack(cls, spec: TrainerSpec, seeds: Sequence[int]) -> "Stack":
+        """Models of one shape that train as one, the weights of each initialised from its seed (capability `stack`)."""
         raise UserError("This backend cannot train several runs as one: start them one by one.")
 
-    def all_sum(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """Sum over ranks."""
-        return values
 
-    def broadcast(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """Rank 0's values."""
-        return values
+class Stack(ABC):
+    """Models of one shape that train as one: a step of all of them is one pass of batched products.
 
-    def barrier(self) -> None:  # noqa: B027 - one device has nothing to wait for
-        """Wait for every rank."""
+    Args:
+        members: each model as a trainer of its own, for evaluation, saving and loading; its state is that within the stack.
+    """
+
+    members: Sequence[Trainer]
+
+    @abstractmethod
+    def train_step(self, batches: Sequence[Batch], learning_rates: Sequence[float], active: Sequence[bool]) -> list[StepResult]:
+        """One optimiser step of each active member, on its own batch at its own rate; the results of the others mean nothing.
+
+        All batches have one shape. A member that is no longer active stays as it is and never becomes active again.
+        """
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A row of the registry: where the trainer is, what it needs, and how to get that."""
+    """A row of the registry: where the trainer is, what it needs, how to get that, and what starts it as several processes."""
 
     trainer: str
     requires: str
     install: str
+    launcher: str = "its own launcher"
 
 
 BACKENDS: dict[str, Backend] = {
-    "mlx": Backend("mlx_forget.mlx_backend.trainer:MLXTrainer", "mlx.core", "pip install 'mlx-forget[mlx]'"),
-    "cuda": Backend("cuda_backend.trainer:TorchTrainer", "torch", "pip install 'mlx-forget[cuda]'"),
+    "mlx": Backend("mlx_forget.mlx_backend.trainer:MLXTrainer", "mlx.core", "pip install 'mlx-forget[mlx]'", "mlx.launch"),
+    "cuda": Backend("cuda_backend.trainer:TorchTrainer", "torch", "pip install 'mlx-forget[cuda]'", "torchrun"),
 }
 ENTRY_POINT_GROUP = "mlx_forget.backends"
 
@@ -322,6 +337,19 @@ def load_backend(name: str) -> type[Trainer]:
             external: type[Trainer] = entry.load()
             return external
     raise unknown("backend", name, ["auto", *backend_names()])
+
+
+def join_group(name: str) -> Group:
+    """The processes of this run as a backend joins them.
+
+    Raises:
+        UserError: the process was launched by a launcher that this backend does not understand.
+    """
+    group = load_backend(name).join()
+    if group.size == 1 and launched_rank():
+        started_by = BACKENDS[name].launcher if name in BACKENDS else "its own launcher"
+        raise UserError(f"Backend {name!r} cannot join processes that {launcher()} started: start them with {started_by}.")
+    return group
 
 
 def _installed(module: str) -> bool:

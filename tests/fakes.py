@@ -1,5 +1,7 @@
 """A NumPy bigram model behind the trainer interface: loop, sweep and command-line tests take milliseconds with it."""
 
+from dataclasses import replace
+
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
@@ -8,6 +10,7 @@ from mlx_forget.methods import NUM_SOURCES, NUM_TERMS
 from mlx_forget.trainer import (
     Capabilities,
     Comparison,
+    Stack,
     StepResult,
     Trainer,
     TrainerSpec,
@@ -46,7 +49,11 @@ class BigramTrainer(Trainer):
 
     @classmethod
     def describe(cls):
-        return Capabilities(precisions=("fp32",), terms=(0, 1), sample=True, bitwise_resume=True)
+        return Capabilities(precisions=("fp32",), terms=(0, 1), sample=True, stack=True, bitwise_resume=True)
+
+    @classmethod
+    def stack(cls, spec, seeds):
+        return BigramStack(spec, seeds)
 
     @property
     def device(self):
@@ -137,3 +144,14 @@ class BigramTrainer(Trainer):
 
     def peak_memory_bytes(self):
         return self.weight.nbytes
+
+
+class BigramStack(Stack):
+    """Tables side by side."""
+
+    def __init__(self, spec, seeds):
+        self.members = [BigramTrainer(replace(spec, seed=seed)) for seed in seeds]
+
+    def train_step(self, batches, learning_rates, active):
+        steps = zip(self.members, batches, learning_rates, active, strict=True)
+        return [member.train_step(batch, rate) if on else None for member, batch, rate, on in steps]

@@ -202,10 +202,59 @@ def test_a_non_finite_update_is_divergence_unless_allowed(subsets, tmp_path, all
     assert found.state["num_skipped"] == allowed
 
 
-def test_two_runs_in_a_list_need_a_backend_that_stacks(subsets, tmp_path):
-    runs = [make_run(subsets, tmp_path / name) for name in "ab"]
-    with pytest.raises(AssertionError, match="does not stack"):
-        drive(make_trainer(), runs)
+def stacked_runs(subsets, folder):
+    """Three runs that differ in share, length, rate and seed, and the same three once more to be trained one by one."""
+    options = [{"p": "10%", "num_steps": 40}, {"p": "0", "num_steps": 25, "seed": 3}, {"p": "30%", "num_steps": 40, "seed": 5}]
+    runs = [make_run(subsets, folder / str(k), **values) for k, values in enumerate(options)]
+    for run, peak in zip(runs, (1e-2, 5e-3, 2e-2), strict=True):
+        run.schedule = dataclasses.replace(run.schedule, peak=peak)
+    return runs
+
+
+def make_stack(count=3):
+    return BigramTrainer.stack(TrainerSpec(model=SPEC), [0] * count)
+
+
+def test_runs_of_a_stack_end_as_if_each_had_been_alone(subsets, tmp_path):
+    together, alone = stacked_runs(subsets, tmp_path / "together"), stacked_runs(subsets, tmp_path / "alone")
+    ended = []
+    drive(make_stack(), together, ended=lambda run: ended.append((together.index(run), run.status)))
+    for run in alone:
+        drive(make_trainer(), [run])
+    assert ended == [(1, "finished"), (0, "finished"), (2, "finished")]
+    for left, right in zip(together, alone, strict=True):
+        assert science_of(left.folder) == science_of(right.folder)
+        assert (left.best, left.last, left.step) == (right.best, right.last, right.step)
+
+
+def test_a_run_of_a_stack_that_diverges_stops_alone(subsets, tmp_path):
+    together, alone = stacked_runs(subsets, tmp_path / "together"), stacked_runs(subsets, tmp_path / "alone")
+    stack = make_stack()
+    stack.members[2].spoil_step = 13
+    drive(stack, together)
+    assert [run.status for run in together] == ["finished", "finished", "diverged"]
+    assert together[2].step == 15
+    for left, right in zip(together[:2], alone[:2], strict=True):
+        drive(make_trainer(), [right])
+        assert science_of(left.folder) == science_of(right.folder)
+
+
+def test_an_interrupted_stack_goes_on_each_run_from_its_own_step(subsets, tmp_path):
+    straight = stacked_runs(subsets, tmp_path / "straight")
+    drive(make_stack(), straight)
+    broken = stacked_runs(subsets, tmp_path / "broken")
+    drive(make_stack(), broken, interrupted=Interrupt(40))
+    assert {run.status for run in broken} == {"interrupted"}
+    assert len({run.step for run in broken}) == 2, "the runs must be at different steps, or the test shows less"
+    again, stack = stacked_runs(subsets, tmp_path / "broken"), make_stack()
+    for run, member in zip(again, stack.members, strict=True):
+        found, _ = checkpoint.latest_checkpoint(run.folder / "checkpoints")
+        member.load(found.weights)
+        member.load_state(found.training_state)
+        run.resume(json.loads(json.dumps(found.state)))
+    drive(stack, again)
+    for left, right in zip(again, straight, strict=True):
+        assert science_of(left.folder) == science_of(right.folder)
 
 
 def test_schedules_are_pure_functions_of_the_step():

@@ -69,6 +69,44 @@ def test_an_interrupted_sweep_ends_with_the_numbers_of_an_uninterrupted_one(done
     assert losses(tmp_path / "s") == losses(done[0])
 
 
+def test_a_stacked_sweep_ends_with_the_losses_of_one_by_one(done, tmp_path):
+    result = subprocess.run(sweep(tmp_path / "s", "--stack", "2"), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "Up to 2 runs of one shape are trained as one." in result.stderr
+    stacked, alone = losses(tmp_path / "s"), losses(done[0])
+    assert set(stacked) == set(alone)
+    for run_id, rows in alone.items():
+        for name, row in rows.items():
+            for key, value in row.items():
+                assert stacked[run_id][name][key] == pytest.approx(value, abs=1e-4), (run_id, name, key)
+    sizes = [json.loads(path.read_text())["stack_size"] for path in (tmp_path / "s").glob("*/record.json")]
+    assert sizes == [2, 2]
+
+
+@pytest.mark.full
+def test_an_interrupted_stacked_sweep_goes_on_one_by_one(done, tmp_path):
+    process = subprocess.Popen(sweep(tmp_path / "s", "--stack", "2"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for _ in range(600):
+        if len(list((tmp_path / "s").glob("*/checkpoints/last"))) == 2:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert not losses(tmp_path / "s"), "the sweep ended before it could be interrupted"
+    result = subprocess.run(sweep(tmp_path / "s", "--stack", "off"), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for run_id, rows in losses(done[0]).items():
+        assert losses(tmp_path / "s")[run_id]["best"]["target_val"] == pytest.approx(rows["best"]["target_val"], abs=1e-4)
+
+
+@pytest.mark.parametrize("value", ["0", "many", "-3"])
+def test_a_wrong_stack_size_is_refused(run_forget, value):
+    code, _, err = run_forget("sweep", "figure1", f"--stack={value}", "--dry-run")
+    assert code == 2
+    assert "--stack takes auto, off or a number of runs" in err
+
+
 def test_figure1_draws_writes_and_prints_what_the_runs_say(done, tmp_path, run_forget):
     folder, _ = done
     code, out, err = run_forget("plot", folder, "--output", tmp_path, "--name", "f", "--json")
@@ -130,6 +168,8 @@ def test_a_dry_run_prints_every_run_and_trains_nothing(run_forget, tmp_path):
     assert len(rows) == 5
     assert all(row["num_tokens"] > 0 and row["train_flops"] > 0 for row in rows)
     assert not (tmp_path / "s").exists()
+    _, out, _ = run_forget("sweep", "figure1", "--output", tmp_path / "s", "--dry-run", "--stack", "4", "--json")
+    assert [len(run_ids) for run_ids in json.loads(out)["stacks"]] == [4]
 
 
 def test_the_recipe_that_comes_with_the_package_is_found_by_name():

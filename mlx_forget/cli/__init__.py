@@ -13,7 +13,7 @@ import typer
 import typer.core
 
 from mlx_forget.cli.signals import interruptible
-from mlx_forget.errors import Interrupted, RunFailed, UserError
+from mlx_forget.errors import Interrupted, LeaderFailed, RunFailed, UserError, exit_code
 
 # name -> (module with a Typer `app`, one line of help)
 COMMANDS = {
@@ -30,9 +30,9 @@ COMMANDS = {
         "mlx_forget.cli.plot",
         "Draw Figure 1 from the runs of a sweep, and print what is read at the minimum.",
     ),
-    "fit": ("mlx_forget.cli.laws", "Fit a law to a table of runs: parameters with honest intervals, and what not to trust."),
-    "predict": ("mlx_forget.cli.laws", "Predict a loss, or the forgetting, from a fit.json."),
-    "advise": ("mlx_forget.cli.laws", "The smallest p (or the largest D, the smallest N) that keeps forgetting under a budget."),
+    "fit": ("mlx_forget.cli.fit", "Fit a law to a table of runs: parameters with honest intervals, and what not to trust."),
+    "predict": ("mlx_forget.cli.predict", "Predict a loss, or the forgetting, from a fit.json."),
+    "advise": ("mlx_forget.cli.advise", "The smallest p (or the largest D, the smallest N) that keeps forgetting under a budget."),
     "laws": ("mlx_forget.cli.laws", "The laws that can be fitted: formula, columns, parameters, source."),
     "doctor": ("mlx_forget.cli.doctor", "What this machine can run, and what is missing."),
 }
@@ -91,10 +91,12 @@ def _run(arguments: list[str], *, debug: bool) -> int:
         if debug:
             raise
         _say(str(error))
-        return 2 if isinstance(error, UserError) else 1
+        return exit_code(error)
     except Interrupted as error:
         _say(str(error))
-        return 128 + error.signal
+        return exit_code(error)
+    except LeaderFailed as error:
+        return error.code
     except BrokenPipeError:
         # Whoever read our output has gone; nothing more can be said there.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from mlx_forget.stacking import Wanted
     from mlx_forget.sweep import Job, Sweep
 
 app = typer.Typer()
@@ -25,6 +26,9 @@ def sweep(
     ] = None,
     jobs: Annotated[int | None, typer.Option(help="Runs side by side. \\[default: one a core; one on a GPU]")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads a run. \\[default: 1, or the cores on a GPU]")] = None,
+    stack: Annotated[
+        str | None, typer.Option(help="Train this many runs of one shape as one; off, or auto: where it pays. \\[default: auto]")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print every run and its cost; train nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as one JSON object.")] = False,
 ) -> None:
@@ -42,7 +46,7 @@ def sweep(
     from mlx_forget.progress import Preparation
     from mlx_forget.resources import recipe as find_recipe
     from mlx_forget.run import Watch
-    from mlx_forget.sweep import default_processes, execute_sweep, plan_sweep, read_recipe
+    from mlx_forget.sweep import default_processes, execute_sweep, plan_sweep, read_recipe, stack_sweep
 
     console = Console(stderr=True)
 
@@ -52,12 +56,18 @@ def sweep(
     read = read_recipe(find_recipe(recipe))
     folder = output or Path("runs") / read.name
     watch = Watch(say=say, progress=Preparation(console))
-    planned = plan_sweep(read, folder, overrides=_parse(settings or []), watch=watch)
+    overrides = _parse(settings or [])
+    wanted = _wanted(stack)
+    planned = plan_sweep(read, folder, overrides=overrides, watch=watch)
+    on_gpu = _uses_gpu(planned)
+    num_processes = jobs or (1 if on_gpu else min(default_processes(), len(planned.jobs)))
+    planned = stack_sweep(planned, wanted, num_processes=num_processes)
     if dry_run:
         _print_plan(planned, as_json=as_json)
         return
-    on_gpu = _uses_gpu(planned)
-    num_processes = jobs or (1 if on_gpu else min(default_processes(), len(planned.jobs)))
+    if stack is not None or on_gpu:
+        for note in planned.notes:
+            say(note)
     num_threads = threads or max(1, (os.cpu_count() or 1) // num_processes)
     watcher = _Watcher(console)
     with graceful_stop(say) as interrupted:
@@ -153,6 +163,19 @@ def _parse(settings: list[str]) -> dict[str, Any]:
     return values
 
 
+def _wanted(stack: str | None) -> "Wanted":
+    """`--stack`: auto, off, or a number of runs."""
+    from mlx_forget.errors import UserError
+
+    if stack is None or stack == "auto":
+        return "auto"
+    if stack in ("off", "1"):
+        return "off"
+    if not stack.isdigit() or int(stack) < 1:
+        raise UserError(f"--stack takes auto, off or a number of runs, not {stack!r}.")
+    return int(stack)
+
+
 def _uses_gpu(planned: "Sweep") -> bool:
     from mlx_forget.trainer import load_backend
 
@@ -162,8 +185,9 @@ def _uses_gpu(planned: "Sweep") -> bool:
 
 def _print_plan(planned: "Sweep", *, as_json: bool) -> None:
     summaries = [{"title": job.title, **job.plan.summary()} for job in (*planned.bases, *planned.jobs)]
+    stacks = [[job.plan.run_id for job in together] for together in planned.stacks if len(together) > 1]
     if as_json:
-        print(json.dumps({"folder": str(planned.folder), "runs": summaries}))
+        print(json.dumps({"folder": str(planned.folder), "runs": summaries, "stacks": stacks, "notes": planned.notes}))
         return
     for row in summaries:
         print(
@@ -173,6 +197,10 @@ def _print_plan(planned: "Sweep", *, as_json: bool) -> None:
     print(
         f"{len(summaries)} runs, {sum(row['num_tokens'] for row in summaries):,} tokens, {sum(row['train_flops'] for row in summaries):.2e} FLOPs"
     )
+    for run_ids in stacks:
+        print(f"trained as one: {', '.join(run_ids)}")
+    for note in planned.notes:
+        print(note)
 
 
 def _last_line(path: Path) -> str:

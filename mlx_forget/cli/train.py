@@ -3,12 +3,15 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mlx_forget.cli.options import given, with_options
 from mlx_forget.config import TrainConfig, from_layers, read_yaml, scale_defaults
+
+if TYPE_CHECKING:
+    from mlx_forget.run import Watch
 
 app = typer.Typer()
 
@@ -24,6 +27,9 @@ def train(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would run, train nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record (or the dry run) as one JSON object.")] = False,
+    stack_with: Annotated[
+        list[Path] | None, typer.Option(hidden=True, help="Run folders of a sweep to train as one with this run.")
+    ] = None,
     **values: Any,
 ) -> None:
     """Pretrain or finetune a model.
@@ -33,15 +39,18 @@ def train(
 
     Example: forget train --target notes.txt --p 1% --iters 300
     """
-    from rich.console import Console
+    import os
 
     from mlx_forget.cli.signals import graceful_stop
-    from mlx_forget.progress import Preparation, RunProgress, supervisor
+    from mlx_forget.progress import SUPERVISOR, Preparation, RunProgress, supervisor
+    from mlx_forget.progress import console as make_console
     from mlx_forget.run import Watch, execute, plan_run
 
-    console = Console(stderr=True)
+    console = make_console()
     from_file = read_yaml(config) if config is not None else {}
-    resolved = from_layers(TrainConfig, scale_defaults(), from_file, given(values))
+    # A sweep asks for complete configurations: nothing is laid under them.
+    supervised = SUPERVISOR in os.environ
+    resolved = from_layers(TrainConfig, {} if supervised else scale_defaults(), from_file, given(values))
 
     watched: list[RunProgress] = []
 
@@ -54,22 +63,45 @@ def train(
 
     with graceful_stop(say, supervisor=supervisor()) as interrupted:
         watch = Watch(say=say, progress=Preparation(console), observer=observer, interrupted=interrupted)
+        if stack_with:
+            assert output is not None
+            _train_stack([output, *stack_with], watch)
+            return
         plan = plan_run(resolved, folder=output, watch=watch)
         if dry_run:
-            _print_plan(plan.summary(), as_json=as_json)
+            if plan.group.rank == 0:
+                _print_plan(plan.summary(), as_json=as_json)
             return
         try:
             # The runs of a sweep that was killed may still be writing their last checkpoint.
-            record = execute(plan, resume=resume, watch=watch, wait=supervisor() is not None)
+            record = execute(plan, resume=resume, watch=watch, wait=supervised)
         finally:
             for progress in watched:
                 progress.close()
+    if plan.group.rank:
+        return
     if as_json:
         json.dump(record, sys.stdout)
         sys.stdout.write("\n")
     else:
         _print_record(record)
     say(f"Record: {plan.folder / 'record.json'}")
+
+
+def _train_stack(folders: "list[Path]", watch: "Watch") -> None:
+    """Train the runs that a sweep has asked for in these folders as one."""
+    import dataclasses
+
+    from mlx_forget.run import plan_run
+    from mlx_forget.stacking import execute_stack
+    from mlx_forget.sweep import REQUESTED
+
+    quiet = dataclasses.replace(watch, say=lambda sentence: None)
+    plans = [
+        plan_run(from_layers(TrainConfig, read_yaml(folder / REQUESTED)), folder=folder, watch=quiet if number else watch)
+        for number, folder in enumerate(folders)
+    ]
+    execute_stack(plans, watch=watch, wait=True)
 
 
 def _print_plan(summary: dict[str, Any], *, as_json: bool) -> None:

@@ -1,8 +1,7 @@
-"""From a forgetting law to a decision: the smallest p, the largest D, the smallest N that keep forgetting
-under a budget.
+"""From a forgetting law to a decision: the smallest p, the largest D, the smallest N that keep forgetting under a budget.
 
-Every answer holds with a stated confidence: the budget is compared with an upper quantile of the law's draws,
-    not with its central value. An answer far outside the data is refused unless asked for.
+Every answer holds with a stated confidence: the budget is compared with an upper quantile of the law's draws, not with its central value.
+An answer far outside the data is refused unless asked for.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,6 +14,8 @@ from mlx_forget.laws.forms import Array
 from mlx_forget.laws.predictor import Predictor, describe_distance
 
 SHARE_COLUMNS = ("p", "r", "R")
+# How far outside the data an answer may lie where extrapolation is allowed.
+FARTHEST = 1e6
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,12 @@ class Advice:
         question: in words.
         answer: the number, or None where no value in reach meets the budget.
         unknown: which column was solved for: "p", "D" or "N".
-        columns: the run advised, as law columns.
+        columns: the run advised, as law columns; where there is no answer, the furthest one that was tried.
         expected: central forgetting there, nats.
         upper: forgetting that is not exceeded with the asked confidence, nats.
         without_replay: central forgetting at p = 0, nats; NaN where the law has no p.
-        cost: of the run advised.
-        distance: how far outside the data the run lies, in words, or "".
+        cost: of that run.
+        distance: how far outside the data it lies, in words, or "".
         words: the answer in a sentence.
     """
 
@@ -123,7 +124,7 @@ def _upper(predictor: Predictor, columns: Mapping[str, float], confidence: float
     return float(predictor.upper({**columns, "L0": 0.0}, confidence=confidence)[0])
 
 
-def _solve(is_fine: Callable[[float], bool], fine_end: float, bad_end: float, *, log: bool) -> float:
+def _bisect(is_fine: Callable[[float], bool], fine_end: float, bad_end: float, *, log: bool) -> float:
     """The last fine value between a fine and a bad end, to 0.1%, by bisection."""
     for _ in range(60):
         middle = float(np.sqrt(fine_end * bad_end)) if log else (fine_end + bad_end) / 2
@@ -136,184 +137,122 @@ def _solve(is_fine: Callable[[float], bool], fine_end: float, bad_end: float, *,
     return fine_end
 
 
-def _finish(
-    predictor: Predictor,
-    question: str,
-    unknown: str,
-    answer: float | None,
-    columns: dict[str, float],
-    options: AdviceOptions,
-    epochs: float,
-    words: str,
-) -> Advice:
-    expected = float(predictor.forgetting(columns)[0])
-    upper = _upper(predictor, columns, options.confidence)
-    bare = float(predictor.forgetting({**columns, "p": 0.0})[0]) if "p" in predictor.law.columns else float("nan")
-    text = refuse_distance(predictor, columns, options)
-    if predictor.unidentified:
-        names = ", ".join(predictor.unidentified)
-        words += f" Do not rely on it: {names} {'is' if len(predictor.unidentified) == 1 else 'are'} not determined by these runs."
-    if not len(predictor.draws):
-        words += " The fit carries no draws, so this is the central value without confidence: fit with --bootstrap."
-    if text:
-        words += f" Outside the data: {text}."
-    return Advice(
-        question,
-        answer,
-        unknown,
-        columns,
-        expected,
-        upper,
-        bare,
-        run_cost(columns, epochs=epochs),
-        text,
-        words,
-    )
+@dataclass(frozen=True)
+class Unknown:
+    """What can be solved for: its extreme in words, and what else lowers forgetting."""
+
+    extreme: str
+    remedy: str
 
 
-def _need_forgetting(predictor: Predictor, *needed: str) -> None:
-    if "L0" not in predictor.law.columns:
-        raise UserError(f"{predictor.law.name} predicts no forgetting (it reads no L0): advise from a forgetting law.")
-    for column in needed:
-        if column not in predictor.law.columns:
-            raise UserError(f"{predictor.law.name} does not know {column}, so it cannot be solved for.")
+UNKNOWNS = {
+    "p": Unknown("smallest p", "take fewer tokens or a larger model"),
+    "D": Unknown("largest D", "raise p or take a larger model"),
+    "N": Unknown("smallest N", "raise p or take fewer tokens"),
+}
 
 
-def smallest_share(
+def solve(
     predictor: Predictor,
     columns: Mapping[str, float],
+    unknown: str,
     *,
     max_forgetting: float,
     options: AdviceOptions = DEFAULTS,
     epochs: float = 1.0,
 ) -> Advice:
-    """The smallest p whose forgetting stays within the budget with the asked confidence.
+    """The smallest p, the largest D or the smallest N whose forgetting stays within the budget with the asked confidence.
 
     Args:
         predictor: of a forgetting law.
-        columns: the run's other columns (N, D).
+        columns: the run's other columns.
+        unknown: "p", "D" or "N".
         max_forgetting: the budget, nats.
         options: confidence and distances.
         epochs: passes over the target tokens, for the cost.
 
     Raises:
-        UserError: not a forgetting law, B is not determined, or the question is too far outside the data.
+        UserError: not a forgetting law, no two values of p, or the question is too far outside the data.
     """
-    _need_forgetting(predictor, "p")
-    _positive_budget(max_forgetting)
-    if "B" in predictor.unidentified:
-        raise UserError(f"The fit cannot say what p does: {predictor.unidentified['B']}. Run one more, at p = 1%, and fit again.")
-    question = f"smallest p with forgetting <= {max_forgetting:g} nats at {100 * options.confidence:g}% confidence"
-    base = {name: float(value) for name, value in columns.items()}
-    known = 1.0 if options.allow_extrapolation else predictor.data_range["p"][1] * options.max_share_distance
-    limit = min(options.max_share, max(known, 1e-6))
-
-    def is_fine(share: float) -> bool:
-        return _upper(predictor, {**base, "p": share}, options.confidence) <= max_forgetting
-
-    if is_fine(0.0):
-        return _finish(
-            predictor,
-            question,
-            "p",
-            0.0,
-            {**base, "p": 0.0},
-            options,
-            epochs,
-            f"No replay is needed: forgetting stays below {max_forgetting:g} nats at p = 0.",
-        )
-    if not is_fine(limit):
-        advice = _finish(predictor, question, "p", None, {**base, "p": limit}, options, epochs, "")
-        words = (
-            f"No p up to {100 * limit:.3g}% keeps forgetting within {max_forgetting:g} nats with "
-            f"{100 * options.confidence:g}% confidence "
-            f"(at that p: {advice.expected:.3g}, at most {advice.upper:.3g}): take fewer tokens or a "
-            "larger model."
-        )
-        return Advice(**{**advice.__dict__, "words": words + advice.words})
-    share = _solve(is_fine, limit, 0.0, log=False)
-    chosen = {**base, "p": share}
-    cost = run_cost(chosen, epochs=epochs)
-    words = (
-        f"Mix in p = {100 * share:.3g}%: forgetting stays within {max_forgetting:g} nats with "
-        f"{100 * options.confidence:g}% confidence, "
-        f"for {100 * cost.overhead:.2g}% more tokens."
-    )
-    return _finish(predictor, question, "p", share, chosen, options, epochs, words)
-
-
-def largest_data(
-    predictor: Predictor,
-    columns: Mapping[str, float],
-    *,
-    max_forgetting: float,
-    options: AdviceOptions = DEFAULTS,
-    epochs: float = 1.0,
-) -> Advice:
-    """The largest D whose forgetting stays within the budget; arguments and errors as `smallest_share`."""
-    return _extreme(predictor, columns, "D", max_forgetting, options, epochs)
-
-
-def smallest_model(
-    predictor: Predictor,
-    columns: Mapping[str, float],
-    *,
-    max_forgetting: float,
-    options: AdviceOptions = DEFAULTS,
-    epochs: float = 1.0,
-) -> Advice:
-    """The smallest N whose forgetting stays within the budget; arguments and errors as `smallest_share`."""
-    return _extreme(predictor, columns, "N", max_forgetting, options, epochs)
-
-
-def _positive_budget(max_forgetting: float) -> None:
-    if not max_forgetting > 0:
+    if "L0" not in predictor.law.columns:
+        raise UserError(f"{predictor.law.name} predicts no forgetting (it reads no L0): advise from a forgetting law.")
+    if unknown not in predictor.law.columns:
+        raise UserError(f"{predictor.law.name} does not know {unknown}, so it cannot be solved for.")
+    if not (max_forgetting > 0 and np.isfinite(max_forgetting)):
         raise UserError(f"The budget of forgetting must be positive, in nats per token, and it is {max_forgetting:g}.")
-
-
-def _extreme(
-    predictor: Predictor,
-    columns: Mapping[str, float],
-    unknown: str,
-    max_forgetting: float,
-    options: AdviceOptions,
-    epochs: float,
-) -> Advice:
-    _need_forgetting(predictor, unknown)
-    _positive_budget(max_forgetting)
+    if unknown == "p" and len(set(predictor.data_range["p"])) == 1:
+        seen = _show("p", predictor.data_range["p"][0])
+        raise UserError(
+            f"These runs cannot say what p does: every one has p = {seen}. Run one more, at p = {'1%' if seen == '0%' else '0'}."
+        )
     base = {name: float(value) for name, value in columns.items()}
-    low, high = predictor.data_range[unknown]
-    reach = 1e6 if options.allow_extrapolation else options.max_distance
-    # Forgetting grows with D and falls with N: the harmless end first.
-    easy, hard = (low / reach, high * reach) if unknown == "D" else (high * reach, low / reach)
-    easy, hard = (
-        easy * (1 + 1e-9 if unknown == "D" else 1 - 1e-9),
-        hard * (1 - 1e-9 if unknown == "D" else 1 + 1e-9),
-    )
-    name = "largest D" if unknown == "D" else "smallest N"
-    question = f"{name} with forgetting <= {max_forgetting:g} nats at {100 * options.confidence:g}% confidence"
+    refuse_distance(predictor, base, options)
+    easy, hard = _reach(predictor, unknown, options)
+    confident = f"{100 * options.confidence:g}% confidence"
+    within = f"within {max_forgetting:g} nats with {confident}"
 
     def is_fine(value: float) -> bool:
         return _upper(predictor, {**base, unknown: value}, options.confidence) <= max_forgetting
 
+    answer: float | None
     if not is_fine(easy):
-        advice = _finish(predictor, question, unknown, None, {**base, unknown: easy}, options, epochs, "")
-        words = (
-            f"No {unknown} between {min(easy, hard):.3g} and {max(easy, hard):.3g} keeps "
-            f"forgetting within {max_forgetting:g} nats: raise p."
+        answer = None
+        words = f"No {unknown} {'up to' if unknown != 'D' else 'down to'} {_show(unknown, easy)} keeps forgetting {within}: "
+        if not options.allow_extrapolation:
+            low, high = predictor.data_range[unknown]
+            words += f"beyond it the data ({_show(unknown, low)} to {_show(unknown, high)}) say too little; "
+        words += UNKNOWNS[unknown].remedy + "."
+    elif is_fine(hard):
+        answer = hard
+        words = f"Forgetting stays {within} at {unknown} = {_show(unknown, hard)}" + (
+            ": no replay is needed." if unknown == "p" else " and beyond." if unknown == "D" else " and below."
         )
-        return Advice(**{**advice.__dict__, "words": words + advice.words})
-    value = hard if is_fine(hard) else _solve(is_fine, easy, hard, log=True)
-    word = f"{unknown} = {value:.3g}" + (" or beyond" if value == hard else "")
-    words = (
-        f"{name.capitalize()}: {word}; forgetting stays within {max_forgetting:g} nats with "
-        f"{100 * options.confidence:g}% confidence."
+    else:
+        answer = _bisect(is_fine, easy, hard, log=unknown != "p")
+        words = f"The {UNKNOWNS[unknown].extreme} that keeps forgetting {within} is {_show(unknown, answer)}"
+        words += f", for {100 * run_cost({**base, 'p': answer}).overhead:.2g}% more tokens." if unknown == "p" else "."
+    run = {**base, unknown: easy if answer is None else answer}
+    distance = refuse_distance(predictor, run, options)
+    if predictor.unidentified:
+        names = ", ".join(predictor.unidentified)
+        words += f" These runs do not determine {names}: the answer is one for the middle of the data, and no law to carry further."
+    if not len(predictor.draws):
+        words += " The fit carries no draws, so this is the central value without confidence: fit with --bootstrap."
+    if distance and answer is not None:
+        words += f" Outside the data: {distance}."
+    return Advice(
+        question=f"{UNKNOWNS[unknown].extreme} with forgetting <= {max_forgetting:g} nats at {confident}",
+        answer=answer,
+        unknown=unknown,
+        columns=run,
+        expected=float(predictor.forgetting(run)[0]),
+        upper=_upper(predictor, run, options.confidence),
+        without_replay=float(predictor.forgetting({**run, "p": 0.0})[0]) if "p" in predictor.law.columns else float("nan"),
+        cost=run_cost(run, epochs=epochs),
+        distance=distance,
+        words=words,
     )
-    return _finish(predictor, question, unknown, value, {**base, unknown: value}, options, epochs, words)
 
 
-# ------------------------------------------------------------------------------------------------ Pareto
-# front
+def _reach(predictor: Predictor, unknown: str, options: AdviceOptions) -> tuple[float, float]:
+    """The ends of the values considered: where forgetting is least, and where it is most."""
+    low, high = predictor.data_range[unknown]
+    if unknown == "p":
+        # Where alpha and B cannot be told apart, the effect of p is known between the shares that were run, and not beyond.
+        known = (
+            1.0 if options.allow_extrapolation else high * (1.0 if "B" in predictor.unidentified else options.max_share_distance)
+        )
+        return min(options.max_share, known), 0.0
+    # A hair inside, so that rounding does not make the ends too far.
+    reach = FARTHEST if options.allow_extrapolation else options.max_distance * (1 - 1e-9)
+    return (low / reach, high * reach) if unknown == "D" else (high * reach, low / reach)
+
+
+def _show(name: str, value: float) -> str:
+    return f"{100 * value:.3g}%" if name in SHARE_COLUMNS else f"{value:.3g}"
+
+
+# ------------------------------------------------------------------------------------------------ Pareto front
 
 
 @dataclass(frozen=True)

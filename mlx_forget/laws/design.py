@@ -172,5 +172,5 @@ def describe_plan(plan: Plan) -> Sequence[str]:
     lines = []
     for run, flops, width in zip(plan.runs, plan.flops.tolist(), plan.width[1:].tolist(), strict=True):
         columns = ", ".join(f"{name}={value:.4g}" for name, value in run.items() if name != "L0")
-        lines.append(f"{columns}  ({flops:.2g} FLOPs)  then +-{100 * 1.96 * width:.2g}%")
+        lines.append(f"{columns}  ({flops:.2g} FLOPs)  then within {100 * 1.96 * width:.2g}%")
     return lines

@@ -14,7 +14,8 @@ from mlx_forget.errors import UserError
 from mlx_forget.laws.fit import Fit
 from mlx_forget.laws.forms import get_law
 from mlx_forget.laws.predictor import Predictor
-from mlx_forget.laws.uncertainty import Interval, Uncertainty
+from mlx_forget.laws.profiles import Interval
+from mlx_forget.laws.uncertainty import Uncertainty
 
 SCHEMA_VERSION = 1
 
@@ -42,14 +43,13 @@ def _one(uncertainty: Uncertainty, group: str) -> dict[str, Any]:
         if "[" not in name or name.endswith(suffix)
     }
     predictor = Predictor.from_uncertainty(uncertainty, group)
-    members = fit.table if fit.group is None else fit.table.select(fit.group == fit.model.groups.index(group))
-    error = np.abs(fit.predicted / fit.table.columns["loss"] - 1)
-    if fit.group is not None:
-        error = error[fit.group == fit.model.groups.index(group)]
+    rows = np.ones(fit.num_rows, bool) if fit.group is None else fit.group == fit.model.groups.index(group)
+    error = np.abs(fit.predicted / fit.table.columns["loss"] - 1)[rows]
+    clusters = uncertainty.clusters
     return {
         "objective": fit.value,
-        "num_rows": members.num_rows,
-        "num_runs": members.num_clusters,
+        "num_rows": int(rows.sum()),
+        "clusters": {"level": clusters.level, "num": len(np.unique(clusters.index[rows]))},
         "status": fit.certificate.status,
         "reason": fit.certificate.reason,
         "params": params,
@@ -141,11 +141,27 @@ def fit_json(
     }
 
 
+def check_target(path: Path) -> None:
+    """Refuse, before any work, a file that cannot be written.
+
+    Raises:
+        UserError: it is a folder, or lies below something that is none, or in a folder without permission.
+    """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name a file to write, such as {path / 'fit.json'}.")
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"Cannot write {path}: {parent} is {'no folder' if not parent.is_dir() else 'not writable'}.")
+
+
 def write_fit(path: str | os.PathLike[str], content: Mapping[str, Any], fits: Mapping[str, Uncertainty]) -> Path:
     """Write fit.json and, beside it, `<stem>.draws.npz` with the natural parameters of every refit and the
     fitted rows.
     """
     target = Path(path)
+    check_target(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, np.ndarray] = {}
     for i, (group, uncertainty) in enumerate(fits.items()):
@@ -153,11 +169,11 @@ def write_fit(path: str | os.PathLike[str], content: Mapping[str, Any], fits: Ma
         arrays[f"draws_{i}"] = predictor.draws
         arrays |= {f"column_{i}_{name}": values for name, values in predictor.columns.items()}
     sidecar = target.with_suffix(".draws.npz")
-    with open(sidecar, "wb") as stream:
+    aside = sidecar.with_name(sidecar.name + ".tmp")
+    with open(aside, "wb") as stream:
         np.savez_compressed(stream, allow_pickle=False, **arrays)
+    os.replace(aside, sidecar)
     text = json.dumps({**content, "draws": sidecar.name}, indent=2, allow_nan=False)
-    if target.is_dir():
-        raise UserError(f"{target} is a folder: name a file to write, such as {target / 'fit.json'}.")
     temporary = target.with_name(target.name + ".tmp")
     temporary.write_text(text + "\n", encoding="utf-8")
     os.replace(temporary, target)

@@ -33,7 +33,8 @@ COLUMNS: Mapping[str, str] = MappingProxyType(
         "L0": "pretraining loss before finetuning, nats per token",
         "L_ft": "finetuning loss, nats per token",
         "loss": "the measured loss, nats per token",
-        "run": "the independent run that a row belongs to",
+        "run": "the run that a row belongs to",
+        "base": "the base model that the run started from",
     }
 )
 
@@ -157,7 +158,9 @@ class Law:
         response: what is predicted: "pretraining", "target" or "loss".
         to_natural, to_internal: own change of coordinates, for laws where `rescales` cannot say it.
         starts: own starting points, `(features, response[n], weights[n]) -> internal[S, k]`.
-        unfixable: parameters that cannot be fixed or tied because `to_natural` mixes them with others.
+        mixed: parameters that `to_natural` makes of several coordinates, so that they are no better known than the worst of those.
+        plain: the same law in coordinates of which each is one parameter, for a law with `to_natural`: what is fixed or tied is held
+            there. None where nothing can be held.
     """
 
     name: str
@@ -175,7 +178,8 @@ class Law:
     to_natural: ToNatural | None = None
     to_internal: ToNatural | None = None
     starts: Starts | None = None
-    unfixable: tuple[str, ...] = ()
+    mixed: tuple[str, ...] = ()
+    plain: "Law | None" = None
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from mlx_forget.laws.forms import Array, Law
 from mlx_forget.laws.model import FREE, Constraints, Model, bind
@@ -29,7 +29,11 @@ SMALLEST_NOISE = 1e-6
 LOG_LIMIT_ALPHA = 0.15
 # Relative noise assumed before any fit: what seeds do to a validation loss.
 ASSUMED_NOISE = 0.004
-SHARE_MENU = (0.0, 0.002, 0.01, 0.05, 0.25, 0.5, 1.0)
+SHARE_MENUS = {
+    "p": (0.0, 0.002, 0.01, 0.05, 0.25),
+    "r": (0.002, 0.01, 0.05, 0.25, 0.5, 1.0),
+    "R": (0.002, 0.01, 0.05, 0.25, 0.5, 1.0),
+}
 COUNT_MENU = {
     "N": (0.1, 0.25, 4.0, 10.0),
     "D": (0.03, 0.1, 10.0, 30.0),
@@ -93,7 +97,7 @@ def ridges(jacobian: Array, limit: Array, noise: float, *, degrees: int) -> tupl
     unit = scaled / np.where(norms > 0, norms, 1.0)
     _, unit_sizes, _ = np.linalg.svd(unit, full_matrices=False)
     num_flat = int(np.sum(unit_sizes <= STRUCTURAL * max(unit_sizes[0], 1e-300)))
-    quantile = float(student.ppf(0.975, max(degrees, 1)))
+    quantile = float(stdtrit(max(degrees, 1), 0.975))
     with np.errstate(divide="ignore"):
         extents = quantile * max(noise, SMALLEST_NOISE) / sizes
     if num_flat:
@@ -267,8 +271,8 @@ def candidate_runs(law: Law, table: Table) -> list[dict[str, float]]:
     made: list[dict[str, float]] = []
     for base in bases:
         for name in law.columns:
-            if name in ("p", "r", "R"):
-                options = [share for share in SHARE_MENU if share > 0 or name == "p"]
+            if name in SHARE_MENUS:
+                options = list(SHARE_MENUS[name])
             elif name in COUNT_MENU:
                 options = [base[name] * factor for factor in COUNT_MENU[name]]
             elif name == "L_ft":

@@ -130,8 +130,12 @@ def bind(law: Law, columns: Mapping[str, Array], *, constraints: Constraints = F
     """
     for name in constraints.touched:
         law.index(name)
-        if name in law.unfixable and (name in constraints.fixed or name in constraints.tied or name in constraints.tied.values()):
-            raise UserError(f"{law.name}: {name!r} cannot be fixed or tied; hold its exponent instead.")
+    if law.to_natural is not None and {*constraints.fixed, *constraints.tied, *constraints.shared}:
+        if law.plain is None:
+            raise UserError(
+                f"{law.name} has coordinates of its own and no plain ones, so that nothing in it can be fixed, tied or shared."
+            )
+        law = law.plain
     for follower, leader in constraints.tied.items():
         if follower in constraints.fixed or leader in constraints.tied or follower == leader:
             raise UserError(f"{law.name}: cannot tie {follower!r} to {leader!r}: one of them is held already.")

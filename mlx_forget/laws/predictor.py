@@ -7,12 +7,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import norm
-from scipy.stats import t as student
+from scipy.special import ndtri, stdtrit
 
 from mlx_forget.errors import UserError
+from mlx_forget.laws.bootstrap import stretch
 from mlx_forget.laws.forms import Array, Law
-from mlx_forget.laws.uncertainty import FEW_CLUSTERS, Uncertainty, stretch
+from mlx_forget.laws.uncertainty import Uncertainty
+
+# The factor outside the data that is not worth a word: subsets of tokens are cut at whole rows.
+NEGLIGIBLE = 1.01
 
 
 @dataclass(frozen=True)
@@ -51,14 +54,10 @@ class Predictor:
         if uncertainty.draws is not None:
             made = uncertainty.draws
             draws = fit.model.natural(made.u[made.converged])[:, g]
-            num = fit.table.num_clusters
             if made.method == "residual":
-                degrees = max(fit.num_rows - fit.model.num_free, 1)
-                widen = float(student.ppf(0.975, degrees) / norm.ppf(0.975))
-            elif num < FEW_CLUSTERS:
-                widen = float(np.sqrt(num / max(num - 1, 1)) * student.ppf(0.975, max(num - 1, 1)) / norm.ppf(0.975))
+                widen = float(stdtrit(max(fit.num_rows - fit.model.num_free, 1), 0.975) / ndtri(0.975))
             else:
-                widen = stretch(num, 0.95)
+                widen = stretch(made.num_clusters, 0.95)
         ranges = {name: (float(table.columns[name].min()), float(table.columns[name].max())) for name in (*fit.law.columns, "loss")}
         reasons = {name.split("[")[0]: flag.words for flag in fit.flags if flag.kind == "unidentified" for name in flag.parameters}
         return cls(
@@ -134,9 +133,9 @@ class Predictor:
 
 
 def describe_distance(distance: Mapping[str, float], data_range: Mapping[str, tuple[float, float]]) -> str:
-    """The distances beyond 1 in words, or ""."""
+    """The distances of more than a percent in words, or ""."""
     return "; ".join(
         f"{name} is {factor:.3g} times outside the data ({data_range[name][0]:.3g} to {data_range[name][1]:.3g})"
         for name, factor in distance.items()
-        if factor > 1
+        if factor > NEGLIGIBLE
     )

@@ -1,6 +1,7 @@
 """The published laws, and the rivals that each is compared with. Importing this module registers them."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -208,6 +209,14 @@ def _log_limit(f: Features, theta: Sequence[Array]) -> tuple[Array, Sequence[Par
     return value, (1.0, f["D"], -(f["N"] + capacity), slope_size * np.expm1(-capacity))
 
 
+def _log_limit_plain(f: Features, theta: Sequence[Array]) -> tuple[Array, Sequence[Partial]]:
+    """The same with C at one token and one parameter instead of at the middle of the data."""
+    c, slope_data, slope_size, b = theta
+    middle = slope_data * f["ref:D"] - slope_size * f["ref:N"]
+    value, (by_c, by_data, by_size, by_b) = _log_limit(f, [c + middle, slope_data, slope_size, b])
+    return value, (by_c, by_data + f["ref:D"], by_size - f["ref:N"], by_b)
+
+
 def _log_limit_natural(theta: Array, references: Mapping[str, float]) -> Array:
     values = np.array(theta)
     values[..., 0] = theta[..., 0] - theta[..., 1] * np.log(references["D"]) + theta[..., 2] * np.log(references["N"])
@@ -296,28 +305,27 @@ register(
         response="pretraining",
     )
 )
-register(
-    Law(
-        name="bethune-forgetting/log-limit",
-        formula="loss = L0 + C + b log D - a log((1 + B p) N)",
-        latex=r"L_{pt} = L^0_{pt} + C + b \log D - a \log((1 + B p) N)",
-        source="the limit alpha, beta -> 0 of Eq. 7 with E",
-        columns=("N", "D", "p", "L0"),
-        parameters=(
-            Parameter("C", "offset", "nats", linear=True),
-            Parameter("b", "nats per factor e of tokens", "nats", linear=True),
-            Parameter("a", "nats per factor e of capacity", "nats", linear=True),
-            REPLAY,
-        ),
-        evaluate=_log_limit,
-        logs=("N", "D"),
-        to_natural=_log_limit_natural,
-        to_internal=_log_limit_internal,
-        unfixable=("C",),
-        alternatives=FORGETTING_RIVALS,
-        response="pretraining",
-    )
+log_limit = Law(
+    name="bethune-forgetting/log-limit",
+    formula="loss = L0 + C + b log D - a log((1 + B p) N)",
+    latex=r"L_{pt} = L^0_{pt} + C + b \log D - a \log((1 + B p) N)",
+    source="the limit alpha, beta -> 0 of Eq. 7 with E",
+    columns=("N", "D", "p", "L0"),
+    parameters=(
+        Parameter("C", "offset", "nats", linear=True),
+        Parameter("b", "nats per factor e of tokens", "nats", linear=True),
+        Parameter("a", "nats per factor e of capacity", "nats", linear=True),
+        REPLAY,
+    ),
+    evaluate=_log_limit,
+    logs=("N", "D"),
+    to_natural=_log_limit_natural,
+    to_internal=_log_limit_internal,
+    mixed=("C",),
+    alternatives=FORGETTING_RIVALS,
+    response="pretraining",
 )
+register(replace(log_limit, plain=replace(log_limit, evaluate=_log_limit_plain, to_natural=None, to_internal=None, mixed=())))
 
 
 # ------------------------------------------------------------------------------------------------ Bethune:

@@ -1,11 +1,10 @@
-"""A table of runs in memory: numeric columns, the independent run of each row, and the checks that come
-before a fit.
-"""
+"""A table of runs in memory: numeric columns, the run and base model of each row, and the checks that come before a fit."""
 
 import ast
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +14,23 @@ from mlx_forget.laws.forms import COLUMNS, Array, Law
 
 POSITIVE = frozenset({"N", "D", "P", "steps", "R", "loss"})
 SHARES = frozenset({"p", "r", "R"})
+# What others call our columns, surest first; a part of the name is enough.
+USUAL_NAMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "N": ("param", "model_size", "size"),
+        "D": ("unique_tokens", "train_tokens", "token", "_d", "data"),
+        "p": ("replay", "inject", "mix", "ratio", "share", "frac"),
+        "r": ("ratio", "share", "frac", "mix"),
+        "R": ("ratio", "share", "frac", "mix"),
+        "P": ("trainable", "param"),
+        "steps": ("step", "iter"),
+        "L0": ("l0", "base_loss", "initial", "start", "before", "base"),
+        "L_ft": ("finetun", "target", "ft_loss"),
+        "loss": ("final_loss", "val_loss", "loss", "nll"),
+        "run": ("run", "name", "id"),
+        "base": ("base", "init", "checkpoint"),
+    }
+)
 # Below these, a count is almost surely in thousands, millions or billions.
 SMALLEST = {"N": 3e4, "D": 2e3, "P": 500.0}
 
@@ -25,21 +41,26 @@ class Table:
 
     Args:
         columns: numeric columns, float64[n], under the law names (`COLUMNS`) or any other.
-        run: the independent run of each row, any labels of length n; None makes every row its own run.
+        run: the run of each row, any labels of length n; None makes every row its own run.
+        base: the base model that each row's run started from, any labels of length n; None where unknown.
         labels: text columns of length n, for grouping and hold-outs.
         rows: the row numbers to report to the user, int[n]; None counts from 1.
+        left_out: what the source held and this table does not, {reason: sources}.
     """
 
     columns: Mapping[str, Array]
     run: npt.NDArray[np.generic] | None = None
+    base: npt.NDArray[np.generic] | None = None
     labels: Mapping[str, npt.NDArray[np.str_]] = field(default_factory=dict)
     rows: npt.NDArray[np.int64] | None = None
+    left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(
         cls,
         *,
         run: Iterable[object] | None = None,
+        base: Iterable[object] | None = None,
         labels: Mapping[str, Sequence[str]] | None = None,
         **columns: npt.ArrayLike,
     ) -> "Table":
@@ -49,6 +70,7 @@ class Table:
         return cls(
             made,
             run=None if run is None else np.asarray([str(value) for value in run]),
+            base=None if base is None else np.asarray([str(value) for value in base]),
             labels={name: np.asarray(values, dtype=np.str_) for name, values in (labels or {}).items()},
         )
 
@@ -60,30 +82,23 @@ class Table:
     def row_numbers(self) -> npt.NDArray[np.int64]:
         return np.arange(1, self.num_rows + 1) if self.rows is None else self.rows
 
-    @property
-    def clusters(self) -> npt.NDArray[np.int64]:
-        """The index of each row's independent run, int[n], in 0..num_clusters-1."""
-        if self.run is None:
-            return np.arange(self.num_rows)
-        return np.asarray(np.unique(self.run, return_inverse=True)[1], dtype=np.int64)
-
-    @property
-    def num_clusters(self) -> int:
-        return self.num_rows if self.run is None else len(np.unique(self.run))
-
-    @property
-    def is_clustered(self) -> bool:
-        """Whether some independent run has more than one row."""
-        return self.num_clusters < self.num_rows
-
     def select(self, mask: npt.NDArray[np.bool_]) -> "Table":
         """The rows where mask [n] is true; they keep their row numbers."""
         return Table(
             {name: values[mask] for name, values in self.columns.items()},
             run=None if self.run is None else self.run[mask],
+            base=None if self.base is None else self.base[mask],
             labels={name: values[mask] for name, values in self.labels.items()},
             rows=self.row_numbers[mask],
+            left_out=self.left_out,
         )
+
+    def text(self, column: str) -> npt.NDArray[np.str_] | None:
+        """A text column [n], the run and the base model among them; None where there is none of that name."""
+        if column in self.labels:
+            return self.labels[column]
+        known = {"run": self.run, "base": self.base}.get(column)
+        return None if known is None else known.astype(np.str_)
 
     def groups(self, column: str) -> dict[str, "Table"]:
         """One table per value of a label column (or numeric column), sorted.
@@ -91,14 +106,11 @@ class Table:
         Raises:
             UserError: there is no such column.
         """
-        if column in self.labels:
-            values = self.labels[column]
-        elif column in self.columns:
+        values = self.text(column)
+        if values is None:
+            if column not in self.columns:
+                raise missing_column(column, self)
             values = np.asarray([f"{value:g}" for value in self.columns[column]])
-        elif column == "run" and self.run is not None:
-            values = self.run.astype(str)
-        else:
-            raise missing_column(column, self)
         return {str(value): self.select(values == value) for value in sorted(set(values.tolist()))}
 
     def where(self, expression: str) -> npt.NDArray[np.bool_]:
@@ -117,9 +129,8 @@ class Table:
 def missing_column(name: str, table: Table) -> UserError:
     """The error for a column that the table does not have: which exist, and the nearest."""
     known = [*table.columns, *table.labels]
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
-    if not nearest:
-        nearest = [column for column in known if name.lower() in column.lower()][:1]
+    nearest = [column for usual in USUAL_NAMES.get(name, ()) for column in known if usual in column.lower()][:1]
+    nearest = nearest or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     way_out = f" Is it {nearest[0]!r}? Then add --map {name}={nearest[0]}." if nearest else f" Name it with --map {name}=COLUMN."
     meaning = f" ({COLUMNS[name]})" if name in COLUMNS else ""
     return UserError(f"The table has no numeric column {name!r}{meaning}; it has {', '.join(known) or 'none'}.{way_out}")
@@ -151,12 +162,11 @@ def _operand(node: ast.expr, table: Table, expression: str) -> npt.NDArray[np.ge
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
     if isinstance(node, ast.Name):
-        if node.id in table.labels:
-            return table.labels[node.id]
+        text = table.text(node.id)
+        if text is not None:
+            return text
         if node.id in table.columns:
             return table.columns[node.id]
-        if node.id == "run" and table.run is not None:
-            return table.run
         raise missing_column(node.id, table)
     raise UserError(f"Cannot read the condition {expression!r}: compare columns with numbers or quoted text.")
 
@@ -251,7 +261,7 @@ def refuse_duplicates(table: Table, columns: Sequence[str]) -> None:
     """
     stacked = np.stack([table.columns[column] for column in columns], axis=1)
     if table.run is not None:
-        stacked = np.concatenate([stacked, table.clusters[:, None]], axis=1)
+        stacked = np.concatenate([stacked, np.unique(table.run, return_inverse=True)[1].reshape(-1, 1)], axis=1)
     _, first, inverse, counts = np.unique(stacked, axis=0, return_index=True, return_inverse=True, return_counts=True)
     inverse = inverse.reshape(-1)
     if (counts > 1).any():

@@ -5,10 +5,11 @@ The canonical scale here is c = 1; `canonical_scale` converts published coeffici
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from mlx_forget.laws.forms import Array, Contrast, Features, Law, Parameter, Partial, Starts, register
+from mlx_forget.laws.forms import Array, Contrast, Evaluate, Features, Law, Parameter, Partial, Starts, register
 
 SOURCE = "Kalajdzievski 2024, arXiv 2401.05605"
 
@@ -86,6 +87,27 @@ def _to_internal(values: Array, references: Mapping[str, float]) -> Array:
     return theta
 
 
+def _plainly(evaluate: Evaluate) -> Evaluate:
+    """The law in log a and log b instead of the terms' sizes, where a and b can be held."""
+
+    def plain(f: Features, theta: Sequence[Array]) -> tuple[Array, Sequence[Partial]]:
+        log_a, log_b, alpha, beta = theta[0] - f["ref:P"], theta[1] - f["ref:steps"], theta[2], theta[3]
+        value, (by_a, by_b, by_alpha, by_beta, *rest) = evaluate(f, [alpha * log_a, beta * log_b, *theta[2:]])
+        return value, [alpha * by_a, beta * by_b, by_alpha + log_a * by_a, by_beta + log_b * by_b, *rest]
+
+    return plain
+
+
+def _plain_starts(starts: Starts) -> Starts:
+    def plain(f: Features, response: Array, weights: Array) -> Array:
+        made = np.array(starts(f, response, weights))
+        made[:, 0] = made[:, 0] / made[:, 2] + f["ref:P"][0, 0]
+        made[:, 1] = made[:, 1] / made[:, 3] + f["ref:steps"][0, 0]
+        return made
+
+    return plain
+
+
 def _starts(sign: float) -> Starts:
     def starts(f: Features, response: Array, weights: Array) -> Array:
         """For each shape (alpha, beta, rho, ratio of the terms), scale and offset by weighted least
@@ -154,25 +176,27 @@ for _name, _text, _latex, _equation, _evaluate, _sign, _response in (
         "pretraining",
     ),
 ):
-    register(
-        Law(
-            name=_name,
-            formula=_text,
-            latex=_latex.replace("{}", r"(a/P)^{\alpha} + (b/n)^{\beta}"),
-            source=f"{SOURCE}, Eq. {_equation}, at the canonical scale c = 1",
-            columns=("P", "steps"),
-            parameters=PARAMETERS,
-            evaluate=_evaluate,
-            logs=("P", "steps"),
-            to_natural=_to_natural,
-            to_internal=_to_internal,
-            starts=_starts(_sign),
-            unfixable=("a", "b"),
-            contrasts=(
-                _elasticity(0),
-                _elasticity(1),
-                Contrast("size of the term", "the bracket's contribution at the middle of the data", _size),
-            ),
-            response=_response,
-        )
+    _law = Law(
+        name=_name,
+        formula=_text,
+        latex=_latex.replace("{}", r"(a/P)^{\alpha} + (b/n)^{\beta}"),
+        source=f"{SOURCE}, Eq. {_equation}, at the canonical scale c = 1",
+        columns=("P", "steps"),
+        parameters=PARAMETERS,
+        evaluate=_evaluate,
+        logs=("P", "steps"),
+        to_natural=_to_natural,
+        to_internal=_to_internal,
+        starts=_starts(_sign),
+        mixed=("a", "b"),
+        contrasts=(
+            _elasticity(0),
+            _elasticity(1),
+            Contrast("size of the term", "the bracket's contribution at the middle of the data", _size),
+        ),
+        response=_response,
     )
+    _held = replace(
+        _law, evaluate=_plainly(_evaluate), starts=_plain_starts(_starts(_sign)), to_natural=None, to_internal=None, mixed=()
+    )
+    register(replace(_law, plain=_held))

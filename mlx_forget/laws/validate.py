@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import f as fisher
+from scipy.special import fdtrc
 
 from mlx_forget.errors import UserError
 from mlx_forget.laws.fit import DEFAULTS, Fit, FitOptions, fit_law, num_free
@@ -307,7 +307,7 @@ def _nested_tests(candidates: Sequence[Alternative], fits: Mapping[str, Fit], n:
                 continue
             ratio = estimate_noise(large.residual, large.objective, large.model.num_free).ratio
             statistic = max(2 * (small.value - large.value) / max(ratio, 1e-300) / extra, 0.0)
-            made.append(FTest(candidate.name, larger, float(statistic), float(fisher.sf(statistic, extra, degrees))))
+            made.append(FTest(candidate.name, larger, float(statistic), float(fdtrc(extra, degrees, statistic))))
     return made
 
 

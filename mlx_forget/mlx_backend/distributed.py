@@ -1,45 +1,61 @@
-"""Several processes, one run: what `mlx.launch` started talks over `mx.distributed`; a process of its own is a group of one.
+"""Several processes, one run: what `mlx.launch` started talks over `mx.distributed`.
 
 Sums travel on the CPU stream: float64 exists there only, and the ring backend (the one that needs nothing installed) runs there.
 """
 
+import functools
+import json
 import os
+from pathlib import Path
+from typing import final
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-# Set by mlx.launch (ring, jaccl, nccl), and by the common MPI launchers.
-_LAUNCHER_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
+from mlx_forget.distributed import ALONE, Group, launcher
 
 
-class Group:
-    """The processes of this run."""
+@final
+class MLXGroup(Group):
+    """The processes that `mlx.launch` or an MPI launcher started."""
 
     def __init__(self) -> None:
-        launched = any(name in os.environ for name in _LAUNCHER_VARIABLES)
-        self._group = mx.distributed.init(strict=True) if launched else None
-        self.rank = 0 if self._group is None else self._group.rank()
-        self.size = 1 if self._group is None else self._group.size()
+        self._group = mx.distributed.init(strict=True)
+        self.rank, self.size = self._group.rank(), self._group.size()
 
     def all_sum(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """Sum over ranks, float64 in the shape of `values`; waits for all of them."""
-        if self.size == 1:
-            return values
         with mx.stream(mx.cpu):
             total = mx.distributed.all_sum(mx.array(values, dtype=mx.float64), group=self._group, stream=mx.cpu)
             return np.array(total)
 
-    def broadcast(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """Rank 0's values on every rank."""
-        return self.all_sum(values if self.rank == 0 else np.zeros_like(values))
-
     def sum_arrays(self, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
         """Sum of every float32 array over ranks, in one message; lazy."""
-        if self.size == 1:
-            return arrays
         message = mx.concatenate([value.reshape(-1) for value in arrays.values()])
         total = mx.distributed.all_sum(message, group=self._group, stream=mx.cpu)
         ends = np.cumsum([value.size for value in arrays.values()]).tolist()
         parts = mx.split(total, ends[:-1])
         return {name: part.reshape(value.shape) for (name, value), part in zip(arrays.items(), parts, strict=True)}
+
+
+@functools.cache
+def join() -> Group:
+    """The group of this process, made once; a process of its own is a group of one."""
+    if launcher() not in ("mlx.launch", "mpirun") or _ring() == []:
+        return ALONE
+    group = MLXGroup()
+    return group if group.size > 1 else ALONE
+
+
+def num_local_ranks() -> int:
+    """How many processes of this run share this machine, as far as the ring's host file says."""
+    hosts = _ring()
+    return hosts.count(hosts[int(os.environ["MLX_RANK"])]) if hosts else 1
+
+
+def _ring() -> list[str] | None:
+    """The host of each rank of a ring; empty where `mlx.launch -n 1` wrote none, None where it started no ring."""
+    if "MLX_HOSTFILE" not in os.environ:
+        return None
+    text = Path(os.environ["MLX_HOSTFILE"]).read_text(encoding="utf-8")
+    return [node[0].rsplit(":", 1)[0] for node in json.loads(text)] if text.strip() else []

@@ -3,7 +3,8 @@
 The gradient is by hand because compiled operators lose their fusion inside `mx.grad` (see `operators.py`), and because it lets the
 cross-entropy hold a chunk of logits at a time.
 
-Shapes: B rows, T tokens, D width, H heads, V vocabulary, N = B * T.
+Shapes: B rows, T tokens, D width, H heads, V vocabulary, N = B * T. A stack of K models is one dict whose weights all have a leading
+dimension K; tokens are then [K, B, T], the rows of all members go through the blocks as [K * B, T, D], and products are batched.
 """
 
 from collections.abc import Mapping
@@ -75,6 +76,7 @@ def gradients(
 ) -> tuple[mx.array, dict[str, mx.array]]:
     """Next-token losses in nats, float32[B, T], and the float32 gradients of their sum weighted by float32[B, T].
 
+    Of a stack, tokens, labels, weights, segments and losses are [K, B, T].
     `grad_checkpoint` keeps the inputs of each block only and computes the block again on the way back.
     """
     allowed = _segment_mask(segment_BT)
@@ -85,10 +87,12 @@ def gradients(
         inputs.append(x_BTD)
         x_BTD, kept = block(_of_block(weights, i), spec, x_BTD, allowed, operators)
         saved.append(None if grad_checkpoint else kept)
-    final = _norm(x_BTD, weights, "transformer.ln_f").reshape(-1, spec.width)
     head = weights["transformer.wte.weight"]
+    members = head.shape[:-2]
+    final = _norm(x_BTD, weights, "transformer.ln_f").reshape(*members, -1, spec.width)
+    flat = (*members, -1)
     nll, grad_final, grad_head = cross_entropy(
-        final, head, labels_BT.reshape(-1), weight_BT.reshape(-1), chunk=chunk, operators=operators
+        final, head, labels_BT.reshape(flat), weight_BT.reshape(flat), chunk=chunk, operators=operators
     )
     grads: dict[str, mx.array] = {}
     grad = _norm_gradient(grad_final.reshape(x_BTD.shape), x_BTD, weights, "transformer.ln_f", grads, "")
@@ -98,10 +102,10 @@ def gradients(
             # Without the dependency, nothing would stop the evaluation from computing every block again at once.
             _, kept = block(own, spec, mx.depends([inputs[i]], [grad])[0], allowed, operators)
         grad = _block_gradient(grad, inputs.pop(), kept, own, operators, grads, prefix)
-    grads["transformer.wte.weight"] = grad_head.at[tokens_BT.reshape(-1)].add(grad.reshape(-1, spec.width))
-    positions = grad.sum(axis=0)
-    unused = mx.zeros((spec.context_length - len(positions), spec.width))
-    grads["transformer.wpe.weight"] = mx.concatenate([positions, unused])
+    grads["transformer.wte.weight"] = _add_rows(grad_head, tokens_BT, grad)
+    positions = grad.reshape(*tokens_BT.shape, spec.width).sum(axis=-3)
+    unused = mx.zeros((*members, spec.context_length - positions.shape[-2], spec.width))
+    grads["transformer.wpe.weight"] = mx.concatenate([positions, unused], axis=-2)
     return nll.reshape(labels_BT.shape), {name: grads[name] for name in weights}
 
 
@@ -141,7 +145,8 @@ def _block_gradient(
     # Attention does not change when one vector is added to all keys: their bias has no gradient, and AdamW would turn the rounding
     # error of that zero into steps.
     bias = prefix + "attn.c_attn.bias"
-    grads[bias] = mx.concatenate([grads[bias][:D], mx.zeros(D), grads[bias][2 * D :]])
+    query, key, value = mx.split(grads[bias], 3, axis=-1)
+    grads[bias] = mx.concatenate([query, mx.zeros_like(key), value], axis=-1)
     return grad + _norm_gradient(inner, x, weights, "ln_1", grads, prefix)
 
 
@@ -184,6 +189,8 @@ def cross_entropy(
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Tied head and weighted cross-entropy in chunks of rows, with the gradients made while the logits are at hand.
 
+    All of them may have a leading dimension K.
+
     Args:
         x: float32[N, D] hidden states; products run in the operators' type.
         head: float32[V, D].
@@ -195,17 +202,20 @@ def cross_entropy(
     """
     narrow, narrow_head = x.astype(operators.dtype), head.astype(operators.dtype)
     # The label's part of the gradient, -weight * one_hot(label), never meets the logits: it is a gather and a scatter.
-    grad_head = mx.zeros_like(head).at[labels].add(-weight[:, None] * x)
+    grad_head = _add_rows(mx.zeros_like(head), labels, -weight[..., None] * x)
     nlls, grads = [], []
-    for start in range(0, len(x), chunk):
-        rows = slice(start, start + chunk)
-        exponentials, total, nll = _exponentials(narrow[rows], narrow_head, labels[rows], operators)
-        share = weight[rows, None] / total
+    for start in range(0, x.shape[-2], chunk):
+        stop = start + chunk
+        part = narrow[..., start:stop, :]
+        exponentials, total, nll = _exponentials(part, narrow_head, labels[..., start:stop], operators)
+        share = weight[..., start:stop, None] / total
         exponentials = exponentials.astype(operators.dtype)
         grads.append(operators.matmul(exponentials, narrow_head).astype(mx.float32) * share)
-        grad_head = _add_product(grad_head, exponentials.T, (x[rows] * share).astype(operators.dtype), operators)
+        scaled = (x[..., start:stop, :] * share).astype(operators.dtype)
+        grad_head = _add_product(grad_head, exponentials.swapaxes(-1, -2), scaled, operators)
         nlls.append(nll)
-    return mx.concatenate(nlls), mx.concatenate(grads) - weight[:, None] * head[labels], grad_head
+    grad_x = mx.concatenate(grads, axis=-2) - weight[..., None] * _rows(head, labels)
+    return mx.concatenate(nlls, axis=-1), grad_x, grad_head
 
 
 def token_nll(x: mx.array, head: mx.array, labels: mx.array, *, chunk: int, operators: Operators) -> mx.array:
@@ -217,13 +227,13 @@ def token_nll(x: mx.array, head: mx.array, labels: mx.array, *, chunk: int, oper
 
 def _exponentials(x: mx.array, head: mx.array, labels: mx.array, operators: Operators) -> tuple[mx.array, mx.array, mx.array]:
     """exp(logit - top) float32[N, V], its sum float32[N, 1], and the nll float32[N]; logits are float32 whatever the type of x."""
-    logits = operators.matmul(x, head.T).astype(mx.float32)
+    logits = operators.matmul(x, head.swapaxes(-1, -2)).astype(mx.float32)
     top = logits.max(axis=-1, keepdims=True)
     exponentials = operators.exp_below(logits, top)
     total = exponentials.sum(axis=-1, keepdims=True)
     # Not gathered from the logits: nothing else then holds them, and the exponentials take their memory.
-    label_logit = (x.astype(mx.float32) * head[labels].astype(mx.float32)).sum(axis=-1, keepdims=True)
-    return exponentials, total, (mx.log(total) + top - label_logit)[:, 0]
+    label_logit = (x.astype(mx.float32) * _rows(head, labels).astype(mx.float32)).sum(axis=-1, keepdims=True)
+    return exponentials, total, (mx.log(total) + top - label_logit)[..., 0]
 
 
 def _add_product(total: mx.array, a: mx.array, b: mx.array, operators: Operators) -> mx.array:
@@ -238,22 +248,49 @@ def _of_block(weights: Weights, index: int) -> dict[str, mx.array]:
     return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
+def _rows(table: mx.array, index: mx.array) -> mx.array:
+    """Rows of a [V, D] table at integers of any shape; of a stack's [K, V, D], at integers [K, ...] within each member's own."""
+    return table[index] if table.ndim == 2 else table.reshape(-1, table.shape[-1])[_offset(table, index)]
+
+
+def _add_rows(table: mx.array, index: mx.array, values: mx.array) -> mx.array:
+    """The table with values added at the rows that `_rows` reads; values are [..., D] in the order of the index."""
+    flat = table.reshape(-1, table.shape[-1])
+    index = index if table.ndim == 2 else _offset(table, index)
+    return flat.at[index.reshape(-1)].add(values.reshape(-1, table.shape[-1])).reshape(table.shape)
+
+
+def _offset(table: mx.array, index: mx.array) -> mx.array:
+    """Rows within each member's table as rows of all tables one after the other."""
+    first = mx.arange(len(table), dtype=mx.int32) * table.shape[1]
+    return index + first.reshape(-1, *[1] * (index.ndim - 1))
+
+
 def _embed(weights: Weights, tokens_BT: mx.array) -> mx.array:
-    return weights["transformer.wte.weight"][tokens_BT] + weights["transformer.wpe.weight"][: tokens_BT.shape[1]]
+    table, positions = weights["transformer.wte.weight"], weights["transformer.wpe.weight"][..., None, : tokens_BT.shape[-1], :]
+    return (_rows(table, tokens_BT) + positions).reshape(-1, tokens_BT.shape[-1], table.shape[-1])
 
 
 def _norm(x: mx.array, weights: Weights, name: str) -> mx.array:
-    return mx.fast.layer_norm(x, weights[name + ".weight"], weights[name + ".bias"], LAYER_NORM_EPSILON)
+    return _layer_norm(x, weights[name + ".weight"], weights[name + ".bias"])
+
+
+def _layer_norm(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
+    if weight.ndim == 1:
+        return mx.fast.layer_norm(x, weight, bias, LAYER_NORM_EPSILON)
+    normed = mx.fast.layer_norm(x, None, None, LAYER_NORM_EPSILON).reshape(len(weight), -1, x.shape[-1])
+    return (normed * weight[:, None] + bias[:, None]).reshape(x.shape)
 
 
 def _linear(x: mx.array, weights: Weights, name: str, operators: Operators) -> mx.array:
     weight, bias = weights[name + ".weight"], weights[name + ".bias"]
-    flat = x.reshape(-1, x.shape[-1]).astype(operators.dtype)
+    flat = x.reshape(*weight.shape[:-2], -1, x.shape[-1]).astype(operators.dtype)
+    bias = bias if bias.ndim == 1 else bias[:, None]
     if operators.dtype == mx.float32:
         product = mx.addmm(bias, flat, weight)
     else:
         product = operators.matmul(flat, weight.astype(operators.dtype)) + bias.astype(operators.dtype)
-    return product.reshape(*x.shape[:-1], weight.shape[1])
+    return product.reshape(*x.shape[:-1], weight.shape[-1])
 
 
 def _linear_gradient(
@@ -261,22 +298,19 @@ def _linear_gradient(
 ) -> mx.array:
     """float32 gradient of a linear map's input; those of its weight and bias go into `grads`."""
     weight = weights[name + ".weight"].astype(operators.dtype)
-    flat_grad = grad.reshape(-1, grad.shape[-1])
+    members = weight.shape[:-2]
+    flat_grad = grad.reshape(*members, -1, grad.shape[-1])
     narrow = flat_grad.astype(operators.dtype)
-    flat_x = x.reshape(-1, x.shape[-1]).astype(operators.dtype)
-    grads[prefix + name + ".weight"] = operators.matmul(flat_x.T, narrow).astype(mx.float32)
-    grads[prefix + name + ".bias"] = flat_grad.astype(mx.float32).sum(axis=0)
-    return operators.matmul(narrow, weight.T).astype(mx.float32).reshape(x.shape)
+    flat_x = x.reshape(*members, -1, x.shape[-1]).astype(operators.dtype)
+    grads[prefix + name + ".weight"] = operators.matmul(flat_x.swapaxes(-1, -2), narrow).astype(mx.float32)
+    grads[prefix + name + ".bias"] = flat_grad.astype(mx.float32).sum(axis=-2)
+    return operators.matmul(narrow, weight.swapaxes(-1, -2)).astype(mx.float32).reshape(x.shape)
 
 
 def _norm_gradient(grad: mx.array, x: mx.array, weights: Weights, name: str, grads: dict[str, mx.array], prefix: str) -> mx.array:
     """Gradient of a norm's input; those of its weight and bias go into `grads`."""
-
-    def norm(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
-        return mx.fast.layer_norm(x, weight, bias, LAYER_NORM_EPSILON)
-
     names = (name + ".weight", name + ".bias")
-    _, (grad_x, *own) = mx.vjp(norm, [x, *(weights[n] for n in names)], [grad])
+    _, (grad_x, *own) = mx.vjp(_layer_norm, [x, *(weights[n] for n in names)], [grad])
     grads.update(zip((prefix + n for n in names), own, strict=True))
     return grad_x
 
@@ -284,5 +318,6 @@ def _norm_gradient(grad: mx.array, x: mx.array, weights: Weights, name: str, gra
 def _segment_mask(segment_BT: mx.array | None) -> mx.array | None:
     if segment_BT is None:
         return None
+    segment_BT = segment_BT.reshape(-1, segment_BT.shape[-1])
     same = segment_BT[:, None, :, None] == segment_BT[:, None, None, :]
     return same & mx.tri(segment_BT.shape[1], dtype=mx.bool_)

@@ -5,7 +5,7 @@ import os
 import resource
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,11 +15,12 @@ import numpy.typing as npt
 from safetensors.numpy import save_file
 
 from mlx_forget.comparison import MEASURES, portions
+from mlx_forget.distributed import Group
 from mlx_forget.errors import UserError
 from mlx_forget.ladder import initial_weights, num_params, param_shapes
 from mlx_forget.methods import NUM_SOURCES, NUM_TERMS, TERM_REPLAY_NTP, TERM_TASK
 from mlx_forget.mlx_backend import BLAS_NOTE, adamw, compare, gpt2
-from mlx_forget.mlx_backend.distributed import Group
+from mlx_forget.mlx_backend.distributed import MLXGroup, join, num_local_ranks
 from mlx_forget.mlx_backend.operators import operators
 from mlx_forget.mlx_backend.sample import sample
 from mlx_forget.mlx_backend.warmup import compile_loops
@@ -27,6 +28,7 @@ from mlx_forget.trainer import (
     Batch,
     Capabilities,
     Comparison,
+    Stack,
     StepReading,
     StepResult,
     Trainer,
@@ -41,7 +43,7 @@ _GIGABYTE = 1e9
 # A thread that gets fewer logits at a time would multiply by a few rows.
 _LEAST_LOGITS = 64
 # The key of the loss sums beside the gradients: both are added up over micro-batches and ranks.
-_SUMS = "loss_sums"
+SUMS = "loss_sums"
 
 Arrays = dict[str, mx.array]
 
@@ -68,8 +70,7 @@ class MLXTrainer(Trainer):
         self._notes: list[str] = []
         self._on_cpu = self._choose_device(runtime.device)
         self._limit_memory()
-        self._group = Group()
-        self.rank, self.world_size = self._group.rank, self._group.size
+        self.group = join()
         self._streams = self._make_streams()
         can_compile = self._can_compile()
         dtype = mx.bfloat16 if runtime.precision == "bf16" else mx.float32
@@ -106,27 +107,38 @@ class MLXTrainer(Trainer):
             terms=(TERM_TASK, TERM_REPLAY_NTP),
             sample=True,
             distributed=True,
+            stack=True,
             bitwise_resume=not gpu,
             accelerator=gpu,
             fast_bf16=gpu,
         )
 
+    @classmethod
+    def join(cls) -> Group:
+        return join()
+
+    @classmethod
+    def stack(cls, spec: TrainerSpec, seeds: Sequence[int]) -> Stack:
+        from mlx_forget.mlx_backend.stack import MLXStack
+
+        return MLXStack(spec, seeds)
+
     @property
     def device(self) -> str:
         if self._on_cpu:
             return f"cpu ({len(self._streams)} threads)"
-        info = mx.device_info() if hasattr(mx, "device_info") else mx.metal.device_info()
-        return str(info.get("device_name", "gpu"))
+        return str(_device_info().get("device_name", "gpu"))
 
     @property
     def notes(self) -> tuple[str, ...]:
         return tuple(self._notes)
 
     def train_step(self, batch: Batch, learning_rate: float) -> StepResult:
-        counts = self._group.all_sum(group_counts(batch))
+        counts = self.group.all_sum(group_counts(batch))
         token_weight = token_weights(batch, counts, self.spec.method)
         groups = np.eye(NUM_TERMS * NUM_SOURCES, dtype=np.float32)[batch.term.astype(np.int64) * NUM_SOURCES + batch.source]
-        size = self.spec.runtime.micro_batch_size or len(batch.tokens)
+        # A rank may have no rows.
+        size = self.spec.runtime.micro_batch_size or max(1, len(batch.tokens))
         total: Arrays | None = None
         for start in range(0, len(batch.tokens), size):
             rows = slice(start, start + size)
@@ -141,8 +153,10 @@ class MLXTrainer(Trainer):
             total = part if total is None else {name: value + part[name] for name, value in total.items()}
             if size < len(batch.tokens):
                 mx.eval(total)
-        gradients = self._group.sum_arrays(total or self._no_gradient())
-        sums = gradients.pop(_SUMS)
+        gradients = total or self._no_gradient()
+        if isinstance(self.group, MLXGroup):
+            gradients = self.group.sum_arrays(gradients)
+        sums = gradients.pop(SUMS)
         rate = mx.array(learning_rate, dtype=mx.float32)
         scalars, self._step, outcome = adamw.step_scalars(self._step, gradients, rate, self._hyper)
         state = self._update(self._weights, self._exp_avg, self._exp_avg_sq, gradients, scalars)
@@ -209,6 +223,11 @@ class MLXTrainer(Trainer):
             raise UserError(f"Prompt and sample together exceed the context of {self.spec.model.context_length} tokens.")
         return sample(self._weights, self.spec.model, prompts, u, temperature=temperature, operators=self._operators)
 
+    @classmethod
+    def memory_bytes(cls) -> int | None:
+        size = _device_info().get("max_recommended_working_set_size") if _gpu_available() else None
+        return None if size is None else int(size)
+
     def peak_memory_bytes(self) -> int:
         if not self._on_cpu:
             return int(mx.get_peak_memory())
@@ -218,15 +237,6 @@ class MLXTrainer(Trainer):
     def used_memory_bytes(self) -> int:
         """Memory in use now: of the device where it has its own, else of the process at its highest so far."""
         return self.peak_memory_bytes() if self._on_cpu else int(mx.get_active_memory())
-
-    def all_sum(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        return self._group.all_sum(values)
-
-    def broadcast(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        return self._group.broadcast(values)
-
-    def barrier(self) -> None:
-        self._group.all_sum(np.zeros(1))
 
     def _choose_device(self, wanted: str | None) -> bool:
         """Make the device MLX's default; returns whether it is a CPU."""
@@ -248,7 +258,7 @@ class MLXTrainer(Trainer):
         first = mx.default_stream(mx.default_device())
         if not self._on_cpu or sys.platform != "linux":
             return [first]
-        count = self.spec.runtime.num_threads or len(os.sched_getaffinity(0))
+        count = self.spec.runtime.num_threads or max(1, len(os.sched_getaffinity(0)) // num_local_ranks())
         return [first, *_extra_cpu_streams(count - 1)]
 
     def _can_compile(self) -> bool:
@@ -304,24 +314,27 @@ class MLXTrainer(Trainer):
         groups: mx.array,
         segment: mx.array | None,
     ) -> Arrays:
-        """Gradients of the weighted token losses of some rows, and their loss sums; each thread takes its share of the rows."""
+        """Gradients of the weighted token losses of some rows, and their loss sums; each thread takes its share of the rows.
+
+        Everything may have the leading dimension of a stack; the threads share the rows of every member.
+        """
 
         parts: list[Arrays] = []
-        for stream, rows in zip(self._streams, _shares(len(tokens), len(self._streams)), strict=False):
+        for stream, rows in zip(self._streams, _shares(tokens.shape[-2], len(self._streams)), strict=False):
             with mx.stream(stream):
                 nll, gradients = gpt2.gradients(
                     weights,
                     self.spec.model,
-                    tokens[rows, :-1],
-                    tokens[rows, 1:],
-                    token_weight[rows],
-                    None if segment is None else segment[rows],
+                    tokens[..., rows, :-1],
+                    tokens[..., rows, 1:],
+                    token_weight[..., rows, :],
+                    None if segment is None else segment[..., rows, :],
                     chunk=self._chunk,
                     operators=self._operators,
                     grad_checkpoint=self.spec.runtime.grad_checkpoint,
                 )
-                per_row = (nll * mask[rows]).sum(axis=1)
-                parts.append({**gradients, _SUMS: (groups[rows] * per_row[:, None]).sum(axis=0)})
+                per_row = (nll * mask[..., rows, :]).sum(axis=-1, keepdims=True)
+                parts.append({**gradients, SUMS: (groups[..., rows, :] * per_row).sum(axis=-2)})
         total = parts[0]
         for part in parts[1:]:
             total = {name: value + part[name] for name, value in total.items()}
@@ -330,7 +343,7 @@ class MLXTrainer(Trainer):
     def _no_gradient(self) -> Arrays:
         """What a rank without rows adds."""
         zeros = {name: mx.zeros_like(value) for name, value in self._weights.items()}
-        return {**zeros, _SUMS: mx.zeros(NUM_TERMS * NUM_SOURCES)}
+        return {**zeros, SUMS: mx.zeros(NUM_TERMS * NUM_SOURCES)}
 
     def _batch_nll(self, weights: Arrays, tokens: mx.array) -> mx.array:
         """Next-token losses float32[B, T] of int32[B, T+1]."""
@@ -397,6 +410,11 @@ def _extra_cpu_streams(count: int) -> list[mx.Stream]:
 def _gpu_available() -> bool:
     """Whether MLX has a GPU here, by the documented check of its version."""
     return bool(mx.is_available(mx.Device(mx.gpu)) if hasattr(mx, "is_available") else mx.metal.is_available())
+
+
+def _device_info() -> dict[str, Any]:
+    info: dict[str, Any] = mx.device_info() if hasattr(mx, "device_info") else mx.metal.device_info()
+    return info
 
 
 def _shares(num_rows: int, num_shares: int) -> list[slice]:

@@ -22,12 +22,13 @@ from pathlib import Path
 import numpy as np
 from scipy.optimize import least_squares, minimize
 
-from mlx_forget.law_plots import plot_predicted, plot_residuals
+from mlx_forget.law_plots import plot_parameters, plot_predicted
+from mlx_forget.laws.bootstrap import bootstrap
 from mlx_forget.laws.fit import Fit, FitOptions, fit_groups, fit_law
 from mlx_forget.laws.forms import get_law
 from mlx_forget.laws.objective import Objective
 from mlx_forget.laws.table import Table
-from mlx_forget.laws.uncertainty import BootstrapOptions, assess, bootstrap
+from mlx_forget.laws.uncertainty import BootstrapOptions, assess
 from mlx_forget.tables import read_table
 
 ROOT = Path(__file__).parents[2]
@@ -169,14 +170,14 @@ def main() -> int:
         timed(lambda: bootstrap(dcpt, num_resamples=1000), repeat=3),
         converged=bootstrap(dcpt, num_resamples=1000).share_converged,
     )
-    record("twelve domains x two laws, intervals, two figures", 10.0, timed(lambda: twelve_domains(), repeat=2))
+    record("twelve domains x two laws, intervals, overview figures", 10.0, timed(lambda: twelve_domains(), repeat=2))
     if arguments.json:
         print(json.dumps(found))
     return 0
 
 
 def twelve_domains() -> None:
-    """Fits, 1,000 resamples each and the two overview figures of a paper-sized study."""
+    """Fits, 1,000 resamples each and two overview figures per law of a paper-sized study."""
     for law, truth, columns in (
         ("bethune-forgetting", FORGETTING, paper_grid()),
         ("bethune-finetuning", FINETUNING, {k: np.repeat(v, 5) for k, v in grid(N=SIZES, D=TOKENS).items()}),
@@ -189,7 +190,8 @@ def twelve_domains() -> None:
         fits = fit_groups(table, law, by="domain")
         found = {name: assess(fit, BootstrapOptions()) for name, fit in fits.items()}
         with tempfile.TemporaryDirectory() as folder:
-            (plot_predicted if law == "bethune-forgetting" else plot_residuals)(found, folder)
+            plot_predicted(found, folder)
+            plot_parameters(found, folder)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""How often nominal 95% intervals cover the truth, by simulation: `python tests/laws/coverage.py
-[--simulations 2000]`.
+"""How often nominal 95% intervals cover the truth, by simulation: `python tests/laws/coverage.py [--simulations 2000]`.
 
 Each scenario draws data from a known law and asks the default method for intervals of the exponents, log B
 and a prediction beyond the data. `make coverage` runs it whole; the tests run a short form.
@@ -19,9 +18,9 @@ from mlx_forget.laws.table import Table
 from mlx_forget.laws.uncertainty import BootstrapOptions, assess, predict_intervals
 
 if __package__:
-    from .surfaces import SIZES, grid, paper_grid
+    from .surfaces import SHARES, SIZES, TOKENS, grid, paper_grid
 else:
-    from surfaces import SIZES, grid, paper_grid
+    from surfaces import SHARES, SIZES, TOKENS, grid, paper_grid
 
 FORGETTING_TRUTH = {"A": 3.0, "alpha": 0.45, "beta": 0.4, "B": 300.0}
 FINETUNING_TRUTH = {"A": 30.0, "alpha": 0.12, "beta": 0.07, "E": 0.6}
@@ -38,8 +37,9 @@ class Scenario:
         law: the law of truth and fit.
         truth: natural parameters.
         columns: the design.
-        run: the independent run of each row; None where rows are independent.
-        row_noise, run_noise: standard deviations in log loss.
+        level: what the rows of a cluster share: "run" or "base", which are labelled, "repeat", which are not, or "row".
+        cluster: of each row; None where rows are independent.
+        row_noise, cluster_noise: standard deviations in log loss.
         judged: free coordinates whose coverage counts.
     """
 
@@ -47,61 +47,48 @@ class Scenario:
     law: str
     truth: dict[str, float]
     columns: dict[str, Array]
-    run: Array | None
+    level: str
+    cluster: Array | None
     row_noise: float
-    run_noise: float
+    cluster_noise: float
     judged: tuple[str, ...]
 
 
+def numbered(columns: dict[str, Array], *names: str) -> Array:
+    """One number per combination of the values of some columns, of each row."""
+    return np.unique(np.stack([columns[name] for name in names]), axis=1, return_inverse=True)[1].reshape(-1).astype(float)
+
+
+def forgetting(name: str, columns: dict[str, Array], level: str = "row", cluster: Array | None = None) -> Scenario:
+    """A scenario of the forgetting law; in a cluster, what its rows share is most of the noise."""
+    noise = (0.004, 0.0) if cluster is None else (0.002, 0.004)
+    return Scenario(name, "bethune-forgetting", FORGETTING_TRUTH, columns, level, cluster, *noise, ("alpha", "beta", "B"))
+
+
 def scenarios() -> list[Scenario]:
-    independent = paper_grid()
-    # 25 runs (5 sizes x 5 shares) of 6 checkpoints each: what a checkpoint shares with its run is most of the
-    # noise.
     tokens = np.geomspace(3e5, 3e7, 6)
-    clustered = paper_grid(tokens=tokens)
-    run = np.unique(np.stack([clustered["N"], clustered["p"]]), axis=1, return_inverse=True)[1].astype(float)
-    # 20 runs: 4 sizes x 5 shares.
+    checkpoints = paper_grid(tokens=tokens)
     twenty = paper_grid(sizes=SIZES[1:], tokens=tokens)
-    run_of_twenty = np.unique(np.stack([twenty["N"], twenty["p"]]), axis=1, return_inverse=True)[1].astype(float)
-    small = paper_grid(sizes=SIZES[[0, 2, 4]], tokens=np.array([3e5, 3e6, 3e7]), shares=np.array([0.0, 0.005, 0.05]))
-    judged = ("alpha", "beta", "B")
+    repeats = {name: np.repeat(values, 4) for name, values in paper_grid(tokens=TOKENS[::2], shares=SHARES[::2]).items()}
+    # Four base models of each size, which differ in L0 and in how easily they forget.
+    bases = {name: np.tile(values, 4) for name, values in paper_grid(tokens=TOKENS[::2]).items()}
+    number = np.repeat(np.arange(4.0), 75)
+    bases["L0"] = bases["L0"] + 0.01 * number
+    small = paper_grid(sizes=SIZES[[0, 2, 4]], tokens=TOKENS[::2], shares=np.array([0.0, 0.005, 0.05]))
+    finetuning = grid(N=SIZES, D=tokens[:5])
     return [
-        Scenario(
-            "125 independent runs",
-            "bethune-forgetting",
-            FORGETTING_TRUTH,
-            independent,
-            None,
-            0.004,
-            0.0,
-            judged,
-        ),
-        Scenario(
-            "25 runs x 6 checkpoints",
-            "bethune-forgetting",
-            FORGETTING_TRUTH,
-            clustered,
-            run,
-            0.002,
-            0.004,
-            judged,
-        ),
-        Scenario(
-            "20 runs x 6 checkpoints",
-            "bethune-forgetting",
-            FORGETTING_TRUTH,
-            twenty,
-            run_of_twenty,
-            0.002,
-            0.004,
-            judged,
-        ),
-        Scenario("27 independent runs", "bethune-forgetting", FORGETTING_TRUTH, small, None, 0.004, 0.0, judged),
+        forgetting("125 independent runs", paper_grid()),
+        forgetting("25 runs x 6 checkpoints", checkpoints, "run", numbered(checkpoints, "N", "p")),
+        forgetting("20 runs x 6 checkpoints", twenty, "run", numbered(twenty, "N", "p")),
+        forgetting("45 configurations x 4 seeds", repeats, "repeat", numbered(repeats, "N", "D", "p")),
+        forgetting("20 base models x 15 runs", bases, "base", numbered(bases, "N", "L0")),
+        forgetting("27 independent runs", small),
         Scenario(
             "25 independent runs, finetuning",
             "bethune-finetuning",
             FINETUNING_TRUTH,
-            grid(N=SIZES, D=tokens[:5]),
+            finetuning,
+            "row",
             None,
             0.004,
             0.0,
@@ -121,12 +108,14 @@ def measure(scenario: Scenario, *, simulations: int, resamples: int, seed: int =
     converged = 0.0
     for i in range(simulations):
         noise = scenario.row_noise * generator.standard_normal(len(exact))
-        if scenario.run is not None:
-            effects = scenario.run_noise * generator.standard_normal(int(scenario.run.max()) + 1)
-            noise = noise + effects[scenario.run.astype(int)]
-        table = Table.of(run=scenario.run, **scenario.columns, loss=exact * np.exp(noise))
+        if scenario.cluster is not None:
+            effects = scenario.cluster_noise * generator.standard_normal(int(scenario.cluster.max()) + 1)
+            noise = noise + effects[scenario.cluster.astype(int)]
+        labels = {scenario.level: scenario.cluster} if scenario.level in ("run", "base") else {}
+        table = Table.of(**labels, **scenario.columns, loss=exact * np.exp(noise))
         fit = fit_law(table, law, options=FitOptions(allow_duplicates=True))
         found = assess(fit, BootstrapOptions(num_resamples=resamples, seed=i))
+        assert found.clusters.level == scenario.level or not found.clusters.is_clustered
         converged += found.draws.share_converged if found.draws else 1.0
         for name in scenario.judged:
             interval = found.params[name]

@@ -11,7 +11,7 @@ from mlx_forget.laws.predictor import Predictor
 from mlx_forget.laws.uncertainty import BootstrapOptions, assess
 from mlx_forget.tables import read_table
 
-from .surfaces import paper_grid
+from .surfaces import SIZES, paper_grid
 
 TRUTH = {"A": 3.0, "alpha": 0.45, "beta": 0.4, "B": 600.0}
 
@@ -160,6 +160,80 @@ def test_selection_and_hold_outs_are_reported(forget, runs, one):
     assert any(entry["left_out"].startswith("largest N") for entry in content["hold_outs"])
 
 
+@pytest.fixture(scope="module")
+def spoiled(runs, tmp_path_factory):
+    """The runs of one domain with two losses 20% too high: rows 3 and 77."""
+    lines = [line for line in runs.read_text().splitlines() if not line.endswith("math")]
+    for row in (3, 77):
+        cells = lines[row].split(",")
+        cells[4] = str(1.2 * float(cells[4]))
+        lines[row] = ",".join(cells)
+    path = tmp_path_factory.mktemp("spoiled") / "runs.csv"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_outliers_are_named_and_the_fit_without_them_is_shown(forget, spoiled):
+    ran = forget("fit", spoiled, "--map", "loss=final_loss", "--bootstrap", "0", "--json")
+    found = ran.json["outliers"][""]
+    assert found["rows"] == [3, 77]
+    assert found["params_with"]["B"] == ran.json["params"]["B"]["value"] != found["params_without"]["B"]
+    assert "2 rows (row 3, row 77)" in ran.stderr
+    assert "with / without them" in ran.stderr
+
+
+def test_dropped_rows_leave_the_fit_and_are_shown_beside_it(forget, spoiled):
+    ran = forget("fit", spoiled, "--map", "loss=final_loss", "--bootstrap", "0", "--drop", "N < 5e7 and p > 0.01", "--json")
+    found = ran.json["outliers"][""]
+    assert len(found["rows"]) == 5
+    assert ran.json["num_rows"] == 120
+    assert found["params_without"]["B"] == ran.json["params"]["B"]["value"] != found["params_with"]["B"]
+    assert "left out by --drop" in ran.stderr
+
+
+def test_a_group_with_too_few_rows_is_left_out_and_named(forget, runs):
+    where = 'domain == "code" or (N < 5e7 and p > 0.01 and D < 2e6)'
+    ran = forget("fit", runs, "--map", "loss=final_loss", "--by", "domain", "--where", where, "--bootstrap", "0", "--json")
+    assert set(ran.json["groups"]) == {"code"}
+    assert "left out: 2 rows of math, too few for 4 free parameters" in ran.stderr
+
+
+def test_clean_runs_have_no_outliers(forget, runs, one):
+    assert forget("fit", runs, *one, "--json").json["outliers"] == {}
+
+
+def test_a_folder_of_runs_says_what_it_left_out(forget, tmp_path):
+    law = get_law("bethune-forgetting")
+    columns = paper_grid(sizes=SIZES[:2])
+    loss = law.predict(TRUTH, columns)
+    for i, (n, d, p, start, value) in enumerate(zip(*(columns[name] for name in ("N", "D", "p", "L0")), loss, strict=True)):
+        content = {
+            "schema_version": 1,
+            "run_id": f"r{i}",
+            "init": f"base{n:g}",
+            "status": "diverged" if i % 10 == 9 else "finished",
+            "num_params": int(n),
+            "data": {
+                "code": {"role": "target", "unique_tokens": d, "tokens_seen": 1e6 * (1 - p)},
+                "prose": {"role": "pretrain", "unique_tokens": 1e9, "tokens_seen": 1e6 * p},
+            },
+            "losses": {"start": {"pretrain_val": start}, "best": {"step": 5, "target_val": 3.0, "pretrain_val": value}},
+        }
+        (tmp_path / f"r{i}").mkdir()
+        (tmp_path / f"r{i}" / "record.json").write_text(json.dumps(content))
+    (tmp_path / "r0" / "record.json").write_text("{}")
+    ran = forget("fit", tmp_path, "--bootstrap", "20", "--json")
+    assert ran.json["left_out"] == {"damaged or not of this tool": 1, "diverged": 5}
+    assert "left out: 5 diverged" in ran.stderr
+    assert ran.json["num_rows"] == 44
+    assert ran.json["clusters"] == {"level": "row", "num": 44}
+    assert "2 base models" in ran.stderr
+    assert forget("fit", tmp_path, "--cluster", "base", "--bootstrap", "20", "--json").json["clusters"] == {
+        "level": "base",
+        "num": 2,
+    }
+
+
 def test_advise_names_the_smallest_share_and_the_next_runs(forget, runs, one, tmp_path):
     forget("fit", runs, *one, "-o", tmp_path / "fit.json")
     ran = forget(
@@ -182,6 +256,26 @@ def test_advise_names_the_smallest_share_and_the_next_runs(forget, runs, one, tm
     assert ran.json["upper_forgetting_nats"] <= 0.0801
     assert len(ran.json["next_runs"]) == 3
     assert (tmp_path / "advice.png").stat().st_size > 5000
+
+
+def test_a_budget_out_of_reach_comes_without_numbers(forget, runs, one, tmp_path):
+    forget("fit", runs, *one, "-o", tmp_path / "fit.json")
+    ran = forget("advise", tmp_path / "fit.json", "--max-forgetting", "1e-5", "--n", "4.1e7", "--d", "3e7", "--json")
+    assert ran.code == 0
+    assert "expected" not in ran.stderr
+    assert {ran.json[key] for key in ("answer", "columns", "expected_forgetting_nats", "cost")} == {None}
+
+
+def test_runs_of_one_d_answer_at_that_d_only(forget, runs, tmp_path):
+    lines = [line for line in runs.read_text().splitlines() if line.startswith("N") or ("code" in line and ",3000000.0," in line)]
+    path = tmp_path / "one.csv"
+    path.write_text("\n".join(line for line in lines if line.startswith(("N", "334"))) + "\n")
+    ask = ("advise", path, "--map", "loss=final_loss", "--max-forgetting", "0.1", "--json")
+    assert 0.0 < forget(*ask, "--d", "3e6").json["answer"] < 0.05
+    for other in (("--d", "1e7"), ("--p", "1%")):
+        refused = forget(*ask, *other)
+        assert refused.code == 2
+        assert "nothing says what other D do" in refused.stderr
 
 
 def test_a_probe_becomes_advice_for_one_model(forget, tmp_path):
@@ -222,6 +316,10 @@ def test_laws_lists_every_law_with_its_formula(forget):
         (("fit", "{runs}", "--map", "loss=final_loss", "--where", "N > 1e12"), "No row meets"),
         (("fit", "{runs}", "--map", "loss=final_loss", "--shared", "alpha"), "--by"),
         (("fit", "{runs}", "--map", "loss=final_loss", "--by", "colour"), "colour"),
+        (("fit", "{runs}", "--map", "loss=final_loss", "--cluster", "seed"), "Known: auto, base, repeat"),
+        (("fit", "{runs}", "--map", "loss=final_loss", "--by", "domain", "--shared", "alpha", "--select"), "separate fits"),
+        (("fit", "{runs}", "--map", "loss=final_loss", "-o", "{runs}/fit.json"), "is no folder"),
+        (("advise", "{runs}", "--map", "loss=final_loss", "--max-forgetting", "0.02"), "--group (code, math)"),
         (("predict", "nowhere.json", "--n", "1e9"), "No fit at"),
         (("advise", "--max-forgetting", "0.02"), "--probe"),
         (("advise", "--probe", "x.jsonl"), "--d"),

@@ -13,6 +13,8 @@ from .surfaces import SURFACES, paper_grid
 
 NAMES = sorted(SURFACES)
 ALL_FORMS = sorted({alternative.law for law in laws() for alternative in law.alternatives} | set(NAMES))
+FORMS = [get_law(name) for name in ALL_FORMS] + [law.plain for law in map(get_law, ALL_FORMS) if law.plain is not None]
+BY_FORM = pytest.mark.parametrize("law", FORMS, ids=lambda law: law.name + ("" if law.to_natural is None else " (own coordinates)"))
 
 
 def test_every_named_law_is_registered():
@@ -50,9 +52,8 @@ def _columns(law: Law) -> dict[str, np.ndarray]:
     return {name: generator.uniform(*ranges.get(name, (2.0, 4.0)), size=7) for name in law.columns}
 
 
-@pytest.mark.parametrize("name", ALL_FORMS)
-def test_analytic_gradients_match_central_differences(name):
-    law = get_law(name)
+@BY_FORM
+def test_analytic_gradients_match_central_differences(law):
     columns = _columns(law)
     references = {column: float(np.exp(np.log(columns[column]).mean())) for column in law.logs}
     features = law.features(columns, references)
@@ -70,9 +71,8 @@ def test_analytic_gradients_match_central_differences(name):
         assert np.allclose(np.broadcast_to(partials[j], (1, 7))[0], numeric, rtol=1e-6, atol=1e-7), law.parameters[j].name
 
 
-@pytest.mark.parametrize("name", ALL_FORMS)
-def test_natural_and_internal_parameters_are_inverse_and_centring_changes_no_prediction(name):
-    law = get_law(name)
+@BY_FORM
+def test_natural_and_internal_parameters_are_inverse_and_centring_changes_no_prediction(law):
     columns = _columns(law)
     references = {column: float(np.exp(np.log(columns[column]).mean())) for column in law.logs}
     theta = _internal_point(law)
@@ -159,6 +159,39 @@ def test_tied_exponents_are_equal_and_recovered():
     table = Table.of(**columns, loss=get_law("bethune-forgetting").predict(truth, columns))
     fit = fit_law(table, "bethune-forgetting", constraints=Constraints(tied={"beta": "alpha"}))
     assert fit.model.num_free == 3
+    assert fit.params == pytest.approx(truth, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["kalajdzievski-finetuning", "kalajdzievski-forgetting"])
+@pytest.mark.parametrize("held", [("a",), ("b",), ("a", "b"), ("a", "rho"), ("alpha",)])
+def test_scales_of_the_step_law_can_be_held_and_the_others_are_recovered(name, held):
+    surface = SURFACES[name]
+    truth = surface.truths(1)[0]
+    fit = fit_law(surface.table(truth), name, constraints=Constraints(fixed={parameter: truth[parameter] for parameter in held}))
+    assert fit.model.num_free == 6 - len(held)
+    assert fit.params == pytest.approx(truth, rel=1e-5)
+
+
+def test_scales_of_the_step_law_can_be_tied_and_shared():
+    surface = SURFACES["kalajdzievski-finetuning"]
+    truths = [{**surface.truths(1)[0], "a": 400.0, "b": 400.0, "s": s} for s in (0.5, 0.9)]
+    tied = fit_law(surface.table(truths[0]), "kalajdzievski-finetuning", constraints=Constraints(tied={"b": "a"}))
+    assert tied.params == pytest.approx(truths[0], rel=1e-5)
+    parts = [surface.table(truth) for truth in truths]
+    both = Table(
+        {name: np.concatenate([part.columns[name] for part in parts]) for name in parts[0].columns},
+        labels={"data": np.repeat(["x", "y"], parts[0].num_rows)},
+    )
+    joint = fit_law(both, "kalajdzievski-finetuning", constraints=Constraints(shared=("a", "b")), by="data")
+    assert joint.params["a"] == pytest.approx(400.0, rel=1e-5)
+    assert joint.params["s[y]"] == pytest.approx(0.9, rel=1e-5)
+
+
+def test_the_offset_of_the_log_limit_can_be_held():
+    truth = {"C": 0.4, "b": 0.05, "a": 0.08, "B": 600.0}
+    columns = paper_grid()
+    table = Table.of(**columns, loss=get_law("bethune-forgetting/log-limit").predict(truth, columns))
+    fit = fit_law(table, "bethune-forgetting/log-limit", constraints=Constraints(fixed={"C": 0.4}))
     assert fit.params == pytest.approx(truth, rel=1e-6)
 
 

@@ -150,7 +150,7 @@ def record(folder, *, p, loss, status="finished", version=1):
         "losses": {
             "start": {"step": 0, "target_val": 4.0, "pretrain_val": 3.42},
             "best": {"step": 300, "target_val": 3.1, "pretrain_val": loss},
-            "end": {"step": 500, "target_val": 3.2, "pretrain_val": loss + 0.2},
+            "end": {"step": 500, "target_val": 3.2, "pretrain_val": loss},
         },
     }
     (folder / "record.json").write_text(json.dumps(content))
@@ -170,12 +170,46 @@ def test_run_folders_become_law_rows(tmp_path):
     assert read_table(tmp_path, response="target").columns["loss"].tolist() == [3.1, 3.1]
 
 
-def test_records_of_another_schema_or_none_are_refused(tmp_path):
+def test_what_a_folder_holds_besides_is_left_out_and_named(tmp_path):
+    record(tmp_path / "a", p=0.0, loss=5.0)
+    record(tmp_path / "b", p=0.01, loss=9.0, status="diverged")
+    record(tmp_path / "c", p=0.01, loss=5.0, version=99)
+    record(tmp_path / "d", p=0.01, loss=None)
+    record(tmp_path / "copy" / "a", p=0.0, loss=5.0)
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "record.json").write_text('{"schema_version": 1, "title": "somebody else\'s"}')
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "record.json").write_text("{")
+    base = json.loads((tmp_path / "a" / "record.json").read_text()) | {"init": "scratch", "run_id": "base"}
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "record.json").write_text(json.dumps(base))
+    table = read_table(tmp_path, response="pretraining")
+    assert table.num_rows == 1
+    assert {reason: len(sources) for reason, sources in table.left_out.items()} == {
+        "diverged": 1,
+        "of record schema 99, where this release reads 1": 1,
+        "without loss": 1,
+        "copied from another folder": 1,
+        "damaged or not of this tool": 2,
+        "pretrained from scratch, where nothing could be forgotten": 1,
+    }
+
+
+def test_a_folder_without_a_run_that_can_be_fitted_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"No record\.json"):
         read_table(tmp_path)
     record(tmp_path / "a", p=0.0, loss=5.0, version=99)
-    with pytest.raises(UserError, match="schema version 99"):
-        read_table(tmp_path)
+    record(tmp_path / "b", p=0.0, loss=5.0, status="diverged")
+    with pytest.raises(UserError, match=r"None of the 2 runs .* can be fitted: 1 of record schema 99.*; 1 diverged"):
+        read_table(tmp_path, response="pretraining")
+
+
+def test_ids_of_digits_are_names_and_base_models_are_read(tmp_path):
+    path = tmp_path / "runs.csv"
+    path.write_text("N,D,loss,run,base\n1e8,1e6,3.0,123e4,12\n1e8,2e6,2.9,,12\n1e9,1e6,2.8,,13\n")
+    table = read_table(path)
+    assert len(set(table.run)) == 3
+    assert table.base.tolist() == ["12", "12", "13"]
 
 
 @pytest.mark.parametrize("text, value", [("1%", 0.01), ("0.05", 0.05), ("0", 0.0)])

@@ -2,17 +2,14 @@ import numpy as np
 import pytest
 
 from mlx_forget.errors import UserError
+from mlx_forget.laws.bootstrap import bootstrap, cluster_weights, refit
+from mlx_forget.laws.clusters import Clusters, cluster_rows
 from mlx_forget.laws.fit import fit_law
+from mlx_forget.laws.forms import get_law
+from mlx_forget.laws.model import Constraints
+from mlx_forget.laws.profiles import critical_fall, profile_coordinates
 from mlx_forget.laws.table import Table
-from mlx_forget.laws.uncertainty import (
-    BootstrapOptions,
-    assess,
-    bootstrap,
-    cluster_weights,
-    predict_intervals,
-    profile_coordinates,
-    refit,
-)
+from mlx_forget.laws.uncertainty import BootstrapOptions, assess, predict_intervals
 
 from . import coverage
 from .surfaces import SURFACES, paper_grid
@@ -39,11 +36,46 @@ def test_resamples_reach_the_optimum_that_a_full_search_finds():
 
 
 def test_clusters_are_drawn_whole():
-    clusters = np.array([0, 0, 1, 2, 2, 2])
-    weights = cluster_weights(clusters, 50, seed=0)
+    weights = cluster_weights(Clusters(np.array([0, 0, 1, 2, 2, 2]), "run"), 50, seed=0)
     assert (weights[:, 0] == weights[:, 1]).all()
     assert (weights[:, 3] == weights[:, 5]).all()
     assert (weights[:, [0, 2, 3]].sum(axis=1) == 3).all()
+
+
+def levels_table() -> Table:
+    """Six base models of two sizes, two shares with two seeds each, two checkpoints a run: 48 rows."""
+    rows = [
+        (size, tokens, share, base, seed)
+        for size in (1e8, 1e9)
+        for base in range(3)
+        for share in (0, 0.01)
+        for seed in range(2)
+        for tokens in (1e6, 1e7)
+    ]
+    sizes, tokens, shares, bases, seeds = (np.array(values) for values in zip(*rows, strict=True))
+    base = [f"{size:g}-{number:g}" for size, number in zip(sizes, bases, strict=True)]
+    run = [f"{name}-{share}-{seed}" for name, share, seed in zip(base, shares, seeds, strict=True)]
+    return Table.of(run=run, base=base, N=sizes, D=tokens, p=shares, L0=3 + 0.01 * bases, loss=np.linspace(3.5, 4, len(rows)))
+
+
+@pytest.mark.parametrize("level, count", [("row", 48), ("run", 24), ("repeat", 12), ("base", 6), ("auto", 6)])
+def test_checkpoints_seeds_and_base_models_are_nested_clusters(level, count):
+    found = cluster_rows(levels_table(), get_law("bethune-forgetting"), level=level)
+    assert found.num == count
+    assert np.bincount(found.index).tolist() == [48 // count] * count
+
+
+def test_too_few_base_models_are_not_drawn_from_and_that_is_said():
+    table = levels_table()
+    some = table.select(np.isin(table.base, ["1e+08-0", "1e+09-0"]))
+    found = cluster_rows(some, get_law("bethune-forgetting"))
+    assert (found.level, found.num) == ("run", 8)
+    assert "2 base models" in found.caution
+
+
+def test_an_unknown_cluster_level_is_refused():
+    with pytest.raises(UserError, match="repeat"):
+        cluster_rows(levels_table(), get_law("bethune-forgetting"), level="seed")
 
 
 def test_rows_of_one_run_widen_the_intervals():
@@ -74,7 +106,7 @@ def test_the_default_method_follows_the_number_of_independent_runs():
     five = Table(table.columns, run=table.columns["N"].astype(str))
     found = assess(fit_law(five, "bethune-finetuning"), few)
     assert found.method == "t on the cluster bootstrap"
-    assert "only 5 independent runs" in found.warnings[0]
+    assert "only 5 independent" in found.warnings[0]
     assert assess(noisy("bethune-forgetting"), few).method == "cluster bootstrap"
 
 
@@ -89,11 +121,8 @@ def test_all_methods_agree_on_a_well_determined_fit(method):
 
 
 def test_profile_ends_are_where_the_objective_rises_by_the_f_quantile():
-    from mlx_forget.laws.model import Constraints
-    from mlx_forget.laws.uncertainty import critical_fall
-
     fit = noisy("bethune-finetuning")
-    profile = profile_coordinates(fit)["alpha"]
+    profile = profile_coordinates(fit, level=0.95)["alpha"]
     for end in (profile.low, profile.high):
         held = fit_law(fit.table, "bethune-finetuning", constraints=Constraints(fixed={"alpha": end}))
         assert (held.value - fit.value) / critical_fall(fit, 0.95) == pytest.approx(1.0, abs=0.05)
@@ -151,9 +180,10 @@ def test_an_unknown_method_is_refused():
 
 
 # A short form: 30 simulations tell 95% from 75%, not from 92%; `make coverage` runs 2,000.
-@pytest.mark.parametrize("index", [1, 4])
-def test_nominal_intervals_cover_the_truth(index):
-    found = coverage.measure(coverage.scenarios()[index], simulations=30, resamples=60)
+@pytest.mark.parametrize("name", ["20 base models x 15 runs", "25 independent runs, finetuning"])
+def test_nominal_intervals_cover_the_truth(name):
+    scenario = next(scenario for scenario in coverage.scenarios() if scenario.name == name)
+    found = coverage.measure(scenario, simulations=30, resamples=60)
     for name, share in found.items():
         assert share >= 0.8, name
 

@@ -1,0 +1,109 @@
+"""`forget predict`: a loss, or the forgetting, at a question, from a saved fit."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mlx_forget.cli.answers import Json, emit, say
+from mlx_forget.errors import UserError
+
+if TYPE_CHECKING:
+    from mlx_forget.laws.forms import Law
+
+COLUMN_OPTIONS = {
+    "N": "--n",
+    "D": "--d",
+    "p": "--p",
+    "r": "--r",
+    "R": "--share",
+    "P": "--trainable",
+    "steps": "--steps",
+    "L0": "--l0",
+    "L_ft": "--l-ft",
+}
+
+app = typer.Typer()
+
+
+def question(law: "Law", given: Mapping[str, float | None], *, need: tuple[str, ...] | None = None) -> dict[str, float]:
+    """The law's columns from the options.
+
+    Raises:
+        UserError: one is missing.
+    """
+    made = {}
+    for name in law.columns if need is None else need:
+        value = given.get(name)
+        if value is None:
+            raise UserError(f"{law.name} needs {name} ({COLUMN_OPTIONS[name]}): give it.")
+        if not math.isfinite(value) or value < 0 or (value == 0 and name not in ("p", "r", "L0")):
+            raise UserError(f"{COLUMN_OPTIONS[name]} must be a positive number, and it is {value:g}.")
+        made[name] = float(value)
+    return made
+
+
+@app.command("predict")
+def predict_command(
+    fit: Annotated[Path, typer.Argument(help="A fit.json.")],
+    n: Annotated[float | None, typer.Option("--n", help="Parameters N.")] = None,
+    d: Annotated[float | None, typer.Option("--d", help="Unique finetuning tokens D.")] = None,
+    p: Annotated[str | None, typer.Option("--p", help="Share of pretraining data: 0.01 or 1%.")] = None,
+    r: Annotated[str | None, typer.Option("--r", help="Share of the predicted corpus.")] = None,
+    share: Annotated[str | None, typer.Option("--share", help="Share R of domain data.")] = None,
+    trainable: Annotated[float | None, typer.Option("--trainable", help="Trainable parameters P.")] = None,
+    steps: Annotated[float | None, typer.Option("--steps", help="Update steps.")] = None,
+    l_ft: Annotated[float | None, typer.Option("--l-ft", help="Finetuning loss.")] = None,
+    l0: Annotated[
+        float | None,
+        typer.Option("--l0", help="Pretraining loss before finetuning; without it: forgetting, in nats."),
+    ] = None,
+    group: Annotated[str | None, typer.Option(help="The group, where the fit has several.")] = None,
+    level: Annotated[float | None, typer.Option(help="Coverage of the interval.")] = None,
+    as_json: Json = None,
+) -> None:
+    """Predict a loss, or the forgetting, from a fit.json."""
+    import numpy as np
+
+    import mlx_forget.laws  # noqa: F401
+    from mlx_forget.laws.files import read_fit
+    from mlx_forget.laws.predictor import describe_distance
+    from mlx_forget.laws.uncertainty import BootstrapOptions
+    from mlx_forget.tables import parse_share
+
+    predictor = read_fit(fit).pick(group)
+    shares = {"p": p, "r": r, "R": share}
+    given: dict[str, float | None] = {"N": n, "D": d, "P": trainable, "steps": steps, "L_ft": l_ft}
+    given |= {name: None if text is None else parse_share(text) for name, text in shares.items()}
+    is_forgetting = "L0" in predictor.law.columns and l0 is None
+    columns = question(predictor.law, {**given, "L0": 0.0 if is_forgetting else l0})
+    value = float(predictor.predict(columns)[0])
+    coverage = BootstrapOptions().level if level is None else level
+    if not 0 < coverage < 1:
+        raise UserError(f"--level must lie between 0 and 1, and it is {coverage:g}.")
+    low, high = (float(end[0]) for end in predictor.interval(columns, level=coverage))
+    has_interval = len(predictor.draws) > 0 and bool(np.isfinite([low, high]).all())
+    distance = describe_distance(predictor.distance(columns), predictor.data_range)
+    what = "forgetting_nats" if is_forgetting else "loss"
+    if as_json:
+        emit(
+            {
+                "law": predictor.law.name,
+                "quantity": what,
+                "value": value,
+                "low": low if has_interval else None,
+                "high": high if has_interval else None,
+                "level": coverage,
+                "columns": {name: columns[name] for name in columns if not (is_forgetting and name == "L0")},
+                "outside_data": distance,
+                "unidentified": dict(predictor.unidentified),
+            }
+        )
+    ends = f" [{low:.5g}, {high:.5g}]" if has_interval else " (no interval: the fit has no draws)"
+    say(f"{'forgetting' if is_forgetting else 'loss'} {value:.5g} nats per token{ends}")
+    if distance:
+        say(f"outside the data: {distance}")
+    for name, words in predictor.unidentified.items():
+        say(f"{name} is not determined: {words}")

@@ -1,0 +1,103 @@
+"""Which rows of a table are one independent observation.
+
+Checkpoints of one run share its noise, repeats of one configuration share what the law misses there, and runs that start from one base
+model share that model. The levels nest, each one coarser than the one before; a bootstrap that draws rows where it should draw base
+models promises intervals that are far too narrow.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from mlx_forget.errors import unknown
+from mlx_forget.laws.forms import Law
+from mlx_forget.laws.table import Table
+
+# Finest first. "auto" takes the coarsest of them that leaves MIN_CLUSTERS.
+LEVELS = ("row", "run", "repeat", "base")
+AUTO = "auto"
+MIN_CLUSTERS = 5
+_NOUNS = {"row": "rows", "run": "runs", "repeat": "configurations", "base": "base models"}
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """The independent observations of a table.
+
+    Args:
+        index: of each row's cluster, int[n], in 0..num-1.
+        level: one of LEVELS.
+        caution: what intervals from these clusters leave out, in a sentence, or "".
+    """
+
+    index: npt.NDArray[np.int64]
+    level: str
+    caution: str = ""
+
+    @property
+    def num(self) -> int:
+        return int(self.index.max()) + 1 if len(self.index) else 0
+
+    @property
+    def is_clustered(self) -> bool:
+        """Whether some cluster has more than one row."""
+        return self.num < len(self.index)
+
+    def describe(self) -> str:
+        """`25 independent runs`."""
+        return f"{self.num} independent {_NOUNS[self.level] if self.is_clustered else 'runs'}"
+
+
+def cluster_rows(table: Table, law: Law, *, group: npt.NDArray[np.int64] | None = None, level: str = AUTO) -> Clusters:
+    """The clusters of a table's rows.
+
+    Args:
+        table: its `run` labels tell checkpoints of one run, its `base` labels the base model of each row.
+        law: rows that agree in all of its columns are repeats of one configuration.
+        group: of each row in a joint fit, int[n]; repeats share it too.
+        level: one of LEVELS, or "auto": the coarsest that leaves at least 5 clusters, otherwise runs.
+
+    Raises:
+        UserError: unknown level.
+    """
+    if level not in (AUTO, *LEVELS):
+        raise unknown("cluster level", level, (AUTO, *LEVELS))
+    by_level = {"row": np.arange(table.num_rows)}
+    by_level["run"] = _joined(by_level["row"], table.run)
+    # L0 is among the columns of a forgetting law, so two base models are never one configuration.
+    design = np.stack([*(table.columns[name] for name in law.columns), *([] if group is None else [group])], axis=1)
+    by_level["repeat"] = _joined(by_level["run"], np.unique(design, axis=0, return_inverse=True)[1].reshape(-1))
+    by_level["base"] = _joined(by_level["repeat"], table.base)
+    if level != AUTO:
+        return Clusters(by_level[level], level)
+    counts = {name: int(index.max(initial=-1)) + 1 for name, index in by_level.items()}
+    coarsest = next((name for name in reversed(LEVELS) if counts[name] >= MIN_CLUSTERS), "run")
+    # Named after the finest level with the same clusters: runs that are all of one row each are rows.
+    chosen = next(name for name in LEVELS if counts[name] == counts[coarsest])
+    caution = ""
+    if table.base is not None and coarsest != "base":
+        num = len(np.unique(table.base))
+        caution = (
+            f"these runs start from {num} base model{'' if num == 1 else 's'}: the intervals hold for "
+            f"{'it' if num == 1 else 'these'} and leave out how much another one would differ"
+        )
+    return Clusters(by_level[chosen], chosen, caution)
+
+
+def _joined(finer: npt.NDArray[np.int64], labels: npt.NDArray[np.generic] | None) -> npt.NDArray[np.int64]:
+    """Clusters of which each holds whole finer clusters and all rows of a label: the components of both kinds of link."""
+    if labels is None:
+        return finer
+    index = np.unique(labels, return_inverse=True)[1].reshape(-1)
+    while True:
+        # Everyone takes the smallest cluster number in its label, then in its finer cluster, until nothing moves.
+        lowest = np.full(int(index.max(initial=0)) + 1, len(finer))
+        np.minimum.at(lowest, index, finer)
+        moved = lowest[index]
+        within = np.full(int(finer.max(initial=0)) + 1, len(finer))
+        np.minimum.at(within, finer, moved)
+        moved = within[finer]
+        if np.array_equal(moved, finer):
+            return np.asarray(np.unique(finer, return_inverse=True)[1].reshape(-1), dtype=np.int64)
+        finer = moved
