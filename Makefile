@@ -18,7 +18,7 @@ OUTPUT ?= runs/$(RECIPE)-seed$(SEED)
 SETTINGS = --set seed=$(SEED) --set backend=$(BACKEND) $(if $(SIZE),--set model=$(SIZE)) $(if $(DATA),--set target=$(DATA)) $(if $(PRETRAIN),--set pretrain=$(PRETRAIN))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint type test test-full bench parity coverage reproduce-figure1 reproduce-replay reproduce-toy reproduce-laws clean
+.PHONY: help setup lint type test test-full bench parity coverage pages reproduce-figure1 reproduce-replay reproduce-toy reproduce-laws clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-20s %s\n", $$1, $$2}'
@@ -53,6 +53,9 @@ parity: setup  ## measure how far the two backends differ and write the table in
 
 coverage: setup  ## do the laws' 95% intervals cover? 2,000 simulations a scenario; about an hour
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/laws/coverage.py
+
+pages: setup  ## open the pages of docs/ in a headless browser, and keep pictures in build/pages
+	$(BIN)/python -m tests.check_pages build/pages
 
 reproduce-figure1: setup  ## Figure 1 of the paper at laptop scale; SEED= SIZE= DATA= PRETRAIN= BACKEND= OUTPUT=
 	$(BIN)/forget sweep $(RECIPE) $(SETTINGS) --output $(OUTPUT)

@@ -43,6 +43,36 @@ def hidden_states(
     return _norm(x_BTD, weights, "transformer.ln_f")
 
 
+def hidden_states_of_two(
+    weights: Weights, reference: Weights, spec: ModelSpec, tokens_BT: Tensor, *, shared: int
+) -> tuple[Tensor, Tensor]:
+    """Final hidden states [B, T, D] of two models; the first `shared` blocks are those of both and computed once."""
+    states = []
+    start = None if shared < 0 else _through_blocks(_embed(weights, tokens_BT), weights, spec, range(shared))
+    for own in (weights, reference):
+        x_BTD = _embed(own, tokens_BT) if start is None else start
+        x_BTD = _through_blocks(x_BTD, own, spec, range(max(0, shared), spec.num_layers))
+        states.append(_norm(x_BTD, own, "transformer.ln_f"))
+    return states[0], states[1]
+
+
+def num_shared_blocks(weights: Weights, reference: Weights, spec: ModelSpec) -> int:
+    """How many of the first blocks are the same in two models; -1 where the embeddings already differ."""
+
+    def same(prefix: str) -> bool:
+        return all(torch.equal(value, reference[name]) for name, value in weights.items() if name.startswith(prefix))
+
+    if not (same("transformer.wpe.") and same("transformer.wte.")):
+        return -1
+    return next((i for i in range(spec.num_layers) if not same(f"transformer.h.{i}.")), spec.num_layers)
+
+
+def _through_blocks(x_BTD: Tensor, weights: Weights, spec: ModelSpec, blocks: range) -> Tensor:
+    for i in blocks:
+        x_BTD = block(weights, f"transformer.h.{i}.", spec, x_BTD, None)
+    return x_BTD
+
+
 def block(weights: Weights, prefix: str, spec: ModelSpec, x_BTD: Tensor, mask: Tensor | None) -> Tensor:
     """One pre-norm block."""
     B, T, D = x_BTD.shape

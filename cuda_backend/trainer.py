@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from cuda_backend import gpt2
+from cuda_backend import compare, gpt2
 from cuda_backend.allocator import keep_freed_memory
 from cuda_backend.distributed import TorchGroup, join, local_rank
 from cuda_backend.reference import FusedKL, add_penalty_gradients, pull_to_reference
 from cuda_backend.sample import sample
+from mlx_forget.comparison import MEASURES, portions
 from mlx_forget.distributed import Group
 from mlx_forget.errors import UserError
 from mlx_forget.ladder import decays, initial_weights, num_params, param_shapes
@@ -69,16 +70,20 @@ class TorchTrainer(Trainer):
         elif self._torch_device.type == "cpu" and "mlx.core" in sys.modules and torch.get_num_threads() == 1:
             # The two share one BLAS, which MLX wants on one thread; PyTorch takes over its number when it is imported.
             self._notes.append("PyTorch runs on one thread, because MLX was loaded before it in this process: give num_threads.")
-        if runtime.memory_limit_gb is not None:
+        if runtime.memory_limit_gb is not None and not runtime.reads_only:
             self._limit_memory(runtime.memory_limit_gb)
-        if self._torch_device.type == "cpu":
+        if self._torch_device.type == "cpu" and runtime.memory_limit_gb is None:
             keep_freed_memory()
         self._dtype = torch.bfloat16 if runtime.precision == "bf16" else torch.float32
         self._chunk = gpt2.chunk_rows(spec.model.vocab_size, self._torch_device)
-        self._weights = {
-            name: torch.from_numpy(value).to(self._torch_device).requires_grad_()
-            for name, value in initial_weights(spec.model, spec.seed)
-        }
+        self._portions = portions(
+            spec.model,
+            compare.most(spec.model.vocab_size, self._torch_device),
+            limit_gb=runtime.memory_limit_gb if runtime.reads_only else None,
+            used_bytes=self.used_memory_bytes(),
+        )
+        start = () if runtime.reads_only else initial_weights(spec.model, spec.seed)
+        self._weights = {name: torch.from_numpy(value).to(self._torch_device).requires_grad_() for name, value in start}
         self._decayed = [name for name in self._weights if decays(name)]
         self._plain = [name for name in self._weights if not decays(name)]
         self._exp_avg = {name: torch.zeros_like(value) for name, value in self._weights.items()}
@@ -159,17 +164,17 @@ class TorchTrainer(Trainer):
     def compare(self, tokens: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8]) -> Comparison:
         if self._reference is None:
             raise UserError("compare needs a reference: call set_reference first.")
-        measures = np.zeros((6, len(tokens), tokens.shape[1] - 1), np.float32)
-        for rows in self._eval_slices(tokens):
+        weights, reference, spec, sizes = self._weights, self._reference, self.spec.model, self._portions
+        heads = [own["transformer.wte.weight"] for own in (weights, reference)]
+        shared = gpt2.num_shared_blocks(weights, reference, spec)
+        measures = np.zeros((len(MEASURES), len(tokens), tokens.shape[1] - 1), np.float32)
+        for rows in self._eval_slices(tokens, sizes.num_tokens):
             inputs, labels = self._split(tokens[rows])
-            with torch.no_grad():
-                pair = [(self._forward(w, inputs), w["transformer.wte.weight"]) for w in (self._weights, self._reference)]
-                chunks = []
-                for start in range(0, len(labels), self._chunk):
-                    here = slice(start, start + self._chunk)
-                    logp, ref_logp = (torch.log_softmax((x[here] @ head.to(x.dtype).T).float(), 1) for x, head in pair)
-                    chunks.append(_compare(logp, ref_logp, labels[here]))
-                measures[:, rows] = torch.cat(chunks, dim=1).view(6, *inputs.shape).cpu().numpy()
+            with torch.no_grad(), self._autocast():
+                pair = gpt2.hidden_states_of_two(weights, reference, spec, inputs, shared=shared)
+            x, ref_x = (states.flatten(0, 1).to(self._dtype) for states in pair)
+            found = compare.measures(x, heads[0], ref_x, heads[1], labels, chunk=sizes.num_logits)
+            measures[:, rows] = found.view(-1, *inputs.shape).cpu().numpy()
         return Comparison(*(measures * mask))
 
     def set_reference(self, reference: Literal["start", "adapters_off"] | Path | None) -> None:
@@ -203,7 +208,11 @@ class TorchTrainer(Trainer):
         )
 
     def load(self, path: Path) -> None:
-        for name, value in self._read_weights(path).items():
+        weights = self._read_weights(path)
+        if self.spec.runtime.reads_only:
+            self._weights = weights
+            return
+        for name, value in weights.items():
             self._weights[name].data.copy_(value)
 
     def save_state(self, path: Path) -> None:
@@ -252,11 +261,17 @@ class TorchTrainer(Trainer):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 
+    def used_memory_bytes(self) -> int:
+        """Memory in use now: of the device where it has its own, else of the process at its highest so far."""
+        if self._torch_device.type == "cuda":
+            return torch.cuda.memory_allocated(self._torch_device)
+        return self.peak_memory_bytes()
+
     def _choose_device(self, wanted: str | None) -> torch.device:
         if wanted is None:
             if torch.cuda.is_available():
                 return torch.device("cuda", self._choose_gpu())
-            self._notes.append("PyTorch sees no CUDA device: training runs on the CPU.")
+            self._notes.append("PyTorch sees no CUDA device: it runs on the CPU.")
             return torch.device("cpu")
         if wanted.startswith("cuda") and not torch.cuda.is_available():
             raise UserError(f"--device {wanted}: PyTorch sees no CUDA device here. Leave --device out to run on the CPU.")
@@ -391,8 +406,8 @@ class TorchTrainer(Trainer):
         on_device = torch.from_numpy(tokens).to(self._torch_device, non_blocking=True).long()
         return on_device[:, :-1], on_device[:, 1:].reshape(-1)
 
-    def _eval_slices(self, tokens: npt.NDArray[np.int32]) -> list[slice]:
-        size = max(1, _EVAL_TOKENS // tokens.shape[1])
+    def _eval_slices(self, tokens: npt.NDArray[np.int32], num_tokens: int = _EVAL_TOKENS) -> list[slice]:
+        size = max(1, num_tokens // (tokens.shape[1] - 1))
         return [slice(start, start + size) for start in range(0, len(tokens), size)]
 
     def _read_weights(self, path: Path) -> dict[str, Tensor]:
@@ -411,20 +426,3 @@ def _in_rows(values: Tensor, rows: slice | Tensor, inputs: Tensor) -> Tensor:
     out = torch.zeros(inputs.shape, device=inputs.device)
     out[rows] = values.view(-1, inputs.shape[1])
     return out
-
-
-def _compare(logp: Tensor, ref_logp: Tensor, labels: Tensor) -> Tensor:
-    """The six measures of `Comparison`, float32[6, N]."""
-    reference = ref_logp.exp()
-    top = ref_logp.argmax(1)
-    soft_ce = -(reference * logp).sum(1)
-    return torch.stack(
-        [
-            -logp.gather(1, labels[:, None])[:, 0],
-            -ref_logp.gather(1, labels[:, None])[:, 0],
-            soft_ce + (reference * ref_logp).sum(1),
-            soft_ce,
-            -logp.gather(1, top[:, None])[:, 0],
-            (logp.argmax(1) == top).float(),
-        ]
-    )

@@ -7,6 +7,9 @@ from importlib import import_module
 from typing import Any
 
 _PUBLIC = {
+    "AuditConfig": "mlx_forget.audit.config",
+    "execute_audit": "mlx_forget.audit.run",
+    "plan_audit": "mlx_forget.audit.run",
     "TrainConfig": "mlx_forget.config",
     "UserError": "mlx_forget.errors",
     "RunFailed": "mlx_forget.errors",

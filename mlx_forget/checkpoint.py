@@ -113,13 +113,18 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, state)
 
 
+def places(path: Path) -> tuple[Path, ...]:
+    """Where a folder that a user names may have its checkpoint: itself, or the last one of a run folder."""
+    return path, path / "checkpoints" / "last", path / "last"
+
+
 def find_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint that a user means by a folder: itself, or the last one of a run folder.
 
     Raises:
         UserError: none there, or damaged.
     """
-    for candidate in (path, path / "checkpoints" / "last", path / "last"):
+    for candidate in places(path):
         if (candidate / STATE).exists():
             return open_checkpoint(candidate)
     if path.exists():

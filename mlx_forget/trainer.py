@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from mlx_forget.comparison import Comparison
 from mlx_forget.distributed import ALONE, Group, launched_rank, launcher
 from mlx_forget.errors import UserError, unknown
 from mlx_forget.ladder import ModelSpec
@@ -89,6 +90,7 @@ class RuntimeSpec:
         grad_checkpoint: recompute block activations in the backward pass.
         num_threads: CPU threads; None leaves the framework's choice.
         memory_limit_gb: refuse to grow beyond this.
+        reads_only: for measuring: weights come from `load`, and neither gradients nor moments take memory.
     """
 
     precision: Precision = "fp32"
@@ -98,6 +100,7 @@ class RuntimeSpec:
     grad_checkpoint: bool = False
     num_threads: int | None = None
     memory_limit_gb: float | None = None
+    reads_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -202,22 +205,6 @@ def unpack_step(packed: npt.NDArray[np.float64], counts: npt.NDArray[np.float64]
     """A reading from the flat vector that backends fetch in one transfer: loss sums, then gradient norm, then skipped."""
     sums = packed[: NUM_TERMS * NUM_SOURCES].reshape(NUM_TERMS, NUM_SOURCES)
     return StepReading(sums, counts, grad_norm=float(packed[-2]), skipped=int(packed[-1]))
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Per-token measures against the frozen reference, each float32[B, T] in nats (`agreement`: 1 where the top tokens agree).
-
-    `kl` is KL(reference || model); `soft_ce` and `hard_ce` are the cross-entropy of the model to the reference's distribution and
-    to its most likely token (Kalajdzievski 2024).
-    """
-
-    nll: npt.NDArray[np.float32]
-    ref_nll: npt.NDArray[np.float32]
-    kl: npt.NDArray[np.float32]
-    soft_ce: npt.NDArray[np.float32]
-    hard_ce: npt.NDArray[np.float32]
-    agreement: npt.NDArray[np.float32]
 
 
 class Trainer(ABC):

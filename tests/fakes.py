@@ -107,9 +107,10 @@ class BigramTrainer(Trainer):
     def compare(self, tokens, mask):
         if self.reference is None:
             raise UserError("compare needs a reference: call set_reference first.")
-        labels = tokens[:, 1:, None]
+        labels = tokens[:, 1:, None].astype(int)
         logp, ref = (np.log(softmax(w[tokens[:, :-1]])) for w in (self.weight, self.reference))
         top = ref.argmax(-1)
+        hits = [(w.argmax(-1) == labels[..., 0]) for w in (logp, ref)]
         measures = (
             -np.take_along_axis(logp, labels, -1)[..., 0],
             -np.take_along_axis(ref, labels, -1)[..., 0],
@@ -117,6 +118,9 @@ class BigramTrainer(Trainer):
             -(np.exp(ref) * logp).sum(-1),
             -np.take_along_axis(logp, top[..., None], -1)[..., 0],
             (logp.argmax(-1) == top),
+            *hits,
+            np.exp(logp.max(-1)),
+            np.exp(ref.max(-1)),
         )
         return Comparison(*((m * mask).astype(np.float32) for m in measures))
 

@@ -63,6 +63,9 @@ def test_the_laws_need_numpy_and_scipy_only():
         "rate_tradeoff",
         "method_plots",
         "toy_continual",
+        "comparison",
+        "audit.run",
+        "audit.page",
     ],
 )
 def test_the_core_loads_no_framework(module):

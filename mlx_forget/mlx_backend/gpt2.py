@@ -36,6 +36,36 @@ def hidden_states(
     return _norm(x_BTD, weights, "transformer.ln_f")
 
 
+def hidden_states_of_two(
+    weights: Weights, reference: Weights, spec: ModelSpec, tokens_BT: mx.array, *, shared: int, operators: Operators
+) -> tuple[mx.array, mx.array]:
+    """Final hidden states float32[B, T, D] of two models; the first `shared` blocks are those of both and computed once."""
+    states = []
+    start = None if shared < 0 else _through_blocks(_embed(weights, tokens_BT), weights, spec, range(shared), operators)
+    for own in (weights, reference):
+        x_BTD = _embed(own, tokens_BT) if start is None else start
+        x_BTD = _through_blocks(x_BTD, own, spec, range(max(0, shared), spec.num_layers), operators)
+        states.append(_norm(x_BTD, own, "transformer.ln_f"))
+    return states[0], states[1]
+
+
+def num_shared_blocks(weights: Weights, reference: Weights, spec: ModelSpec) -> int:
+    """How many of the first blocks are the same in two models; -1 where the embeddings already differ."""
+
+    def same(prefix: str) -> bool:
+        return all(mx.array_equal(value, reference[name]).item() for name, value in weights.items() if name.startswith(prefix))
+
+    if not (same("transformer.wpe.") and same("transformer.wte.")):
+        return -1
+    return next((i for i in range(spec.num_layers) if not same(f"transformer.h.{i}.")), spec.num_layers)
+
+
+def _through_blocks(x_BTD: mx.array, weights: Weights, spec: ModelSpec, blocks: range, operators: Operators) -> mx.array:
+    for i in blocks:
+        x_BTD, _ = block(_of_block(weights, i), spec, x_BTD, None, operators)
+    return x_BTD
+
+
 def gradients(
     weights: Weights,
     spec: ModelSpec,
@@ -253,12 +283,6 @@ def token_nll(x: mx.array, head: mx.array, labels: mx.array, *, chunk: int, oper
     x, head = x.astype(operators.dtype), head.astype(operators.dtype)
     chunks = [slice(start, start + chunk) for start in range(0, len(x), chunk)]
     return mx.concatenate([_exponentials(x[rows], head, labels[rows], operators)[2] for rows in chunks])
-
-
-def log_probabilities(x: mx.array, head: mx.array, operators: Operators) -> mx.array:
-    """float32[N, V] in nats."""
-    logits = operators.matmul(x.astype(operators.dtype), head.astype(operators.dtype).T).astype(mx.float32)
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
 def _exponentials(x: mx.array, head: mx.array, labels: mx.array, operators: Operators) -> tuple[mx.array, mx.array, mx.array]:

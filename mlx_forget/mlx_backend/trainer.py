@@ -14,11 +14,12 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save_file
 
+from mlx_forget.comparison import MEASURES, portions
 from mlx_forget.distributed import Group
 from mlx_forget.errors import OutOfMemory, UserError
 from mlx_forget.ladder import initial_weights, num_params, param_shapes
 from mlx_forget.methods import NUM_SOURCES, NUM_TERMS, TERM_REPLAY_KL, TERM_REPLAY_NTP, TERM_TASK
-from mlx_forget.mlx_backend import BLAS_NOTE, adamw, gpt2
+from mlx_forget.mlx_backend import BLAS_NOTE, adamw, compare, gpt2
 from mlx_forget.mlx_backend.distributed import MLXGroup, join, num_local_ranks
 from mlx_forget.mlx_backend.operators import operators
 from mlx_forget.mlx_backend.reference import penalty_gradients, pull_to_reference
@@ -42,6 +43,8 @@ from mlx_forget.trainer import (
 
 _EVAL_TOKENS = 1 << 13
 _GIGABYTE = 1e9
+# A thread that gets fewer logits at a time would multiply by a few rows.
+_LEAST_LOGITS = 64
 # The key of the loss sums beside the gradients: both are added up over micro-batches and ranks.
 SUMS = "loss_sums"
 
@@ -78,7 +81,14 @@ class MLXTrainer(Trainer):
         if can_compile and self._on_cpu:
             compile_loops()
         self._chunk = gpt2.chunk_rows(spec.model.vocab_size, on_cpu=self._on_cpu)
-        self._weights = {name: mx.array(value) for name, value in initial_weights(spec.model, spec.seed)}
+        self._portions = portions(
+            spec.model,
+            compare.most(spec.model.vocab_size, on_cpu=self._on_cpu),
+            limit_gb=runtime.memory_limit_gb if runtime.reads_only else None,
+            used_bytes=self.used_memory_bytes(),
+        )
+        start = () if runtime.reads_only else initial_weights(spec.model, spec.seed)
+        self._weights = {name: mx.array(value) for name, value in start}
         self._exp_avg = {name: mx.zeros_like(value) for name, value in self._weights.items()}
         self._exp_avg_sq = {name: mx.zeros_like(value) for name, value in self._weights.items()}
         self._step = mx.array(0.0)
@@ -185,17 +195,10 @@ class MLXTrainer(Trainer):
     def compare(self, tokens: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8]) -> Comparison:
         if self._reference is None:
             raise UserError("compare needs a reference: call set_reference first.")
-        measures = np.zeros((6, len(tokens), tokens.shape[1] - 1), np.float32)
-        for rows in self._eval_slices(tokens):
-            inputs, labels = mx.array(tokens[rows, :-1]), mx.array(tokens[rows, 1:]).reshape(-1)
-            pair = [(self._forward(w, inputs), w["transformer.wte.weight"]) for w in (self._weights, self._reference)]
-            chunks = []
-            for start in range(0, len(labels), self._chunk):
-                here = slice(start, start + self._chunk)
-                logp, ref_logp = (gpt2.log_probabilities(x[here], head, self._operators) for x, head in pair)
-                chunks.append(_compare(logp, ref_logp, labels[here]))
-                mx.eval(chunks)
-            measures[:, rows] = np.array(mx.concatenate(chunks, axis=1)).reshape(6, *inputs.shape)
+        shared = gpt2.num_shared_blocks(self._weights, self._reference, self.spec.model)
+        measures = np.zeros((len(MEASURES), len(tokens), tokens.shape[1] - 1), np.float32)
+        for rows in self._eval_slices(tokens, self._portions.num_tokens):
+            measures[:, rows] = np.array(self._measures(self._reference, mx.array(tokens[rows]), shared))
         return Comparison(*(measures * mask))
 
     def set_reference(self, reference: Literal["start", "adapters_off"] | Path | None) -> None:
@@ -271,6 +274,10 @@ class MLXTrainer(Trainer):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 
+    def used_memory_bytes(self) -> int:
+        """Memory in use now: of the device where it has its own, else of the process at its highest so far."""
+        return self.peak_memory_bytes() if self._on_cpu else int(mx.get_active_memory())
+
     def _choose_device(self, wanted: str | None) -> bool:
         """Make the device MLX's default; returns whether it is a CPU."""
         gpu = _gpu_available()
@@ -282,7 +289,7 @@ class MLXTrainer(Trainer):
         if wanted is not None:
             mx.set_default_device(mx.Device(mx.cpu if on_cpu else mx.gpu))
         if on_cpu:
-            self._notes.append("MLX runs on the CPU." if gpu else "MLX sees no GPU: training runs on the CPU.")
+            self._notes.append("MLX runs on the CPU." if gpu else "MLX sees no GPU: it runs on the CPU.")
             self._notes.extend([BLAS_NOTE] if BLAS_NOTE else [])
         return on_cpu
 
@@ -319,7 +326,7 @@ class MLXTrainer(Trainer):
             return
         # Weights, gradients and two moments, 4 bytes each: no batch is small enough to need less.
         need = 16 * num_params(self.spec.model) / _GIGABYTE
-        if limit < need:
+        if limit < need and not self.spec.runtime.reads_only:
             raise UserError(
                 f"--memory-limit-gb {limit:g} is below what this model needs: {need:.3g} GB for weights, gradients and moments alone."
             )
@@ -425,13 +432,31 @@ class MLXTrainer(Trainer):
                 )
         return mx.concatenate(parts).reshape(len(tokens), -1)
 
-    def _forward(self, weights: Arrays, inputs: mx.array) -> mx.array:
-        """Hidden states [N, D]."""
-        x = gpt2.hidden_states(weights, self.spec.model, inputs, operators=self._operators)
-        return x.reshape(-1, x.shape[-1])
+    def _measures(self, reference: Arrays, tokens: mx.array, shared: int) -> mx.array:
+        """The measures of `Comparison`, float32[10, B, T], of int32[B, T+1]; each thread takes its share of the rows."""
+        parts = []
+        streams = self._streams[: max(1, self._portions.num_logits // _LEAST_LOGITS)]
+        for stream, rows in zip(streams, _shares(len(tokens), len(streams)), strict=False):
+            with mx.stream(stream):
+                pair = gpt2.hidden_states_of_two(
+                    self._weights, reference, self.spec.model, tokens[rows, :-1], shared=shared, operators=self._operators
+                )
+                x, ref_x = (states.reshape(-1, states.shape[-1]) for states in pair)
+                head, ref_head = (own["transformer.wte.weight"] for own in (self._weights, reference))
+                found = compare.measures(
+                    x,
+                    head,
+                    ref_x,
+                    ref_head,
+                    tokens[rows, 1:].reshape(-1),
+                    chunk=max(1, self._portions.num_logits // len(streams)),
+                    operators=self._operators,
+                )
+                parts.append(found.reshape(len(MEASURES), -1, tokens.shape[1] - 1))
+        return mx.concatenate(parts, axis=1)
 
-    def _eval_slices(self, tokens: npt.NDArray[np.int32]) -> list[slice]:
-        size = max(1, _EVAL_TOKENS // tokens.shape[1])
+    def _eval_slices(self, tokens: npt.NDArray[np.int32], num_tokens: int = _EVAL_TOKENS) -> list[slice]:
+        size = max(1, num_tokens // (tokens.shape[1] - 1))
         return [slice(start, start + size) for start in range(0, len(tokens), size)]
 
     def _read_weights(self, path: Path) -> Arrays:
@@ -477,20 +502,3 @@ def _read(path: Path) -> Arrays:
 
 def _to_numpy(arrays: Arrays) -> dict[str, npt.NDArray[np.float32]]:
     return {name: np.array(value.astype(mx.float32)) for name, value in arrays.items()}
-
-
-def _compare(logp: mx.array, ref_logp: mx.array, labels: mx.array) -> mx.array:
-    """The six measures of `Comparison`, float32[6, N]."""
-    reference = mx.exp(ref_logp)
-    top = mx.argmax(ref_logp, axis=1)
-    soft_ce = -(reference * logp).sum(axis=1)
-    return mx.stack(
-        [
-            -mx.take_along_axis(logp, labels[:, None], axis=1)[:, 0],
-            -mx.take_along_axis(ref_logp, labels[:, None], axis=1)[:, 0],
-            soft_ce + (reference * ref_logp).sum(axis=1),
-            soft_ce,
-            -mx.take_along_axis(logp, top[:, None], axis=1)[:, 0],
-            (mx.argmax(logp, axis=1) == top).astype(mx.float32),
-        ]
-    )

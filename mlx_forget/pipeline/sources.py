@@ -70,6 +70,11 @@ def read_documents(path: Path) -> Iterator[tuple[SplitName, str]]:
         raise UserError(f"{path} holds no text.")
 
 
+def holds_out_by_name(path: Path) -> bool:
+    """Whether files or subfolders say by their names which documents validate."""
+    return any(_SPLIT_OF_NAME.get(name) == "validation" for file in find_files(path) for name in _names(file, path))
+
+
 def split_of(text: str, validation_share: float) -> SplitName:
     """The split of a document, from its content and the share of documents that validate."""
     draw = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64

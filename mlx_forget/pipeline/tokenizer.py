@@ -104,6 +104,11 @@ class Tokenizer:
                 raise UserError(f"Token id {i} is outside the vocabulary of {len(table)}.")
         return b"".join([table[i] for i in values]).decode("utf-8", errors="replace")
 
+    @property
+    def piece_bytes(self) -> tuple[bytes, ...]:
+        """The UTF-8 bytes of every id; none for reserved ids."""
+        return tuple(self._bytes)
+
     def save(self, path: Path) -> None:
         """Write the model, aside first: a reader sees all of it or nothing."""
         path.parent.mkdir(parents=True, exist_ok=True)

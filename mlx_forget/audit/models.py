@@ -1,0 +1,216 @@
+"""The models of an audit: a folder opened as what an audit needs to know of it, whatever wrote it.
+
+A kind of folder joins `_OPENERS` with a function that says whether a folder is of that kind, and one that opens it.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from mlx_forget import checkpoint, records
+from mlx_forget.errors import UserError
+from mlx_forget.ladder import ModelSpec, num_params
+from mlx_forget.pipeline.corpora import forget_home
+from mlx_forget.pipeline.tokenizer import BOS, Tokenizer
+
+AUTO = "auto"
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+class TextTokenizer(Protocol):
+    """What an audit asks of a tokenizer."""
+
+    hash: str
+    vocab_size: int
+
+    @property
+    def piece_bytes(self) -> tuple[bytes, ...]: ...
+
+    def encode(self, text: str) -> npt.NDArray[np.int32]: ...
+
+    def decode(self, ids: npt.NDArray[np.integer[Any]]) -> str: ...
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint that can be audited.
+
+    Args:
+        name: short, for titles.
+        folder: where it was found.
+        spec: its shape.
+        weights: a safetensors file in the names of `spec`.
+        tokenizer_file: what its text is tokenised with.
+        tokenizer: that, open.
+        bos_id: stands before every text.
+        step: optimiser steps behind it, where known.
+        curve: (tokens, pretraining validation loss) along its own pretraining, empty for a finetune.
+        record: the record of the run that made it, where there is one.
+    """
+
+    name: str
+    folder: Path
+    spec: ModelSpec
+    weights: Path
+    tokenizer_file: Path
+    tokenizer: TextTokenizer
+    bos_id: int
+    step: int | None
+    curve: tuple[tuple[float, float], ...]
+    record: dict[str, Any] | None
+
+    def tensors(self) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
+        """Every weight, one at a time, in the order of their names."""
+        from safetensors import safe_open
+
+        with safe_open(self.weights, framework="numpy") as file:
+            for name in sorted(file.keys()):
+                if name != "lm_head.weight":
+                    yield name, file.get_tensor(name).astype(np.float32)
+
+    @property
+    def description(self) -> str:
+        """How it was trained, in words."""
+        at = "" if self.step is None else f", step {self.step:,}"
+        if self.record is None:
+            return f"checkpoint {self.name}"
+        config = self.record["config"]
+        if config["init"] == "scratch":
+            return f"pretrained on {config['target']}{at}"
+        return f"finetuned on {config['target']} with p = {config['p']}{at}"
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "description": self.description,
+            "folder": str(self.folder),
+            "run_id": None if self.record is None else self.record["run_id"],
+            "step": self.step,
+            "num_params": num_params(self.spec),
+        }
+
+
+def open_pair(base: str, tuned: str, *, say: Callable[[str], None]) -> tuple[Model, Model]:
+    """The two models of an audit, checked to be comparable token by token.
+
+    Args:
+        base: a folder, or `auto`: the checkpoint that `tuned` was finetuned from.
+
+    Raises:
+        UserError: one cannot be opened, or they differ in shape, vocabulary or tokenizer.
+    """
+    after = open_model(Path(tuned).expanduser(), say=say)
+    before = open_model(_start_of(after) if base == AUTO else Path(base).expanduser(), say=say)
+    if before.spec.vocab_size != after.spec.vocab_size:
+        raise UserError(
+            f"The vocabularies differ: {before.folder} has {before.spec.vocab_size:,} entries, {after.folder} {after.spec.vocab_size:,}. "
+            "An audit compares a model with its own finetune."
+        )
+    if before.spec != after.spec:
+        raise UserError(
+            f"The architectures differ: {before.folder} is {_shape(before.spec)}, {after.folder} is {_shape(after.spec)}. "
+            "An audit compares a model with its own finetune."
+        )
+    if before.tokenizer.hash != after.tokenizer.hash:
+        raise UserError(
+            f"The tokenizers differ: {before.folder} has {before.tokenizer.hash[:12]}, {after.folder} {after.tokenizer.hash[:12]}. "
+            "Losses per token can only be compared on the same tokens."
+        )
+    return before, after
+
+
+def open_model(folder: Path, *, say: Callable[[str], None] = lambda sentence: None) -> Model:
+    """A model from a folder of any known kind.
+
+    Raises:
+        UserError: nothing there, no weights, pickled weights only, or a damaged file.
+    """
+    if not folder.exists():
+        raise UserError(f"There is no folder {folder}.")
+    for recognises, opened in _OPENERS:
+        if recognises(folder):
+            return opened(folder, say)
+    _refuse_pickles(folder)
+    if (folder / checkpoint.CONFIG).is_file() and (folder / checkpoint.WEIGHTS).is_file():
+        raise UserError(f"{folder} is no checkpoint of this tool (it has no {checkpoint.STATE}): audits read those only so far.")
+    if (folder / checkpoint.CONFIG).is_file():
+        raise UserError(f"{folder} has a {checkpoint.CONFIG} but no weights: it needs {checkpoint.WEIGHTS}.")
+    raise UserError(
+        f"{folder} holds no model: give a run folder, one of its checkpoints/last or checkpoints/best, or a copy of such a folder."
+    )
+
+
+def _holds_checkpoint(folder: Path) -> bool:
+    return any((place / checkpoint.STATE).is_file() for place in checkpoint.places(folder))
+
+
+def _open_checkpoint(folder: Path, say: Callable[[str], None]) -> Model:
+    found = checkpoint.find_checkpoint(folder)
+    for needed in (found.weights, found.tokenizer, found.folder / checkpoint.CONFIG):
+        if not needed.is_file():
+            raise UserError(f"{found.folder} has no {needed.name}.")
+    state = found.state
+    run_folder = found.folder.parent.parent if found.folder.parent.name == "checkpoints" else None
+    record = None if run_folder is None else records.read_record(run_folder)
+    step = state.get("step")
+    best = None if run_folder is None else run_folder / "checkpoints" / "best" / checkpoint.STATE
+    if folder != found.folder and best is not None and best.is_file() and (state.get("best") or {}).get("step") != step:
+        say(
+            f"{folder}: reading checkpoints/last, step {step:,}; the lowest target validation loss was at step "
+            f"{state['best']['step']:,} (checkpoints/best)."
+        )
+    curve = tuple((float(point[0]), float(point[1])) for point in state.get("curve") or ())
+    identifier = state.get("run_id") or found.folder.name
+    return Model(
+        name=f"{identifier}-step{step}" if step is not None else str(identifier),
+        folder=found.folder,
+        spec=found.model_spec(),
+        weights=found.weights,
+        tokenizer_file=found.tokenizer,
+        tokenizer=Tokenizer.load(found.tokenizer),
+        bos_id=BOS,
+        step=step,
+        curve=curve if state.get("is_pretraining") else (),
+        record=record,
+    )
+
+
+_OPENERS: tuple[tuple[Callable[[Path], bool], Callable[[Path, Callable[[str], None]], Model]], ...] = (
+    (_holds_checkpoint, _open_checkpoint),
+)
+
+
+def _refuse_pickles(folder: Path) -> None:
+    """Pickled weights can run code when they are opened.
+
+    Raises:
+        UserError: the folder has such weights and no others.
+    """
+    files = [folder] if folder.is_file() else sorted(folder.iterdir())
+    pickled = [file.name for file in files if file.suffix in _PICKLES]
+    if pickled and not any(file.suffix == ".safetensors" for file in files):
+        raise UserError(
+            f"{folder} holds pickled weights only ({', '.join(pickled[:3])}), which can run code when they are opened. Convert them where "
+            "you trust them: transformers' AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER) writes safetensors."
+        )
+
+
+def _start_of(tuned: Model) -> Path:
+    """The base checkpoint that a finetune's record names, in the cache of base models."""
+    init = None if tuned.record is None else tuned.record.get("init")
+    if init in (None, "scratch"):
+        raise UserError(f"{tuned.folder} has no record that says what it was finetuned from: name BASE by its folder.")
+    found = sorted((forget_home() / "bases").glob(f"{init}-*"))
+    if not found:
+        raise UserError(
+            f"{tuned.folder} was finetuned from run {init}, which is not in {forget_home() / 'bases'}: name BASE by its folder."
+        )
+    return found[0]
+
+
+def _shape(spec: ModelSpec) -> str:
+    return f"{spec.num_layers} layers of width {spec.width}, {spec.num_heads} heads, context {spec.context_length}"

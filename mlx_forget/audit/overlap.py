@@ -1,0 +1,96 @@
+"""Which documents of a text a finetune has already learnt, by the rows that its record says it was given.
+
+A document overlaps when half or more of its spans of 16 tokens occur in those rows. Spans ignore where documents and rows are cut, so
+another division of the same file is found too.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mlx_forget.audit.models import Model
+from mlx_forget.audit.texts import Text
+from mlx_forget.pipeline.batches import RowSubset
+from mlx_forget.pipeline.corpora import forget_home
+from mlx_forget.pipeline.store import MANIFEST, TokenStore, open_store
+
+SPAN = 16
+SEEN_SHARE = 0.5
+_ROWS_AT_ONCE = 1 << 14
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """The rows that a finetune was given.
+
+    Args:
+        name: what its record calls them.
+        rows: where they are.
+    """
+
+    name: str
+    rows: RowSubset
+
+
+def learnt_rows(model: Model) -> Learnt | None:
+    """The target rows of a model's run; None without a record, or where the store that it read is no longer found."""
+    if model.record is None:
+        return None
+    row_length = model.record["config"].get("max_seq_length") or model.spec.context_length
+    for name, entry in model.record["data"].items():
+        store = _find_store(name, entry) if entry["role"] == "target" else None
+        if store is not None:
+            return Learnt(name, RowSubset.of_tokens(store.split("train"), row_length, entry["unique_tokens"]))
+    return None
+
+
+def overlapping_documents(text: Text, learnt: Learnt) -> list[int]:
+    """The documents of a text that overlap with the learnt rows; those shorter than a span never do."""
+    spans = [_spans(document[None]) for document in text.documents]
+    owner = np.repeat(np.arange(len(spans)), [len(found) for found in spans])
+    wanted = np.concatenate(spans)
+    seen = np.zeros(len(wanted), bool)
+    order = np.argsort(wanted)
+    ranked = wanted[order]
+    rows = learnt.rows
+    for start in range(0, rows.num_rows, _ROWS_AT_ONCE):
+        index = np.arange(start, min(rows.num_rows, start + _ROWS_AT_ONCE))
+        tokens = np.empty((len(index), rows.row_length + 1), np.int32)
+        rows.read(index, tokens)
+        found = np.unique(_spans(tokens[:, 1:]))
+        first, last = np.searchsorted(ranked, found, side="left"), np.searchsorted(ranked, found, side="right")
+        for a, b in zip(first[last > first].tolist(), last[last > first].tolist(), strict=True):
+            seen[order[a:b]] = True
+    num_spans = np.bincount(owner, minlength=len(spans))
+    num_seen = np.bincount(owner, weights=seen, minlength=len(spans))
+    return np.flatnonzero((num_spans > 0) & (num_seen >= SEEN_SHARE * num_spans)).tolist()
+
+
+def _spans(tokens: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.uint64]:
+    """A hash of every run of 16 tokens within each row of int[B, T], uint64[B * (T - 15)]; none where a row is shorter."""
+    num = tokens.shape[1] - SPAN + 1
+    if num < 1:
+        return np.zeros(0, np.uint64)
+    codes = (tokens.astype(np.uint64) + np.uint64(1)) * _MULTIPLIER
+    codes ^= codes >> np.uint64(29)
+    total = np.zeros((len(tokens), num), np.uint64)
+    for offset in range(SPAN):
+        total = total * _MULTIPLIER + codes[:, offset : offset + num]
+    return total.ravel()
+
+
+def _find_store(name: str, entry: dict[str, Any]) -> TokenStore | None:
+    """The store with the fingerprint that a record names: at its own path, or in the cache."""
+    for folder in (Path(name).expanduser(), *sorted((forget_home() / "stores").glob("*"))):
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if manifest.get("fingerprint") == entry["fingerprint"]:
+            return open_store(folder, verify=False)
+    return None
