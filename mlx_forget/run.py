@@ -36,11 +36,12 @@ from mlx_forget.ladder import (
 from mlx_forget.loop import Cadence, Observer, Report, RunState, StopRules, drive
 from mlx_forget.methods import METHODS
 from mlx_forget.pipeline.batches import BatchStream, RowSubset
-from mlx_forget.pipeline.catalog import Progress, builtin_tokenizer, resolve_store, silent
+from mlx_forget.pipeline.catalog import builtin_tokenizer, resolve_store, silent
 from mlx_forget.pipeline.corpora import CORPORA, build_corpus, forget_home
 from mlx_forget.pipeline.mixture import Mixture, parse_share
 from mlx_forget.pipeline.store import TokenStore
-from mlx_forget.pipeline.tokenizer import Tokenizer
+from mlx_forget.pipeline.tokenise import Progress
+from mlx_forget.pipeline.vocabularies import find_tokenizer, load_vocabulary, tokenizer_in
 from mlx_forget.schedule import Schedule
 from mlx_forget.trainer import Precision, Trainer, TrainerSpec, choose_backend, load_backend
 
@@ -144,14 +145,17 @@ def plan_run(config: TrainConfig, *, folder: Path | None = None, watch: Watch | 
         tokenizer, model, base_peak, init = base.tokenizer, base.model, base.schedule.peak, base.run_id
     elif config.init == "scratch":
         tokenizer = _tokenizer_file(config, watch)
-        vocab_size = Tokenizer.load(tokenizer).vocab_size
+        vocab_size = load_vocabulary(tokenizer).vocab_size
         model = model_spec(config.model, vocab_size, config.max_seq_length or _default_context(config.model))
         base_peak, init = None, "scratch"
     else:
         start = checkpoint.find_checkpoint(Path(config.init).expanduser())
         tokenizer, model = start.tokenizer, start.model_spec()
         base_peak, init = start.state.get("peak_learning_rate"), start.state["files"][checkpoint.WEIGHTS]
-        if config.tokenizer is not None and Tokenizer.load(Path(config.tokenizer)).hash != Tokenizer.load(tokenizer).hash:
+        if (
+            config.tokenizer is not None
+            and load_vocabulary(find_tokenizer(config.tokenizer)).hash != load_vocabulary(tokenizer).hash
+        ):
             raise UserError(
                 f"--tokenizer {config.tokenizer} is not the tokenizer that {config.init} was trained with: leave it out."
             )
@@ -427,9 +431,9 @@ def _with_base(plan: Plan, watch: Watch) -> Plan:
 
 def _tokenizer_file(config: TrainConfig, watch: Watch) -> Path:
     if config.tokenizer is not None:
-        return Path(config.tokenizer).expanduser()
+        return find_tokenizer(config.tokenizer)
     for name in (config.target, config.pretrain):
-        stored = Path(name).expanduser() / checkpoint.TOKENIZER if name is not None and name not in CORPORA else None
+        stored = tokenizer_in(Path(name).expanduser()) if name is not None and name not in CORPORA else None
         if stored is not None and stored.is_file():
             return stored
     return builtin_tokenizer(config.vocab_size, progress=watch.progress)
