@@ -28,8 +28,9 @@ def hidden_states(
     *,
     grad_checkpoint: bool = False,
 ) -> Tensor:
-    """Final hidden states [B, T, D] of int64[B, T] tokens; attention stays inside segments where they are given."""
-    positions = weights["transformer.wpe.weight"][: tokens_BT.shape[1]]
+    """Final hidden states [B, T, D] of int64[B, T] tokens; segments, where given, are as if each were alone."""
+    position = weights["transformer.wpe.weight"]
+    positions = position[: tokens_BT.shape[1]] if segment_BT is None else F.embedding(_positions(segment_BT), position)
     x_BTD = F.embedding(tokens_BT, weights["transformer.wte.weight"]) + positions
     mask = None if segment_BT is None else _segment_mask(segment_BT)
     for i in range(spec.num_layers):
@@ -133,6 +134,13 @@ def _norm(x: Tensor, weights: Weights, name: str) -> Tensor:
 def _linear(x: Tensor, weights: Weights, name: str) -> Tensor:
     weight, bias = weights[name + ".weight"], weights[name + ".bias"]
     return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[1])
+
+
+def _positions(segment_BT: Tensor) -> Tensor:
+    """Places int64[B, T] counted from the start of each segment."""
+    place = torch.arange(segment_BT.shape[1], device=segment_BT.device)
+    begins = F.pad(segment_BT[:, 1:] != segment_BT[:, :-1], (1, 0))
+    return place - torch.where(begins, place, 0).cummax(1).values
 
 
 def _segment_mask(segment_BT: Tensor) -> Tensor:

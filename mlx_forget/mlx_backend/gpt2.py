@@ -24,8 +24,8 @@ _CHUNK_ELEMENTS_GPU = 1 << 27
 def hidden_states(
     weights: Weights, spec: ModelSpec, tokens_BT: mx.array, segment_BT: mx.array | None = None, *, operators: Operators
 ) -> mx.array:
-    """Final hidden states float32[B, T, D] of int32[B, T] tokens; attention stays inside segments where they are given."""
-    x_BTD, allowed = _embed(weights, tokens_BT), _segment_mask(segment_BT)
+    """Final hidden states float32[B, T, D] of int32[B, T] tokens; segments, where given, are as if each were alone."""
+    x_BTD, allowed = _embed(weights, tokens_BT, segment_BT), _segment_mask(segment_BT)
     for i in range(spec.num_layers):
         x_BTD, _ = block(_of_block(weights, i), spec, x_BTD, allowed, operators)
     return _norm(x_BTD, weights, "transformer.ln_f")
@@ -48,7 +48,7 @@ def gradients(
     `grad_checkpoint` keeps the inputs of each block only and computes the block again on the way back.
     """
     allowed = _segment_mask(segment_BT)
-    x_BTD = _embed(weights, tokens_BT)
+    x_BTD = _embed(weights, tokens_BT, segment_BT)
     inputs: list[mx.array] = []
     saved: list[Any] = []
     for i in range(spec.num_layers):
@@ -69,9 +69,13 @@ def gradients(
             _, kept = block(own, spec, mx.depends([inputs[i]], [grad])[0], allowed, operators)
         grad = _block_gradient(grad, inputs.pop(), kept, own, operators, grads, prefix)
     grads["transformer.wte.weight"] = grad_head.at[tokens_BT.reshape(-1)].add(grad.reshape(-1, spec.width))
-    positions = grad.sum(axis=0)
-    unused = mx.zeros((spec.context_length - len(positions), spec.width))
-    grads["transformer.wpe.weight"] = mx.concatenate([positions, unused])
+    if segment_BT is None:
+        positions = grad.sum(axis=0)
+        unused = mx.zeros((spec.context_length - len(positions), spec.width))
+        grads["transformer.wpe.weight"] = mx.concatenate([positions, unused])
+    else:
+        zeros = mx.zeros((spec.context_length, spec.width))
+        grads["transformer.wpe.weight"] = zeros.at[_positions(segment_BT).reshape(-1)].add(grad.reshape(-1, spec.width))
     return nll.reshape(labels_BT.shape), {name: grads[name] for name in weights}
 
 
@@ -214,8 +218,10 @@ def _of_block(weights: Weights, index: int) -> dict[str, mx.array]:
     return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
-def _embed(weights: Weights, tokens_BT: mx.array) -> mx.array:
-    return weights["transformer.wte.weight"][tokens_BT] + weights["transformer.wpe.weight"][: tokens_BT.shape[1]]
+def _embed(weights: Weights, tokens_BT: mx.array, segment_BT: mx.array | None = None) -> mx.array:
+    position = weights["transformer.wpe.weight"]
+    places = position[: tokens_BT.shape[1]] if segment_BT is None else position[_positions(segment_BT)]
+    return weights["transformer.wte.weight"][tokens_BT] + places
 
 
 def _norm(x: mx.array, weights: Weights, name: str) -> mx.array:
@@ -255,6 +261,13 @@ def _norm_gradient(grad: mx.array, x: mx.array, weights: Weights, name: str, gra
     _, (grad_x, *own) = mx.vjp(norm, [x, *(weights[n] for n in names)], [grad])
     grads.update(zip((prefix + n for n in names), own, strict=True))
     return grad_x
+
+
+def _positions(segment_BT: mx.array) -> mx.array:
+    """Places int32[B, T] counted from the start of each segment."""
+    place = mx.arange(segment_BT.shape[1], dtype=mx.int32)
+    begins = mx.pad(segment_BT[:, 1:] != segment_BT[:, :-1], [(0, 0), (1, 0)])
+    return place - mx.cummax(mx.where(begins, place, 0), axis=1)
 
 
 def _segment_mask(segment_BT: mx.array | None) -> mx.array | None:

@@ -20,7 +20,7 @@ class Batch:
     Args:
         tokens: int32[B, T+1]; row[:-1] are inputs, row[1:] labels. Every row starts with BOS or a domain id.
         loss_mask: uint8[B, T], 1 where the label counts.
-        segment: int32[B, T], document numbers that attention must not cross, or None.
+        segment: int32[B, T], document numbers that attention must not cross and within which positions count from 0, or None.
         term: uint8[B], the objective's term: 0 task, 1 next-token replay, 2 KL replay.
         source: uint8[B], 0 target, 1 pretraining or replay data.
     """

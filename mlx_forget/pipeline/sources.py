@@ -127,6 +127,11 @@ def read_documents(
         raise UserError(f"Every document of {path} was left out: {describe_counts(keep.dropped)}.")
 
 
+def holds_out_by_name(path: Path) -> bool:
+    """Whether files or subfolders say by their names which documents validate."""
+    return any(split == "validation" for _, split in _find(path, Reading()))
+
+
 def validation_share(num_bytes: int) -> float:
     """The share of documents that validate, for a source of that size."""
     return min(_MOST_SHARE, max(_LEAST_SHARE, _VALIDATION_BYTES / max(1, num_bytes)))
