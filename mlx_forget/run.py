@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,12 @@ from mlx_forget.ladder import (
 )
 from mlx_forget.loop import Cadence, Observer, Report, RunState, StopRules, drive
 from mlx_forget.methods import METHODS
-from mlx_forget.pipeline.batches import BatchStream, RowSubset
+from mlx_forget.pipeline.batches import BatchStream, Blend, RowSubset, Side
 from mlx_forget.pipeline.catalog import builtin_tokenizer, resolve_store, silent
 from mlx_forget.pipeline.corpora import CORPORA, build_corpus, forget_home
-from mlx_forget.pipeline.mixture import Mixture, parse_share
+from mlx_forget.pipeline.mixture import Mixture
+from mlx_forget.pipeline.rows import Layout
+from mlx_forget.pipeline.shares import ShareSchedule, Stage, constant_share, parse_sources, parse_stages
 from mlx_forget.pipeline.store import TokenStore
 from mlx_forget.pipeline.tokenise import Progress
 from mlx_forget.pipeline.vocabularies import find_tokenizer, load_vocabulary, tokenizer_in
@@ -112,9 +115,8 @@ class Plan:
             "num_non_embedding_params": num_non_embedding_params(self.model),
             "num_steps": self.num_steps,
             "num_tokens": tokens,
-            "num_pretrain_tokens": self.stream.mixture.num_pretrain_before(self.num_steps * self.stream.batch_size)
-            * self.stream.target.row_length,
-            "unique_target_tokens": self.stream.target.num_rows * self.stream.target.row_length,
+            "num_pretrain_tokens": self.stream.tokens_before(self.num_steps)[1],
+            "unique_target_tokens": self.stream.target.num_tokens,
             "learning_rate": self.schedule.peak,
             "train_flops": tokens * train_flops_per_token(self.model),
             "base": None if self.base is None else self.base.summary(),
@@ -163,9 +165,8 @@ def plan_run(config: TrainConfig, *, folder: Path | None = None, watch: Watch | 
     if row_length > model.context_length:
         raise UserError(f"--max-seq-length {row_length} exceeds the model's context of {model.context_length} tokens.")
 
-    stores = {config.target: resolve_store(config.target, tokenizer, progress=watch.progress)}
-    if config.pretrain is not None and config.pretrain not in stores:
-        stores[config.pretrain] = resolve_store(config.pretrain, tokenizer, progress=watch.progress)
+    targets, pools = sources_of(config.target), sources_of(config.pretrain)
+    stores = {name: resolve_store(name, tokenizer, progress=watch.progress) for name in {**targets, **pools}}
     published = {name: _same_as_published(name, watch) for name in stores if name in CORPORA}
     if config.tokens_per_param is not None:
         num_tokens = config.tokens_per_param * num_params(model)
@@ -177,8 +178,8 @@ def plan_run(config: TrainConfig, *, folder: Path | None = None, watch: Watch | 
         precision=precision,
         learning_rate=rates.peak,
         data={
-            "target": stores[config.target].fingerprint,
-            "pretrain": stores[config.pretrain].fingerprint if config.pretrain is not None else None,
+            "target": _identity(targets, stores),
+            "pretrain": _identity(pools, stores),
         },
         init=init,
     )
@@ -262,7 +263,7 @@ def _train(plan: Plan, latest: Checkpoint | None, watch: Watch) -> dict[str, Any
         "run_id": plan.run_id,
         "backend": plan.backend,
         "is_pretraining": config.is_pretraining,
-        "tokenizer_hash": plan.stores[config.target].tokenizer_hash,
+        "tokenizer_hash": next(iter(plan.stores.values())).tokenizer_hash,
         "base_curve": curve,
     }
     target_train, target_val, pretrain_val = plan.windows
@@ -314,23 +315,19 @@ def _record(plan: Plan, run: RunState, trainer: Trainer) -> dict[str, Any]:
     best = run.best or run.start
     rows = run.step * plan.stream.batch_size
     pretrain_rows = plan.stream.mixture.num_pretrain_before(rows)
-    length = plan.stream.target.row_length
-    data: dict[str, dict[str, Any]] = {
-        config.target: {
-            "fingerprint": plan.stores[config.target].fingerprint,
-            "role": "target",
-            "unique_tokens": plan.stream.target.num_rows * length,
-            "tokens_seen": (rows - pretrain_rows) * length,
-        }
-    }
-    if config.pretrain is not None and config.pretrain != config.target:
-        pool = plan.stream.pretrain
-        data[config.pretrain] = {
-            "fingerprint": plan.stores[config.pretrain].fingerprint,
-            "role": "pretrain",
-            "unique_tokens": 0 if pool is None else pool.num_rows * length,
-            "tokens_seen": pretrain_rows * length,
-        }
+    tokens = plan.stream.tokens_before(run.step)
+    data: dict[str, dict[str, Any]] = {}
+    sides = ((config.target, "target", plan.stream.target), (config.pretrain, "pretrain", plan.stream.pretrain))
+    for (name, role, side), seen in zip(sides, plan.stream.tokens_of_sources(run.step), strict=True):
+        for number, source in enumerate(sources_of(name)):
+            if source not in data:
+                member = side.members[number] if isinstance(side, Blend) else side
+                data[source] = {
+                    "fingerprint": plan.stores[source].fingerprint,
+                    "role": role,
+                    "unique_tokens": 0 if member is None else member.num_tokens,
+                    "tokens_seen": seen[number] if side is not None else 0,
+                }
     forgetting, lost = None, None
     if best["pretrain_val"] is not None and not config.is_pretraining:
         forgetting = best["pretrain_val"] - run.start["pretrain_val"]
@@ -363,7 +360,7 @@ def _record(plan: Plan, run: RunState, trainer: Trainer) -> dict[str, Any]:
         "p": {
             "asked": config.p,
             "rows": pretrain_rows / rows if rows else 0.0,
-            "tokens": pretrain_rows / rows if rows else 0.0,
+            "tokens": tokens[1] / sum(tokens) if sum(tokens) else 0.0,
         },
         "data": data,
         "losses": {"start": run.start, "best": best, "end": run.last},
@@ -378,30 +375,56 @@ def _data(
     config: TrainConfig, stores: dict[str, TokenStore], row_length: int
 ) -> tuple[BatchStream, tuple[Windows, Windows, Windows | None], int]:
     """The batch stream, the three frozen window sets and the number of steps after token and epoch limits."""
-    share = parse_share(config.p)
-    target_store = stores[config.target]
+    layout: Layout = config.rows  # type: ignore[assignment]
+
+    def side(name: str | None, split: str, num_tokens: int | None = None) -> Side:
+        """The rows of one source, or of several by their shares, of which each has its share of the tokens."""
+        shares = sources_of(name)
+        members = tuple(
+            RowSubset.of_tokens(
+                stores[source].split(split),
+                row_length,
+                None if num_tokens is None else int(num_tokens * share),
+                layout=layout,
+                mask_prompt=config.mask_prompt,
+            )
+            for source, share in shares.items()
+        )
+        return members[0] if len(members) == 1 else Blend(members, tuple(shares.values()))
+
     num_tokens = config.target_tokens
     if num_tokens is None and config.target in CORPORA and not config.is_pretraining:
-        num_tokens = min(BUILTIN_TARGET_TOKENS, target_store.split("train").num_tokens)
-    target = RowSubset.of_tokens(target_store.split("train"), row_length, num_tokens)
+        num_tokens = min(BUILTIN_TARGET_TOKENS, stores[config.target].split("train").num_tokens)
+    target = side(config.target, "train", num_tokens)
     pretrain = None
     if config.pretrain is not None and not config.is_pretraining:
-        pretrain = RowSubset.of_tokens(stores[config.pretrain].split("train"), row_length, None)
-    mixture = Mixture(target.num_rows, pretrain.num_rows if pretrain else 0, share, config.seed, config.mixture)
+        pretrain = side(config.pretrain, "train")
+    share, stages = _row_shares(config, target, pretrain)
     num_steps = config.iters
     if config.stop_tokens is not None:
         num_steps = min(num_steps, config.stop_tokens // (config.batch_size * row_length))
     if config.stop_epochs is not None:
+        if share is None:
+            raise UserError("--stop-epochs needs a constant p: give --iters instead.")
         target_rows = config.stop_epochs * target.num_rows
         num_steps = min(num_steps, int(target_rows / (config.batch_size * (1 - share))))
     if num_steps < 1:
         raise UserError("The token or epoch limit is below one step: raise it, or lower --batch-size.")
+    mixture = Mixture(
+        target.num_rows,
+        pretrain.num_rows if pretrain else 0,
+        ShareSchedule(stages, num_steps * config.batch_size) if share is None else share,
+        config.seed,
+        config.mixture,
+        target=target.mixture_members() if isinstance(target, Blend) else (),
+        pretrain=pretrain.mixture_members() if isinstance(pretrain, Blend) else (),
+        pretrain_epochs=config.pretrain_epochs,
+    )
     mixture.check_pool(num_steps * config.batch_size, row_length)
     stream = BatchStream(target=target, pretrain=pretrain, mixture=mixture, batch_size=config.batch_size, num_steps=num_steps)
 
     def validation(name: str) -> Windows:
-        split = RowSubset.of_tokens(stores[name].split("validation"), row_length, None)
-        return Windows.of(name, split, config.eval_rows)
+        return Windows.of(name, side(name, "validation"), config.eval_rows)
 
     target_val = validation(config.target)
     if config.is_pretraining or config.pretrain == config.target:
@@ -409,6 +432,37 @@ def _data(
     else:
         pretrain_val = None if config.pretrain is None else validation(config.pretrain)
     return stream, (Windows.of("train", target, config.eval_rows), target_val, pretrain_val), num_steps
+
+
+def sources_of(name: str | None) -> dict[str, Fraction]:
+    """The sources behind --target or --pretrain with their shares: one, or several as NAME=SHARE,NAME=SHARE; none of None."""
+    if name is None:
+        return {}
+    return {name: Fraction(1)} if Path(name).expanduser().exists() else parse_sources(name)
+
+
+def _identity(shares: dict[str, Fraction], stores: dict[str, TokenStore]) -> str | None:
+    """What a side is for a run's name: a fingerprint, or those of several sources with their shares."""
+    if len(shares) < 2:
+        return next((stores[name].fingerprint for name in shares), None)
+    return ",".join(f"{stores[name].fingerprint}={share}" for name, share in shares.items())
+
+
+def _row_shares(config: TrainConfig, target: Side, pretrain: Side | None) -> tuple[Fraction | None, tuple[Stage, ...]]:
+    """p as a share of rows: the constant one or None, and its stages.
+
+    A share of tokens is converted by the mean number of tokens that count in a row of each side.
+    """
+    share, stages = constant_share(config.p), parse_stages(config.p)
+    if config.p_of == "rows" or pretrain is None:
+        return share, stages
+    per_target, per_pretrain = (Fraction(side.num_tokens, side.num_rows) for side in (target, pretrain))
+
+    def of_rows(p: Fraction) -> Fraction:
+        return (p * per_target / (p * per_target + (1 - p) * per_pretrain)).limit_denominator(10**9)
+
+    converted = tuple(Stage(of_rows(stage.first), of_rows(stage.last), stage.until) for stage in stages)
+    return None if share is None else of_rows(share), converted
 
 
 def _same_as_published(name: str, watch: Watch) -> bool:
@@ -432,8 +486,8 @@ def _with_base(plan: Plan, watch: Watch) -> Plan:
 def _tokenizer_file(config: TrainConfig, watch: Watch) -> Path:
     if config.tokenizer is not None:
         return find_tokenizer(config.tokenizer)
-    for name in (config.target, config.pretrain):
-        stored = tokenizer_in(Path(name).expanduser()) if name is not None and name not in CORPORA else None
+    for name in {**sources_of(config.target), **sources_of(config.pretrain)}:
+        stored = tokenizer_in(Path(name).expanduser()) if name not in CORPORA else None
         if stored is not None and stored.is_file():
             return stored
     return builtin_tokenizer(config.vocab_size, progress=watch.progress)

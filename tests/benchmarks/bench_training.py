@@ -32,6 +32,7 @@ from mlx_forget.trainer import RuntimeSpec, TrainerSpec
 from tests.benchmarks.measure import interleaved, print_ratios, rate
 
 BATCH = 32
+TOKENIZER = Path(__file__).resolve().parents[1] / "pipeline" / "samples" / "store-v1" / "tokenizer.model"
 
 
 class Block(nn.Module):
@@ -158,11 +159,10 @@ def loop_overhead(subset: RowSubset, spec: ModelSpec, folder: Path, *, rounds: i
     def driven() -> float:
         place = folder / f"run{next(number)}"
         place.mkdir()
-        (place / "t.model").write_bytes(b"benchmark")
         run = RunState(
             folder=place,
             model=spec,
-            tokenizer=place / "t.model",
+            tokenizer=TOKENIZER,
             schedule=Schedule(peak=1e-3, num_steps=steps),
             stream=stream,
             target_train=windows,
