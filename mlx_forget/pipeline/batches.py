@@ -239,25 +239,31 @@ class BatchStream:
     batch_size: int
     num_steps: int
     _planned: tuple[int, npt.NDArray[np.uint8], npt.NDArray[np.int64]] | None = field(default=None, init=False, repr=False)
+    _ahead: int = field(default=1, init=False, repr=False)
     _useful_before: dict[int, tuple[int, int]] = field(default_factory=lambda: {0: (0, 0)}, init=False, repr=False)
 
     def batch(self, step: int, *, rank: int = 0, world_size: int = 1) -> Batch:
         """The rows of batch `step` that belong to `rank`: every `world_size`-th, starting with its own number."""
         source, rows = self._plan(step)
         source, rows = source[rank::world_size], rows[rank::world_size]
-        sides = [self.target] if self.pretrain is None else [self.target, self.pretrain]
         num, length = len(rows), self.target.row_length
         tokens = np.empty((num, length + 1), np.int32)
-        masked = any(side.is_masked for side in sides)
-        loss_mask = np.empty((num, length), np.uint8) if masked else np.ones((num, length), np.uint8)
-        segment = np.empty((num, length), np.int32) if any(side.has_segments for side in sides) else None
-        mask = loss_mask if masked else None
-        for number, side in enumerate(sides):
-            where = np.flatnonzero(source == number)
-            if len(where) == num:
-                side.read_placed(rows, tokens, mask, segment)
-            elif len(where):
-                _read_some(side, rows[where], where, tokens, mask, segment)
+        loss_mask = np.empty((num, length), np.uint8) if self._is_masked else np.ones((num, length), np.uint8)
+        segment = np.empty((num, length), np.int32) if self._has_segments else None
+        mask = loss_mask if self._is_masked else None
+        injected = source.nonzero()[0]
+        if len(injected) and self.pretrain is not None:
+            # The side with more rows fills the batch, and the other its places: fewer rows are copied twice.
+            sides = (self.target, self.pretrain)
+            places = [(source == 0).nonzero()[0], injected]
+            large = int(len(injected) > num - len(injected))
+            filled, small = rows.copy(), places[1 - large]
+            filled[small] = rows[places[large][0]]
+            sides[large].read_placed(filled, tokens, mask, segment)
+            if len(small):
+                _read_some(sides[1 - large], rows[small], small, tokens, mask, segment)
+        elif num:
+            self.target.read_placed(rows, tokens, mask, segment)
         return Batch(tokens=tokens, loss_mask=loss_mask, segment=segment, term=np.zeros(num, np.uint8), source=source)
 
     def tokens_of_sources(self, step: int) -> tuple[list[int], list[int]]:
@@ -294,14 +300,21 @@ class BatchStream:
         self._useful_before[step] = (target, pretrain)
         return target, pretrain
 
-    @property
+    @cached_property
+    def _has_segments(self) -> bool:
+        return self.target.has_segments or (self.pretrain is not None and self.pretrain.has_segments)
+
+    @cached_property
     def _is_masked(self) -> bool:
         return self.target.is_masked or (self.pretrain is not None and self.pretrain.is_masked)
 
     def _plan(self, step: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
         """Source and place of each row of a batch; many batches are planned at once, because a plan's cost is mostly per call."""
         if self._planned is None or not self._planned[0] <= step < self._planned[0] + len(self._planned[1]) // self.batch_size:
-            stop = min(self.num_steps, step + max(1, _ROWS_PLANNED_AHEAD // self.batch_size))
+            # One batch where a run begins or resumes, which then comes at once, and more as it goes on from there.
+            follows = self._planned is not None and step == self._planned[0] + len(self._planned[1]) // self.batch_size
+            self._ahead = min(max(1, _ROWS_PLANNED_AHEAD // self.batch_size), 8 * self._ahead) if follows else 1
+            stop = min(self.num_steps, step + self._ahead)
             source, rows = self.mixture.rows(step * self.batch_size, stop * self.batch_size)
             injected = source == 1
             placed = np.empty_like(rows)

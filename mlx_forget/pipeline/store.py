@@ -67,6 +67,7 @@ class Split:
     eos_id: int
     loss_masks: tuple[npt.NDArray[np.uint8] | None, ...] = ()
     _documents: dict[int, pa.RecordBatch] = field(default_factory=dict, compare=False, repr=False)
+    _views: dict[int, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def has_loss_mask(self) -> bool:
@@ -88,17 +89,32 @@ class Split:
     def read_rows(self, rows: Ids, out: npt.NDArray[np.int32]) -> None:
         """Fill `out` int32[B, 1 + row_length] with BOS and the tokens of `rows` int64[B]."""
         row_length = out.shape[1] - 1
+        ends, views = self._rows_of(row_length)
         out[:, 0] = self.bos_id
-        first = 0
-        for tokens in self.tokens:
-            here = len(tokens) // row_length
-            view = tokens[: here * row_length].reshape(here, row_length)
-            if len(self.tokens) == 1:
-                out[:, 1:] = view[rows]
-                return
-            inside = np.flatnonzero((rows >= first) & (rows < first + here))
-            out[inside, 1:] = view[rows[inside] - first]
-            first += here
+        if len(views) == 1:
+            out[:, 1:] = views[0].take(rows, axis=0)
+            return
+        if not len(rows):
+            return
+        # Gathered as they are and widened at once: widening into scattered rows takes twice as long.
+        shard = ends.searchsorted(rows, "right")
+        # The shard of the first row fills all places, those of others with some row of it that is then replaced.
+        first = int(shard[0])
+        gathered = views[first].take(rows - int(ends[first] - len(views[first])), axis=0, mode="clip")
+        for number in np.unique(shard).tolist() if len(views) > 2 else [1 - first]:
+            inside = (shard == number).nonzero()[0]
+            if number != first and len(inside):
+                gathered[inside] = views[number].take(rows[inside] - int(ends[number] - len(views[number])), axis=0)
+        out[:, 1:] = gathered
+
+    def _rows_of(self, row_length: int) -> tuple[Ids, list[npt.NDArray[np.unsignedinteger[Any]]]]:
+        """Rows of each shard as a view, and where each shard's rows end, counted over all."""
+        if row_length not in self._views:
+            counts = [len(tokens) // row_length for tokens in self.tokens]
+            views = [tokens[: num * row_length].reshape(num, row_length) for tokens, num in zip(self.tokens, counts, strict=True)]
+            self._views[row_length] = (np.cumsum(counts, dtype=np.int64), views)
+        cut: tuple[Ids, list[npt.NDArray[np.unsignedinteger[Any]]]] = self._views[row_length]
+        return cut
 
     def documents(self, shard: int) -> tuple[Ids, Ids]:
         """(start, num_bytes) of each document of a shard, int64 each."""
