@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_forget.errors import UserError
-from mlx_forget.pipeline.hub import parse_id
 from mlx_forget.pipeline.tokenizer import Tokenizer
 
 SENTENCEPIECE_FILE = "tokenizer.model"
@@ -196,6 +195,9 @@ def find_tokenizer(name: str) -> Path:
         return found
     if path.exists():
         return path
+    # Not for worker processes, which only load.
+    from mlx_forget.pipeline.hub import parse_id
+
     hub = parse_id(name)
     if hub is None:
         raise UserError(f"There is no tokenizer {name}.")

@@ -16,9 +16,9 @@ import pytest
 from mlx_forget.errors import RunFailed, UserError
 from mlx_forget.pipeline.catalog import documents_of, write_store
 from mlx_forget.pipeline.conversations import Conversation
+from mlx_forget.pipeline.encoding import encode
 from mlx_forget.pipeline.sources import Reading
 from mlx_forget.pipeline.store import StoreWriter, merge_stores, open_store
-from mlx_forget.pipeline.tokenise import encode
 from mlx_forget.pipeline.tokenizer import END_INST, EOS, INST
 from mlx_forget.pipeline.vocabularies import load_vocabulary
 from mlx_forget.pipeline.workers import ordered_map

@@ -11,7 +11,7 @@ import sentencepiece
 from mlx_forget.errors import UserError
 from mlx_forget.pipeline.catalog import documents_of, new_tokenizer, resolve_store, write_store
 from mlx_forget.pipeline.conversations import Conversation
-from mlx_forget.pipeline.tokenise import encode
+from mlx_forget.pipeline.encoding import encode
 from mlx_forget.pipeline.tokenizer import Tokenizer
 from mlx_forget.pipeline.vocabularies import JSON_FILE, find_tokenizer, load_vocabulary, tokenizer_in
 
