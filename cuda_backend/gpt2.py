@@ -29,11 +29,11 @@ def hidden_states(
     *,
     grad_checkpoint: bool = False,
 ) -> Tensor:
-    """Final hidden states [B, T, D] of int64[B, T] tokens; attention stays inside segments where they are given.
+    """Final hidden states [B, T, D] of int64[B, T] tokens; segments, where given, are as if each were alone.
 
     Of a stack: [K * B, T, D] of int64[K, B, T].
     """
-    x_BTD = _embed(weights, tokens_BT)
+    x_BTD = _embed(weights, tokens_BT, segment_BT)
     mask = None if segment_BT is None else _segment_mask(segment_BT)
     for i in range(spec.num_layers):
         if grad_checkpoint and torch.is_grad_enabled():
@@ -162,13 +162,22 @@ def _exponentials(x: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, Tens
     return exponentials, total, (total.log() + top - label_logit)[..., 0]
 
 
-def _embed(weights: Weights, tokens: Tensor) -> Tensor:
-    """Token and position embeddings [B, T, D], or [K * B, T, D] of a stack."""
-    table, positions = weights["transformer.wte.weight"], weights["transformer.wpe.weight"][..., : tokens.shape[-1], :]
+def _embed(weights: Weights, tokens: Tensor, segment: Tensor | None = None) -> Tensor:
+    """Token and position embeddings [B, T, D], or [K * B, T, D] of a stack; places are counted within segments where they are given."""
+    positions = weights["transformer.wpe.weight"]
+    if segment is None:
+        placed = positions[..., None, : tokens.shape[-1], :]
+    else:
+        placed = _rows_of(positions, _positions(segment).view(tokens.shape))
+    return (_rows_of(weights["transformer.wte.weight"], tokens) + placed).flatten(0, -3)
+
+
+def _rows_of(table: Tensor, index: Tensor) -> Tensor:
+    """Rows of a [V, D] table at int64[B, T]; of a stack's [K, V, D], at int64[K, B, T] within each member's own."""
     if table.dim() == 2:
-        return F.embedding(tokens, table) + positions
-    first_row = torch.arange(0, table.shape[0] * table.shape[1], table.shape[1], device=tokens.device)[:, None, None]
-    return (F.embedding(tokens + first_row, table.flatten(0, 1)) + positions[:, None]).flatten(0, 1)
+        return F.embedding(index, table)
+    first_row = torch.arange(0, table.shape[0] * table.shape[1], table.shape[1], device=index.device)[:, None, None]
+    return F.embedding(index + first_row, table.flatten(0, 1))
 
 
 def _norm(x: Tensor, weights: Weights, name: str) -> Tensor:
@@ -196,6 +205,13 @@ def _linear(x: Tensor, weights: Weights, name: str, bias: Tensor | None = None) 
     else:
         product = torch.baddbmm(bias[:, None], x.reshape(len(weight), -1, x.shape[-1]), weight)
     return product.view(*x.shape[:-1], weight.shape[-1])
+
+
+def _positions(segment_BT: Tensor) -> Tensor:
+    """Places int64[B, T] counted from the start of each segment."""
+    place = torch.arange(segment_BT.shape[1], device=segment_BT.device)
+    begins = F.pad(segment_BT[:, 1:] != segment_BT[:, :-1], (1, 0))
+    return place - torch.where(begins, place, 0).cummax(1).values
 
 
 def _segment_mask(segment_BT: Tensor) -> Tensor:

@@ -151,12 +151,13 @@ class TorchTrainer(Trainer):
         norm, skipped = self._update(gradients, learning_rate)
         return TorchStep(torch.cat([sums, torch.stack([norm, skipped])]), counts)
 
-    def token_losses(self, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+    def token_losses(self, tokens: npt.NDArray[np.int32], segment: npt.NDArray[np.int32] | None = None) -> npt.NDArray[np.float32]:
         losses = np.empty((len(tokens), tokens.shape[1] - 1), np.float32)
         for rows in self._eval_slices(tokens):
             inputs, labels = self._split(tokens[rows])
+            own = None if segment is None else torch.from_numpy(segment[rows]).to(self._torch_device)
             with torch.no_grad():
-                x = self._forward(self._weights, inputs)
+                x = self._forward(self._weights, inputs, own)
                 nll = gpt2.token_nll(x, self._weights["transformer.wte.weight"], labels, self._chunk)
             losses[rows] = nll.view(inputs.shape).cpu().numpy()
         return losses
@@ -312,10 +313,10 @@ class TorchTrainer(Trainer):
         compiled: Callable[..., Tensor] = torch.compile(function, dynamic=False)
         return compiled
 
-    def _forward(self, weights: dict[str, Tensor], inputs: Tensor) -> Tensor:
+    def _forward(self, weights: dict[str, Tensor], inputs: Tensor, segment: Tensor | None = None) -> Tensor:
         """Hidden states [N, D] without gradients, always eager: evaluation shapes vary."""
         with self._autocast():
-            return gpt2.hidden_states(weights, self.spec.model, inputs).flatten(0, 1).to(self._dtype)
+            return gpt2.hidden_states(weights, self.spec.model, inputs, segment).flatten(0, 1).to(self._dtype)
 
     def _accumulate_gradient(
         self, batch: Batch, rows: slice, weight: npt.NDArray[np.float32], kl_weight: npt.NDArray[np.float32] | None

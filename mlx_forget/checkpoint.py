@@ -1,6 +1,6 @@
 """Checkpoints: whole or absent, checked before they are used, readable by either backend and by transformers.
 
-    checkpoints/last/      model.safetensors, training_state.safetensors, config.json, tokenizer.model, state.json
+    checkpoints/last/      model.safetensors, training_state.safetensors, config.json, tokenizer.model (or .json), state.json
     checkpoints/previous/  the one before, kept until the run ends
     checkpoints/best/      the weights at the lowest target validation loss; no training state
 
@@ -18,14 +18,13 @@ from typing import Any
 
 from mlx_forget.errors import UserError
 from mlx_forget.ladder import ModelSpec, hf_config, spec_from_hf_config
-from mlx_forget.pipeline.tokenizer import BOS, EOS
+from mlx_forget.pipeline.vocabularies import copy_tokenizer, special_ids, tokenizer_in
 from mlx_forget.trainer import Trainer
 
 SCHEMA_VERSION = 1
 WEIGHTS = "model.safetensors"
 TRAINING_STATE = "training_state.safetensors"
 CONFIG = "config.json"
-TOKENIZER = "tokenizer.model"
 STATE = "state.json"
 
 
@@ -51,7 +50,7 @@ class Checkpoint:
 
     @property
     def tokenizer(self) -> Path:
-        return self.folder / TOKENIZER
+        return tokenizer_in(self.folder)
 
     def model_spec(self) -> ModelSpec:
         """The model's shape, from `config.json`."""
@@ -74,8 +73,9 @@ def save_checkpoint(
     trainer.save(aside / WEIGHTS)
     if with_training_state:
         trainer.save_state(aside / TRAINING_STATE)
-    shutil.copyfile(tokenizer, aside / TOKENIZER)
-    (aside / CONFIG).write_text(json.dumps(hf_config(model, bos_token_id=BOS, eos_token_id=EOS), indent=1), encoding="utf-8")
+    copy_tokenizer(tokenizer, aside)
+    bos_id, eos_id = special_ids(tokenizer)
+    (aside / CONFIG).write_text(json.dumps(hf_config(model, bos_token_id=bos_id, eos_token_id=eos_id), indent=1), encoding="utf-8")
     files = {path.name: _sha256(path) for path in sorted(aside.iterdir())}
     content = {"schema_version": SCHEMA_VERSION, **state, "files": files}
     (aside / STATE).write_text(json.dumps(content, indent=1), encoding="utf-8")

@@ -19,7 +19,8 @@ from typing import Any, Literal, TypeVar
 from mlx_forget.errors import UserError, unknown
 from mlx_forget.ladder import SIZES, ModelSpec, num_params
 from mlx_forget.methods import METHODS, MethodSpec, method_spec
-from mlx_forget.pipeline.mixture import parse_share
+from mlx_forget.pipeline.rows import LAYOUTS
+from mlx_forget.pipeline.shares import describe_share, parse_stages
 from mlx_forget.schedule import Decay, Schedule
 from mlx_forget.trainer import OptimSpec, Precision, RuntimeSpec
 
@@ -55,13 +56,19 @@ class TrainConfig:
     )
     target: str = _key(
         "code",
-        "What to learn: a built-in corpus, a store, a text or JSONL file, or a folder of them.",
+        "What to learn: a built-in corpus, a recipe, a store, a file, a folder or a Hub id; or several: NAME=70%,NAME=30%.",
         aliases=("data",),
     )
     pretrain: str | None = _key("prose", "What not to forget, in the same forms; none measures no forgetting.", aliases=("replay",))
     p: str = _key(
-        None, "Share of rows that are pretraining data; default: 1% for injection, 0 for other methods.", aliases=("replay_ratio",)
+        None,
+        "Share of rows that are pretraining data: 1%; 0..5%, a ramp; or 50% until 90%, 5%. Default: 1% for injection, else 0.",
+        aliases=("replay_ratio",),
     )
+    p_of: Literal["rows", "tokens"] = _key("rows", "What p is a share of, where rows differ in tokens to learn.")
+    pretrain_epochs: int = _key(1, "How often a pretraining row may be served.")
+    rows: str = _key("packed", "packed; documents: packed, kept apart; padded: one conversation or document a row.")
+    mask_prompt: bool = _key(True, "Learn only what the data marks as to be learnt, such as answers.")
     target_tokens: int | None = _key(
         None,
         f"Unique target tokens (D_ft); smaller sets are prefixes of larger ones. Default: {BUILTIN_TARGET_TOKENS:,} of a built-in corpus, else all.",
@@ -142,8 +149,8 @@ class TrainConfig:
         self.method_spec()
         if typing.cast("str | None", self.p) is None:
             object.__setattr__(self, "p", INJECTED_SHARE if self.method == "injection" else "0")
-        share = parse_share(self.p)
-        for name in ("iters", "batch_size", "eval_rows", "steps_per_report", "vocab_size"):
+        stages = parse_stages(self.p)
+        for name in ("iters", "batch_size", "eval_rows", "pretrain_epochs", "steps_per_report", "vocab_size"):
             _positive(name, getattr(self, name))
         for name in (
             "target_tokens",
@@ -170,7 +177,9 @@ class TrainConfig:
                 raise UserError(f"{name} must not be negative, it is {getattr(self, name)}.")
         if self.seed >= 2**63:
             raise UserError(f"seed must be below 2^63, it is {self.seed}.")
-        if share and self.pretrain is None:
+        if self.rows not in LAYOUTS:
+            raise unknown("rows", self.rows, LAYOUTS)
+        if any(stage.first or stage.last for stage in stages) and self.pretrain is None:
             raise UserError(f"p is {self.p}, but there is no pretraining data to inject: give --pretrain, or --p 0.")
 
     @property
@@ -356,7 +365,7 @@ def science(config: TrainConfig) -> dict[str, Any]:
             continue
         if f.metadata["science"] and value != default and f.name not in ("base", "init", "target", "pretrain", "tokenizer"):
             given[f.name] = value
-    return given | {"p": str(parse_share(config.p))}
+    return given | {"p": describe_share(config.p)}
 
 
 def run_id(

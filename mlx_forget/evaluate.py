@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from mlx_forget.pipeline.batches import RowSubset
+from mlx_forget.errors import UserError
+from mlx_forget.pipeline.batches import Side
 from mlx_forget.trainer import Trainer
 
 Losses = npt.NDArray[np.float64]
@@ -18,18 +19,29 @@ Losses = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Windows:
-    """Frozen evaluation rows, int32[num_windows, T+1]."""
+    """Frozen evaluation rows, int32[num_windows, T+1].
+
+    Args:
+        loss_mask: uint8[num_windows, T], 1 where a label counts; None where all do.
+        segment: int32[num_windows, T] as in a `Batch`, or None.
+    """
 
     name: str
     tokens: npt.NDArray[np.int32]
+    loss_mask: npt.NDArray[np.uint8] | None = None
+    segment: npt.NDArray[np.int32] | None = None
 
     @classmethod
-    def of(cls, name: str, subset: RowSubset, num_windows: int) -> "Windows":
+    def of(cls, name: str, subset: Side, num_windows: int) -> "Windows":
         """The first windows of a subset, in the order that no seed changes; fewer if there are fewer."""
-        index = np.arange(min(num_windows, subset.num_rows), dtype=np.int64)
+        index = subset.window_ids(num_windows)
         tokens = np.empty((len(index), subset.row_length + 1), np.int32)
-        subset.read(index, tokens)
-        return cls(name, tokens)
+        loss_mask = np.empty((len(index), subset.row_length), np.uint8) if subset.is_masked else None
+        segment = np.empty((len(index), subset.row_length), np.int32) if subset.has_segments else None
+        subset.read(index, tokens, loss_mask, segment)
+        if loss_mask is not None and not loss_mask.any():
+            raise UserError(f"The {name} windows hold no token to learn: raise --eval-rows, or give --no-mask-prompt.")
+        return cls(name, tokens, loss_mask, segment)
 
 
 @dataclass(frozen=True)
@@ -41,11 +53,21 @@ class Estimate:
 
 
 def window_losses(trainer: Trainer, windows: Windows) -> Losses:
-    """Mean loss of each window in nats per token, float64[num_windows]; ranks share the work."""
+    """Mean loss of each window in nats per token, float64[num_windows]; ranks share the work.
+
+    Where not every label counts, a window's losses are summed and divided by the labels that count in a window on average, so that the
+    mean over windows is that over tokens.
+    """
     losses = np.zeros(len(windows.tokens))
     mine = slice(trainer.group.rank, None, trainer.group.size)
     if len(windows.tokens[mine]):
-        losses[mine] = trainer.token_losses(windows.tokens[mine]).mean(axis=1, dtype=np.float64)
+        segment = None if windows.segment is None else windows.segment[mine]
+        token_losses = trainer.token_losses(windows.tokens[mine], segment)
+        if windows.loss_mask is None:
+            losses[mine] = token_losses.mean(axis=1, dtype=np.float64)
+        else:
+            counted = windows.loss_mask.sum() / len(windows.tokens)
+            losses[mine] = (token_losses * windows.loss_mask[mine]).sum(axis=1, dtype=np.float64) / counted
     return trainer.group.all_sum(losses)
 
 

@@ -292,11 +292,11 @@ def _evaluate(run: RunState, trainer: Trainer) -> str | None:
         pretrain_val = target_val
     else:
         pretrain_val = window_losses(trainer, run.pretrain_val)
-    rows = run.step * run.stream.batch_size
+    target_tokens, pretrain_tokens = run.stream.tokens_before(run.step)
     row = {
         "step": run.step,
-        "tokens": run.step * run.tokens_per_step,
-        "pretrain_tokens": run.stream.mixture.num_pretrain_before(rows) * run.stream.target.row_length,
+        "tokens": target_tokens + pretrain_tokens,
+        "pretrain_tokens": pretrain_tokens,
         "learning_rate": run.schedule(max(0, run.step - 1)),
         "batch_loss": float(run.interval_sums[0] / run.interval_sums[1]) if run.interval_sums[1] else None,
         "target_train_loss": float(window_losses(trainer, run.target_train).mean()),

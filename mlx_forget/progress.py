@@ -146,17 +146,29 @@ class RunProgress:
 
 
 class Preparation:
-    """Progress of preparing data: a line when an activity starts, and at most one every few seconds."""
+    """Progress of preparing data: a line when an activity starts, and at most one every few seconds, with the rate and the time left."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._activity = ""
         self._printed = -math.inf
+        # When the activity began, and how far it was: what a resumed one found done counts for no rate.
+        self._began: tuple[float, float, int] = (0.0, 0.0, 0)
 
-    def __call__(self, activity: str, fraction: float) -> None:
+    def __call__(self, activity: str, fraction: float, num_bytes: int = 0) -> None:
         now = time.monotonic()
+        if activity != self._activity:
+            self._began = (now, fraction, num_bytes)
         if activity != self._activity or now - self._printed > _SECONDS_BETWEEN_LINES:
             if fraction < 1:
-                done = f" ({fraction:.0%})" if fraction else ""
-                self._console.print(f"{activity}{done}", highlight=False, soft_wrap=True)
+                self._console.print(
+                    f"{activity}{self._details(now, fraction, num_bytes)}", highlight=False, soft_wrap=True, markup=False
+                )
             self._printed, self._activity = now, activity
+
+    def _details(self, now: float, fraction: float, num_bytes: int) -> str:
+        seconds, done = now - self._began[0], fraction - self._began[1]
+        if not fraction or not done or not seconds:
+            return f" ({fraction:.0%})" if fraction else ""
+        rate = f"{(num_bytes - self._began[2]) / seconds / 1e6:.1f} MB/s, " if num_bytes else ""
+        return f" ({fraction:.0%}, {rate}{duration(seconds * (1 - fraction) / done)} left)"

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,15 @@ from mlx_forget.ladder import (
 )
 from mlx_forget.loop import Cadence, Observer, Report, RunState, StopRules, drive
 from mlx_forget.methods import METHODS
-from mlx_forget.pipeline.batches import BatchStream, ReplayRows, RowSubset
-from mlx_forget.pipeline.catalog import Progress, builtin_tokenizer, resolve_store, silent
+from mlx_forget.pipeline.batches import BatchStream, Blend, ReplayRows, RowSubset, Side
+from mlx_forget.pipeline.catalog import builtin_tokenizer, resolve_store, silent
 from mlx_forget.pipeline.corpora import CORPORA, build_corpus, forget_home
-from mlx_forget.pipeline.mixture import Mixture, parse_share
+from mlx_forget.pipeline.mixture import Mixture
+from mlx_forget.pipeline.rows import Layout
+from mlx_forget.pipeline.shares import ShareSchedule, Stage, constant_share, parse_sources, parse_stages
 from mlx_forget.pipeline.store import TokenStore
-from mlx_forget.pipeline.tokenizer import Tokenizer
+from mlx_forget.pipeline.tokenise import Progress
+from mlx_forget.pipeline.vocabularies import find_tokenizer, load_vocabulary, tokenizer_in
 from mlx_forget.replay import OnlineReplay, SampleSpec, origin_note, sample_store
 from mlx_forget.schedule import Schedule
 from mlx_forget.trainer import Capabilities, Precision, Trainer, TrainerSpec, choose_backend, join_group, load_backend
@@ -132,11 +136,10 @@ class Plan:
             "num_non_embedding_params": num_non_embedding_params(self.model),
             "num_steps": self.num_steps,
             "num_tokens": tokens,
-            "num_pretrain_tokens": self.stream.mixture.num_pretrain_before(self.num_steps * self.stream.batch_size)
-            * self.stream.target.row_length,
+            "num_pretrain_tokens": self.stream.tokens_before(self.num_steps)[1],
             "method": self.config.method,
             "num_replay_tokens": self.num_steps * _replay_rows_per_step(self.config) * self.stream.target.row_length,
-            "unique_target_tokens": self.stream.target.num_rows * self.stream.target.row_length,
+            "unique_target_tokens": self.stream.target.num_tokens,
             "learning_rate": self.schedule.peak,
             "train_flops": tokens * train_flops_per_token(self.model),
             "base": None if self.base is None else self.base.summary(),
@@ -173,14 +176,17 @@ def _plan(config: TrainConfig, backend: str, group: Group, folder: Path | None, 
         tokenizer, model, base_peak, init = base.tokenizer, base.model, base.schedule.peak, base.run_id
     elif config.init == "scratch":
         tokenizer = _tokenizer_file(config, watch)
-        vocab_size = Tokenizer.load(tokenizer).vocab_size
+        vocab_size = load_vocabulary(tokenizer).vocab_size
         model = model_spec(config.model, vocab_size, config.max_seq_length or _default_context(config.model))
         base_peak, init = None, "scratch"
     else:
         start = checkpoint.find_checkpoint(Path(config.init).expanduser())
         tokenizer, model = start.tokenizer, start.model_spec()
         base_peak, init = start.state.get("peak_learning_rate"), start.state["files"][checkpoint.WEIGHTS]
-        if config.tokenizer is not None and Tokenizer.load(Path(config.tokenizer)).hash != Tokenizer.load(tokenizer).hash:
+        if (
+            config.tokenizer is not None
+            and load_vocabulary(find_tokenizer(config.tokenizer)).hash != load_vocabulary(tokenizer).hash
+        ):
             raise UserError(
                 f"--tokenizer {config.tokenizer} is not the tokenizer that {config.init} was trained with: leave it out."
             )
@@ -188,24 +194,17 @@ def _plan(config: TrainConfig, backend: str, group: Group, folder: Path | None, 
     if row_length > model.context_length:
         raise UserError(f"--max-seq-length {row_length} exceeds the model's context of {model.context_length} tokens.")
 
-    stores = {config.target: resolve_store(config.target, tokenizer, progress=watch.progress)}
-    if config.pretrain is not None and config.pretrain not in stores:
-        stores[config.pretrain] = resolve_store(config.pretrain, tokenizer, progress=watch.progress)
-    replay = _replay_name(config)
-    if replay not in (None, REPLAY_SELF, REPLAY_ONLINE) and replay not in stores:
-        stores[replay] = resolve_store(replay, tokenizer, progress=watch.progress)
+    targets, pools, replays = sources_of(config.target), sources_of(config.pretrain), _stored_replay(config)
+    stores = {name: resolve_store(name, tokenizer, progress=watch.progress) for name in {**targets, **pools, **replays}}
     published = {name: _same_as_published(name, watch) for name in stores if name in CORPORA}
     if config.tokens_per_param is not None:
         num_tokens = config.tokens_per_param * num_params(model)
         config = dataclasses.replace(config, iters=math.ceil(num_tokens / (config.batch_size * row_length)), tokens_per_param=None)
     stream, windows, num_steps = _data(config, stores, row_length)
     rates = schedule(config, model, base_peak)
-    data = {
-        "target": stores[config.target].fingerprint,
-        "pretrain": stores[config.pretrain].fingerprint if config.pretrain is not None else None,
-    }
-    if replay not in (None, REPLAY_SELF, REPLAY_ONLINE):
-        data["replay"] = stores[replay].fingerprint
+    data = {"target": _identity(targets, stores), "pretrain": _identity(pools, stores)}
+    if replays:
+        data["replay"] = _identity(replays, stores)
     identifier = run_id(config, precision=precision, learning_rate=rates.peak, data=data, init=init)
     return Plan(
         config=config,
@@ -318,7 +317,7 @@ def prepare_run(plan: Plan, latest: Checkpoint | None, trainer: Trainer, watch: 
         "run_id": plan.run_id,
         "backend": plan.backend,
         "is_pretraining": config.is_pretraining,
-        "tokenizer_hash": plan.stores[config.target].tokenizer_hash,
+        "tokenizer_hash": next(iter(plan.stores.values())).tokenizer_hash,
         "base_curve": curve,
     }
     target_train, target_val, pretrain_val = plan.windows
@@ -375,25 +374,21 @@ def _record(plan: Plan, run: RunState, trainer: Trainer) -> dict[str, Any]:
     best = run.best or run.start
     rows = run.step * plan.stream.batch_size
     pretrain_rows = plan.stream.mixture.num_pretrain_before(rows)
-    length = plan.stream.target.row_length
-    data: dict[str, dict[str, Any]] = {
-        config.target: {
-            "fingerprint": plan.stores[config.target].fingerprint,
-            "role": "target",
-            "unique_tokens": plan.stream.target.num_rows * length,
-            "tokens_seen": (rows - pretrain_rows) * length,
-        }
-    }
-    if config.pretrain is not None and config.pretrain != config.target:
-        pool = plan.stream.pretrain
-        data[config.pretrain] = {
-            "fingerprint": plan.stores[config.pretrain].fingerprint,
-            "role": "pretrain",
-            "unique_tokens": 0 if pool is None else pool.num_rows * length,
-            "tokens_seen": pretrain_rows * length,
-        }
+    tokens = plan.stream.tokens_before(run.step)
+    data: dict[str, dict[str, Any]] = {}
+    sides = ((config.target, "target", plan.stream.target), (config.pretrain, "pretrain", plan.stream.pretrain))
+    for (name, role, side), seen in zip(sides, plan.stream.tokens_of_sources(run.step), strict=True):
+        for number, source in enumerate(sources_of(name)):
+            if source not in data:
+                member = side.members[number] if isinstance(side, Blend) else side
+                data[source] = {
+                    "fingerprint": plan.stores[source].fingerprint,
+                    "role": role,
+                    "unique_tokens": 0 if member is None else member.num_tokens,
+                    "tokens_seen": seen[number] if side is not None else 0,
+                }
     if plan.stream.replay is not None:
-        served = run.step * plan.stream.replay.rows_per_step
+        length, served = plan.stream.target.row_length, run.step * plan.stream.replay.rows_per_step
         data[f"replay:{_replay_name(config)}"] = {
             "fingerprint": plan.replay_fingerprint,
             "role": "replay",
@@ -434,7 +429,7 @@ def _record(plan: Plan, run: RunState, trainer: Trainer) -> dict[str, Any]:
         "p": {
             "asked": config.p,
             "rows": pretrain_rows / rows if rows else 0.0,
-            "tokens": pretrain_rows / rows if rows else 0.0,
+            "tokens": tokens[1] / sum(tokens) if sum(tokens) else 0.0,
         },
         "data": data,
         "losses": {"start": run.start, "best": best, "end": run.last},
@@ -449,30 +444,56 @@ def _data(
     config: TrainConfig, stores: dict[str, TokenStore], row_length: int
 ) -> tuple[BatchStream, tuple[Windows, Windows, Windows | None], int]:
     """The batch stream, the three frozen window sets and the number of steps after token and epoch limits."""
-    share = parse_share(config.p)
-    target_store = stores[config.target]
+    layout: Layout = config.rows  # type: ignore[assignment]
+
+    def side(name: str | None, split: str, num_tokens: int | None = None) -> Side:
+        """The rows of one source, or of several by their shares, of which each has its share of the tokens."""
+        shares = sources_of(name)
+        members = tuple(
+            RowSubset.of_tokens(
+                stores[source].split(split),
+                row_length,
+                None if num_tokens is None else int(num_tokens * share),
+                layout=layout,
+                mask_prompt=config.mask_prompt,
+            )
+            for source, share in shares.items()
+        )
+        return members[0] if len(members) == 1 else Blend(members, tuple(shares.values()))
+
     num_tokens = config.target_tokens
     if num_tokens is None and config.target in CORPORA and not config.is_pretraining:
-        num_tokens = min(BUILTIN_TARGET_TOKENS, target_store.split("train").num_tokens)
-    target = RowSubset.of_tokens(target_store.split("train"), row_length, num_tokens)
+        num_tokens = min(BUILTIN_TARGET_TOKENS, stores[config.target].split("train").num_tokens)
+    target = side(config.target, "train", num_tokens)
     pretrain = None
     if config.pretrain is not None and not config.is_pretraining:
-        pretrain = RowSubset.of_tokens(stores[config.pretrain].split("train"), row_length, None)
-    mixture = Mixture(target.num_rows, pretrain.num_rows if pretrain else 0, share, config.seed, config.mixture)
+        pretrain = side(config.pretrain, "train")
+    share, stages = _row_shares(config, target, pretrain)
     num_steps = config.iters
     if config.stop_tokens is not None:
         num_steps = min(num_steps, config.stop_tokens // (config.batch_size * row_length))
     if config.stop_epochs is not None:
+        if share is None:
+            raise UserError("--stop-epochs needs a constant p: give --iters instead.")
         target_rows = config.stop_epochs * target.num_rows
         num_steps = min(num_steps, int(target_rows / (config.batch_size * (1 - share))))
     if num_steps < 1:
         raise UserError("The token or epoch limit is below one step: raise it, or lower --batch-size.")
+    mixture = Mixture(
+        target.num_rows,
+        pretrain.num_rows if pretrain else 0,
+        ShareSchedule(stages, num_steps * config.batch_size) if share is None else share,
+        config.seed,
+        config.mixture,
+        target=target.mixture_members() if isinstance(target, Blend) else (),
+        pretrain=pretrain.mixture_members() if isinstance(pretrain, Blend) else (),
+        pretrain_epochs=config.pretrain_epochs,
+    )
     mixture.check_pool(num_steps * config.batch_size, row_length)
     stream = BatchStream(target=target, pretrain=pretrain, mixture=mixture, batch_size=config.batch_size, num_steps=num_steps)
 
     def validation(name: str) -> Windows:
-        split = RowSubset.of_tokens(stores[name].split("validation"), row_length, None)
-        return Windows.of(name, split, config.eval_rows)
+        return Windows.of(name, side(name, "validation"), config.eval_rows)
 
     target_val = validation(config.target)
     if config.is_pretraining or config.pretrain == config.target:
@@ -517,6 +538,12 @@ def _replay_name(config: TrainConfig) -> str | None:
     return config.pretrain if config.replay_data == REPLAY_PRETRAIN else config.replay_data
 
 
+def _stored_replay(config: TrainConfig) -> dict[str, Fraction]:
+    """The stores that replay rows come from, with their shares; none where the model is sampled during the run."""
+    name = _replay_name(config)
+    return {} if name in (None, REPLAY_SELF, REPLAY_ONLINE) else sources_of(name)
+
+
 def _replay_rows_per_step(config: TrainConfig) -> int:
     """Rows that the method adds to each step."""
     return 0 if config.method_spec().replay_term is None else config.replay_rows or max(1, config.batch_size // 4)
@@ -551,23 +578,59 @@ def _with_replay(plan: Plan, trainer: Trainer, watch: Watch) -> Plan:
             progress=watch.progress,
             interrupted=watch.interrupted,
         )
+        subset: Side = RowSubset.of_tokens(store.split("train"), length, None)
+        fingerprint: str | None = store.fingerprint
     else:
-        store = plan.stores[name]
-        note = origin_note(store, plan.start)
-        if note is not None:
-            watch.say(note)
-    subset = RowSubset.of_tokens(store.split("train"), length, None)
+        shares = _stored_replay(config)
+        for source in shares:
+            note = origin_note(plan.stores[source], plan.start)
+            if note is not None:
+                watch.say(note)
+        members = tuple(RowSubset.of_tokens(plan.stores[source].split("train"), length, None) for source in shares)
+        subset = members[0] if len(members) == 1 else Blend(members, tuple(shares.values()))
+        fingerprint = _identity(shares, plan.stores)
     replay = None if term is None else ReplayRows(subset, rows_per_step, term, config.seed)
     if config.method_spec().ewc:
         trainer.set_fisher(*_fisher_rows(subset))
-    return dataclasses.replace(plan, stream=dataclasses.replace(plan.stream, replay=replay), replay_fingerprint=store.fingerprint)
+    return dataclasses.replace(plan, stream=dataclasses.replace(plan.stream, replay=replay), replay_fingerprint=fingerprint)
 
 
-def _fisher_rows(subset: RowSubset) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]:
+def _fisher_rows(subset: Side) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]:
     rows = np.arange(min(FISHER_ROWS, subset.num_rows), dtype=np.int64)
     tokens = np.empty((len(rows), subset.row_length + 1), np.int32)
     subset.read(rows, tokens)
     return tokens, np.ones((len(rows), subset.row_length), np.uint8)
+
+
+def sources_of(name: str | None) -> dict[str, Fraction]:
+    """The sources behind --target or --pretrain with their shares: one, or several as NAME=SHARE,NAME=SHARE; none of None."""
+    if name is None:
+        return {}
+    return {name: Fraction(1)} if Path(name).expanduser().exists() else parse_sources(name)
+
+
+def _identity(shares: dict[str, Fraction], stores: dict[str, TokenStore]) -> str | None:
+    """What a side is for a run's name: a fingerprint, or those of several sources with their shares."""
+    if len(shares) < 2:
+        return next((stores[name].fingerprint for name in shares), None)
+    return ",".join(f"{stores[name].fingerprint}={share}" for name, share in shares.items())
+
+
+def _row_shares(config: TrainConfig, target: Side, pretrain: Side | None) -> tuple[Fraction | None, tuple[Stage, ...]]:
+    """p as a share of rows: the constant one or None, and its stages.
+
+    A share of tokens is converted by the mean number of tokens that count in a row of each side.
+    """
+    share, stages = constant_share(config.p), parse_stages(config.p)
+    if config.p_of == "rows" or pretrain is None:
+        return share, stages
+    per_target, per_pretrain = (Fraction(side.num_tokens, side.num_rows) for side in (target, pretrain))
+
+    def of_rows(p: Fraction) -> Fraction:
+        return (p * per_target / (p * per_target + (1 - p) * per_pretrain)).limit_denominator(10**9)
+
+    converted = tuple(Stage(of_rows(stage.first), of_rows(stage.last), stage.until) for stage in stages)
+    return None if share is None else of_rows(share), converted
 
 
 def _same_as_published(name: str, watch: Watch) -> bool:
@@ -591,9 +654,9 @@ def with_base(plan: Plan, watch: Watch) -> Plan:
 
 def _tokenizer_file(config: TrainConfig, watch: Watch) -> Path:
     if config.tokenizer is not None:
-        return Path(config.tokenizer).expanduser()
-    for name in (config.target, config.pretrain):
-        stored = Path(name).expanduser() / checkpoint.TOKENIZER if name is not None and name not in CORPORA else None
+        return find_tokenizer(config.tokenizer)
+    for name in {**sources_of(config.target), **sources_of(config.pretrain)}:
+        stored = tokenizer_in(Path(name).expanduser()) if name not in CORPORA else None
         if stored is not None and stored.is_file():
             return stored
     return builtin_tokenizer(config.vocab_size, progress=watch.progress)

@@ -240,8 +240,8 @@ class Trainer(ABC):
         """One optimiser step on the rows of this rank."""
 
     @abstractmethod
-    def token_losses(self, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
-        """Next-token losses in nats, float32[B, T], of int32[B, T+1] rows."""
+    def token_losses(self, tokens: npt.NDArray[np.int32], segment: npt.NDArray[np.int32] | None = None) -> npt.NDArray[np.float32]:
+        """Next-token losses in nats, float32[B, T], of int32[B, T+1] rows; `segment` int32[B, T] is as in a `Batch`."""
 
     @abstractmethod
     def compare(self, tokens: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8]) -> Comparison:

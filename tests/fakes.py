@@ -100,7 +100,7 @@ class BigramTrainer(Trainer):
             self.weight = new[NAME]
         return FakeStep(np.concatenate([sums, [norm, float(skipped)]]), counts)
 
-    def token_losses(self, tokens):
+    def token_losses(self, tokens, segment=None):
         probability = softmax(self.weight[tokens[:, :-1]])
         return -np.log(np.take_along_axis(probability, tokens[:, 1:, None], -1)[..., 0]).astype(np.float32)
 

@@ -20,6 +20,16 @@ def softmax(x):
     return e / e.sum(-1, keepdims=True)
 
 
+def positions(inputs, segment):
+    """Places [B, T], counted from the start of each segment."""
+    place = np.broadcast_to(np.arange(inputs.shape[1]), inputs.shape).copy()
+    if segment is not None:
+        for row, own in zip(place, segment, strict=True):
+            for t in range(1, len(row)):
+                row[t] = row[t - 1] + 1 if own[t] == own[t - 1] else 0
+    return place
+
+
 class GPT2:
     """Forward and backward of the ladder's GPT-2 for one weight dict in float64."""
 
@@ -53,7 +63,7 @@ class GPT2:
         """Logits [B, T, V] and what the backward pass needs."""
         B, T = inputs.shape
         H, hd = self.spec.num_heads, self.spec.head_dim
-        x = self.w["transformer.wte.weight"][inputs] + self.w["transformer.wpe.weight"][:T]
+        x = self.w["transformer.wte.weight"][inputs] + self.w["transformer.wpe.weight"][positions(inputs, segment)]
         allowed = np.tril(np.ones((T, T), bool))[None, None]
         if segment is not None:
             allowed = allowed & (segment[:, None, :, None] == segment[:, None, None, :])
@@ -111,7 +121,7 @@ class GPT2:
             g = g + self.norm_backward(self.linear_backward(dqkv, n1, p + "attn.c_attn", grads), p + "ln_1", kept1, grads)
         np.add.at(grads["transformer.wte.weight"], inputs, g)
         position = np.zeros_like(self.w["transformer.wpe.weight"])
-        position[:T] = g.sum(0)
+        np.add.at(position, positions(inputs, segment), g)
         grads["transformer.wpe.weight"] = position
         return grads
 

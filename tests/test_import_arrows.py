@@ -35,7 +35,9 @@ def test_help_loads_nothing_heavy():
     assert loaded_by(script, *FRAMEWORKS, "numpy", "pyarrow", "yaml") == set()
 
 
-@pytest.mark.parametrize("module", ["store", "mixture", "batches", "sources", "tokenizer", "corpora", "catalog"])
+@pytest.mark.parametrize(
+    "module", ["store", "mixture", "batches", "sources", "tokenizer", "corpora", "catalog", "recipes", "tokenise", "overlap"]
+)
 def test_the_pipeline_needs_numpy_and_arrow_only(module):
     assert loaded_by(f"import mlx_forget.pipeline.{module}", *FRAMEWORKS, "yaml", "safetensors") == set()
 

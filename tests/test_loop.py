@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from mlx_forget.trainer import TrainerSpec
 from tests.fakes import BigramTrainer
 from tests.pipeline.test_store import make_store
 
+TOKENIZER = Path(__file__).parent / "pipeline" / "samples" / "store-v1" / "tokenizer.model"
 SPEC = model_spec("1x16", vocab_size=40, context_length=8)
 
 
@@ -39,7 +42,7 @@ def subsets(tmp_path_factory):
 
 def make_run(subsets, folder, *, num_steps=40, p="10%", stop=None, save=10, seed=0):
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.model").write_bytes(b"model")
+    shutil.copy(TOKENIZER, folder / "tokenizer.model")
     target, pretrain = subsets["target", "train"], subsets["pretrain", "train"]
     mixture = Mixture(target.num_rows, pretrain.num_rows, parse_share(p), seed)
     return RunState(

@@ -50,6 +50,18 @@ def test_forward_matches_numpy(backend):
     np.testing.assert_allclose(trainer_of(backend).token_losses(batch.tokens), GPT2(start(), SPEC).losses(batch.tokens), atol=2e-5)
 
 
+def test_a_segment_reads_as_if_it_were_alone(backend):
+    trainer, batch = trainer_of(backend), make_batch(2, segment=True)
+    together = trainer.token_losses(batch.tokens, batch.segment)
+    np.testing.assert_allclose(together, GPT2(start(), SPEC).losses(batch.tokens, batch.segment), atol=2e-5)
+    for row, segment, losses in zip(batch.tokens, batch.segment, together, strict=True):
+        for number in np.unique(segment):
+            own = np.flatnonzero(segment == number)
+            alone = trainer.token_losses(row[None, own[0] : own[-1] + 2])
+            np.testing.assert_allclose(losses[own], alone[0], atol=1e-5)
+    assert np.abs(together - trainer.token_losses(batch.tokens)).max() > 1e-3
+
+
 @pytest.mark.parametrize("segment", [False, True])
 def test_gradients_match_numpy(backend, tmp_path, segment):
     """One plain AdamW step with beta1 = 0 and huge epsilon is a gradient step: the weights show the gradient."""

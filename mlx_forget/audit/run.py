@@ -21,7 +21,8 @@ from mlx_forget.audit.weights import WeightChange, compare_weights
 from mlx_forget.errors import UserError
 from mlx_forget.evaluate import ProgressLost
 from mlx_forget.ladder import param_shapes
-from mlx_forget.pipeline.catalog import Progress, silent
+from mlx_forget.pipeline.catalog import silent
+from mlx_forget.pipeline.tokenise import Progress
 from mlx_forget.trainer import RuntimeSpec, Trainer, TrainerSpec, choose_backend, load_backend
 
 SCHEMA_VERSION = 1

@@ -14,7 +14,7 @@ import numpy as np
 from mlx_forget.audit.answers import PairedRates, paired_rates
 from mlx_forget.audit.models import Model
 from mlx_forget.errors import UserError
-from mlx_forget.pipeline.catalog import Progress
+from mlx_forget.pipeline.tokenise import Progress
 from mlx_forget.trainer import Trainer
 
 _METRICS = ("acc", "acc_norm", "exact_match")

@@ -14,10 +14,11 @@ import numpy.typing as npt
 
 from mlx_forget.audit.models import Model
 from mlx_forget.errors import UserError
-from mlx_forget.pipeline.catalog import Progress, resolve_store, silent
+from mlx_forget.pipeline.catalog import resolve_store, silent
 from mlx_forget.pipeline.corpora import CORPORA
 from mlx_forget.pipeline.sources import holds_out_by_name
 from mlx_forget.pipeline.store import MANIFEST, TokenStore
+from mlx_forget.pipeline.tokenise import Progress
 
 Tokens = npt.NDArray[np.int32]
 Ids = npt.NDArray[np.int64]

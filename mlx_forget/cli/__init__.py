@@ -18,7 +18,7 @@ from mlx_forget.errors import Interrupted, LeaderFailed, RunFailed, UserError, e
 # name -> (module with a Typer `app`, one line of help)
 COMMANDS = {
     "prepare": ("mlx_forget.cli.prepare", "Tokenise text into a store."),
-    "data": ("mlx_forget.cli.data", "Look into a store: info, head, sample, verify."),
+    "data": ("mlx_forget.cli.data", "Look into a store: info, head, sample, stats, verify; merge its parts; list recipes."),
     "train": ("mlx_forget.cli.train", "Pretrain or finetune a model."),
     "sweep": (
         "mlx_forget.cli.sweep",

@@ -29,8 +29,8 @@ _CHUNK_ELEMENTS_GPU = 1 << 27
 def hidden_states(
     weights: Weights, spec: ModelSpec, tokens_BT: mx.array, segment_BT: mx.array | None = None, *, operators: Operators
 ) -> mx.array:
-    """Final hidden states float32[B, T, D] of int32[B, T] tokens; attention stays inside segments where they are given."""
-    x_BTD, allowed = _embed(weights, tokens_BT), _segment_mask(segment_BT)
+    """Final hidden states float32[B, T, D] of int32[B, T] tokens; segments, where given, are as if each were alone."""
+    x_BTD, allowed = _embed(weights, tokens_BT, segment_BT), _segment_mask(segment_BT)
     for i in range(spec.num_layers):
         x_BTD, _ = block(_of_block(weights, i), spec, x_BTD, allowed, operators)
     return _norm(x_BTD, weights, "transformer.ln_f")
@@ -87,7 +87,7 @@ def gradients(
     those of both terms.
     """
     allowed = _segment_mask(segment_BT)
-    x_BTD = _embed(weights, tokens_BT)
+    x_BTD = _embed(weights, tokens_BT, segment_BT)
     inputs: list[mx.array] = []
     saved: list[Any] = []
     for i in range(spec.num_layers):
@@ -112,9 +112,13 @@ def gradients(
             _, kept = block(own, spec, mx.depends([inputs[i]], [grad])[0], allowed, operators)
         grad = _block_gradient(grad, inputs.pop(), kept, own, operators, grads, prefix)
     grads["transformer.wte.weight"] = _add_rows(grad_head, tokens_BT, grad)
-    positions = grad.reshape(*tokens_BT.shape, spec.width).sum(axis=-3)
-    unused = mx.zeros((*members, spec.context_length - positions.shape[-2], spec.width))
-    grads["transformer.wpe.weight"] = mx.concatenate([positions, unused], axis=-2)
+    if segment_BT is None:
+        positions = grad.reshape(*tokens_BT.shape, spec.width).sum(axis=-3)
+        unused = mx.zeros((*members, spec.context_length - positions.shape[-2], spec.width))
+        grads["transformer.wpe.weight"] = mx.concatenate([positions, unused], axis=-2)
+    else:
+        unused = mx.zeros((*members, spec.context_length, spec.width))
+        grads["transformer.wpe.weight"] = _add_rows(unused, _positions(segment_BT), grad)
     return losses, {name: grads[name] for name in weights}
 
 
@@ -326,9 +330,14 @@ def _offset(table: mx.array, index: mx.array) -> mx.array:
     return index + first.reshape(-1, *[1] * (index.ndim - 1))
 
 
-def _embed(weights: Weights, tokens_BT: mx.array) -> mx.array:
-    table, positions = weights["transformer.wte.weight"], weights["transformer.wpe.weight"][..., None, : tokens_BT.shape[-1], :]
-    return (_rows(table, tokens_BT) + positions).reshape(-1, tokens_BT.shape[-1], table.shape[-1])
+def _embed(weights: Weights, tokens_BT: mx.array, segment_BT: mx.array | None = None) -> mx.array:
+    """Token and position embeddings [B, T, D], of a stack [K * B, T, D]; places are counted within segments where they are given."""
+    table, positions = weights["transformer.wte.weight"], weights["transformer.wpe.weight"]
+    if segment_BT is None:
+        placed = positions[..., None, : tokens_BT.shape[-1], :]
+    else:
+        placed = _rows(positions, _positions(segment_BT))
+    return (_rows(table, tokens_BT) + placed).reshape(-1, tokens_BT.shape[-1], table.shape[-1])
 
 
 def _norm(x: mx.array, weights: Weights, name: str) -> mx.array:
@@ -373,6 +382,13 @@ def _norm_gradient(grad: mx.array, x: mx.array, weights: Weights, name: str, gra
     _, (grad_x, *own) = mx.vjp(_layer_norm, [x, *(weights[n] for n in names)], [grad])
     grads.update(zip((prefix + n for n in names), own, strict=True))
     return grad_x
+
+
+def _positions(segment_BT: mx.array) -> mx.array:
+    """Places int32[..., T] counted from the start of each segment."""
+    place = mx.arange(segment_BT.shape[-1], dtype=mx.int32)
+    begins = mx.pad(segment_BT[..., 1:] != segment_BT[..., :-1], [(0, 0)] * (segment_BT.ndim - 1) + [(1, 0)])
+    return place - mx.cummax(mx.where(begins, place, 0), axis=-1)
 
 
 def _segment_mask(segment_BT: mx.array | None) -> mx.array | None:

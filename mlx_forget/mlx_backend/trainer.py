@@ -186,10 +186,11 @@ class MLXTrainer(Trainer):
         self._check_memory()
         return MLXStep(packed, counts)
 
-    def token_losses(self, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+    def token_losses(self, tokens: npt.NDArray[np.int32], segment: npt.NDArray[np.int32] | None = None) -> npt.NDArray[np.float32]:
         losses = np.empty((len(tokens), tokens.shape[1] - 1), np.float32)
         for rows in self._eval_slices(tokens):
-            losses[rows] = np.array(self._nll(self._weights, mx.array(tokens[rows])))
+            own = None if segment is None else mx.array(segment[rows])
+            losses[rows] = np.array(self._nll(self._weights, mx.array(tokens[rows]), own))
         return losses
 
     def compare(self, tokens: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8]) -> Comparison:
@@ -415,12 +416,13 @@ class MLXTrainer(Trainer):
         zeros = {name: mx.zeros_like(value) for name, value in self._weights.items()}
         return {**zeros, SUMS: mx.zeros(NUM_TERMS * NUM_SOURCES)}
 
-    def _batch_nll(self, weights: Arrays, tokens: mx.array) -> mx.array:
+    def _batch_nll(self, weights: Arrays, tokens: mx.array, segment: mx.array | None) -> mx.array:
         """Next-token losses float32[B, T] of int32[B, T+1]."""
         parts = []
         for stream, rows in zip(self._streams, _shares(len(tokens), len(self._streams)), strict=False):
             with mx.stream(stream):
-                x = gpt2.hidden_states(weights, self.spec.model, tokens[rows, :-1], operators=self._operators)
+                own = None if segment is None else segment[rows]
+                x = gpt2.hidden_states(weights, self.spec.model, tokens[rows, :-1], own, operators=self._operators)
                 parts.append(
                     gpt2.token_nll(
                         x.reshape(-1, x.shape[-1]),

@@ -1,13 +1,17 @@
-"""Batch k of a run, computed directly: mixture positions to rows of two memory-mapped splits to NumPy arrays."""
+"""Batch k of a run, computed directly: mixture positions to rows of memory-mapped splits to NumPy arrays."""
 
 from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from mlx_forget.errors import UserError
-from mlx_forget.pipeline.mixture import Mixture, permute, stream_key
+from mlx_forget.pipeline.mixture import Member, Mixture, permute, stream_key
+from mlx_forget.pipeline.rows import Layout, Rows, check_not_empty
+from mlx_forget.pipeline.shares import Split as ShareSplit
 from mlx_forget.pipeline.store import Split
 
 _STREAM_SUBSET, _STREAM_REPLAY = 5, 6
@@ -21,7 +25,7 @@ class Batch:
     Args:
         tokens: int32[B, T+1]; row[:-1] are inputs, row[1:] labels. Every row starts with BOS or a domain id.
         loss_mask: uint8[B, T], 1 where the label counts.
-        segment: int32[B, T], document numbers that attention must not cross, or None.
+        segment: int32[B, T], document numbers that attention must not cross and within which positions count from 0, or None.
         term: uint8[B], the objective's term: 0 task, 1 next-token replay, 2 KL replay.
         source: uint8[B], 0 target, 1 pretraining or replay data.
     """
@@ -40,29 +44,182 @@ class RowSubset:
     split: Split
     row_length: int
     num_rows: int
+    layout: Layout = "packed"
+    mask_prompt: bool = True
 
     @classmethod
-    def of_tokens(cls, split: Split, row_length: int, num_tokens: int | None) -> "RowSubset":
-        """As many whole rows as `num_tokens` holds; None takes the whole split.
+    def of_tokens(
+        cls, split: Split, row_length: int, num_tokens: int | None, *, layout: Layout = "packed", mask_prompt: bool = True
+    ) -> "RowSubset":
+        """As many whole rows as `num_tokens` holds (padded rows: as many as have that many tokens to learn); None takes the whole split.
 
         Raises:
             UserError: the split has fewer tokens than asked for, or not one row.
         """
-        available = split.num_rows(row_length)
-        wanted = available if num_tokens is None else num_tokens // row_length
-        if wanted > available:
+        rows = Rows(split, row_length, layout, mask_prompt)
+        check_not_empty(rows)
+        available = rows.num_rows
+        if num_tokens is None:
+            return cls(split, row_length, available, layout, mask_prompt)
+        if layout == "padded":
+            cumulative = np.cumsum(rows.num_useful(_order(np.arange(available, dtype=np.int64), rows)))
+            wanted, total = int(np.searchsorted(cumulative, num_tokens, "right")), int(cumulative[-1])
+            missing = num_tokens - total
+        else:
+            wanted, total = num_tokens // row_length, available * row_length
+            missing = (wanted - available) * row_length
+        if missing > 0:
             raise UserError(
                 f"Asked for {num_tokens:,} tokens, but the {split.name} split of {split.folder.name} has "
-                f"{available * row_length:,} in rows of {row_length}, {(wanted - available) * row_length:,} too few."
+                f"{total:,} in rows of {row_length}, {missing:,} too few."
             )
         if wanted < 1:
-            raise UserError(f"The {split.name} split of {split.folder.name} is smaller than one row of {row_length} tokens.")
-        return cls(split, row_length, wanted)
+            raise UserError(f"Asked for {num_tokens:,} tokens, which is less than one row of {row_length}: ask for more.")
+        return cls(split, row_length, wanted, layout, mask_prompt)
 
-    def read(self, index: npt.NDArray[np.int64], out: npt.NDArray[np.int32]) -> None:
-        """Fill `out` int32[B, 1 + row_length] with the rows at `index` int64[B] of this subset."""
-        rows = permute(index, self.split.num_rows(self.row_length), stream_key(self.row_length, _STREAM_SUBSET))
-        self.split.read_rows(rows, out)
+    @cached_property
+    def rows(self) -> Rows:
+        """The rows of the whole split."""
+        return Rows(self.split, self.row_length, self.layout, self.mask_prompt)
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether some labels do not count."""
+        return self.rows.is_masked
+
+    @property
+    def has_segments(self) -> bool:
+        return self.rows.has_segments
+
+    @cached_property
+    def num_useful(self) -> npt.NDArray[np.int64]:
+        """Labels that count in each row of this subset, int64[num_rows]."""
+        return self.rows.num_useful(self.place(np.arange(self.num_rows, dtype=np.int64)))
+
+    @property
+    def num_tokens(self) -> int:
+        """Labels that count in all rows."""
+        return int(self.num_useful.sum()) if self.is_masked else self.num_rows * self.row_length
+
+    def place(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Where the rows at `index` int64[B] of this subset are in the split."""
+        return _order(index, self.rows)
+
+    def window_ids(self, num: int) -> npt.NDArray[np.int64]:
+        """The rows that stand for this subset where only `num` can be read, fewer if there are fewer."""
+        return np.arange(min(num, self.num_rows), dtype=np.int64)
+
+    def read(
+        self,
+        index: npt.NDArray[np.int64],
+        out: npt.NDArray[np.int32],
+        loss_mask: npt.NDArray[np.uint8] | None = None,
+        segment: npt.NDArray[np.int32] | None = None,
+    ) -> None:
+        """Fill `out` int32[B, 1 + row_length] with the rows at `index` int64[B] of this subset, and the masks that are given."""
+        self.read_placed(self.place(index), out, loss_mask, segment)
+
+    def read_placed(
+        self,
+        rows: npt.NDArray[np.int64],
+        out: npt.NDArray[np.int32],
+        loss_mask: npt.NDArray[np.uint8] | None = None,
+        segment: npt.NDArray[np.int32] | None = None,
+    ) -> None:
+        """The same for rows that `place` gave."""
+        self.rows.read(rows, out, loss_mask, segment)
+
+
+@dataclass(frozen=True)
+class Blend:
+    """Several subsets as one side of a mixture; their rows are numbered one after the other.
+
+    Args:
+        members: all with rows of the same length.
+        shares: of each member, adding up to 1.
+    """
+
+    members: tuple[RowSubset, ...]
+    shares: tuple[Fraction, ...]
+
+    @property
+    def row_length(self) -> int:
+        return self.members[0].row_length
+
+    @property
+    def num_rows(self) -> int:
+        return sum(member.num_rows for member in self.members)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(member.num_tokens for member in self.members)
+
+    @property
+    def is_masked(self) -> bool:
+        return any(member.is_masked for member in self.members)
+
+    @property
+    def has_segments(self) -> bool:
+        return any(member.has_segments for member in self.members)
+
+    @cached_property
+    def num_useful(self) -> npt.NDArray[np.int64]:
+        return np.concatenate([_useful(member) for member in self.members])
+
+    def mixture_members(self) -> tuple[Member, ...]:
+        """What a mixture needs to know of the members."""
+        return tuple(Member(member.num_rows, share) for member, share in zip(self.members, self.shares, strict=True))
+
+    def place(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        rows = np.empty_like(index)
+        for offset, member in self._offsets():
+            own = (index >= offset) & (index < offset + member.num_rows)
+            # Numbered on from the rows of the members before, as `read_placed` takes them.
+            rows[own] = member.place(index[own] - offset) + self._split_offset(member)
+        return rows
+
+    def window_ids(self, num: int) -> npt.NDArray[np.int64]:
+        """Rows of every member by its share, as far as it has them."""
+        phases = tuple(1 << 31 for _ in self.members[1:])
+        member, within = ShareSplit(self.shares, phases).assign(np.arange(num, dtype=np.int64))
+        sizes = np.array([one.num_rows for one in self.members])
+        offsets = np.array([offset for offset, _ in self._offsets()])
+        kept = within < sizes[member]
+        return (offsets[member] + within)[kept]
+
+    def read(
+        self,
+        index: npt.NDArray[np.int64],
+        out: npt.NDArray[np.int32],
+        loss_mask: npt.NDArray[np.uint8] | None = None,
+        segment: npt.NDArray[np.int32] | None = None,
+    ) -> None:
+        self.read_placed(self.place(index), out, loss_mask, segment)
+
+    def read_placed(
+        self,
+        rows: npt.NDArray[np.int64],
+        out: npt.NDArray[np.int32],
+        loss_mask: npt.NDArray[np.uint8] | None = None,
+        segment: npt.NDArray[np.int32] | None = None,
+    ) -> None:
+        offset = 0
+        for member in self.members:
+            here = member.rows.num_rows
+            own = np.flatnonzero((rows >= offset) & (rows < offset + here))
+            if len(own):
+                _read_some(member, rows[own] - offset, own, out, loss_mask, segment)
+            offset += here
+
+    def _offsets(self) -> list[tuple[int, RowSubset]]:
+        ends = np.cumsum([member.num_rows for member in self.members]).tolist()
+        return list(zip([0, *ends[:-1]], self.members, strict=True))
+
+    def _split_offset(self, member: RowSubset) -> int:
+        return sum(one.rows.num_rows for one in self.members[: next(i for i, one in enumerate(self.members) if one is member)])
+
+
+Side = RowSubset | Blend
 
 
 class ReplaySource(Protocol):
@@ -92,7 +249,7 @@ class ReplayRows:
         seed: orders the pool.
     """
 
-    subset: RowSubset
+    subset: Side
     rows_per_step: int
     term: int
     seed: int
@@ -122,45 +279,103 @@ class BatchStream:
         replay: rows that are added to each step, or None.
     """
 
-    target: RowSubset
-    pretrain: RowSubset | None
+    target: Side
+    pretrain: Side | None
     mixture: Mixture
     batch_size: int
     num_steps: int
     replay: ReplaySource | None = None
     _planned: tuple[int, npt.NDArray[np.uint8], npt.NDArray[np.int64]] | None = field(default=None, init=False, repr=False)
+    _ahead: int = field(default=1, init=False, repr=False)
+    _useful_before: dict[int, tuple[int, int]] = field(default_factory=lambda: {0: (0, 0)}, init=False, repr=False)
 
     def batch(self, step: int, *, rank: int = 0, world_size: int = 1) -> Batch:
         """The rows of batch `step` that belong to `rank`: every `world_size`-th, starting with its own number."""
-        source, rows = self._plan(step)
-        source, rows = source[rank::world_size], rows[rank::world_size]
-        length = self.target.row_length
-        tokens = np.empty((len(rows), length + 1), np.int32)
-        injected = np.flatnonzero(source)
-        if self.pretrain is None or not len(injected):
-            self.target.read(rows, tokens)
-        else:
-            for subset, where in ((self.target, np.flatnonzero(source == 0)), (self.pretrain, injected)):
-                part = np.empty((len(where), length + 1), np.int32)
-                subset.read(rows[where], part)
-                tokens[where] = part
-        batch = Batch(
-            tokens=tokens,
-            loss_mask=np.ones((len(rows), length), np.uint8),
-            segment=None,
-            term=np.zeros(len(rows), np.uint8),
-            source=source,
-        )
+        batch = self._mixed(step, rank, world_size)
         if self.replay is None:
             return batch
         return _with_replay(batch, self.replay.read(step, rank=rank, world_size=world_size), self.replay.term)
 
+    def _mixed(self, step: int, rank: int, world_size: int) -> Batch:
+        """The rows of the mixture."""
+        source, rows = self._plan(step)
+        source, rows = source[rank::world_size], rows[rank::world_size]
+        num, length = len(rows), self.target.row_length
+        tokens = np.empty((num, length + 1), np.int32)
+        loss_mask = np.empty((num, length), np.uint8) if self._is_masked else np.ones((num, length), np.uint8)
+        segment = np.empty((num, length), np.int32) if self._has_segments else None
+        mask = loss_mask if self._is_masked else None
+        injected = source.nonzero()[0]
+        if len(injected) and self.pretrain is not None:
+            # The side with more rows fills the batch, and the other its places: fewer rows are copied twice.
+            sides = (self.target, self.pretrain)
+            places = [(source == 0).nonzero()[0], injected]
+            large = int(len(injected) > num - len(injected))
+            filled, small = rows.copy(), places[1 - large]
+            filled[small] = rows[places[large][0]]
+            sides[large].read_placed(filled, tokens, mask, segment)
+            if len(small):
+                _read_some(sides[1 - large], rows[small], small, tokens, mask, segment)
+        elif num:
+            self.target.read_placed(rows, tokens, mask, segment)
+        return Batch(tokens=tokens, loss_mask=loss_mask, segment=segment, term=np.zeros(num, np.uint8), source=source)
+
+    def tokens_of_sources(self, step: int) -> tuple[list[int], list[int]]:
+        """Labels that counted in the first `step` steps: of each target source, of each pretraining source."""
+        num_rows = step * self.batch_size
+        if not self._is_masked:
+            target, pretrain = self.mixture.counts_before(num_rows)
+            return [num * self.target.row_length for num in target], [num * self.target.row_length for num in pretrain]
+        sides = [self.target] if self.pretrain is None else [self.target, self.pretrain]
+        ends = [np.cumsum([one.num_rows for one in side.members] if isinstance(side, Blend) else [side.num_rows]) for side in sides]
+        sums = [np.zeros(len(own)) for own in ends]
+        for start in range(0, num_rows, _ROWS_PLANNED_AHEAD):
+            source, rows = self.mixture.rows(start, min(num_rows, start + _ROWS_PLANNED_AHEAD))
+            for number, side in enumerate(sides):
+                own = rows[source == number]
+                sums[number] += np.bincount(np.searchsorted(ends[number], own, "right"), _useful(side)[own], len(ends[number]))
+        counted = [[int(value) for value in side] for side in sums]
+        return counted[0], counted[1] if len(counted) > 1 else [0]
+
+    def tokens_before(self, step: int) -> tuple[int, int]:
+        """Labels that counted in the first `step` steps: of the target, of the pretraining data."""
+        if not self._is_masked:
+            num_rows = step * self.batch_size
+            injected = self.mixture.num_pretrain_before(num_rows) * self.target.row_length
+            return num_rows * self.target.row_length - injected, injected
+        known = max(done for done in self._useful_before if done <= step)
+        target, pretrain = self._useful_before[known]
+        block = max(1, _ROWS_PLANNED_AHEAD // self.batch_size)
+        for start in range(known, step, block):
+            source, rows = self.mixture.rows(start * self.batch_size, min(step, start + block) * self.batch_size)
+            target += int(_useful(self.target)[rows[source == 0]].sum())
+            if self.pretrain is not None:
+                pretrain += int(_useful(self.pretrain)[rows[source == 1]].sum())
+        self._useful_before[step] = (target, pretrain)
+        return target, pretrain
+
+    @cached_property
+    def _has_segments(self) -> bool:
+        return self.target.has_segments or (self.pretrain is not None and self.pretrain.has_segments)
+
+    @cached_property
+    def _is_masked(self) -> bool:
+        return self.target.is_masked or (self.pretrain is not None and self.pretrain.is_masked)
+
     def _plan(self, step: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-        """Source and row of each row of a batch; many batches are planned at once, because a plan's cost is mostly per call."""
+        """Source and place of each row of a batch; many batches are planned at once, because a plan's cost is mostly per call."""
         if self._planned is None or not self._planned[0] <= step < self._planned[0] + len(self._planned[1]) // self.batch_size:
-            stop = min(self.num_steps, step + max(1, _ROWS_PLANNED_AHEAD // self.batch_size))
+            # One batch where a run begins or resumes, which then comes at once, and more as it goes on from there.
+            follows = self._planned is not None and step == self._planned[0] + len(self._planned[1]) // self.batch_size
+            self._ahead = min(max(1, _ROWS_PLANNED_AHEAD // self.batch_size), 8 * self._ahead) if follows else 1
+            stop = min(self.num_steps, step + self._ahead)
             source, rows = self.mixture.rows(step * self.batch_size, stop * self.batch_size)
-            self._planned = (step, source, rows)
+            injected = source == 1
+            placed = np.empty_like(rows)
+            placed[~injected] = self.target.place(rows[~injected])
+            if self.pretrain is not None:
+                placed[injected] = self.pretrain.place(rows[injected])
+            self._planned = (step, source, placed)
         first, source, rows = self._planned
         here = slice((step - first) * self.batch_size, (step - first + 1) * self.batch_size)
         return source[here], rows[here]
@@ -174,7 +389,35 @@ def _with_replay(batch: Batch, tokens: npt.NDArray[np.int32], term: int) -> Batc
     return Batch(
         tokens=np.concatenate([batch.tokens, tokens])[order],
         loss_mask=np.concatenate([batch.loss_mask, np.ones((added, batch.loss_mask.shape[1]), np.uint8)])[order],
-        segment=None,
+        segment=None if batch.segment is None else np.concatenate([batch.segment, np.zeros_like(tokens[:, 1:])])[order],
         term=np.concatenate([batch.term, np.full(added, term, np.uint8)])[order],
         source=np.concatenate([batch.source, np.ones(added, np.uint8)])[order],
     )
+
+
+def _order(index: npt.NDArray[np.int64], rows: Rows) -> npt.NDArray[np.int64]:
+    return permute(index, rows.num_rows, stream_key(rows.length, _STREAM_SUBSET))
+
+
+def _useful(side: Side) -> npt.NDArray[np.int64]:
+    return side.num_useful if side.is_masked else np.full(side.num_rows, side.row_length, np.int64)
+
+
+def _read_some(
+    side: Side,
+    rows: npt.NDArray[np.int64],
+    where: npt.NDArray[np.int64],
+    tokens: npt.NDArray[np.int32],
+    loss_mask: npt.NDArray[np.uint8] | None,
+    segment: npt.NDArray[np.int32] | None,
+) -> None:
+    """Read rows into some places of a batch."""
+    own_tokens = np.empty((len(rows), tokens.shape[1]), np.int32)
+    own_mask = None if loss_mask is None else np.empty((len(rows), loss_mask.shape[1]), np.uint8)
+    own_segment = None if segment is None else np.empty((len(rows), segment.shape[1]), np.int32)
+    side.read_placed(rows, own_tokens, own_mask, own_segment)
+    tokens[where] = own_tokens
+    if loss_mask is not None and own_mask is not None:
+        loss_mask[where] = own_mask
+    if segment is not None and own_segment is not None:
+        segment[where] = own_segment

@@ -1,24 +1,27 @@
-"""From what the user named to an open store: built-in corpora, stores, files; tokenised once, then found again."""
+"""From what the user named to an open store: built-in corpora, recipes, stores, files, the Hub; tokenised once, then found again."""
 
 import os
+import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from mlx_forget.errors import UserError, unknown
-from mlx_forget.pipeline import sources
+from mlx_forget.pipeline import hub, recipes, sources
+from mlx_forget.pipeline.conversations import Content
 from mlx_forget.pipeline.corpora import CORPORA, BuiltCorpus, build_corpus, forget_home, read_documents
-from mlx_forget.pipeline.store import MANIFEST, TOKENIZER_FILE, StoreWriter, TokenStore, open_store
-from mlx_forget.pipeline.tokenizer import BOS, EOS, Tokenizer, train_tokenizer
+from mlx_forget.pipeline.filters import Filter, HeldOut
+from mlx_forget.pipeline.formats import BadInput
+from mlx_forget.pipeline.sources import Reading
+from mlx_forget.pipeline.store import MANIFEST, StoreWriter, TokenStore, open_store
+from mlx_forget.pipeline.tokenise import Document, Progress, tokenise
+from mlx_forget.pipeline.tokenizer import SAMPLE_BYTES, train_tokenizer
+from mlx_forget.pipeline.vocabularies import Vocabulary, load_vocabulary, tokenizer_in
 
-# What is going on, and how far it is (0 to 1).
-Progress = Callable[[str, float], None]
 
-_DOCUMENTS_PER_CALL = 2048
-
-
-def silent(activity: str, fraction: float) -> None:
+def silent(activity: str, fraction: float, num_bytes: int = 0) -> None:
     """The progress that nobody watches."""
 
 
@@ -28,43 +31,66 @@ def builtin_tokenizer(vocab_size: int, *, progress: Progress = silent) -> Path:
     path = forget_home() / "tokenizers" / f"prose-{corpus.fingerprint[:16]}-{vocab_size}.model"
     if not path.exists():
         progress(f"training a tokenizer of {vocab_size:,} pieces", 0.0)
-        texts = read_documents(corpus, "train")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        train_tokenizer(texts, vocab_size=vocab_size).save(path)
+        train_tokenizer(read_documents(corpus, "train"), vocab_size=vocab_size).save(path)
         progress(f"training a tokenizer of {vocab_size:,} pieces", 1.0)
     return path
 
 
-def resolve_store(name: str, tokenizer_file: Path, *, progress: Progress = silent) -> TokenStore:
-    """The store behind a name: a built-in corpus, a store folder, or a file or folder of text.
+def new_tokenizer(
+    named: "list[NamedDocuments]",
+    path: Path,
+    *,
+    vocab_size: int,
+    kind: Literal["unigram", "bpe"] = "unigram",
+    sample_bytes: int | None = None,
+    progress: Progress = silent,
+) -> None:
+    """Train a tokenizer on the training documents of some sources.
 
-    Corpora and files are tokenised under the cache folder, keyed by their content and the tokenizer.
+    Args:
+        sample_bytes: text to train on; None is enough for the vocabulary: 2.5 MB, or 2 KB per piece where that is more.
+    """
+    activity = f"training a tokenizer of {vocab_size:,} pieces"
+    progress(activity, 0.0)
+    texts = (
+        content if isinstance(content, str) else content.text for one in named for split, content in one.read() if split == "train"
+    )
+    train_tokenizer(
+        texts, vocab_size=vocab_size, kind=kind, sample_bytes=sample_bytes or max(SAMPLE_BYTES, 2_000 * vocab_size)
+    ).save(path)
+    progress(activity, 1.0)
+
+
+def resolve_store(name: str, tokenizer_file: Path, *, progress: Progress = silent) -> TokenStore:
+    """The store behind a name: a store folder, or anything that `documents_of` knows.
+
+    Text is tokenised under the cache folder, keyed by its content and the tokenizer.
 
     Raises:
         UserError: nothing by that name, or a store made with another tokenizer.
     """
-    tokenizer = Tokenizer.load(tokenizer_file)
+    vocabulary = load_vocabulary(tokenizer_file)
     path = Path(name).expanduser()
     if (path / MANIFEST).is_file():
         store = open_store(path)
-        if store.tokenizer_hash != tokenizer.hash:
+        if store.tokenizer_hash != vocabulary.hash:
             raise UserError(
-                f"Store {path} was made with another tokenizer ({store.tokenizer_hash[:12]}) than the model's ({tokenizer.hash[:12]}): "
+                f"Store {path} was made with another tokenizer ({store.tokenizer_hash[:12]}) than the model's ({vocabulary.hash[:12]}): "
                 f"prepare it again with --tokenizer {tokenizer_file}"
             )
         return store
     named = documents_of(name, progress=progress)
-    folder = forget_home() / "stores" / f"{path.stem}-{named.key[:16]}-{tokenizer.hash[:16]}"
+    stem = "".join(c if c.isalnum() or c in "-_." else "-" for c in path.stem)
+    folder = forget_home() / "stores" / f"{stem}-{named.key[:16]}-{vocabulary.hash[:16]}"
     if (folder / MANIFEST).is_file():
         return open_store(folder)
-    return write_store(
-        folder,
-        named.read(),
-        tokenizer_file,
-        source=named.source,
-        num_bytes=named.num_bytes,
-        progress=progress,
-    )
+    try:
+        return write_store(folder, [named], tokenizer_file, wait=True, progress=progress)
+    except UserError:
+        # Another process may have finished the same store while this one waited.
+        if (folder / MANIFEST).is_file():
+            return open_store(folder)
+        raise
 
 
 @dataclass(frozen=True)
@@ -72,96 +98,229 @@ class NamedDocuments:
     """Text that a user named.
 
     Args:
-        key: a hash of the content.
+        key: a hash of the content and of how it is read.
+        whole: that hash without the part that is read.
         source: what it is, in words.
         num_bytes: UTF-8 bytes of all documents, about.
-        read: starts a new pass over (split, text).
+        read: starts a new pass over (split, content).
+        reading: how documents are read.
+        bad: takes what cannot be read in a pass.
+        keep: decides on documents.
     """
 
     key: str
     source: str
     num_bytes: int
-    read: Callable[[], Iterator[tuple[str, str]]]
+    read: Callable[[], Iterator[tuple[str, Content]]]
+    whole: str = ""
+    reading: Reading = field(default_factory=Reading)
+    bad: BadInput = field(default_factory=BadInput)
+    keep: Filter = field(default_factory=Filter)
+
+    def skipped(self) -> Counter[str]:
+        """What was left out in the last pass, by reason."""
+        return self.bad.counts + self.keep.dropped
 
 
-def documents_of(name: str, *, progress: Progress = silent) -> NamedDocuments:
-    """The documents behind a built-in corpus, a file or a folder.
+def documents_of(
+    name: str,
+    reading: Reading | None = None,
+    *,
+    folder: Path | None = None,
+    skip_bad: bool = False,
+    held_out: HeldOut | None = None,
+    progress: Progress = silent,
+) -> NamedDocuments:
+    """The documents behind a built-in corpus, a recipe, a file, folder or glob, a Hub id, or `-` (standard input).
+
+    Args:
+        reading: how files and Hub data are read; a recipe brings its own.
+        folder: where the files of a recipe are, instead of the Hub.
+        skip_bad: count what cannot be read, instead of stopping.
+        held_out: leave out near-copies of this.
 
     Raises:
         UserError: nothing by that name, or nothing readable.
     """
     path = Path(name).expanduser()
     if name in CORPORA:
+        if folder is not None:
+            raise UserError(f"{name} is a built-in corpus: leave --from out.")
         corpus = build_corpus(name, progress=progress)
-        num_bytes = sum(corpus.num_bytes.values())
-        return NamedDocuments(corpus.fingerprint, f"built-in corpus {name}", num_bytes, lambda: _corpus_documents(corpus))
-    if path.exists():
-        progress(f"reading {name}", 0.0)
-        num_bytes = sum(file.stat().st_size for file in sources.find_files(path))
-        return NamedDocuments(sources.content_hash(path), str(path), num_bytes, lambda: iter(sources.read_documents(path)))
+        return _named(
+            corpus.fingerprint,
+            f"built-in corpus {name}",
+            sum(corpus.num_bytes.values()),
+            lambda bad, keep: _corpus_documents(corpus, keep),
+            reading or Reading(),
+            held_out=held_out,
+            skip_bad=skip_bad,
+        )
+    if name in recipes.names() and not path.exists():
+        recipe = recipes.load(name)
+        chosen = recipe.reading(reading or Reading())
+        if folder is None:
+            return _of_hub(recipe.hub(), f"recipe {name} ({recipe.hub()})", chosen, recipe.num_bytes, skip_bad, held_out)
+        return _of_files(str(folder), f"recipe {name} from {folder}", chosen, skip_bad, held_out, progress)
+    if folder is not None:
+        raise unknown("recipe", name, recipes.names())
+    if name == "-":
+        return _of_files(str(_spool_stdin()), "standard input", reading or Reading(), skip_bad, held_out, progress)
+    if path.exists() or sources.is_glob(path):
+        return _of_files(str(path), str(path), reading or Reading(), skip_bad, held_out, progress)
+    data = hub.parse_id(name)
+    if data is not None:
+        return _of_hub(data, f"Hub data set {data}", reading or Reading(), 0, skip_bad, held_out)
     if os.sep in name or path.suffix:
         raise UserError(f"There is no file or folder {name}.")
-    raise unknown("corpus or path", name, CORPORA)
+    raise unknown("corpus, recipe or path", name, [*CORPORA, *recipes.names()])
 
 
 def write_store(
     folder: Path,
-    documents: Iterable[tuple[str, str]],
+    named: list[NamedDocuments],
     tokenizer_file: Path,
     *,
-    source: str,
-    num_bytes: int,
+    wait: bool = False,
+    num_workers: int | None = None,
     progress: Progress = silent,
 ) -> TokenStore:
-    """Tokenise (split, text) documents into a new store.
+    """Tokenise sources, one after the other, into a new store.
 
     Args:
         folder: must not exist; it appears when the store is whole.
-        num_bytes: expected UTF-8 bytes of all documents, for progress.
+        wait: wait for another process that writes the same store, instead of refusing.
+        num_workers: processes that tokenise; None is every core.
     """
-    tokenizer = Tokenizer.load(tokenizer_file)
-    writer = StoreWriter(
-        folder=folder,
-        tokenizer_file=tokenizer_file,
-        tokenizer_hash=tokenizer.hash,
-        vocab_size=tokenizer.vocab_size,
-        bos_id=BOS,
-        eos_id=EOS,
-        source=source,
+    source = "; ".join(one.source for one in named)
+
+    def open_writer(vocabulary: Vocabulary) -> StoreWriter:
+        return StoreWriter(
+            folder=folder,
+            tokenizer_file=tokenizer_file,
+            tokenizer_hash=vocabulary.hash,
+            vocab_size=vocabulary.vocab_size,
+            bos_id=vocabulary.bos_id,
+            eos_id=vocabulary.eos_id,
+            source=source,
+            sources=tuple(one.source for one in named) if len(named) > 1 else (),
+            key=" ".join(one.key for one in named),
+            wait=wait,
+        )
+
+    def close(writer: StoreWriter) -> TokenStore:
+        skipped = sum((one.skipped() for one in named), Counter[str]())
+        part = named[0].reading.part
+        return writer.close(skipped=skipped, part=part and (*part, " ".join(one.whole for one in named)))
+
+    return tokenise(
+        _documents(named),
+        open_writer,
+        tokenizer_file,
+        activity=f"tokenising {source}",
+        num_bytes=sum(one.num_bytes for one in named),
+        progress=progress,
+        num_workers=num_workers,
+        close=close,
     )
-    activity, done = f"tokenising {source}", 0
-    try:
-        for part in _batched(documents):
-            progress(activity, min(0.99, done / max(1, num_bytes)))
-            for (split, text), ids in zip(part, tokenizer.encode_batch([text for _, text in part]), strict=True):
-                size = len(text.encode())
-                writer.add(split, ids, size)
-                done += size
-        try:
-            store = writer.close()
-        except OSError:
-            if not (folder / MANIFEST).is_file():
-                raise
-            # Another process finished the same store first.
-            store = open_store(folder)
-        progress(activity, 1.0)
-        return store
-    finally:
-        writer.discard()
 
 
-def tokenizer_of(store: Path) -> Path:
-    """The tokenizer file inside a store."""
-    return store / TOKENIZER_FILE
+def held_out_of(name: str, tokenizer_file: Path | None = None, *, progress: Progress = silent) -> HeldOut:
+    """The validation documents of a store or of anything that `documents_of` knows, for training text to keep clear of.
+
+    Raises:
+        UserError: nothing by that name, or it has no validation documents.
+    """
+    path = Path(name).expanduser()
+    if (path / MANIFEST).is_file():
+        split = open_store(path).split("validation")
+        vocabulary = load_vocabulary(tokenizer_in(path))
+        return HeldOut(vocabulary.decode(split.document(index)) for index in range(split.num_documents))
+    contents = (content for split, content in documents_of(name, progress=progress).read() if split == "validation")
+    return HeldOut(content if isinstance(content, str) else content.text for content in contents)
 
 
-def _corpus_documents(corpus: BuiltCorpus) -> Iterator[tuple[str, str]]:
-    for split in ("train", "validation"):
+def _documents(named: list[NamedDocuments]) -> Iterator[Document]:
+    for number, one in enumerate(named):
+        for split, content in one.read():
+            yield Document(split, content, number)
+
+
+def _named(
+    content_key: str,
+    source: str,
+    num_bytes: int,
+    read: "Callable[[BadInput, Filter], Iterable[tuple[str, Content]]]",
+    reading: Reading,
+    *,
+    held_out: HeldOut | None,
+    skip_bad: bool,
+) -> NamedDocuments:
+    bad = BadInput(skip=skip_bad)
+    keep = Filter(min_chars=reading.min_chars, max_chars=reading.max_chars, once=reading.once, held_out=held_out)
+    suffix = f" without copies of {held_out.key}" if held_out is not None else ""
+
+    def start() -> Iterator[tuple[str, Content]]:
+        bad.restart()
+        keep.restart()
+        return iter(read(bad, keep))
+
+    key, whole = (reading.key(content_key, whole=whole) + suffix for whole in (False, True))
+    return NamedDocuments(key, source, num_bytes, start, whole, reading, bad, keep)
+
+
+def _of_files(
+    name: str, source: str, reading: Reading, skip_bad: bool, held_out: HeldOut | None, progress: Progress
+) -> NamedDocuments:
+    progress(f"reading {source}", 0.0)
+    files = sources.find_files(name, reading)
+    return _named(
+        sources.content_hash(name, reading),
+        source,
+        sum(file.stat().st_size for file in files),
+        lambda bad, keep: sources.read_documents(name, reading, bad=bad, keep=keep),
+        reading,
+        held_out=held_out,
+        skip_bad=skip_bad,
+    )
+
+
+def _of_hub(
+    data: hub.HubData, source: str, reading: Reading, num_bytes: int, skip_bad: bool, held_out: HeldOut | None
+) -> NamedDocuments:
+    return _named(
+        f"{data} {data.files}",
+        source,
+        num_bytes,
+        lambda bad, keep: hub.read_hub(data, reading, bad=bad, keep=keep),
+        reading,
+        held_out=held_out,
+        skip_bad=skip_bad,
+    )
+
+
+def _spool_stdin() -> Path:
+    """Standard input in a temporary file: it is read more than once."""
+    import atexit
+    import shutil
+    import sys
+
+    handle, name = tempfile.mkstemp(prefix="forget-stdin-")
+    path = Path(name)
+    atexit.register(lambda: path.unlink(missing_ok=True))
+    with os.fdopen(handle, "wb") as file:
+        shutil.copyfileobj(sys.stdin.buffer, file)
+    with path.open("rb") as file:
+        suffix = ".jsonl" if file.read(4096).lstrip()[:1] == b"{" else ".txt"
+    named = path.with_suffix(suffix)
+    path.rename(named)
+    atexit.register(lambda: named.unlink(missing_ok=True))
+    return named
+
+
+def _corpus_documents(corpus: BuiltCorpus, keep: Filter) -> Iterator[tuple[str, str]]:
+    plain = keep == Filter()
+    for split in sources.SPLITS:
         for text in read_documents(corpus, split):
-            yield split, text
-
-
-def _batched(documents: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    iterator = iter(documents)
-    while part := list(islice(iterator, _DOCUMENTS_PER_CALL)):
-        yield part
+            if plain or keep.keeps(text, sources.digest_of(text)):
+                yield split, text

@@ -47,7 +47,7 @@ _CHUNK = 2000
 
 @final
 class Tokenizer:
-    """Text to int32 ids and back, from the bytes of a SentencePiece model.
+    """Text to int32 ids and back, from the bytes of a SentencePiece model trained here (a `Vocabulary`).
 
     Args:
         model: the model as `save` writes it.
@@ -55,6 +55,10 @@ class Tokenizer:
     Raises:
         UserError: not a SentencePiece model, or one whose reserved ids or whitespace handling are not ours.
     """
+
+    bos_id, eos_id = BOS, EOS
+    inst_ids: tuple[int, ...] = (INST,)
+    end_inst_ids: tuple[int, ...] = (END_INST,)
 
     def __init__(self, model: bytes) -> None:
         self._model = model

@@ -1,0 +1,244 @@
+"""Any tokenizer behind one interface: ours, another SentencePiece model, a `tokenizer.json`, or those of a folder or a Hub id.
+
+A SentencePiece model is one file, and its hash is that of the file. A `tokenizer.json` does not say which of its ids begin and end a
+document: that is in the `tokenizer_config.json` beside it, which travels with it and is part of the hash.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlx_forget.errors import UserError
+from mlx_forget.pipeline.tokenizer import Tokenizer
+
+SENTENCEPIECE_FILE = "tokenizer.model"
+JSON_FILE = "tokenizer.json"
+
+_CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+_KNOWN_BOS = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>", "<|im_start|>", "[CLS]")
+_KNOWN_EOS = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>", "[SEP]")
+
+
+class Vocabulary(Protocol):
+    """What the pipeline asks of a tokenizer.
+
+    Attributes:
+        hash: sha256 of the file, and of what it does not say itself.
+        vocab_size: ids are below it.
+        bos_id, eos_id: stand before every row and after every document.
+        inst_ids, end_inst_ids: stand around every question of a conversation.
+    """
+
+    hash: str
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    inst_ids: tuple[int, ...]
+    end_inst_ids: tuple[int, ...]
+
+    def encode_batch(self, texts: Sequence[str], *, num_threads: int | None = None) -> list[NDArray[np.int32]]:
+        """Ids int32[T] of each text, without special ones."""
+
+    def decode(self, ids: Sequence[int] | NDArray[np.integer[Any]]) -> str:
+        """The text of ids."""
+
+
+@final
+class SentencePieceVocabulary:
+    """A SentencePiece model that was not trained here: its own special ids, its own way with spaces."""
+
+    def __init__(self, model: bytes) -> None:
+        import sentencepiece
+
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError:
+            raise UserError("It is not a SentencePiece model.") from None
+        self.hash = hashlib.sha256(model).hexdigest()
+        self.vocab_size = int(self._processor.get_piece_size())
+        self.eos_id = int(self._processor.eos_id())
+        self.bos_id = int(self._processor.bos_id()) if self._processor.bos_id() >= 0 else self.eos_id
+        if self.eos_id < 0:
+            raise UserError("It has no id that ends a document (eos_id is -1).")
+        self.inst_ids = tuple(self._processor.encode("[INST]"))
+        self.end_inst_ids = tuple(self._processor.encode("[/INST]"))
+
+    def encode_batch(self, texts: Sequence[str], *, num_threads: int | None = None) -> list[NDArray[np.int32]]:
+        encoded = self._processor.encode(list(texts), out_type=int, num_threads=num_threads or os.cpu_count() or 1)
+        return [np.array(ids, np.int32) for ids in encoded]
+
+    def decode(self, ids: Sequence[int] | NDArray[np.integer[Any]]) -> str:
+        return str(self._processor.decode([int(i) for i in ids]))
+
+
+@final
+class JsonVocabulary:
+    """A `tokenizer.json` of the `tokenizers` library. No text gives special ids.
+
+    Args:
+        content: the file.
+        folder: where the files are that name its special tokens.
+    """
+
+    def __init__(self, content: bytes, folder: Path) -> None:
+        try:
+            from tokenizers import Tokenizer as Encoder
+        except ImportError:
+            raise UserError("It is a tokenizer.json, which needs `tokenizers`: pip install 'mlx-forget[hf]'") from None
+        try:
+            self._encoder = Encoder.from_str(content.decode())
+        except Exception as error:
+            raise UserError(f"It is not a tokenizer.json that the installed `tokenizers` reads: {error}.") from None
+        self._encoder.no_truncation()
+        self._encoder.no_padding()
+        self._encoder.encode_special_tokens = True
+        self.vocab_size = max(self._encoder.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.eos_id = self._id(_special_token(folder, "eos_token"), _KNOWN_EOS, "ends")
+        self.bos_id = self._id(_special_token(folder, "bos_token"), _KNOWN_BOS, "begins", otherwise=self.eos_id)
+        self.special_tokens = {"bos_token": self._piece(self.bos_id), "eos_token": self._piece(self.eos_id)}
+        self.hash = hashlib.sha256(content + json.dumps(self.special_tokens).encode()).hexdigest()
+        self.inst_ids, self.end_inst_ids = self._marks("[INST]"), self._marks("[/INST]")
+
+    def encode_batch(self, texts: Sequence[str], *, num_threads: int | None = None) -> list[NDArray[np.int32]]:
+        encoded = self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(one.ids, np.int32) for one in encoded]
+
+    def decode(self, ids: Sequence[int] | NDArray[np.integer[Any]]) -> str:
+        return str(self._encoder.decode([int(i) for i in ids], skip_special_tokens=True))
+
+    def _id(self, given: str | None, known: Sequence[str], what: str, *, otherwise: int | None = None) -> int:
+        for piece in [given] if given else known:
+            found = self._encoder.token_to_id(piece)
+            if found is not None:
+                return int(found)
+        if otherwise is not None:
+            return otherwise
+        raise UserError(f"It does not say which id {what} a document: give the folder that also holds its tokenizer_config.json.")
+
+    def _piece(self, index: int) -> str:
+        return str(self._encoder.id_to_token(index))
+
+    def _marks(self, text: str) -> tuple[int, ...]:
+        own = self._encoder.token_to_id(text)
+        return (int(own),) if own is not None else tuple(self._encoder.encode(text, add_special_tokens=False).ids)
+
+
+def load_vocabulary(path: Path) -> Vocabulary:
+    """The tokenizer in a file, whatever its kind.
+
+    Raises:
+        UserError: no such file, or none that can be used (why).
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"Cannot read the tokenizer {path}: {error.strerror}.") from None
+    try:
+        if _is_json(content):
+            return JsonVocabulary(content, path.parent)
+        try:
+            return Tokenizer(content)
+        except UserError as error:
+            if "not a SentencePiece" in str(error):
+                raise
+            return SentencePieceVocabulary(content)
+    except UserError as error:
+        raise UserError(f"Cannot use the tokenizer {path}: {error}") from None
+
+
+def file_name(tokenizer: Path) -> str:
+    """The name that a tokenizer file has in a store or checkpoint."""
+    with tokenizer.open("rb") as file:
+        return JSON_FILE if _is_json(file.read(64)) else SENTENCEPIECE_FILE
+
+
+def tokenizer_in(folder: Path) -> Path:
+    """The tokenizer file of a store or checkpoint."""
+    return folder / JSON_FILE if (folder / JSON_FILE).is_file() else folder / SENTENCEPIECE_FILE
+
+
+def special_ids(tokenizer: Path) -> tuple[int, int]:
+    """(bos, eos) of a tokenizer file."""
+    vocabulary = load_vocabulary(tokenizer)
+    return vocabulary.bos_id, vocabulary.eos_id
+
+
+def copy_tokenizer(tokenizer: Path, folder: Path) -> None:
+    """Put a tokenizer into a store or checkpoint, under the name that `tokenizer_in` finds."""
+    name = file_name(tokenizer)
+    shutil.copyfile(tokenizer, folder / name)
+    if name == JSON_FILE:
+        vocabulary = load_vocabulary(tokenizer)
+        assert isinstance(vocabulary, JsonVocabulary)
+        config = {**vocabulary.special_tokens, "tokenizer_class": "PreTrainedTokenizerFast"}
+        (folder / _CONFIG_FILES[0]).write_text(json.dumps(config, indent=1), encoding="utf-8")
+
+
+def find_tokenizer(name: str) -> Path:
+    """The tokenizer file that a user means: a file, a folder that has one, or a Hub id (`hf:OWNER/NAME`).
+
+    Raises:
+        UserError: nothing there.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        found = tokenizer_in(path)
+        if not found.is_file():
+            raise UserError(f"{path} has no {SENTENCEPIECE_FILE} and no {JSON_FILE}.")
+        return found
+    if path.exists():
+        return path
+    # Not for worker processes, which only load.
+    from mlx_forget.pipeline.hub import parse_id
+
+    hub = parse_id(name)
+    if hub is None:
+        raise UserError(f"There is no tokenizer {name}.")
+    return _download(hub.id, hub.revision)
+
+
+def _special_token(folder: Path, key: str) -> str | None:
+    """A special token as the files beside a tokenizer.json name it."""
+    for name in _CONFIG_FILES:
+        try:
+            value = json.loads((folder / name).read_text(encoding="utf-8")).get(key)
+        except (OSError, ValueError, AttributeError):
+            continue
+        token = value.get("content") if isinstance(value, dict) else value
+        if isinstance(token, str):
+            return token
+    return None
+
+
+def _download(identifier: str, revision: str | None) -> Path:
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise UserError(
+            f"{identifier} is on the Hub, and reading it needs `huggingface_hub`: pip install 'mlx-forget[hf]'"
+        ) from None
+    found = {}
+    problem: Exception | None = None
+    for name in (*_CONFIG_FILES, JSON_FILE, SENTENCEPIECE_FILE):
+        if name == SENTENCEPIECE_FILE and JSON_FILE in found:
+            break
+        try:
+            found[name] = Path(hf_hub_download(identifier, name, revision=revision))
+        except Exception as error:
+            problem = error
+    path = found.get(JSON_FILE) or found.get(SENTENCEPIECE_FILE)
+    if path is None:
+        reason = " ".join(str(problem).split())[:200]
+        raise UserError(f"No tokenizer of {identifier} can be had from the Hub or its cache: {reason}")
+    return path
+
+
+def _is_json(start: bytes) -> bool:
+    return start.lstrip()[:1] == b"{"
