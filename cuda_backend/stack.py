@@ -18,7 +18,7 @@ from cuda_backend.trainer import TorchStep, TorchTrainer
 from mlx_forget.errors import OutOfMemory
 from mlx_forget.ladder import decays, initial_weights, param_shapes
 from mlx_forget.methods import NUM_SOURCES, NUM_TERMS
-from mlx_forget.trainer import Batch, Stack, StepResult, Trainer, TrainerSpec, group_counts, token_weights
+from mlx_forget.trainer import Batch, Stack, StackedBatch, StepResult, Trainer, TrainerSpec
 
 
 class TorchStack(Stack):
@@ -53,36 +53,27 @@ class TorchStack(Stack):
 
     def _step(self, batches: Sequence[Batch], learning_rates: Sequence[float], active: Sequence[bool]) -> list[StepResult]:
         self._keep([k for k in self._rows if active[k]])
-        mine = [batches[k] for k in self._rows]
-        counts = [group_counts(batch, self._spec.method) for batch in mine]
-        weight = np.stack([token_weights(batch, n, self._spec.method) for batch, n in zip(mine, counts, strict=True)])
-        tokens = np.stack([batch.tokens for batch in mine])
-        mask = np.stack([batch.loss_mask for batch in mine])
-        segment = None if mine[0].segment is None else np.stack([batch.segment for batch in mine])  # type: ignore[misc]
-        groups = np.eye(NUM_TERMS * NUM_SOURCES, dtype=np.float32)[
-            np.stack([batch.term.astype(np.int64) * NUM_SOURCES + batch.source for batch in mine])
-        ]
-        sums = torch.zeros(len(mine), NUM_TERMS * NUM_SOURCES, device=self._device)
-        gradient = torch.zeros(())
-        size = self._spec.runtime.micro_batch_size or tokens.shape[1]
-        for start in range(0, tokens.shape[1], size):
-            rows = slice(start, start + size)
-            nll, part = self._batch_gradient(tokens[:, rows], weight[:, rows], None if segment is None else segment[:, rows])
-            gradient = gradient.add_(part) if start else part
-            per_row = (nll * self._on_device(mask[:, rows])).sum(-1, keepdim=True)
-            sums += (self._on_device(groups[:, rows]) * per_row).sum(1)
+        whole = StackedBatch.of([batches[k] for k in self._rows], self._spec.method)
+        sums = torch.zeros(len(self._rows), NUM_TERMS * NUM_SOURCES, device=self._device)
+        gradient: Tensor | None = None
+        for part in whole.parts(self._spec.runtime.micro_batch_size):
+            nll, own = self._batch_gradient(part)
+            gradient = own if gradient is None else gradient.add_(own)
+            per_row = (nll * self._on_device(part.loss_mask)).sum(-1, keepdim=True)
+            sums += (self._on_device(part.groups) * per_row).sum(1)
+        assert gradient is not None
         norm, skipped = self._update(gradient, [learning_rates[k] for k in self._rows])
         packed = torch.cat([sums, norm[:, None], skipped[:, None]], dim=1)
-        results: list[StepResult] = [TorchStep(torch.full((packed.shape[1],), torch.nan), np.zeros(counts[0].shape))] * len(active)
+        results: list[StepResult] = [
+            TorchStep(torch.full((packed.shape[1],), torch.nan), np.zeros((NUM_TERMS, NUM_SOURCES)))
+        ] * len(active)
         for row, k in enumerate(self._rows):
-            results[k] = TorchStep(packed[row], counts[row])
+            results[k] = TorchStep(packed[row], whole.counts[row])
         return results
 
-    def _batch_gradient(
-        self, tokens: npt.NDArray[np.int32], weight: npt.NDArray[np.float32], segment: npt.NDArray[np.int32] | None
-    ) -> tuple[Tensor, Tensor]:
+    def _batch_gradient(self, batch: StackedBatch) -> tuple[Tensor, Tensor]:
         """The nll of some rows of each member, float32[K, B, T], and the gradients of its weighted sum, float32[K, P]."""
-        on_device = self._on_device(tokens).long()
+        on_device = self._on_device(batch.tokens).long()
         inputs, labels = on_device[..., :-1], on_device[..., 1:].flatten(1)
         single = self._single
         with single._autocast():
@@ -90,7 +81,7 @@ class TorchStack(Stack):
                 self._weights,
                 self._spec.model,
                 inputs,
-                None if segment is None else self._on_device(segment).flatten(0, 1),
+                None if batch.segment is None else self._on_device(batch.segment).flatten(0, 1),
                 grad_checkpoint=self._spec.runtime.grad_checkpoint,
             )
         # As many logits at once as one model has: the chunk of a CPU stays in its cache.
@@ -99,7 +90,7 @@ class TorchStack(Stack):
             x.view(*labels.shape, -1).to(single._dtype),
             self._weights["transformer.wte.weight"],
             labels,
-            self._on_device(weight).flatten(1),
+            self._on_device(batch.token_weight).flatten(1),
             chunk,
         )
         gradients = torch.autograd.grad(objective, list(self._weights.values()))

@@ -8,8 +8,8 @@ import importlib
 import importlib.util
 import platform
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Literal
@@ -34,6 +34,7 @@ __all__ = [
     "OptimSpec",
     "RuntimeSpec",
     "Stack",
+    "StackedBatch",
     "StepReading",
     "StepResult",
     "Trainer",
@@ -199,6 +200,55 @@ def check_reference(method: MethodSpec, *, reference: bool, fisher: bool) -> Non
         raise UserError(f"Method {method.name!r} needs a reference: call set_reference first.")
     if method.ewc and not fisher:
         raise UserError(f"Method {method.name!r} needs the Fisher information: call set_fisher first.")
+
+
+@dataclass(frozen=True)
+class StackedBatch:
+    """The batches of K members side by side.
+
+    Args:
+        tokens: int32[K, B, T+1].
+        token_weight: float32[K, B, T], of each member's own objective (see `token_weights`).
+        loss_mask: uint8[K, B, T].
+        groups: float32[K, B, terms * sources], 1 at the term and source of a row.
+        segment: int32[K, B, T] or None.
+        counts: float64[terms, sources] of each member.
+    """
+
+    tokens: npt.NDArray[np.int32]
+    token_weight: npt.NDArray[np.float32]
+    loss_mask: npt.NDArray[np.uint8]
+    groups: npt.NDArray[np.float32]
+    segment: npt.NDArray[np.int32] | None
+    counts: list[npt.NDArray[np.float64]]
+
+    @classmethod
+    def of(cls, batches: Sequence[Batch], method: MethodSpec) -> "StackedBatch":
+        counts = [group_counts(batch, method) for batch in batches]
+        group = np.stack([batch.term.astype(np.int64) * NUM_SOURCES + batch.source for batch in batches])
+        segments = [batch.segment for batch in batches if batch.segment is not None]
+        return cls(
+            tokens=np.stack([batch.tokens for batch in batches]),
+            token_weight=np.stack([token_weights(batch, n, method) for batch, n in zip(batches, counts, strict=True)]),
+            loss_mask=np.stack([batch.loss_mask for batch in batches]),
+            groups=np.eye(NUM_TERMS * NUM_SOURCES, dtype=np.float32)[group],
+            segment=np.stack(segments) if segments else None,
+            counts=counts,
+        )
+
+    def parts(self, num_rows: int | None) -> "Iterator[StackedBatch]":
+        """The same in micro-batches of so many rows of each member; None is the whole."""
+        size = num_rows or self.tokens.shape[1]
+        for start in range(0, self.tokens.shape[1], size):
+            rows = slice(start, start + size)
+            yield replace(
+                self,
+                tokens=self.tokens[:, rows],
+                token_weight=self.token_weight[:, rows],
+                loss_mask=self.loss_mask[:, rows],
+                groups=self.groups[:, rows],
+                segment=None if self.segment is None else self.segment[:, rows],
+            )
 
 
 def unpack_step(packed: npt.NDArray[np.float64], counts: npt.NDArray[np.float64]) -> StepReading:

@@ -48,11 +48,24 @@ def environment():
     return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
+def _launchable(name):
+    if name == "mlx" and not LAUNCHER.exists() and shutil.which("mlx.launch") is None:
+        pytest.skip("this MLX has no mlx.launch")
+    return name
+
+
 @pytest.fixture(params=available_backends(), scope="module")
 def backend(request):
-    if request.param == "mlx" and not LAUNCHER.exists() and shutil.which("mlx.launch") is None:
-        pytest.skip("this MLX has no mlx.launch")
-    return request.param
+    return _launchable(request.param)
+
+
+# Whole runs start many processes, and what they test lies in the core: one backend in the short form.
+@pytest.fixture(
+    params=[pytest.param(name, marks=pytest.mark.full if number else ()) for number, name in enumerate(available_backends())],
+    scope="module",
+)
+def launched(request):
+    return _launchable(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -143,15 +156,15 @@ def losses(folder):
 
 
 @pytest.fixture(scope="module")
-def pair(backend, cache_folder, tmp_path_factory):
+def pair(launched, cache_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair") / "run"
-    out, err = finish(start(backend, folder, "--json"))
+    out, err = finish(start(launched, folder, "--json"))
     return folder, out, err
 
 
-def test_two_processes_train_the_run_of_one_and_rank_zero_alone_speaks(backend, pair, tmp_path, run_forget):
+def test_two_processes_train_the_run_of_one_and_rank_zero_alone_speaks(launched, pair, tmp_path, run_forget):
     folder, out, err = pair
-    code, _, _ = run_forget("train", "--backend", backend, "--output", tmp_path / "one", *OPTIONS)
+    code, _, _ = run_forget("train", "--backend", launched, "--output", tmp_path / "one", *OPTIONS)
     assert code == 0
     np.testing.assert_allclose(losses(folder), losses(tmp_path / "one"), rtol=1e-6)
     one, two = (json.loads((path / "record.json").read_text()) for path in (tmp_path / "one", folder))
@@ -166,9 +179,9 @@ def test_two_processes_train_the_run_of_one_and_rank_zero_alone_speaks(backend, 
 
 
 @pytest.mark.parametrize("how", ["ctrl-c", pytest.param("terminate the launcher", marks=pytest.mark.full)])
-def test_a_stopped_pair_goes_on_and_ends_with_the_same_numbers(backend, pair, tmp_path, how):
+def test_a_stopped_pair_goes_on_and_ends_with_the_same_numbers(launched, pair, tmp_path, how):
     folder = tmp_path / "run"
-    process = start(backend, folder)
+    process = start(launched, folder)
     for _ in range(1200):
         if (folder / "history.arrows").exists() and 10 in read_history(folder / "history.arrows")["step"].to_pylist():
             break
@@ -188,7 +201,7 @@ def test_a_stopped_pair_goes_on_and_ends_with_the_same_numbers(backend, pair, tm
     state = json.loads((folder / "checkpoints" / "last" / "state.json").read_text())
     assert 10 <= state["step"] < 40
     assert state["step"] % 2 == 0, "ranks agree to stop at a report step"
-    _, err = finish(start(backend, folder, "--resume"))
+    _, err = finish(start(launched, folder, "--resume"))
     assert f"Resuming at step {state['step']}" in err
     assert losses(folder) == losses(pair[0])
 
@@ -200,8 +213,9 @@ def _command_of(number):
         return ""
 
 
-def test_a_wrong_request_is_refused_once(backend, tmp_path):
-    process = start(backend, tmp_path / "run", "--target-tokens", "999999999")
+@pytest.mark.full
+def test_a_wrong_request_is_refused_once(launched, tmp_path):
+    process = start(launched, tmp_path / "run", "--target-tokens", "999999999")
     _, err = process.communicate(timeout=120)
     # mlx.launch does not pass exit codes on; it says them.
     assert process.returncode != 0 or "exited with code 2" in err
