@@ -14,10 +14,11 @@ from mlx_forget.errors import unknown
 from mlx_forget.laws.forms import Law
 from mlx_forget.laws.table import Table
 
-# Finest first. "auto" takes the coarsest of them that leaves MIN_CLUSTERS.
+# Finest first. "auto" takes the coarsest level that leaves this many clusters. Of nine configurations a resample often lacks what tells
+# the parameters apart (intervals ten times too wide); five base models are worth it, because what their runs share is large.
 LEVELS = ("row", "run", "repeat", "base")
+MIN_CLUSTERS = {"row": 0, "run": 0, "repeat": 20, "base": 5}
 AUTO = "auto"
-MIN_CLUSTERS = 5
 _NOUNS = {"row": "rows", "run": "runs", "repeat": "configurations", "base": "base models"}
 
 
@@ -56,7 +57,7 @@ def cluster_rows(table: Table, law: Law, *, group: npt.NDArray[np.int64] | None 
         table: its `run` labels tell checkpoints of one run, its `base` labels the base model of each row.
         law: rows that agree in all of its columns are repeats of one configuration.
         group: of each row in a joint fit, int[n]; repeats share it too.
-        level: one of LEVELS, or "auto": the coarsest that leaves at least 5 clusters, otherwise runs.
+        level: one of LEVELS, or "auto": base models if there are 5, else configurations if there are 20, else runs.
 
     Raises:
         UserError: unknown level.
@@ -72,16 +73,23 @@ def cluster_rows(table: Table, law: Law, *, group: npt.NDArray[np.int64] | None 
     if level != AUTO:
         return Clusters(by_level[level], level)
     counts = {name: int(index.max(initial=-1)) + 1 for name, index in by_level.items()}
-    coarsest = next((name for name in reversed(LEVELS) if counts[name] >= MIN_CLUSTERS), "run")
+    known = [name for name in LEVELS if name != "base" or table.base is not None]
+    coarsest = next(name for name in reversed(known) if counts[name] >= MIN_CLUSTERS[name])
     # Named after the finest level with the same clusters: runs that are all of one row each are rows.
     chosen = next(name for name in LEVELS if counts[name] == counts[coarsest])
-    caution = ""
+    cautions = []
     if table.base is not None and coarsest != "base":
         num = len(np.unique(table.base))
-        caution = (
+        cautions.append(
             f"these runs start from {num} base model{'' if num == 1 else 's'}: the intervals hold for "
             f"{'it' if num == 1 else 'these'} and leave out how much another one would differ"
         )
+    if coarsest == "run" and counts["repeat"] < counts["run"]:
+        cautions.append(
+            f"the {counts['run']} runs are of {counts['repeat']} configurations, too few to draw from: repeats count as independent, and the "
+            "intervals leave out what the law misses at a configuration"
+        )
+    caution = "; ".join(cautions)
     return Clusters(by_level[chosen], chosen, caution)
 
 

@@ -73,6 +73,18 @@ def test_too_few_base_models_are_not_drawn_from_and_that_is_said():
     assert "2 base models" in found.caution
 
 
+def test_repeats_of_few_configurations_count_as_independent_and_that_is_said():
+    surface = SURFACES["bethune-finetuning"]
+    columns = {name: np.repeat(values, 3) for name, values in surface.columns.items()}
+    many = Table.of(**columns, loss=np.linspace(3, 4, 75))
+    few = many.select(many.columns["D"] < 2e6)
+    found = cluster_rows(many, surface.form)
+    assert (found.level, found.num, found.caution) == ("repeat", 25, "")
+    found = cluster_rows(few, surface.form)
+    assert (found.level, found.num) == ("row", 30)
+    assert "10 configurations" in found.caution
+
+
 def test_an_unknown_cluster_level_is_refused():
     with pytest.raises(UserError, match="repeat"):
         cluster_rows(levels_table(), get_law("bethune-forgetting"), level="seed")
