@@ -85,8 +85,9 @@ class Transitions:
     """What became of next-token hits (the top token is the right one), in shares of all tokens.
 
     The adjusted shares leave out what lucky guesses explain: a model that knows an answer hits; one that does not still hits with the
-    `chance` of always answering with the text's most common token, before and after alike and independently. Solving for what is known
-    removes the flips that such guesses make, down to none (after Harmon et al. 2025, who adjust multiple-choice answers).
+    `chance` of always answering with the text's most common token, before and after independently. Guesses flip as often one way as
+    the other, so no more flips are called lucky than happened in the rarer direction, and the net change stays (after Harmon et al.
+    2025, who adjust multiple-choice answers).
 
     Args:
         hits_before, hits_after: shares of hits.
@@ -115,8 +116,9 @@ def transitions(reading: Reading) -> Transitions:
 
     def adjusted(column: int) -> Estimate:
         def statistic(s: Floats) -> Floats:
-            flips, never = s[:, column] / s[:, 0], s[:, 5] / s[:, 0]
-            return np.maximum(0.0, flips / (1 - chance) - never * chance / (1 - chance) ** 2)
+            lost, gained, never = (s[:, i] / s[:, 0] for i in (3, 4, 5))
+            lucky = np.minimum(never * chance / (1 - chance), np.minimum(lost, gained))
+            return np.asarray((s[:, column] / s[:, 0] - lucky) / (1 - chance), np.float64)
 
         return jackknife(sums, statistic)
 

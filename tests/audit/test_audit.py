@@ -9,9 +9,11 @@ import pytest
 
 from mlx_forget.audit.config import AuditConfig
 from mlx_forget.audit.groups import KINDS, kind_of_piece
+from mlx_forget.audit.measures import transitions
+from mlx_forget.audit.reading import Reading
 from mlx_forget.audit.run import execute_audit, plan_audit
 from mlx_forget.audit.statistics import jackknife, ratio
-from mlx_forget.audit.texts import parse_texts
+from mlx_forget.audit.texts import Text, parse_texts
 from mlx_forget.errors import UserError
 from mlx_forget.pipeline.tokenizer import BOS, EOS
 from mlx_forget.trainer import available_backends
@@ -171,3 +173,24 @@ def test_intervals_of_resampled_evaluation_sets_hold_the_difference_on_all_the_d
         estimate = jackknife(sums[random.integers(0, 400, 100)], ratio(1, 0))
         held += estimate.low <= truth <= estimate.high
     assert 184 <= held <= 196
+
+
+@pytest.mark.parametrize("known_before, known_after", [(0.6, 0.6), (0.6, 0.35), (0.3, 0.5)])
+def test_lucky_guesses_are_taken_out_of_flips(known_before, known_after):
+    """Answers that are known or guessed: the adjusted shares find how much knowledge was lost and gained."""
+    random = np.random.default_rng(0)
+    num, chance = 60_000, 0.2
+    label = np.where(random.random(num) < chance, 0, random.integers(1, 400, num))
+    knowing = random.random(num)
+    before = knowing < known_before
+    after = (knowing < min(known_before, known_after)) | ((knowing >= known_before) & (knowing < known_after))
+    hits = [known | (random.random(num) < chance) for known in (before, after)]
+    document = np.repeat(np.arange(60), num // 60)
+    text = Text("t", "t", "f", "all", 1, tuple(np.zeros(num // 60, np.int32) for _ in range(60)), np.ones(60, np.int64), 0)
+    measures = {"ref_hit": hits[0].astype(float), "hit": hits[1].astype(float)}
+    found = transitions(Reading(text, label, document, document, label > 0, measures))
+    assert found.chance == pytest.approx(chance, abs=0.01)
+    assert found.adjusted_lost.value == pytest.approx((before & ~after).mean(), abs=0.015)
+    assert found.adjusted_gained.value == pytest.approx((after & ~before).mean(), abs=0.015)
+    # Guesses alone make flips in both directions.
+    assert found.lost.value + found.gained.value > found.adjusted_lost.value + found.adjusted_gained.value + 0.03

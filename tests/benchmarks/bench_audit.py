@@ -63,7 +63,7 @@ def whole(backend, shape, folder, *, num_tokens, threads):
     words = ["".join(random.choice(list("abcdefghijklmnopqrstuvwxyz"), random.integers(2, 9))) for _ in range(3000)]
     texts = [" ".join(random.choice(words, 700)) + ".\n" for _ in range(2000)]
     tokenizer_file = folder / "tokenizer.model"
-    tokenizer = train_tokenizer(texts, vocab_size=4096)
+    tokenizer = train_tokenizer(texts, vocab_size=2048)
     tokenizer.save(tokenizer_file)
     spec = model_spec(shape, vocab_size=tokenizer.vocab_size, context_length=256)
     for seed, name in enumerate(("base", "tuned")):
@@ -94,7 +94,8 @@ def main():
     backend = options.backend or choose_backend()[0]
     with tempfile.TemporaryDirectory() as scratch:
         spec = model_spec(options.shape, vocab_size=4096, context_length=256)
-        throughput(backend, spec, Path(scratch), rounds=options.rounds, threads=options.threads)
+        if options.rounds:
+            throughput(backend, spec, Path(scratch), rounds=options.rounds, threads=options.threads)
         if options.whole:
             whole(backend, options.shape, Path(scratch), num_tokens=options.tokens, threads=options.threads)
 
