@@ -48,8 +48,7 @@ def block(weights: Weights, prefix: str, spec: ModelSpec, x_BTD: Tensor, mask: T
     B, T, D = x_BTD.shape
     normed = _norm(x_BTD, weights, prefix + "ln_1")
     qkv = _linear(normed, weights, prefix + "attn.c_attn", bias=_without_key_gradient(weights[prefix + "attn.c_attn.bias"]))
-    qkv = qkv.view(B, T, 3, spec.num_heads, spec.head_dim)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    q, k, v = (part.view(B, T, spec.num_heads, spec.head_dim).transpose(1, 2) for part in qkv.chunk(3, dim=2))
     mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
     x_BTD = x_BTD + _linear(mixed.transpose(1, 2).reshape(B, T, D), weights, prefix + "attn.c_proj")
     expanded = F.gelu(_linear(_norm(x_BTD, weights, prefix + "ln_2"), weights, prefix + "mlp.c_fc"), approximate="tanh")

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from cuda_backend import gpt2
+from cuda_backend.allocator import keep_freed_memory
 from cuda_backend.distributed import TorchGroup, join, local_rank
 from cuda_backend.sample import sample
 from mlx_forget.distributed import Group
@@ -67,6 +68,8 @@ class TorchTrainer(Trainer):
             self._notes.append("PyTorch runs on one thread, because MLX was loaded before it in this process: give num_threads.")
         if runtime.memory_limit_gb is not None:
             self._limit_memory(runtime.memory_limit_gb)
+        if self._torch_device.type == "cpu":
+            keep_freed_memory()
         self._dtype = torch.bfloat16 if runtime.precision == "bf16" else torch.float32
         self._chunk = gpt2.chunk_rows(spec.model.vocab_size, self._torch_device)
         self._weights = {

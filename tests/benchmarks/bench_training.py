@@ -2,106 +2,52 @@
 
     python tests/benchmarks/bench_training.py [--threads 2] [--rounds 9]
 
-The baseline is written here from nanoGPT's description: modules with Linear, GELU, LayerNorm and scaled-dot-product attention, one
-cross-entropy over all logits, AdamW with two groups, clipping at 1, batches stacked from a memory map as int64. Same shapes, threads and
-precision; the contenders take turns.
+Same shapes, threads and precision. The speed contenders live in processes of their own, because the trainer tells the allocator to keep
+freed memory, and take turns; the baseline runs as its users run it, and once more with that setting.
 """
 
 import argparse
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from cuda_backend.allocator import keep_freed_memory
 from cuda_backend.trainer import TorchTrainer
 from mlx_forget.evaluate import Windows
 from mlx_forget.ladder import ModelSpec, model_spec, num_params
 from mlx_forget.loop import Cadence, RunState, StopRules, drive
 from mlx_forget.pipeline.batches import BatchStream, RowSubset
 from mlx_forget.pipeline.mixture import Mixture, parse_share
-from mlx_forget.pipeline.store import StoreWriter
+from mlx_forget.pipeline.store import StoreWriter, open_store
 from mlx_forget.run import NoObserver
 from mlx_forget.schedule import Schedule
 from mlx_forget.trainer import RuntimeSpec, TrainerSpec
 from tests.benchmarks.measure import interleaved, print_ratios, rate
+from tests.benchmarks.nanogpt_style import NanoStyle
 
-BATCH = 32
-
-
-class Block(nn.Module):
-    def __init__(self, spec: ModelSpec) -> None:
-        super().__init__()
-        d, self.heads = spec.width, spec.num_heads
-        self.ln_1, self.ln_2 = nn.LayerNorm(d), nn.LayerNorm(d)
-        self.c_attn, self.c_proj = nn.Linear(d, 3 * d), nn.Linear(d, d)
-        self.c_fc, self.c_out, self.gelu = nn.Linear(d, 4 * d), nn.Linear(4 * d, d), nn.GELU()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        B, T, D = x.shape
-        q, k, v = (t.view(B, T, self.heads, D // self.heads).transpose(1, 2) for t in self.c_attn(self.ln_1(x)).split(D, 2))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.c_proj(y.transpose(1, 2).contiguous().view(B, T, D))
-        return x + self.c_out(self.gelu(self.c_fc(self.ln_2(x))))
+BATCH, CONTEXT, VOCABULARY = 32, 256, 4096
+SEGMENT_STEPS = {"4x128": 4, "7x320": 1}
+NANO, KEPT, OURS = "nanoGPT-style loop", "the same, freed memory kept", "mlx-forget"
 
 
-class NanoStyle(nn.Module):
-    """The baseline: model, optimiser and loop."""
-
-    def __init__(self, spec: ModelSpec, tokens: np.ndarray, *, bf16: bool, compiled: bool) -> None:
-        super().__init__()
-        self.spec, self.tokens, self.bf16 = spec, tokens, bf16
-        self.wte, self.wpe = nn.Embedding(spec.vocab_size, spec.width), nn.Embedding(spec.context_length, spec.width)
-        self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.num_layers))
-        self.ln_f, self.head = nn.LayerNorm(spec.width), nn.Linear(spec.width, spec.vocab_size, bias=False)
-        self.head.weight = self.wte.weight
-        for parameter in self.parameters():
-            if parameter.dim() > 1:
-                nn.init.normal_(parameter, std=0.02)
-        groups = [
-            {"params": [p for p in self.parameters() if p.dim() > 1], "weight_decay": 0.1},
-            {"params": [p for p in self.parameters() if p.dim() < 2], "weight_decay": 0.0},
-        ]
-        self.optimiser = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
-        self.call = torch.compile(self) if compiled else self
-
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        h = self.wte(x) + self.wpe(torch.arange(x.shape[1]))
-        for block in self.blocks:
-            h = block(h)
-        logits = self.head(self.ln_f(h))
-        return F.cross_entropy(logits.view(-1, logits.size(-1)), y.view(-1), ignore_index=-1)
-
-    def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        T = self.spec.context_length
-        starts = torch.randint(len(self.tokens) - T - 1, (BATCH,))
-        x = torch.stack([torch.from_numpy(self.tokens[i : i + T].astype(np.int64)) for i in starts])
-        y = torch.stack([torch.from_numpy(self.tokens[i + 1 : i + 1 + T].astype(np.int64)) for i in starts])
-        return x, y
-
-    def step(self) -> torch.Tensor:
-        x, y = self.batch()
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bf16):
-            loss = self.call(x, y)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.parameters(), 1.0)
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
-        return loss
-
-
-def make_subset(folder: Path, spec: ModelSpec, num_tokens: int) -> RowSubset:
-    """Random tokens in a real store."""
+def write_store(folder: Path, num_tokens: int) -> Path:
+    """Random tokens in a real store; returns its folder."""
     tokenizer = folder / "t.model"
     tokenizer.write_bytes(b"benchmark")
-    writer = StoreWriter(folder / "store", tokenizer, "benchmark", spec.vocab_size, 1, 2, "random tokens")
-    writer.add("train", np.random.default_rng(0).integers(3, spec.vocab_size, num_tokens), num_tokens)
-    return RowSubset.of_tokens(writer.close().split("train"), spec.context_length, None)
+    writer = StoreWriter(folder / "store", tokenizer, "benchmark", VOCABULARY, 1, 2, "random tokens")
+    writer.add("train", np.random.default_rng(0).integers(3, VOCABULARY, num_tokens), num_tokens)
+    writer.close()
+    return folder / "store"
+
+
+def open_subset(store: Path, spec: ModelSpec) -> RowSubset:
+    return RowSubset.of_tokens(open_store(store, verify=False).split("train"), spec.context_length, None)
 
 
 def make_stream(subset: RowSubset, num_steps: int) -> BatchStream:
@@ -109,33 +55,64 @@ def make_stream(subset: RowSubset, num_steps: int) -> BatchStream:
     return BatchStream(subset, subset, mixture, BATCH, num_steps)
 
 
-def training_speed(name: str, subset: RowSubset, spec: ModelSpec, *, rounds: int, steps: int, bf16: bool, compiled: bool) -> None:
+class Contender:
+    """One trainer in a process of its own, as its users run it; it works one segment at a time, when told to."""
+
+    def __init__(self, kind: str, model: str, store: Path, options: argparse.Namespace, *, bf16: bool, compiled: bool) -> None:
+        flags = [*(["--bf16"] if bf16 else []), *(["--compiled"] if compiled else [])]
+        command = [sys.executable, __file__, "--worker", kind, model, str(store), "--threads", str(options.threads), *flags]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def segment(self) -> float:
+        """Tokens per second of one segment."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(file=self._process.stdin, flush=True)
+        return float(self._process.stdout.readline())
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+def work(kind: str, model: str, store: Path, *, bf16: bool, compiled: bool) -> None:
+    """The worker: one warm segment, then one per line read, its tokens per second written back."""
+    spec = model_spec(model, VOCABULARY, CONTEXT)
+    subset = open_subset(store, spec)
+    if kind == OURS:
+        trainer = TorchTrainer(TrainerSpec(model=spec, runtime=runtime(bf16=bf16, compiled=compiled)))
+        stream, counter = make_stream(subset, 1_000_000), iter(range(1_000_000))
+
+        def step() -> object:
+            return trainer.train_step(stream.batch(next(counter)), 1e-3).read()
+
+    else:
+        if kind == KEPT:
+            assert keep_freed_memory()
+        nano = NanoStyle(spec, subset.split.tokens[0], batch_size=BATCH, bf16=bf16, compiled=compiled)
+
+        def step() -> object:
+            return nano.step().item()
+
+    steps = SEGMENT_STEPS[model]
+    step()
+    for _ in sys.stdin:
+        print(rate(lambda: [step() for _ in range(steps)], steps * BATCH * CONTEXT), flush=True)
+
+
+def training_speed(model: str, store: Path, options: argparse.Namespace, *, bf16: bool, compiled: bool) -> None:
     """Tokens per second of the step, batches included, against the baseline."""
-    runtime = RuntimeSpec(precision="bf16" if bf16 else "fp32", compile=compiled, device="cpu")
-    ours = TorchTrainer(TrainerSpec(model=spec, runtime=runtime))
-    stream = make_stream(subset, 1_000_000)
-    nano = NanoStyle(spec, subset.split.tokens[0], bf16=bf16, compiled=compiled)
-    counter = iter(range(1_000_000))
+    contenders = {kind: Contender(kind, model, store, options, bf16=bf16, compiled=compiled) for kind in (NANO, KEPT, OURS)}
+    figures = interleaved({kind: contender.segment for kind, contender in contenders.items()}, rounds=options.rounds)
+    for contender in contenders.values():
+        contender.close()
+    size = f"{num_params(model_spec(model, VOCABULARY, CONTEXT)):,} parameters"
+    kind = f"{'bf16' if bf16 else 'fp32'} {'compiled' if compiled else 'eager'}, {options.threads} threads"
+    for baseline in (NANO, KEPT):
+        print_ratios(f"training, {size}, {kind}", figures, baseline=baseline, unit="tokens/s")
 
-    def our_steps() -> None:
-        for _ in range(steps):
-            result = ours.train_step(stream.batch(next(counter)), 1e-3)
-        result.read()
 
-    def nano_steps() -> None:
-        for _ in range(steps):
-            loss = nano.step()
-        loss.item()
-
-    amount = steps * BATCH * spec.context_length
-    our_steps(), nano_steps()
-    figures = interleaved(
-        {"nanoGPT-style loop": lambda: rate(nano_steps, amount), "mlx-forget": lambda: rate(our_steps, amount)}, rounds=rounds
-    )
-    kind = f"{'bf16' if bf16 else 'fp32'} {'compiled' if compiled else 'eager'}, {torch.get_num_threads()} threads"
-    print_ratios(
-        f"training, {name}, {num_params(spec):,} parameters, {kind}", figures, baseline="nanoGPT-style loop", unit="tokens/s"
-    )
+def runtime(*, bf16: bool = False, compiled: bool = False) -> RuntimeSpec:
+    return RuntimeSpec(precision="bf16" if bf16 else "fp32", compile=compiled, device="cpu")
 
 
 def loop_overhead(subset: RowSubset, spec: ModelSpec, folder: Path, *, rounds: int, steps: int) -> None:
@@ -210,17 +187,22 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--compiled", action="store_true", help="compare both compiled too")
+    parser.add_argument("--bf16", action="store_true", help="compare bf16 even where the CPU has no units for it")
+    parser.add_argument("--worker", nargs=3, metavar=("KIND", "MODEL", "STORE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    small, large = model_spec("4x128", 4096, 256), model_spec("7x320", 4096, 256)
-    bf16 = (False, True) if TorchTrainer.describe().fast_bf16 else (False,)
+    if options.worker:
+        kind, model, store = options.worker
+        return work(kind, model, Path(store), bf16=options.bf16, compiled=options.compiled)
+    precisions = (False, True) if options.bf16 or TorchTrainer.describe().fast_bf16 else (False,)
     with tempfile.TemporaryDirectory() as scratch:
-        subset = make_subset(Path(scratch), small, 5_000_000)
-        loop_overhead(subset, small, Path(scratch), rounds=options.rounds, steps=12)
-        for precision in bf16:
+        store = write_store(Path(scratch), 5_000_000)
+        small = model_spec("4x128", VOCABULARY, CONTEXT)
+        loop_overhead(open_subset(store, small), small, Path(scratch), rounds=options.rounds, steps=12)
+        for bf16 in precisions:
             for compiled in (False, True) if options.compiled else (False,):
-                for name, spec, steps in (("1.3M", small, 4), ("10M", large, 1)):
-                    training_speed(name, subset, spec, rounds=options.rounds, steps=steps, bf16=precision, compiled=compiled)
+                for model in SEGMENT_STEPS:
+                    training_speed(model, store, options, bf16=bf16, compiled=compiled)
 
 
 if __name__ == "__main__":
