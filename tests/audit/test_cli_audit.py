@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 from mlx_forget import checkpoint
 from mlx_forget import trainer as trainer_module
 from mlx_forget.ladder import model_spec
+from mlx_forget.pipeline.vocabularies import tokenizer_in
 from mlx_forget.pipeline.corpora import forget_home
 from tests.audit.conftest import Weights
 
@@ -168,7 +169,7 @@ def prepare_wrong_requests(folder, make_checkpoint, spec):
     make_checkpoint(folder / "longer", spec=model_spec("2x32", spec.vocab_size, 64))
     make_checkpoint(folder / "wordier", spec=model_spec("2x32", spec.vocab_size + 1, spec.context_length))
     other = folder / "other.model"
-    content = bytearray((folder / "base" / checkpoint.TOKENIZER).read_bytes())
+    content = bytearray(tokenizer_in(folder / "base").read_bytes())
     # A field that SentencePiece skips: the same tokenizer under another hash.
     other.write_bytes(bytes(content) + b"\xfa\x3e\x01x")
     make_checkpoint(folder / "spoken", tokenizer=other)
