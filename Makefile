@@ -51,7 +51,7 @@ bench: setup  ## speed against named baselines, as ratios measured in one run
 parity: setup  ## measure how far the two backends differ and write the table into README.md; about five minutes
 	$(BIN)/python -m tests.parity_table README.md
 
-coverage: setup  ## do the laws' 95% intervals cover? 2,000 simulations a scenario; about an hour
+coverage: setup  ## do the laws' 95% intervals cover? 2,000 simulations a scenario; about half an hour
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/laws/coverage.py
 
 reproduce-figure1: setup  ## Figure 1 of the paper at laptop scale; SEED= SIZE= DATA= PRETRAIN= BACKEND= OUTPUT=
