@@ -18,7 +18,7 @@ OUTPUT ?= runs/$(RECIPE)-seed$(SEED)
 SETTINGS = --set seed=$(SEED) --set backend=$(BACKEND) $(if $(SIZE),--set model=$(SIZE)) $(if $(DATA),--set target=$(DATA)) $(if $(PRETRAIN),--set pretrain=$(PRETRAIN))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint type test test-full bench parity coverage reproduce-figure1 reproduce-laws clean
+.PHONY: help setup lint type test test-full bench parity coverage reproduce-figure1 clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-20s %s\n", $$1, $$2}'
@@ -54,13 +54,10 @@ parity: setup  ## measure how far the two backends differ and write the table in
 coverage: setup  ## do the laws' 95% intervals cover? 2,000 simulations a scenario; about half an hour
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/laws/coverage.py
 
-reproduce-figure1: setup  ## Figure 1 of the paper at laptop scale; SEED= SIZE= DATA= PRETRAIN= BACKEND= OUTPUT=
-	$(BIN)/forget sweep $(RECIPE) $(SETTINGS) --output $(OUTPUT)
-	$(BIN)/forget plot $(OUTPUT) --output figures --name $(if $(filter 0,$(SEED)),$(RECIPE),$(RECIPE)-seed$(SEED))
-
 # Every table of published runs with its law, and our own run tables where there are any: fit.json and figures per table.
 LAWS = figures/laws
 FIT = $(BIN)/forget fit
+.PHONY: reproduce-laws
 reproduce-laws: setup  ## refit and redraw the laws from the committed tables, in under a minute: figures/laws
 	$(FIT) data/reference/chinchilla_twin.csv --law chinchilla -o $(LAWS)/chinchilla/fit.json --plot $(LAWS)/chinchilla
 	$(FIT) data/reference/gemstones.csv --law chinchilla --by subset --map run=run_name -o $(LAWS)/gemstones/fit.json --plot $(LAWS)/gemstones
@@ -69,6 +66,10 @@ reproduce-laws: setup  ## refit and redraw the laws from the committed tables, i
 	$(FIT) data/reference/replay_ibrahim2024.csv --law bethune-forgetting-e --by setting --fix beta=0 -o $(LAWS)/replay/fit.json --plot $(LAWS)/replay
 	for table in $(wildcard data/runs/*.csv data/runs/*.parquet); do name=$$(basename $${table%.*}); \
 	  $(FIT) $$table --by domain -o $(LAWS)/$$name/fit.json --plot $(LAWS)/$$name || exit 1; done
+
+reproduce-figure1: setup  ## Figure 1 of the paper at laptop scale; SEED= SIZE= DATA= PRETRAIN= BACKEND= OUTPUT=
+	$(BIN)/forget sweep $(RECIPE) $(SETTINGS) --output $(OUTPUT)
+	$(BIN)/forget plot $(OUTPUT) --output figures --name $(if $(filter 0,$(SEED)),$(RECIPE),$(RECIPE)-seed$(SEED))
 
 clean:  ## remove the environment, builds and caches of tools; runs, figures and corpora stay
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
