@@ -18,7 +18,7 @@ OUTPUT ?= runs/$(RECIPE)-seed$(SEED)
 SETTINGS = --set seed=$(SEED) --set backend=$(BACKEND) $(if $(SIZE),--set model=$(SIZE)) $(if $(DATA),--set target=$(DATA)) $(if $(PRETRAIN),--set pretrain=$(PRETRAIN))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint type test test-full bench parity coverage pages reproduce-figure1 reproduce-replay reproduce-toy reproduce-laws clean
+.PHONY: help setup lint type test test-full bench parity coverage pages reproduce-figure1 reproduce-laws reproduce-replay reproduce-toy clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-20s %s\n", $$1, $$2}'
@@ -51,7 +51,7 @@ bench: setup  ## speed against named baselines, as ratios measured in one run
 parity: setup  ## measure how far the two backends differ and write the table into README.md; about five minutes
 	$(BIN)/python -m tests.parity_table README.md
 
-coverage: setup  ## do the laws' 95% intervals cover? 2,000 simulations a scenario; about an hour
+coverage: setup  ## do the laws' 95% intervals cover? 2,000 simulations a scenario; about half an hour
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/laws/coverage.py
 
 pages: setup  ## open the pages of docs/ in a headless browser, and keep pictures in build/pages
@@ -61,7 +61,7 @@ reproduce-figure1: setup  ## Figure 1 of the paper at laptop scale; SEED= SIZE= 
 	$(BIN)/forget sweep $(RECIPE) $(SETTINGS) --output $(OUTPUT)
 	$(BIN)/forget plot $(OUTPUT) --output figures --name $(if $(filter 0,$(SEED)),$(RECIPE),$(RECIPE)-seed$(SEED))
 
-# Every table of published runs with its law, and our own run tables where there are any: fit.json and figures per table.
+# Every table of published runs with its law, and our own tables of runs (Parquet) where there are any: fit.json and figures per table.
 LAWS = figures/laws
 FIT = $(BIN)/forget fit
 reproduce-laws: setup  ## refit and redraw the laws from the committed tables, in under a minute: figures/laws
@@ -70,7 +70,7 @@ reproduce-laws: setup  ## refit and redraw the laws from the committed tables, i
 	$(FIT) data/reference/datablations.csv --law chinchilla --where 'D <= U' -o $(LAWS)/datablations/fit.json --plot $(LAWS)/datablations
 	$(FIT) data/reference/cmr_gu2024.csv --law cmr --by model -o $(LAWS)/cmr/fit.json --plot $(LAWS)/cmr
 	$(FIT) data/reference/replay_ibrahim2024.csv --law bethune-forgetting-e --by setting --fix beta=0 -o $(LAWS)/replay/fit.json --plot $(LAWS)/replay
-	for table in $(wildcard data/runs/*.csv data/runs/*.parquet); do name=$$(basename $${table%.*}); \
+	for table in $(wildcard data/runs/*.parquet); do name=$$(basename $${table%.*}); \
 	  $(FIT) $$table --by domain -o $(LAWS)/$$name/fit.json --plot $(LAWS)/$$name || exit 1; done
 
 reproduce-replay: setup  ## methods compared at laptop scale (Marek et al.); SEED= BACKEND= OUTPUT=

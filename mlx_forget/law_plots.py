@@ -196,8 +196,11 @@ def plot_curves(uncertainty: Uncertainty, folder: str | Path, *, group: str = ""
     for axes, axis in zip(figure.subplots(1, len(shown), sharey=True, squeeze=False)[0], shown, strict=True):
         _tidy(axes)
         _draw_curves(axes, predictor, loss, axis, level=uncertainty.level)
-    if figure.get_axes()[-1].get_legend_handles_labels()[1]:
-        figure.get_axes()[-1].legend(fontsize=8, frameon=False)
+    last = figure.get_axes()[-1]
+    for axes in figure.get_axes():
+        labels = axes.get_legend_handles_labels()[1]
+        if labels and (axes is last or labels != last.get_legend_handles_labels()[1]):
+            axes.legend(fontsize=8, frameon=False)
     what = "forgetting" if "L0" in predictor.law.columns else "loss"
     figure.get_axes()[0].set_ylabel(f"{what} (nats per token)")
     figure.suptitle(f"{predictor.law.name}{' ' + group if group else ''}", fontsize=11)

@@ -12,8 +12,8 @@ from safetensors.numpy import load_file
 from mlx_forget import checkpoint
 from mlx_forget import trainer as trainer_module
 from mlx_forget.ladder import model_spec
-from mlx_forget.pipeline.vocabularies import tokenizer_in
 from mlx_forget.pipeline.corpora import forget_home
+from mlx_forget.pipeline.vocabularies import tokenizer_in
 from tests.audit.conftest import Weights
 
 
