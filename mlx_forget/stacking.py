@@ -16,8 +16,10 @@ from mlx_forget.checkpoint import Checkpoint
 from mlx_forget.errors import Interrupted, OutOfMemory, RunFailed
 from mlx_forget.ladder import num_params, train_bytes
 from mlx_forget.loop import RunState, drive
-from mlx_forget.run import Plan, Watch, finish_run, look_into, only_group, prepare_run, start_trainer, trainer_spec, with_base
+from mlx_forget.plan import Plan
+from mlx_forget.run import finish_run, look_into, only_group, prepare_run, start_trainer, trainer_spec, with_base
 from mlx_forget.trainer import load_backend
+from mlx_forget.watch import Watch
 
 Wanted = Literal["auto", "off"] | int
 

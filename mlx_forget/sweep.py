@@ -25,9 +25,10 @@ import numpy as np
 from mlx_forget import records
 from mlx_forget.config import TrainConfig, from_layers, read_yaml, to_yaml
 from mlx_forget.errors import Interrupted, UserError, unknown
+from mlx_forget.plan import Plan, plan_run
 from mlx_forget.progress import PROGRESS_FILE, SUPERVISOR
-from mlx_forget.run import Plan, Watch, plan_run
 from mlx_forget.stacking import Wanted, group_runs
+from mlx_forget.watch import Watch
 
 _SECONDS_BETWEEN_POLLS = 0.25
 # The configuration of a run in its folder, as the sweep asked for it.

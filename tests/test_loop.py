@@ -15,9 +15,9 @@ from mlx_forget.ladder import model_spec
 from mlx_forget.loop import Cadence, RunState, StopRules, drive
 from mlx_forget.pipeline.batches import BatchStream, RowSubset
 from mlx_forget.pipeline.mixture import Mixture, parse_share
-from mlx_forget.run import NoObserver
 from mlx_forget.schedule import Schedule
 from mlx_forget.trainer import TrainerSpec
+from mlx_forget.watch import NoObserver
 from tests.fakes import BigramTrainer
 from tests.pipeline.test_store import make_store
 

@@ -129,7 +129,8 @@ def test_the_recipes_of_methods_hold_a_plain_run_and_smoke_scale(name):
 
 def test_a_recipe_becomes_a_table_and_a_figure(run_forget, tmp_path, monkeypatch):
     """Two arms of the recipe in this process, then the plot."""
-    from mlx_forget.run import execute, plan_run
+    from mlx_forget.plan import plan_run
+    from mlx_forget.run import execute
 
     row = trainer_module.Backend("tests.fakes:BigramTrainer", "numpy", "nothing to install")
     monkeypatch.setitem(trainer_module.BACKENDS, "fake", row)

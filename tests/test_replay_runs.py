@@ -10,8 +10,10 @@ from mlx_forget.config import TrainConfig, from_layers, run_id, scale_defaults
 from mlx_forget.errors import Interrupted
 from mlx_forget.history import read_history
 from mlx_forget.methods import METHODS
-from mlx_forget.run import Watch, execute, plan_run
+from mlx_forget.plan import plan_run
+from mlx_forget.run import execute
 from mlx_forget.trainer import available_backends
+from mlx_forget.watch import Watch
 
 BACKENDS = ["fake", *available_backends()]
 

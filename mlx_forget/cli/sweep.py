@@ -45,8 +45,8 @@ def sweep(
     from mlx_forget.errors import RunFailed
     from mlx_forget.progress import Preparation
     from mlx_forget.resources import recipe as find_recipe
-    from mlx_forget.run import Watch
     from mlx_forget.sweep import default_processes, execute_sweep, plan_sweep, read_recipe, stack_sweep
+    from mlx_forget.watch import Watch
 
     console = Console(stderr=True)
 

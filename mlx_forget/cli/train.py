@@ -11,7 +11,7 @@ from mlx_forget.cli.options import given, with_options
 from mlx_forget.config import TrainConfig, from_layers, read_yaml, scale_defaults
 
 if TYPE_CHECKING:
-    from mlx_forget.run import Watch
+    from mlx_forget.watch import Watch
 
 app = typer.Typer()
 
@@ -42,9 +42,11 @@ def train(
     import os
 
     from mlx_forget.cli.signals import graceful_stop
+    from mlx_forget.plan import plan_run
     from mlx_forget.progress import SUPERVISOR, Preparation, RunProgress, supervisor
     from mlx_forget.progress import console as make_console
-    from mlx_forget.run import Watch, execute, plan_run
+    from mlx_forget.run import execute
+    from mlx_forget.watch import Watch
 
     console = make_console()
     from_file = read_yaml(config) if config is not None else {}
@@ -92,7 +94,7 @@ def _train_stack(folders: "list[Path]", watch: "Watch") -> None:
     """Train the runs that a sweep has asked for in these folders as one."""
     import dataclasses
 
-    from mlx_forget.run import plan_run
+    from mlx_forget.plan import plan_run
     from mlx_forget.stacking import execute_stack
     from mlx_forget.sweep import REQUESTED
 

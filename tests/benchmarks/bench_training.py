@@ -25,9 +25,9 @@ from mlx_forget.loop import Cadence, RunState, StopRules, drive
 from mlx_forget.pipeline.batches import BatchStream, RowSubset
 from mlx_forget.pipeline.mixture import Mixture, parse_share
 from mlx_forget.pipeline.store import StoreWriter, open_store
-from mlx_forget.run import NoObserver
 from mlx_forget.schedule import Schedule
 from mlx_forget.trainer import RuntimeSpec, TrainerSpec
+from mlx_forget.watch import NoObserver
 from tests.benchmarks.measure import interleaved, print_ratios, rate
 from tests.benchmarks.nanogpt_style import NanoStyle
 
