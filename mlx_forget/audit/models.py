@@ -202,14 +202,14 @@ def _refuse_pickles(folder: Path) -> None:
 def _start_of(tuned: Model) -> Path:
     """The base checkpoint that a finetune's record names, in the cache of base models."""
     init = None if tuned.record is None else tuned.record.get("init")
-    if init in (None, "scratch"):
+    if tuned.record is None or init in (None, "scratch"):
         raise UserError(f"{tuned.folder} has no record that says what it was finetuned from: name BASE by its folder.")
-    found = sorted((forget_home() / "bases").glob(f"{init}-*"))
-    if not found:
-        raise UserError(
-            f"{tuned.folder} was finetuned from run {init}, which is not in {forget_home() / 'bases'}: name BASE by its folder."
-        )
-    return found[0]
+    bases = forget_home() / "bases"
+    # Each backend trains a base of its own, which differs in its last digits.
+    found = bases / f"{init}-{tuned.record['backend']}"
+    if not found.is_dir():
+        raise UserError(f"{tuned.folder} was finetuned from run {init}, which is not in {bases}: name BASE by its folder.")
+    return found
 
 
 def _shape(spec: ModelSpec) -> str:
