@@ -148,7 +148,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         self.method_spec()
         if typing.cast("str | None", self.p) is None:
-            object.__setattr__(self, "p", INJECTED_SHARE if self.method == "injection" else "0")
+            injects = self.method == "injection" and not self.is_pretraining
+            object.__setattr__(self, "p", INJECTED_SHARE if injects else "0")
         stages = parse_stages(self.p)
         for name in ("iters", "batch_size", "eval_rows", "pretrain_epochs", "steps_per_report", "vocab_size"):
             _positive(name, getattr(self, name))

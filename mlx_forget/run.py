@@ -29,7 +29,7 @@ from mlx_forget.ladder import (
 )
 from mlx_forget.loop import Cadence, RunState, StopRules, drive
 from mlx_forget.pipeline.batches import Blend
-from mlx_forget.plan import Plan, replay_name, sources_of
+from mlx_forget.plan import Plan, identity_of, replay_name, sources_of
 from mlx_forget.replay_rows import with_replay
 from mlx_forget.trainer import Trainer, TrainerSpec, load_backend
 from mlx_forget.watch import Watch
@@ -121,13 +121,14 @@ def prepare_run(plan: Plan, latest: Checkpoint | None, trainer: Trainer, watch: 
     """The state of a run whose trainer has been started; with a latest checkpoint, both go on from it."""
     config = plan.config
     evaluate = config.steps_per_eval or max(1, math.ceil(plan.num_steps / EVALUATIONS_PER_RUN))
-    curve = plan.start.state["curve"] if plan.start is not None and plan.start.state["is_pretraining"] else []
+    curve = _base_curve(plan)
     identity = {
         "run_id": plan.run_id,
         "backend": plan.backend,
         "is_pretraining": config.is_pretraining,
         "tokenizer_hash": next(iter(plan.stores.values())).tokenizer_hash,
         "base_curve": curve,
+        "pretrained_on": identity_of(sources_of(config.target), plan.stores) if config.is_pretraining else None,
     }
     target_train, target_val, pretrain_val = plan.windows
     run = RunState(
@@ -159,6 +160,16 @@ def prepare_run(plan: Plan, latest: Checkpoint | None, trainer: Trainer, watch: 
             _check_history(plan.folder / records.HISTORY, latest.state, watch)
         watch.say(f"Resuming at step {run.step:,} of {plan.num_steps:,}.")
     return run
+
+
+def _base_curve(plan: Plan) -> list[list[float]]:
+    """Validation loss against tokens of the base model; empty where it was pretrained on something else than is measured here."""
+    if plan.start is None or not plan.start.state["is_pretraining"]:
+        return []
+    learnt = plan.start.state.get("pretrained_on")
+    same = learnt in (None, identity_of(sources_of(plan.config.pretrain), plan.stores))
+    curve: list[list[float]] = plan.start.state["curve"] if same else []
+    return curve
 
 
 def finish_run(plan: Plan, run: RunState, trainer: Trainer, *, stack_size: int = 1) -> dict[str, Any]:
@@ -209,8 +220,10 @@ def _record(plan: Plan, run: RunState, trainer: Trainer) -> dict[str, Any]:
         forgetting = best["pretrain_val"] - run.start["pretrain_val"]
         curve = [(point[0], point[1]) for point in run.identity["base_curve"]]
         lost = dataclasses.asdict(progress_lost(curve, run.start["pretrain_val"], best["pretrain_val"]))
-    for name, same in plan.published.items():
-        data[name]["same_as_published"] = same
+    for name, entry in data.items():
+        source = name.removeprefix("replay:")
+        if source in plan.published:
+            entry["same_as_published"] = plan.published[source]
     return {
         "schema_version": records.SCHEMA_VERSION,
         "run_id": plan.run_id,

@@ -46,7 +46,8 @@ def shape_of(plan: Plan) -> Hashable:
     """Runs stack if this is equal: everything of a step but its data, share, seed and rate."""
     config = plan.config
     runtime = dataclasses.replace(config.runtime(plan.precision), num_threads=None)
-    rows = (plan.stream.batch_size, plan.stream.target.row_length)
+    sides = [side for side in (plan.stream.target, plan.stream.pretrain) if side is not None]
+    rows = (plan.stream.batch_size, plan.stream.target.row_length, any(side.has_segments for side in sides))
     return plan.backend, plan.model, config.optim(), config.method_spec(), runtime, rows
 
 

@@ -178,6 +178,9 @@ def parse_share(text: str) -> float:
 
 # ------------------------------------------------------------------------------------------------ our own runs
 
+# What the laws of forgetting describe: pretraining rows mixed in, or none, and nothing else that keeps the model where it was.
+_METHODS_OF_THE_LAWS = ("plain", "injection")
+
 
 def read_runs(folder: Path, *, response: str) -> tuple[list[dict[str, Any]], dict[str, tuple[str, ...]]]:
     """One row per run below a folder that can be fitted, and the others: {reason: record files}.
@@ -189,12 +192,19 @@ def read_runs(folder: Path, *, response: str) -> tuple[list[dict[str, Any]], dic
     if not paths:
         raise UserError(f"No {RECORD} below {folder}: give a folder of finished runs, or a table file.")
     rows, left_out = dict[tuple[Any, Any], dict[str, Any]](), dict[str, list[str]]()
+    folder_of: dict[tuple[Any, Any], str] = {}
     for path in paths:
         found = read_row(path, response=response)
         if not isinstance(found, str) and (key := (found["run"], found["backend"])) not in rows:
-            rows[key] = found
+            rows[key], folder_of[key] = found, path
         else:
             left_out.setdefault(found if isinstance(found, str) else "copied from another folder", []).append(path)
+    described = [key for key, row in rows.items() if row["method"] in _METHODS_OF_THE_LAWS]
+    if described:
+        # Runs of one other method by themselves are a study of it; among these they would pass as runs without it.
+        for key in rows.keys() - set(described):
+            left_out.setdefault(f"trained with {rows[key]['method']}, which is not injection,", []).append(folder_of[key])
+            del rows[key]
     reasons = {reason: tuple(sources) for reason, sources in left_out.items()}
     if not rows:
         raise UserError(f"None of the {len(paths)} runs below {folder} can be fitted: {'; '.join(describe_left_out(reasons))}.")
@@ -264,6 +274,7 @@ def record_row(record: Mapping[str, Any], *, response: str) -> dict[str, Any]:
         "loss": best["target_val"] if response == "target" else best["pretrain_val"],
         "run": record["run_id"],
         "base": record.get("init"),
+        "method": (record.get("method") or {}).get("name", "injection"),
         "domain": "+".join(sorted(target)),
         "backend": record.get("backend"),
         "seed": record.get("seed"),

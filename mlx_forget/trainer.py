@@ -227,6 +227,7 @@ class StackedBatch:
         counts = [group_counts(batch, method) for batch in batches]
         group = np.stack([batch.term.astype(np.int64) * NUM_SOURCES + batch.source for batch in batches])
         segments = [batch.segment for batch in batches if batch.segment is not None]
+        assert len(segments) in (0, len(batches)), "members of one stack have segments or have none"
         return cls(
             tokens=np.stack([batch.tokens for batch in batches]),
             token_weight=np.stack([token_weights(batch, n, method) for batch, n in zip(batches, counts, strict=True)]),

@@ -39,6 +39,7 @@ def test_only_injection_injects_by_default():
         name: "1%" if name == "injection" else "0" for name in METHODS
     }
     assert TrainConfig(method="kl-replay", p="2%").p == "2%"
+    assert TrainConfig(init="scratch").p == "0"
 
 
 class Interrupt:
@@ -68,6 +69,20 @@ METHOD_RUNS = {
     "low-lr": {},
     "plain": {},
 }
+
+
+def test_a_record_says_whether_a_replayed_corpus_is_the_published_one():
+    data = execute(plan_run(config("fake", method="ntp-replay", replay_data="math", iters=2)))["data"]
+    assert {name for name, entry in data.items() if "same_as_published" in entry} == {"code", "prose", "replay:math"}
+
+
+def test_progress_lost_is_read_on_the_curve_of_the_same_text_only():
+    base = execute(plan_run(config("fake", init="scratch", target="prose", pretrain="none", iters=8)))
+    assert base["status"] == "finished"
+    init = str(plan_run(config("fake", init="scratch", target="prose", pretrain="none", iters=8)).folder)
+    same, other = (execute(plan_run(config("fake", init=init, pretrain=name)))["progress_lost"] for name in ("prose", "math"))
+    assert same["loss_fraction"] is not None
+    assert other == {"loss_fraction": None, "token_equivalent": None}
 
 
 @pytest.mark.parametrize("method", METHOD_RUNS)

@@ -176,6 +176,21 @@ def test_run_folders_become_law_rows(tmp_path):
     assert read_table(tmp_path, response="target").columns["loss"].tolist() == [3.1, 3.1]
 
 
+def test_runs_of_other_methods_do_not_pass_as_injection(tmp_path):
+    for name, method in (("a", "injection"), ("b", "plain"), ("c", "kl-replay"), ("d", "kl-replay")):
+        record(tmp_path / name, p=0.0, loss=5.0)
+        file = tmp_path / name / "record.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"method": {"name": method}}))
+    table = read_table(tmp_path, response="pretraining")
+    assert table.run.tolist() == ["a", "b"]
+    assert {reason: len(sources) for reason, sources in table.left_out.items()} == {
+        "trained with kl-replay, which is not injection,": 2
+    }
+    for name in "ab":
+        (tmp_path / name / "record.json").unlink()
+    assert read_table(tmp_path, response="pretraining").run.tolist() == ["c", "d"]
+
+
 def test_what_a_folder_holds_besides_is_left_out_and_named(tmp_path):
     record(tmp_path / "a", p=0.0, loss=5.0)
     record(tmp_path / "b", p=0.01, loss=9.0, status="diverged")
