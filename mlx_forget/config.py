@@ -22,6 +22,7 @@ from mlx_forget.methods import METHODS, MethodSpec, method_spec
 from mlx_forget.pipeline.rows import LAYOUTS
 from mlx_forget.pipeline.shares import describe_share, parse_stages
 from mlx_forget.schedule import Decay, Schedule
+from mlx_forget.token_counts import parse_tokens
 from mlx_forget.trainer import OptimSpec, Precision, RuntimeSpec
 
 # A built-in corpus stands for the small set that a user has.
@@ -407,6 +408,8 @@ def _convert(name: str, value: Any, wanted: Any) -> Any:
         if not isinstance(value, Mapping):
             raise UserError(f"{name} must be a mapping of keys to values, not {value!r}.")
         return dict(value)
+    if wanted is int and name.endswith("_tokens") and str(value).strip()[-1:].upper() in ("K", "M", "B"):
+        return parse_tokens(str(value))
     try:
         if wanted is bool:
             if isinstance(value, str):

@@ -294,18 +294,25 @@ def identity_of(shares: dict[str, Fraction], stores: dict[str, TokenStore]) -> s
 def _row_shares(config: TrainConfig, target: Side, pretrain: Side | None) -> tuple[Fraction | None, tuple[Stage, ...]]:
     """p as a share of rows: the constant one or None, and its stages.
 
-    A share of tokens is converted by the mean number of tokens that count in a row of each side.
+    A share of tokens is converted by the mean number of tokens that count in a row as each side is served.
     """
     share, stages = constant_share(config.p), parse_stages(config.p)
     if config.p_of == "rows" or pretrain is None:
         return share, stages
-    per_target, per_pretrain = (Fraction(side.num_tokens, side.num_rows) for side in (target, pretrain))
+    per_target, per_pretrain = (_tokens_per_row(side) for side in (target, pretrain))
 
     def of_rows(p: Fraction) -> Fraction:
         return (p * per_target / (p * per_target + (1 - p) * per_pretrain)).limit_denominator(10**9)
 
     converted = tuple(Stage(of_rows(stage.first), of_rows(stage.last), stage.until) for stage in stages)
     return None if share is None else of_rows(share), converted
+
+
+def _tokens_per_row(side: Side) -> Fraction:
+    """The mean number of tokens that count in a row of a side; of several sources by their shares, whatever their sizes."""
+    if isinstance(side, Blend):
+        return sum((share * _tokens_per_row(one) for one, share in zip(side.members, side.shares, strict=True)), Fraction(0))
+    return Fraction(side.num_tokens, side.num_rows)
 
 
 def _same_as_published(name: str, watch: Watch) -> bool:

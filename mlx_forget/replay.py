@@ -11,7 +11,6 @@ import fcntl
 import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,8 +24,10 @@ import numpy.typing as npt
 from mlx_forget import checkpoint
 from mlx_forget.checkpoint import Checkpoint
 from mlx_forget.errors import Interrupted, UserError
+from mlx_forget.pipeline.batches import MaskedRows
 from mlx_forget.pipeline.store import MANIFEST, StoreWriter, TokenStore, open_store
-from mlx_forget.pipeline.tokenizer import BOS, EOS, Tokenizer
+from mlx_forget.pipeline.tokenizer import BOS, EOS
+from mlx_forget.pipeline.vocabularies import load_vocabulary
 from mlx_forget.trainer import Trainer
 
 Rows = npt.NDArray[np.int32]
@@ -39,6 +40,8 @@ _FIRST_VALIDATION_ROW = 1 << 40
 _MAX_VALIDATION_ROWS = 128
 _ROWS_PER_SHARD = 256
 _IDENTITY = "samples.json"
+# The special ids are those of the weights' tokenizer.
+_NOT_IDENTITY = ("num_tokens", "batch_size", "bos_id", "eos_id")
 
 # Outside these a sample is announced as collapsed. Entropy is in nats per token, the upper bound a share of that of uniform noise;
 # repetition is the share of 4-grams that their row has had before.
@@ -59,6 +62,7 @@ class SampleSpec:
         temperature: divides the logits; 1 is the model's own distribution.
         prompt: tokens that every row starts with, after BOS.
         batch_size: rows sampled at once.
+        bos_id, eos_id: of the model's tokenizer; every row is sampled after BOS.
     """
 
     num_tokens: int
@@ -67,6 +71,8 @@ class SampleSpec:
     temperature: float = 1.0
     prompt: tuple[int, ...] = ()
     batch_size: int = 64
+    bos_id: int = BOS
+    eos_id: int = EOS
 
     def __post_init__(self) -> None:
         for name in ("num_tokens", "length", "batch_size"):
@@ -83,22 +89,6 @@ class SampleSpec:
         """Rows of a split; a tenth as many, at most 128, are held out to validate on."""
         rows = -(-self.num_tokens // self.length)
         return rows if split == "train" else min(_MAX_VALIDATION_ROWS, -(-rows // 10))
-
-
-def parse_tokens(text: str) -> int:
-    """A number of tokens from `300000`, `300K`, `2M`, `1.5B` or `2e6`.
-
-    Raises:
-        UserError: not such a number, or below 1.
-    """
-    match = re.fullmatch(r"([0-9.]+(?:e\+?[0-9]+)?)([KMB]?)", text.strip().replace(",", ""), re.IGNORECASE)
-    try:
-        number = float(match[1]) * {"": 1, "K": 1e3, "M": 1e6, "B": 1e9}[match[2].upper()] if match else 0.0
-    except ValueError:
-        number = 0.0
-    if number < 1 or number != int(number):
-        raise UserError(f"A number of tokens is written like 300000, 300K or 2M, not {text!r}.")
-    return int(number)
 
 
 def uniforms(seed: int, first_row: int, num_rows: int, length: int) -> npt.NDArray[np.float64]:
@@ -128,7 +118,7 @@ def sample_rows(
     start, size = 0, spec.batch_size
     while start < num_rows:
         count = min(size, num_rows - start)
-        prompts = np.tile(np.array([BOS, *spec.prompt], np.int32), (count, 1))
+        prompts = np.tile(np.array([spec.bos_id, *spec.prompt], np.int32), (count, 1))
         u = uniforms(spec.seed, first_row + start, count, spec.length - len(spec.prompt))
         try:
             sampled = trainer.sample(prompts, u, temperature=spec.temperature, from_reference=from_reference)
@@ -165,16 +155,16 @@ class OnlineReplay:
     def num_unique(self) -> None:
         return None
 
-    def read(self, step: int, *, rank: int, world_size: int) -> Rows:
-        """The rows of a step that belong to `rank`, int32[B, T+1], BOS first."""
+    def read(self, step: int, *, rank: int, world_size: int) -> MaskedRows:
+        """The rows of a step that belong to `rank`, BOS first; every label counts."""
         # Whole steps, as many as one batch of the sampler fills.
         steps = max(1, self.spec.batch_size // self.rows_per_step)
         first = step // steps * steps
         if self._cache is None or self._cache[0] != first:
             rows = sample_rows(self.trainer, self.spec, first * self.rows_per_step, steps * self.rows_per_step, from_reference=True)
-            self._cache = (first, np.concatenate([np.full((len(rows), 1), BOS, np.int32), rows], axis=1))
+            self._cache = (first, _after_bos(rows, self.spec.bos_id))
         here = (step - first) * self.rows_per_step
-        return self._cache[1][here : here + self.rows_per_step][rank::world_size]
+        return self._cache[1][here : here + self.rows_per_step][rank::world_size], None, None
 
 
 def sample_store(
@@ -201,7 +191,7 @@ def sample_store(
     vocab_size = start.model_spec().vocab_size
     identity = {
         "model": {"run_id": start.state["run_id"], "weights_sha256": start.state["files"][checkpoint.WEIGHTS]},
-        **{key: value for key, value in asdict(spec).items() if key not in ("num_tokens", "batch_size")},
+        **{key: value for key, value in asdict(spec).items() if key not in _NOT_IDENTITY},
         "prompt": list(spec.prompt),
         "backend": backend,
         "precision": precision,
@@ -231,13 +221,18 @@ def sample_store(
                 _write_shard(part / f"{split}-{number:05d}.npy", sampled)
             rows_of[split].append(sampled)
             done += rows
-        measures = _measures(trainer, np.concatenate(rows_of["train"])[:_ROWS_PER_SHARD])
+        measures = _measures(trainer, _after_bos(np.concatenate(rows_of["train"])[:_ROWS_PER_SHARD], spec.bos_id))
         for problem in _problems(measures, vocab_size):
             say(problem)
-        store = _write_store(folder, start.tokenizer, rows_of, identity | measures)
+        store = _write_store(folder, start.tokenizer, spec, rows_of, identity | measures)
         shutil.rmtree(part)
         progress(activity, 1.0)
         return store
+
+
+def is_sampled(store: TokenStore) -> bool:
+    """Whether a model wrote a store."""
+    return "model" in store.provenance
 
 
 def origin_note(store: TokenStore, start: Checkpoint) -> str | None:
@@ -251,12 +246,15 @@ def origin_note(store: TokenStore, start: Checkpoint) -> str | None:
     )
 
 
+def _after_bos(rows: Rows, bos_id: int) -> Rows:
+    return np.concatenate([np.full((len(rows), 1), bos_id, np.int32), rows], axis=1)
+
+
 def _measures(trainer: Trainer, rows: Rows) -> dict[str, float]:
-    """Entropy (the model's own loss on its samples, nats per token) and repetition of some rows."""
-    with_bos = np.concatenate([np.full((len(rows), 1), BOS, np.int32), rows], axis=1)
+    """Entropy (the model's own loss on its samples, nats per token) and repetition of some rows, int32[B, T+1], BOS first."""
     return {
-        "entropy_nats": float(trainer.token_losses(with_bos).mean(dtype=np.float64)),
-        "repetition": float(np.mean([_repetition(row) for row in rows])),
+        "entropy_nats": float(trainer.token_losses(rows).mean(dtype=np.float64)),
+        "repetition": float(np.mean([_repetition(row[1:]) for row in rows])),
     }
 
 
@@ -279,17 +277,17 @@ def _problems(measures: Mapping[str, float], vocab_size: int) -> Iterator[str]:
 
 
 def _write_store(
-    folder: Path, tokenizer_file: Path, rows_of: Mapping[SplitName, list[Rows]], provenance: dict[str, Any]
+    folder: Path, tokenizer_file: Path, spec: SampleSpec, rows_of: Mapping[SplitName, list[Rows]], provenance: dict[str, Any]
 ) -> TokenStore:
-    tokenizer = Tokenizer.load(tokenizer_file)
+    tokenizer = load_vocabulary(tokenizer_file)
     model = provenance["model"]["run_id"]
     writer = StoreWriter(
         folder=folder,
         tokenizer_file=tokenizer_file,
         tokenizer_hash=tokenizer.hash,
         vocab_size=tokenizer.vocab_size,
-        bos_id=BOS,
-        eos_id=EOS,
+        bos_id=spec.bos_id,
+        eos_id=spec.eos_id,
         source=f"samples of run {model} (seed {provenance['seed']}, temperature {provenance['temperature']:g})",
         provenance=provenance,
     )

@@ -10,10 +10,14 @@ from mlx_forget.config import (
     REPLAY_ONLINE,
     REPLAY_SELF,
 )
-from mlx_forget.pipeline.batches import Blend, ReplayRows, RowSubset, Side
+from mlx_forget.errors import UserError
+from mlx_forget.pipeline.batches import Blend, ReplayRows, RowSubset, Side, read_masked
 from mlx_forget.pipeline.corpora import forget_home
+from mlx_forget.pipeline.rows import Layout
+from mlx_forget.pipeline.store import TokenStore
+from mlx_forget.pipeline.vocabularies import special_ids
 from mlx_forget.plan import Plan, identity_of, replay_name, replay_rows_per_step, stored_replay
-from mlx_forget.replay import OnlineReplay, SampleSpec, origin_note, sample_store
+from mlx_forget.replay import OnlineReplay, SampleSpec, is_sampled, origin_note, sample_store
 from mlx_forget.trainer import Trainer
 from mlx_forget.watch import Watch
 
@@ -32,14 +36,17 @@ def with_replay(plan: Plan, trainer: Trainer, watch: Watch) -> Plan:
     length = plan.stream.target.row_length
     rows_per_step = replay_rows_per_step(config)
     term = config.method_spec().replay_term
+    bos_id, eos_id = special_ids(plan.start.tokenizer)
     if name == REPLAY_ONLINE:
         assert term is not None
         trainer.set_reference("start")
-        online = OnlineReplay(trainer, SampleSpec(num_tokens=length, length=length, seed=config.seed), rows_per_step, term)
+        spec = SampleSpec(num_tokens=length, length=length, seed=config.seed, bos_id=bos_id, eos_id=eos_id)
+        online = OnlineReplay(trainer, spec, rows_per_step, term)
         return dataclasses.replace(plan, stream=dataclasses.replace(plan.stream, replay=online))
     if name == REPLAY_SELF:
         needed = plan.num_steps * rows_per_step * length if term is not None else FISHER_ROWS * length
-        spec = SampleSpec(num_tokens=config.replay_tokens or min(needed, MAX_SAMPLED_TOKENS), length=length, seed=config.seed)
+        num_tokens = config.replay_tokens or min(needed, MAX_SAMPLED_TOKENS)
+        spec = SampleSpec(num_tokens=num_tokens, length=length, seed=config.seed, bos_id=bos_id, eos_id=eos_id)
         weights = plan.start.state["files"][checkpoint.WEIGHTS][:16]
         store = sample_store(
             trainer,
@@ -60,7 +67,7 @@ def with_replay(plan: Plan, trainer: Trainer, watch: Watch) -> Plan:
             note = origin_note(plan.stores[source], plan.start)
             if note is not None:
                 watch.say(note)
-        members = tuple(RowSubset.of_tokens(plan.stores[source].split("train"), length, None) for source in shares)
+        members = tuple(_stored_rows(plan, plan.stores[source], length) for source in shares)
         subset = members[0] if len(members) == 1 else Blend(members, tuple(shares.values()))
         fingerprint = identity_of(shares, plan.stores)
     replay = None if term is None else ReplayRows(subset, rows_per_step, term, config.seed)
@@ -69,8 +76,19 @@ def with_replay(plan: Plan, trainer: Trainer, watch: Watch) -> Plan:
     return dataclasses.replace(plan, stream=dataclasses.replace(plan.stream, replay=replay), replay_fingerprint=fingerprint)
 
 
+def _stored_rows(plan: Plan, store: TokenStore, length: int) -> RowSubset:
+    """The rows of a store as the run reads its other data; a model's own samples are whole rows, and every label of them counts."""
+    layout: Layout = "packed" if is_sampled(store) else plan.config.rows  # type: ignore[assignment]
+    return RowSubset.of_tokens(store.split("train"), length, None, layout=layout, mask_prompt=plan.config.mask_prompt)
+
+
 def _fisher_rows(subset: Side) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]:
-    rows = np.arange(min(FISHER_ROWS, subset.num_rows), dtype=np.int64)
-    tokens = np.empty((len(rows), subset.row_length + 1), np.int32)
-    subset.read(rows, tokens)
-    return tokens, np.ones((len(rows), subset.row_length), np.uint8)
+    """Rows int32[B, T+1] of every source by its share, and which labels of them count, uint8[B, T]."""
+    tokens, loss_mask, _ = read_masked(subset, subset.window_ids(FISHER_ROWS))
+    if loss_mask is None:
+        return tokens, np.ones((len(tokens), subset.row_length), np.uint8)
+    if not loss_mask.any():
+        raise UserError(
+            "The rows for the Fisher information hold no token to learn: give other --replay-data, or --no-mask-prompt."
+        )
+    return tokens, loss_mask

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
@@ -10,9 +11,11 @@ from mlx_forget.config import TrainConfig, from_layers, run_id, scale_defaults
 from mlx_forget.errors import Interrupted
 from mlx_forget.history import read_history
 from mlx_forget.methods import METHODS
+from mlx_forget.pipeline.batches import read_masked
+from mlx_forget.pipeline.store import open_store
 from mlx_forget.plan import plan_run
-from mlx_forget.run import execute
-from mlx_forget.trainer import available_backends
+from mlx_forget.run import execute, start_trainer, trainer_spec, with_base
+from mlx_forget.trainer import available_backends, load_backend
 from mlx_forget.watch import Watch
 
 BACKENDS = ["fake", *available_backends()]
@@ -172,6 +175,7 @@ WRONG_TRAIN = [
     (["--method", "ewc", "--replay-data", "online"], "measured before training"),
     (["--method", "kl-replay", "--replay-data", "nowhere.txt"], "no file or folder nowhere.txt"),
     (["--method", "kl-replay", "--replay-rows", "0"], "replay_rows must be positive"),
+    (["--method", "kl-replay", "--replay-tokens", "1.2.3K"], "300K or 2M"),
 ]
 
 
@@ -183,9 +187,124 @@ def test_wrong_methods_are_one_line_and_exit_code_2(run_forget, arguments, messa
     assert "Traceback" not in err
 
 
+def test_numbers_of_tokens_may_have_a_unit():
+    given = config("fake", method="ewc", replay_tokens="4K", target_tokens="0.5M")
+    assert (given.replay_tokens, given.target_tokens) == (4000, 500_000)
+
+
+# --- what rows are replayed ---
+
+
+def started(backend, **keys):
+    """The plan of a run whose trainer has been given all that it needs, and the trainer with what `set_fisher` got."""
+    plan = plan_run(config(backend, **keys))
+    plan = with_base(plan, Watch()) if plan.base is not None else plan
+    trainer = load_backend(plan.backend)(trainer_spec(plan))
+    measured, set_fisher = [], trainer.set_fisher
+
+    def watched(tokens, mask):
+        measured.append((tokens, mask))
+        set_fisher(tokens, mask)
+
+    trainer.set_fisher = watched
+    return start_trainer(plan, trainer, Watch()), trainer, measured
+
+
+@pytest.fixture
+def chats(tmp_path):
+    said = [("user", "Is {i} {i} {i} a word that we know?"), ("assistant", "No, {j} is not.")]
+    rows = [[{"role": role, "content": text.format(i=i, j=i * 7 % 13)} for role, text in said] for i in range(800)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", ["documents", "padded"])
+def test_stored_replay_is_laid_out_and_masked_like_the_other_data(chats, backend, layout):
+    keys = {"method": "ntp-replay", "replay_data": "chats.jsonl", "rows": layout, "iters": 2}
+    plan, trainer, _ = started(backend, **keys)
+    batch = plan.stream.batch(0)
+    own = batch.term == 1
+    assert own.sum() == 2
+    assert 0 < batch.loss_mask[own].mean() < 0.9
+    if layout == "documents":
+        assert (batch.segment[own].max(1) > 0).all(), "documents do not see each other"
+    trainer.train_step(batch, 1e-3).read()
+    unmasked, _, _ = started(backend, **keys, mask_prompt=False)
+    again = unmasked.stream.batch(0)
+    assert batch.loss_mask[own].sum() < again.loss_mask[again.term == 1].sum()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_fisher_rows_are_of_every_source_by_its_share_and_masked(chats, backend):
+    """The prose store is many times as large as the chats."""
+    keys = {"method": "ewc", "rows": "padded"}
+    _, _, measured = started(backend, **keys, replay_data="prose=3/4,chats.jsonl=1/4")
+    ((tokens, mask),) = measured
+    _, _, ((chat_tokens, chat_mask),) = started(backend, **keys, replay_data="chats.jsonl")
+    known = {tuple(row): kept for row, kept in zip(chat_tokens.tolist(), chat_mask.tolist(), strict=True)}
+    found = [known[tuple(row)] == kept for row, kept in zip(tokens.tolist(), mask.tolist(), strict=True) if tuple(row) in known]
+    assert len(tokens) == 256
+    assert len(found) == 64
+    assert all(found)
+    assert 0 < chat_mask.mean() < 0.5, "questions and padding do not count"
+
+
+def test_a_models_own_sample_stays_whole_rows_whatever_the_layout(run_forget, base):
+    assert run_forget("replay", base, "--num-tokens", "10K", "-o", "store", "--backend", "fake")[0] == 0
+    plan, _, _ = started("fake", init=base, method="ntp-replay", replay_data="store", rows="padded")
+    assert plan.stream.replay.read(0, rank=0, world_size=1)[1:] == (None, None)
+
+
+# --- other tokenizers ---
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    """A tokenizer.json whose documents begin with 0 and end with 1, and text."""
+    tokenizers = pytest.importorskip("tokenizers")
+    text = "".join(f"{i}. A note about the number {i}, and about {i * i}.\n" for i in range(3000))
+    (tmp_path / "notes.txt").write_text(text)
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|start|>", "<|stop|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator([text[:20_000]], trainer)
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<|start|>", "eos_token": "<|stop|>"}))
+    return folder
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_model_with_another_tokenizer_samples_itself(run_forget, foreign, backend, tmp_path):
+    data = ("--target", "notes.txt", "--pretrain", "none", "--p", "0", "--iters", "2")
+    arguments = ("--backend", backend, "--init", "scratch", "--tokenizer", foreign, *data, "--output", "base")
+    code, _, err = run_forget("train", *arguments)
+    assert code == 0, err
+    ask = ("--num-tokens", "300", "--length", "16", "--prompt", "A note", "--backend", backend)
+    code, _, err = run_forget("replay", "base", "-o", "store", *ask)
+    assert code == 0, err
+    store = open_store(tmp_path / "store")
+    assert (store.bos_id, store.eos_id) == (0, 1)
+    keys = {"init": "base", "target": "notes.txt", "pretrain": None, "method": "ntp-replay", "iters": 2}
+    own, online = (started(backend, **keys, replay_data=name)[0].stream.replay for name in ("self", "online"))
+    stored, _, _ = read_masked(own.subset, np.arange(own.subset.num_rows))
+    sampled, _, _ = online.read(0, rank=0, world_size=1)
+    assert (stored[:, 0] == 0).all()
+    assert (sampled[:, 0] == 0).all()
+    assert {tuple(row) for row in sampled.tolist()} <= {tuple(row) for row in stored.tolist()}
+
+
 WRONG_REPLAY = [
     (["nowhere"], "no checkpoint at nowhere"),
     (["base", "--num-tokens", "lots"], "300K or 2M"),
+    (["base", "--length", "0"], "--length must be positive, it is 0"),
     (["base", "--length", "129"], "exceeds the model's context of 128"),
     (["base", "--temperature", "0"], "temperature must be positive"),
     (["base", "--precision", "fp8"], "Unknown precision"),

@@ -37,9 +37,10 @@ def replay(
     from mlx_forget.cli.data import print_facts
     from mlx_forget.cli.signals import graceful_stop
     from mlx_forget.errors import UserError, unknown
-    from mlx_forget.pipeline.tokenizer import Tokenizer
+    from mlx_forget.pipeline.vocabularies import load_vocabulary
     from mlx_forget.progress import Preparation
-    from mlx_forget.replay import SampleSpec, parse_tokens, sample_store
+    from mlx_forget.replay import SampleSpec, sample_store
+    from mlx_forget.token_counts import parse_tokens
     from mlx_forget.trainer import RuntimeSpec, TrainerSpec, choose_backend, load_backend
 
     console = Console(stderr=True)
@@ -50,15 +51,19 @@ def replay(
     if output.exists():
         raise UserError(f"{output} exists already: choose another place or remove it.")
     start = find_checkpoint(model.expanduser())
-    shape, tokenizer = start.model_spec(), Tokenizer.load(start.tokenizer)
-    row = length or shape.context_length
+    shape, vocabulary = start.model_spec(), load_vocabulary(start.tokenizer)
+    row = shape.context_length if length is None else length
+    if row < 1:
+        raise UserError(f"--length must be positive, it is {row}.")
     if row > shape.context_length:
         raise UserError(f"--length {row} exceeds the model's context of {shape.context_length} tokens.")
     sampling = {"seed": seed, "temperature": temperature, "batch_size": batch_size}
     spec = SampleSpec(
         num_tokens=parse_tokens(num_tokens or "2M"),
         length=row,
-        prompt=tuple(tokenizer.encode(prompt or "").tolist()),
+        prompt=tuple(vocabulary.encode_batch([prompt or ""])[0].tolist()),
+        bos_id=vocabulary.bos_id,
+        eos_id=vocabulary.eos_id,
         **{key: value for key, value in sampling.items() if value is not None},  # type: ignore[arg-type]
     )
     name, reason = (backend, "") if backend not in (None, "auto") else choose_backend()

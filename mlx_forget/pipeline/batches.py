@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_forget.errors import UserError
-from mlx_forget.pipeline.mixture import Member, Mixture, permute, stream_key
+from mlx_forget.pipeline.mixture import Member, Mixture, draw, permute, stream_key
 from mlx_forget.pipeline.rows import Layout, Rows, check_not_empty
 from mlx_forget.pipeline.shares import Split as ShareSplit
 from mlx_forget.pipeline.store import Split
@@ -221,6 +221,19 @@ class Blend:
 
 Side = RowSubset | Blend
 
+# Tokens int32[B, T+1], loss mask uint8[B, T] or None where every label counts, segment int32[B, T] or None where a row is one.
+MaskedRows = tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8] | None, npt.NDArray[np.int32] | None]
+
+
+def read_masked(side: Side, index: npt.NDArray[np.int64]) -> MaskedRows:
+    """The rows at `index` int64[B] of a side, with the masks that it has."""
+    shape = (len(index), side.row_length)
+    tokens = np.empty((shape[0], shape[1] + 1), np.int32)
+    loss_mask = np.empty(shape, np.uint8) if side.is_masked else None
+    segment = np.empty(shape, np.int32) if side.has_segments else None
+    side.read(index, tokens, loss_mask, segment)
+    return tokens, loss_mask, segment
+
 
 class ReplaySource(Protocol):
     """Rows that are added to each step, beside those of the mixture: `rows_per_step` over all ranks, all of one term."""
@@ -233,10 +246,10 @@ class ReplaySource(Protocol):
 
     @property
     def num_unique(self) -> int | None:
-        """Rows before the first repeats; None: they never do."""
+        """How many different rows there are; None: no row repeats."""
 
-    def read(self, step: int, *, rank: int, world_size: int) -> npt.NDArray[np.int32]:
-        """The rows of a step that belong to `rank`, int32[B, T+1]."""
+    def read(self, step: int, *, rank: int, world_size: int) -> MaskedRows:
+        """The rows of a step that belong to `rank`."""
 
 
 @dataclass(frozen=True)
@@ -244,7 +257,8 @@ class ReplayRows:
     """Replay rows from a store.
 
     Args:
-        subset: the pool; it is served in a new order every epoch, and no row repeats within one.
+        subset: the pool; it is served in a new order every epoch, and no row repeats within one. Of several sources each is served
+            by its share, and has epochs of its own.
         rows_per_step, term: as `ReplaySource` says.
         seed: orders the pool.
     """
@@ -258,12 +272,10 @@ class ReplayRows:
     def num_unique(self) -> int:
         return self.subset.num_rows
 
-    def read(self, step: int, *, rank: int, world_size: int) -> npt.NDArray[np.int32]:
+    def read(self, step: int, *, rank: int, world_size: int) -> MaskedRows:
         position = np.arange(step * self.rows_per_step, (step + 1) * self.rows_per_step, dtype=np.int64)[rank::world_size]
-        epoch, within = np.divmod(position, self.subset.num_rows)
-        out = np.empty((len(position), self.subset.row_length + 1), np.int32)
-        self.subset.read(permute(within, self.subset.num_rows, stream_key(self.seed, _STREAM_REPLAY, epoch)), out)
-        return out
+        members = self.subset.mixture_members() if isinstance(self.subset, Blend) else ()
+        return read_masked(self.subset, draw(position, members, self.subset.num_rows, self.seed, _STREAM_REPLAY))
 
 
 @dataclass
@@ -381,15 +393,22 @@ class BatchStream:
         return source[here], rows[here]
 
 
-def _with_replay(batch: Batch, tokens: npt.NDArray[np.int32], term: int) -> Batch:
+def _with_replay(batch: Batch, replayed: MaskedRows, term: int) -> Batch:
     """A batch with replay rows spread evenly between its own, so that every micro-batch and every thread's share holds some."""
+    tokens, loss_mask, segment = replayed
     num, added = len(batch.tokens), len(tokens)
     place = np.concatenate([(np.arange(num) + 0.5) / max(1, num), (np.arange(added) + 0.5) / max(1, added)])
     order = np.argsort(place, kind="stable")
+    if loss_mask is None:
+        loss_mask = np.ones((added, batch.loss_mask.shape[1]), np.uint8)
+    both = None
+    if batch.segment is not None or segment is not None:
+        own = np.zeros_like(batch.tokens[:, 1:]) if batch.segment is None else batch.segment
+        both = np.concatenate([own, np.zeros_like(tokens[:, 1:]) if segment is None else segment])[order]
     return Batch(
         tokens=np.concatenate([batch.tokens, tokens])[order],
-        loss_mask=np.concatenate([batch.loss_mask, np.ones((added, batch.loss_mask.shape[1]), np.uint8)])[order],
-        segment=None if batch.segment is None else np.concatenate([batch.segment, np.zeros_like(tokens[:, 1:])])[order],
+        loss_mask=np.concatenate([batch.loss_mask, loss_mask])[order],
+        segment=both,
         term=np.concatenate([batch.term, np.full(added, term, np.uint8)])[order],
         source=np.concatenate([batch.source, np.ones(added, np.uint8)])[order],
     )

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from mlx_forget.errors import UserError
 from mlx_forget.pipeline.shares import ShareSchedule, Split, parse_share
 
-__all__ = ["Member", "Mixture", "Mode", "parse_share", "permute", "stream_key"]
+__all__ = ["Member", "Mixture", "Mode", "draw", "parse_share", "permute", "stream_key"]
 
 Mode = Literal["exact", "bernoulli"]
 Ids = npt.NDArray[np.int64]
@@ -115,6 +115,40 @@ class Member:
     share: Fraction
 
 
+def draw(index: Ids, members: tuple[Member, ...], num_rows: int, seed: int, stream: int) -> Ids:
+    """The rows of the draws `index` int64[n], which rise, of one side: of a single source, or of `members` by their shares.
+
+    The rows of several sources are numbered one after the other. No row of a source comes again before all of that source have come.
+    """
+    if not members:
+        return _drawn(index, num_rows, seed, stream)
+    member, drawn = _split(members, seed, stream).assign(index)
+    row = np.empty_like(index)
+    first = 0
+    for number, one in enumerate(members):
+        own = np.flatnonzero(member == number)
+        row[own] = _drawn(drawn[own], one.num_rows, seed, stream + _STREAMS_PER_SOURCE * number) + first
+        first += one.num_rows
+    return row
+
+
+def _drawn(index: Ids, num_rows: int, seed: int, stream: int) -> Ids:
+    """The rows of the draws `index`, which rise, of one source."""
+    if not len(index):
+        return index
+    first, last = int(index[0]) // num_rows, int(index[-1]) // num_rows
+    if first == last:
+        return permute(index - first * num_rows, num_rows, stream_key(seed, stream, first))
+    epoch, within = np.divmod(index, num_rows)
+    keys = stream_key(seed, stream, np.arange(first, last + 1))
+    return permute(within, num_rows, keys[epoch - first])
+
+
+def _split(members: tuple[Member, ...], seed: int, stream: int) -> Split:
+    phases = [int(stream_key(seed, stream + _STREAMS_PER_SOURCE * i + (1 << 8))[0]) >> 32 for i in range(1, len(members))]
+    return Split(tuple(member.share for member in members), tuple(phases))
+
+
 @dataclass(frozen=True)
 class Mixture:
     """The endless mixed stream.
@@ -152,10 +186,10 @@ class Mixture:
         source = self._is_pretrain(start, stop)
         pretrain_index = before + np.cumsum(source) - source
         target_index = np.arange(start, stop, dtype=np.int64) - pretrain_index
-        row = self._side(target_index, self.target, self.num_target_rows, _STREAM_TARGET)
+        row = draw(target_index, self.target, self.num_target_rows, self.seed, _STREAM_TARGET)
         injected = np.flatnonzero(source)
         if len(injected):
-            row[injected] = self._side(pretrain_index[injected], self.pretrain, self.num_pretrain_rows, _STREAM_PRETRAIN)
+            row[injected] = draw(pretrain_index[injected], self.pretrain, self.num_pretrain_rows, self.seed, _STREAM_PRETRAIN)
         return source.astype(np.uint8), row
 
     def num_pretrain_before(self, position: int) -> int:
@@ -176,7 +210,7 @@ class Mixture:
             (self.target, position - num_pretrain, _STREAM_TARGET),
             (self.pretrain, num_pretrain, _STREAM_PRETRAIN),
         ):
-            counts.append(self._split(members, stream).counts_before(num) if members else [num])
+            counts.append(_split(members, self.seed, stream).counts_before(num) if members else [num])
         return counts[0], counts[1]
 
     def check_pool(self, num_rows: int, row_length: int) -> None:
@@ -195,34 +229,6 @@ class Mixture:
                     f"Pretraining rows are {never}: this run needs {needed:,} of {row_length} tokens and the pool holds "
                     f"{pool:,}, {missing:,} tokens too few. Give more pretraining data, a smaller p or fewer steps."
                 )
-
-    def _side(self, index: Ids, members: tuple[Member, ...], num_rows: int, stream: int) -> Ids:
-        """The rows of the draws `index` of a side."""
-        if not members:
-            return self._drawn(index, num_rows, stream)
-        member, drawn = self._split(members, stream).assign(index)
-        row = np.empty_like(index)
-        first = 0
-        for number, one in enumerate(members):
-            own = np.flatnonzero(member == number)
-            row[own] = self._drawn(drawn[own], one.num_rows, stream + _STREAMS_PER_SOURCE * number) + first
-            first += one.num_rows
-        return row
-
-    def _drawn(self, index: Ids, num_rows: int, stream: int) -> Ids:
-        """The rows of the draws `index`, which rise, of one source."""
-        if not len(index):
-            return index
-        first, last = int(index[0]) // num_rows, int(index[-1]) // num_rows
-        if first == last:
-            return permute(index - first * num_rows, num_rows, stream_key(self.seed, stream, first))
-        epoch, within = np.divmod(index, num_rows)
-        keys = stream_key(self.seed, stream, np.arange(first, last + 1))
-        return permute(within, num_rows, keys[epoch - first])
-
-    def _split(self, members: tuple[Member, ...], stream: int) -> Split:
-        phases = [int(stream_key(self.seed, stream + _STREAMS_PER_SOURCE * i + (1 << 8))[0]) >> 32 for i in range(1, len(members))]
-        return Split(tuple(member.share for member in members), tuple(phases))
 
     def _is_pretrain(self, start: int, stop: int) -> Ids:
         if isinstance(self.p, ShareSchedule):

@@ -57,6 +57,16 @@ def test_p_can_be_a_share_of_tokens(train, files):
     assert record["p"]["rows"] < 0.15
 
 
+def test_a_share_of_tokens_goes_by_the_shares_of_several_sources(train, files, tmp_path):
+    """Not by their sizes: nine rows in ten are of the source with few tokens in a row."""
+    lines = (tmp_path / "chats.jsonl").read_text().replace("says", "answers")
+    (tmp_path / "more.jsonl").write_text(lines)
+    pretrain = ("--pretrain", "notes.txt=1/10,more.jsonl=9/10", "--p", "20%", "--p-of", "tokens")
+    code, out, err = train("--target", "chats.jsonl", *pretrain, "--rows", "padded", "--iters", "48", "--output", "s", "--json")
+    assert code == 0, err
+    assert json.loads(out)["p"]["tokens"] == pytest.approx(0.2, abs=0.02)
+
+
 def test_several_sources_are_served_by_their_shares(train, files):
     options = (
         "--target",
