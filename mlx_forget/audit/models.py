@@ -6,7 +6,7 @@ A kind of folder joins `_OPENERS` with a function that says whether a folder is 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,24 +15,10 @@ from mlx_forget import checkpoint, records
 from mlx_forget.errors import UserError
 from mlx_forget.ladder import ModelSpec, num_params
 from mlx_forget.pipeline.corpora import forget_home
-from mlx_forget.pipeline.tokenizer import BOS, Tokenizer
+from mlx_forget.pipeline.vocabularies import Vocabulary, load_vocabulary
 
 AUTO = "auto"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-
-
-class TextTokenizer(Protocol):
-    """What an audit asks of a tokenizer."""
-
-    hash: str
-    vocab_size: int
-
-    @property
-    def piece_bytes(self) -> tuple[bytes, ...]: ...
-
-    def encode(self, text: str) -> npt.NDArray[np.int32]: ...
-
-    def decode(self, ids: npt.NDArray[np.integer[Any]]) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -57,7 +43,7 @@ class Model:
     spec: ModelSpec
     weights: Path
     tokenizer_file: Path
-    tokenizer: TextTokenizer
+    tokenizer: Vocabulary
     bos_id: int
     step: int | None
     curve: tuple[tuple[float, float], ...]
@@ -165,14 +151,15 @@ def _open_checkpoint(folder: Path, say: Callable[[str], None]) -> Model:
         )
     curve = tuple((float(point[0]), float(point[1])) for point in state.get("curve") or ())
     identifier = state.get("run_id") or found.folder.name
+    tokenizer = load_vocabulary(found.tokenizer)
     return Model(
         name=f"{identifier}-step{step}" if step is not None else str(identifier),
         folder=found.folder,
         spec=found.model_spec(),
         weights=found.weights,
         tokenizer_file=found.tokenizer,
-        tokenizer=Tokenizer.load(found.tokenizer),
-        bos_id=BOS,
+        tokenizer=tokenizer,
+        bos_id=tokenizer.bos_id,
         step=step,
         curve=curve if state.get("is_pretraining") else (),
         record=record,
@@ -200,16 +187,38 @@ def _refuse_pickles(folder: Path) -> None:
 
 
 def _start_of(tuned: Model) -> Path:
-    """The base checkpoint that a finetune's record names, in the cache of base models."""
+    """What a finetune started from, as its record names it: the folder of `init`, or a base in the cache.
+
+    Raises:
+        UserError: no record, nothing there any more, or another run in the folder.
+    """
     init = None if tuned.record is None else tuned.record.get("init")
     if tuned.record is None or init in (None, "scratch"):
         raise UserError(f"{tuned.folder} has no record that says what it was finetuned from: name BASE by its folder.")
+    named = str(tuned.record["config"].get("init") or AUTO)
+    others = []
+    for folder in () if named == AUTO else _init_folders(named, tuned.folder):
+        if any((place / checkpoint.STATE).is_file() for place in checkpoint.places(folder)):
+            if checkpoint.find_checkpoint(folder).state.get("run_id") == init:
+                return folder
+            others.append(folder)
     bases = forget_home() / "bases"
     # Each backend trains a base of its own, which differs in its last digits.
     found = bases / f"{init}-{tuned.record['backend']}"
-    if not found.is_dir():
-        raise UserError(f"{tuned.folder} was finetuned from run {init}, which is not in {bases}: name BASE by its folder.")
-    return found
+    if found.is_dir():
+        return found
+    if others:
+        raise UserError(
+            f"{tuned.folder} was finetuned from run {init}, but {others[0]} holds another one: name BASE by its folder."
+        )
+    where = bases if named == AUTO else f"{named} and not in {bases}"
+    raise UserError(f"{tuned.folder} was finetuned from run {init}, which is not in {where}: name BASE by its folder.")
+
+
+def _init_folders(named: str, tuned: Path) -> list[Path]:
+    """Where a folder may be that was named relative to where the finetune was started: here, or above its run folder."""
+    path = Path(named).expanduser()
+    return [path] if path.is_absolute() else [path, *(parent / path for parent in tuned.resolve().parents[2:5])]
 
 
 def _shape(spec: ModelSpec) -> str:

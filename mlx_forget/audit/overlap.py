@@ -4,7 +4,9 @@ A document overlaps when half or more of its spans of 16 tokens occur in those r
 another division of the same file is found too.
 """
 
+import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import numpy.typing as npt
 
 from mlx_forget.audit.models import Model
 from mlx_forget.audit.texts import Text
+from mlx_forget.errors import UserError
 from mlx_forget.pipeline.batches import RowSubset
 from mlx_forget.pipeline.corpora import forget_home
 from mlx_forget.pipeline.store import MANIFEST, TokenStore, open_store
@@ -37,28 +40,30 @@ class Learnt:
     rows: RowSubset
 
 
-def learnt_rows(model: Model) -> Learnt | None:
-    """The target rows of a model's run; None without a record, or where the store that it read is no longer found."""
-    if model.record is None:
-        return None
-    row_length = model.record["config"].get("max_seq_length") or model.spec.context_length
-    for name, entry in model.record["data"].items():
-        store = _find_store(name, entry) if entry["role"] == "target" else None
-        if store is not None:
-            return Learnt(name, RowSubset.of_tokens(store.split("train"), row_length, entry["unique_tokens"]))
-    return None
+def learnt_rows(model: Model) -> tuple[tuple[Learnt, ...], tuple[str, ...]]:
+    """The rows of every target of a model's run, and sentences on those that cannot be had; nothing of a model without a record."""
+    found, skipped = [], []
+    for name, entry in {} if model.record is None else model.record["data"].items():
+        if entry["role"] != "target":
+            continue
+        try:
+            found.append(Learnt(name, _rows_of(model, name, entry)))
+        except (UserError, OSError) as error:
+            reason = str(error).rstrip(".")
+            skipped.append(f"Overlap with what the finetune learnt from {name} was not checked: {reason}.")
+    return tuple(found), tuple(skipped)
 
 
-def overlapping_documents(text: Text, learnt: Learnt) -> list[int]:
-    """The documents of a text that overlap with the learnt rows; those shorter than a span never do."""
+def overlapping_documents(text: Text, learnt: Sequence[Learnt]) -> list[int]:
+    """The documents of a text that overlap with the learnt rows, all sources together; those shorter than a span never do."""
     spans = [_spans(document[None]) for document in text.documents]
     owner = np.repeat(np.arange(len(spans)), [len(found) for found in spans])
     wanted = np.concatenate(spans)
     seen = np.zeros(len(wanted), bool)
     order = np.argsort(wanted)
     ranked = wanted[order]
-    rows = learnt.rows
-    for start in range(0, rows.num_rows, _ROWS_AT_ONCE):
+    parts = [(one.rows, start) for one in learnt for start in range(0, one.rows.num_rows, _ROWS_AT_ONCE)]
+    for rows, start in parts:
         index = np.arange(start, min(rows.num_rows, start + _ROWS_AT_ONCE))
         tokens = np.empty((len(index), rows.row_length + 1), np.int32)
         rows.read(index, tokens)
@@ -69,6 +74,32 @@ def overlapping_documents(text: Text, learnt: Learnt) -> list[int]:
     num_spans = np.bincount(owner, minlength=len(spans))
     num_seen = np.bincount(owner, weights=seen, minlength=len(spans))
     return np.flatnonzero((num_spans > 0) & (num_seen >= SEEN_SHARE * num_spans)).tolist()
+
+
+def _rows_of(model: Model, name: str, entry: dict[str, Any]) -> RowSubset:
+    """The rows of one target, as its run cut them.
+
+    Raises:
+        UserError: its store is no longer there, or has no such rows.
+    """
+    assert model.record is not None
+    config = model.record["config"]
+    store = _find_store(name, entry)
+    if store is None:
+        raise UserError("its token store is no longer found")
+    whole = RowSubset.of_tokens(
+        store.split("train"),
+        config.get("max_seq_length") or model.spec.context_length,
+        None,
+        layout=config.get("rows", "packed"),
+        mask_prompt=config.get("mask_prompt", True),
+    )
+    # The record counts the labels that were learnt, in the order of the rows.
+    if whole.is_masked:
+        num_rows = int(np.searchsorted(np.cumsum(whole.num_useful), entry["unique_tokens"], "right"))
+    else:
+        num_rows = min(whole.num_rows, entry["unique_tokens"] // whole.row_length)
+    return dataclasses.replace(whole, num_rows=num_rows)
 
 
 def _spans(tokens: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.uint64]:

@@ -26,7 +26,7 @@ class Reading:
 
     Args:
         text: what was read.
-        label: int64[N], the token that was predicted.
+        label: int64[N], the token that was predicted; those that do not count are left out.
         document: int64[N], ascending.
         position: int64[N], how many tokens before it the model saw, BOS not counted.
         seen: bool[N], whether the label stood in its window before.
@@ -73,8 +73,9 @@ def read(trainer: Trainer, text: Text, row_length: int, *, progress: Callable[[f
         progress: called with the share done.
     """
     windows = text.windows(row_length)
-    order = np.argsort(-windows.num_labels, kind="stable")
     mask = windows.mask
+    order = np.argsort(-windows.num_labels, kind="stable")
+    order = order[mask[order].any(axis=1)]
     found = np.zeros((len(MEASURES), *mask.shape), np.float32)
     for start in range(0, len(order), _ROWS_AT_ONCE):
         rows = order[start : start + _ROWS_AT_ONCE]
@@ -88,7 +89,7 @@ def read(trainer: Trainer, text: Text, row_length: int, *, progress: Callable[[f
     return Reading(
         text=text,
         label=labels[here],
-        document=np.repeat(windows.document, windows.num_labels),
+        document=np.broadcast_to(windows.document[:, None], here.shape)[here].copy(),
         position=np.broadcast_to(np.arange(row_length), here.shape)[here].copy(),
         seen=_seen_before(labels)[here],
         measures={name: found[number][here].astype(np.float64) for number, name in enumerate(MEASURES)},

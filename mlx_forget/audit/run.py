@@ -46,8 +46,10 @@ class TextAudit:
 
     Args:
         smallest_visible_nats: half of the interval of `losses.forgetting`: less than this cannot be told from none; nan for one document.
-        progress_lost: of the base's pretraining, where this is its pretraining text.
-        overlap: documents that the finetune has learnt; None where no record tells.
+        num_tokens, num_bytes: of what counts.
+        num_masked: tokens that both models saw but that do not count, such as questions.
+        progress_lost: of the base's pretraining, where this is its only pretraining text.
+        overlap: documents that the finetune has learnt; None where that could not be checked.
     """
 
     name: str
@@ -57,6 +59,7 @@ class TextAudit:
     num_documents: int
     num_tokens: int
     num_bytes: int
+    num_masked: int
     num_left_out: int
     losses: measures.Losses
     smallest_visible_nats: float
@@ -172,7 +175,7 @@ def plan_audit(
     if limit is not None:
         # Beside both models there is the reading of one text, and later one weight of each.
         largest = max(math.prod(shape) for shape in param_shapes(after.spec).values())
-        beside = max(BYTES_PER_TOKEN * max(text.num_tokens for text in opened), 2 * 4 * largest)
+        beside = max(BYTES_PER_TOKEN * max(text.num_read for text in opened), 2 * 4 * largest)
         limit -= beside / 1e9
         if limit <= 0:
             raise UserError(
@@ -199,7 +202,9 @@ def execute_audit(plan: AuditPlan, *, say: Callable[[str], None] = lambda senten
     trainer, config = plan.trainer, plan.config
     trainer.load(plan.tuned.weights)
     trainer.set_reference(plan.base.weights)
-    learnt = learnt_rows(plan.tuned)
+    learnt, unchecked = learnt_rows(plan.tuned)
+    for sentence in unchecked:
+        warn(sentence)
     texts, reading_seconds = [], 0.0
     for text in plan.texts:
         before = time.perf_counter()
@@ -237,12 +242,14 @@ def execute_audit(plan: AuditPlan, *, say: Callable[[str], None] = lambda senten
     )
 
 
-def _audit_text(plan: AuditPlan, text: Text, learnt: Learnt | None, warn: Callable[[str], None], progress: Progress) -> TextAudit:
+def _audit_text(
+    plan: AuditPlan, text: Text, learnt: tuple[Learnt, ...], warn: Callable[[str], None], progress: Progress
+) -> TextAudit:
     pieces = plan.tuned.tokenizer.piece_bytes
-    overlap = None if learnt is None else tuple(overlapping_documents(text, learnt))
-    if overlap and learnt is not None:
+    overlap = tuple(overlapping_documents(text, learnt)) if learnt else None
+    if overlap:
         warn(
-            f"{text.name}: {len(overlap):,} of {len(text.documents):,} documents overlap with what the finetune learnt from {learnt.name}: "
+            f"{text.name}: {len(overlap):,} of {len(text.documents):,} documents overlap with what the finetune learnt from {', '.join(one.name for one in learnt)}: "
             "the loss on them shows memory of the finetuning data."
         )
     reading = read(
@@ -265,6 +272,7 @@ def _audit_text(plan: AuditPlan, text: Text, learnt: Learnt | None, warn: Callab
         num_documents=len(text.documents),
         num_tokens=text.num_tokens,
         num_bytes=int(text.num_bytes.sum()),
+        num_masked=text.num_read - text.num_tokens,
         num_left_out=text.num_left_out,
         losses=losses,
         smallest_visible_nats=losses.forgetting.half_width,
@@ -290,12 +298,9 @@ def _per_document(reading: Reading) -> PerDocument:
 
 
 def _progress_lost(plan: AuditPlan, text: Text, losses: measures.Losses) -> ProgressLost | None:
-    """Of the base's pretraining; None where its curve is not known or was read on another text."""
-    roles = ((plan.base.record, "target"), (plan.tuned.record, "pretrain"))
-    same = any(
-        entry["role"] == role and entry["fingerprint"] == text.fingerprint
-        for record, role in roles
-        if record is not None
-        for entry in record["data"].values()
-    )
-    return measures.progress_lost_of(plan.base.curve, losses.forgetting) if plan.base.curve and same else None
+    """Of the base's pretraining; None unless its curve is known and was read on this very text alone."""
+    record = plan.base.record
+    if not plan.base.curve or record is None or record["config"]["init"] != "scratch":
+        return None
+    learnt = [entry["fingerprint"] for entry in record["data"].values() if entry["role"] == "target"]
+    return measures.progress_lost_of(plan.base.curve, losses.forgetting) if learnt == [text.fingerprint] else None

@@ -26,6 +26,8 @@ def print_table(audit: Audit) -> None:
     print()
     for text in audit.texts:
         print(f"{text.name}: {verdict(text)}")
+        if text.num_masked:
+            print(f"  {text.num_masked:,} more tokens, which are not to be learnt (such as questions), were read but do not count")
         lost = text.progress_lost
         if lost is not None and lost.loss_fraction is not None:
             print(

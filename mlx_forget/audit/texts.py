@@ -22,6 +22,7 @@ from mlx_forget.pipeline.tokenise import Progress
 
 Tokens = npt.NDArray[np.int32]
 Ids = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.uint8]
 
 _DEFAULT_TEXTS = ("prose", "code")
 # Orders the documents of a text that is larger than the audit: smaller readings are prefixes of larger ones.
@@ -34,18 +35,15 @@ class Windows:
 
     Args:
         tokens: int32[W, T+1]: BOS, then labels, then padding.
+        mask: uint8[W, T], 1 where there is a label that counts.
         num_labels: int64[W], labels of each row.
         document: int64[W], the document of each row, ascending.
     """
 
     tokens: Tokens
+    mask: Mask
     num_labels: Ids
     document: Ids
-
-    @property
-    def mask(self) -> npt.NDArray[np.uint8]:
-        """uint8[W, T], 1 where there is a label."""
-        return (np.arange(self.tokens.shape[1] - 1) < self.num_labels[:, None]).astype(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -59,8 +57,9 @@ class Text:
         part: which part is read, in words.
         bos_id: stands before every window.
         documents: int32 tokens of each document that is read, its end-of-document token included.
-        num_bytes: int64, UTF-8 bytes of each.
+        num_bytes: int64, UTF-8 bytes of what counts of each.
         num_left_out: documents beyond the token limit.
+        loss_masks: uint8 for each token of each document, 1 where it counts; None where all do.
     """
 
     name: str
@@ -71,10 +70,16 @@ class Text:
     documents: tuple[Tokens, ...]
     num_bytes: Ids
     num_left_out: int
+    loss_masks: tuple[Mask, ...] | None = None
 
     @property
     def num_tokens(self) -> int:
-        """Labels of all documents."""
+        """Labels of all documents that count."""
+        return self.num_read if self.loss_masks is None else sum(int(mask.sum()) for mask in self.loss_masks)
+
+    @property
+    def num_read(self) -> int:
+        """Labels of all documents, those that do not count included."""
         return sum(len(document) for document in self.documents)
 
     def windows(self, row_length: int) -> Windows:
@@ -83,15 +88,18 @@ class Text:
         # Padding is masked: any id will do.
         tokens = np.zeros((int(counts.sum()), row_length + 1), np.int32)
         tokens[:, 0] = self.bos_id
+        mask = np.zeros((len(tokens), row_length), np.uint8)
         num_labels = np.full(len(tokens), row_length, np.int64)
         row = 0
-        for document, count in zip(self.documents, counts.tolist(), strict=True):
-            labels = np.zeros(count * row_length, np.int32)
+        for number, (document, count) in enumerate(zip(self.documents, counts.tolist(), strict=True)):
+            labels, counting = np.zeros(count * row_length, np.int32), np.zeros(count * row_length, np.uint8)
             labels[: len(document)] = document
+            counting[: len(document)] = 1 if self.loss_masks is None else self.loss_masks[number]
             tokens[row : row + count, 1:] = labels.reshape(count, row_length)
+            mask[row : row + count] = counting.reshape(count, row_length)
             num_labels[row + count - 1] = len(document) - (count - 1) * row_length
             row += count
-        return Windows(tokens, num_labels, np.repeat(np.arange(len(counts)), counts))
+        return Windows(tokens, mask, num_labels, np.repeat(np.arange(len(counts)), counts))
 
 
 def parse_texts(items: Sequence[str]) -> dict[str, str]:
@@ -126,7 +134,8 @@ def read_text(
     """The documents of a built-in corpus, a store, a file or a folder.
 
     Of corpora, stores, folders with a validation file, and data that one of the models has learnt from, only what was held out is
-    read; of other files, everything.
+    read; of other files, everything. What a store marks as not to be learnt, such as questions, is read but does not count, unless the
+    last model was finetuned with `mask_prompt` off.
 
     Raises:
         UserError: nothing there, no text, no held-out documents where they are needed, or a store of another tokenizer.
@@ -139,9 +148,20 @@ def read_text(
     if learnt and whole_file:
         say(f"{name}: {source} was trained on; only the documents that were held out of it are read.")
     names = tuple(sorted(store.splits)) if whole_file and not learnt else ("validation",)
-    documents, num_bytes = _documents(store, names)
+    record = models[-1].record
+    mask_prompt = record is None or bool(record["config"].get("mask_prompt", True))
+    documents, num_bytes, masks = _documents(store, names)
     if not documents:
         raise UserError(f"{source} holds no text.")
+    masked = mask_prompt and any(not mask.all() for mask in masks)
+    if masked:
+        counting = [i for i, mask in enumerate(masks) if mask.any()]
+        if not counting:
+            raise UserError(f"{source} marks no token as to be learnt in its {' and '.join(names)} documents.")
+        documents, masks = [documents[i] for i in counting], [masks[i] for i in counting]
+        # Of what counts only: a store knows the bytes of whole documents.
+        sizes = np.array([len(piece) for piece in models[-1].tokenizer.piece_bytes], np.int64)
+        num_bytes = np.array([sizes[one[mask == 1]].sum() for one, mask in zip(documents, masks, strict=True)], np.int64)
     order = np.random.Generator(np.random.Philox(key=[_ORDER_KEY, len(documents)])).permutation(len(documents))
     sizes = np.array([len(documents[i]) for i in order])
     kept = np.sort(order[: max(1, int(np.searchsorted(np.cumsum(sizes), max_tokens, side="right")))])
@@ -151,24 +171,32 @@ def read_text(
             f"{name}: reading {len(kept):,} of {len(documents):,} documents, about {max_tokens:,} tokens, the same ones every time; "
             "--max-tokens reads more."
         )
-    return Text(
+    text = Text(
         name=name,
         source=store.source,
         fingerprint=store.fingerprint,
-        part="held-out documents" if names == ("validation",) else "documents, all there are",
+        part=("held-out documents" if names == ("validation",) else "documents, all there are")
+        + (", of which only what is to be learnt (answers) counts" if masked else ""),
         bos_id=store.split(names[0]).bos_id,
         documents=tuple(documents[i] for i in kept),
         num_bytes=num_bytes[kept],
         num_left_out=left_out,
+        loss_masks=tuple(masks[i] for i in kept) if masked else None,
     )
+    if masked:
+        say(
+            f"{name}: only what the data marks as to be learnt, such as answers, counts: {text.num_tokens:,} of {text.num_read:,} tokens."
+        )
+    return text
 
 
 def _data(record: dict[str, Any] | None) -> list[dict[str, Any]]:
     return [] if record is None else list(record["data"].values())
 
 
-def _documents(store: TokenStore, names: Iterable[str]) -> tuple[list[Tokens], Ids]:
+def _documents(store: TokenStore, names: Iterable[str]) -> tuple[list[Tokens], Ids, list[Mask]]:
     documents: list[Tokens] = []
+    masks: list[Mask] = []
     sizes: list[Ids] = []
     for name in names:
         split = store.split(name)
@@ -176,5 +204,7 @@ def _documents(store: TokenStore, names: Iterable[str]) -> tuple[list[Tokens], I
             start, num_bytes = split.documents(number)
             stop = np.append(start[1:], shard.num_tokens)
             documents += [tokens[a:b].astype(np.int32) for a, b in zip(start.tolist(), stop.tolist(), strict=True)]
+            mask = split.loss_mask(number)
+            masks += [mask[a:b] for a, b in zip(start.tolist(), stop.tolist(), strict=True)]
             sizes.append(num_bytes)
-    return documents, np.concatenate(sizes) if sizes else np.zeros(0, np.int64)
+    return documents, np.concatenate(sizes) if sizes else np.zeros(0, np.int64), masks

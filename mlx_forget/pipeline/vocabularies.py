@@ -7,6 +7,7 @@ document: that is in the `tokenizer_config.json` beside it, which travels with i
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,8 +23,21 @@ SENTENCEPIECE_FILE = "tokenizer.model"
 JSON_FILE = "tokenizer.json"
 
 _CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+# Where a piece stands for bytes: U+2581 for a space, <0x0A> for one byte.
+_SPACE = "\u2581"
+_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _KNOWN_BOS = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>", "<|im_start|>", "[CLS]")
 _KNOWN_EOS = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>", "[SEP]")
+
+
+def _byte_of() -> dict[str, bytes]:
+    """The byte that each character of a byte-level piece stands for: itself where it is printable, else the next from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): bytes([byte]) for byte in printable} | {chr(256 + i): bytes([byte]) for i, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_of()
 
 
 class Vocabulary(Protocol):
@@ -34,6 +48,7 @@ class Vocabulary(Protocol):
         vocab_size: ids are below it.
         bos_id, eos_id: stand before every row and after every document.
         inst_ids, end_inst_ids: stand around every question of a conversation.
+    piece_bytes: the UTF-8 bytes that every id adds to a text; none for special ids.
     """
 
     hash: str
@@ -42,6 +57,12 @@ class Vocabulary(Protocol):
     eos_id: int
     inst_ids: tuple[int, ...]
     end_inst_ids: tuple[int, ...]
+
+    @property
+    def piece_bytes(self) -> tuple[bytes, ...]: ...
+
+    def encode(self, text: str) -> NDArray[np.int32]:
+        """Ids int32[T] of a text, without special ones."""
 
     def encode_batch(self, texts: Sequence[str], *, num_threads: int | None = None) -> list[NDArray[np.int32]]:
         """Ids int32[T] of each text, without special ones."""
@@ -69,6 +90,15 @@ class SentencePieceVocabulary:
             raise UserError("It has no id that ends a document (eos_id is -1).")
         self.inst_ids = tuple(self._processor.encode("[INST]"))
         self.end_inst_ids = tuple(self._processor.encode("[/INST]"))
+
+    @property
+    def piece_bytes(self) -> tuple[bytes, ...]:
+        processor = self._processor
+        silent = {i for i in range(self.vocab_size) if processor.is_control(i) or processor.is_unknown(i)}
+        return tuple(b"" if i in silent else _spaced_bytes(str(processor.id_to_piece(i))) for i in range(self.vocab_size))
+
+    def encode(self, text: str) -> NDArray[np.int32]:
+        return self.encode_batch([text], num_threads=1)[0]
 
     def encode_batch(self, texts: Sequence[str], *, num_threads: int | None = None) -> list[NDArray[np.int32]]:
         encoded = self._processor.encode(list(texts), out_type=int, num_threads=num_threads or os.cpu_count() or 1)
@@ -105,6 +135,25 @@ class JsonVocabulary:
         self.special_tokens = {"bos_token": self._piece(self.bos_id), "eos_token": self._piece(self.eos_id)}
         self.hash = hashlib.sha256(content + json.dumps(self.special_tokens).encode()).hexdigest()
         self.inst_ids, self.end_inst_ids = self._marks("[INST]"), self._marks("[/INST]")
+        self._decoders = _decoders(json.loads(content).get("decoder"))
+
+    @property
+    def piece_bytes(self) -> tuple[bytes, ...]:
+        added = self._encoder.get_added_tokens_decoder()
+        table = [b""] * self.vocab_size
+        for piece, index in self._encoder.get_vocab(with_added_tokens=True).items():
+            if index in added:
+                table[index] = b"" if added[index].special else added[index].content.encode()
+            elif "ByteLevel" in self._decoders:
+                table[index] = b"".join(_BYTE_OF.get(character, character.encode()) for character in piece)
+            elif "WordPiece" in self._decoders:
+                table[index] = piece[2:].encode() if piece.startswith("##") else b" " + piece.encode()
+            else:
+                table[index] = _spaced_bytes(piece)
+        return tuple(table)
+
+    def encode(self, text: str) -> NDArray[np.int32]:
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str], *, num_threads: int | None = None) -> list[NDArray[np.int32]]:
         encoded = self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -202,6 +251,18 @@ def find_tokenizer(name: str) -> Path:
     if hub is None:
         raise UserError(f"There is no tokenizer {name}.")
     return _download(hub.id, hub.revision)
+
+
+def _spaced_bytes(piece: str) -> bytes:
+    found = _BYTE_PIECE.fullmatch(piece)
+    return bytes.fromhex(found[1]) if found else piece.replace(_SPACE, " ").encode()
+
+
+def _decoders(decoder: dict[str, Any] | None) -> set[str]:
+    """The kinds of decoder in a tokenizer.json."""
+    if decoder is None:
+        return set()
+    return {str(decoder.get("type"))}.union(*(_decoders(one) for one in decoder.get("decoders", ())))
 
 
 def _special_token(folder: Path, key: str) -> str | None:

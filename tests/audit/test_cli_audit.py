@@ -44,7 +44,7 @@ TOP = set(
     tokens_per_second wall_seconds""".split()
 )
 TEXT = set(
-    """name source part fingerprint num_documents num_tokens num_bytes num_left_out losses smallest_visible_nats progress_lost transitions
+    """name source part fingerprint num_documents num_tokens num_bytes num_masked num_left_out losses smallest_visible_nats progress_lost transitions
     calibration_before calibration_after positions divisions tokens_forgotten tokens_gained documents_forgotten documents_gained
     per_document overlap""".split()
 )

@@ -135,3 +135,29 @@ def test_a_tokenizer_that_is_not_there_is_refused(tmp_path):
         find_tokenizer(str(tmp_path / "none.model"))
     with pytest.raises(UserError, match=r"has no tokenizer\.model"):
         find_tokenizer(str(tmp_path))
+
+
+def test_the_bytes_of_pieces_join_to_the_text(folder, foreign_model):
+    text = "12. A note about naïve — things,\tand more"
+    vocabulary = load_vocabulary(find_tokenizer(str(folder)))
+    assert b"".join(vocabulary.piece_bytes[i] for i in vocabulary.encode(text)).decode() == text
+    assert vocabulary.piece_bytes[0] == vocabulary.piece_bytes[1] == b""
+    foreign = load_vocabulary(foreign_model)
+    pieces = foreign.piece_bytes
+    # This one puts a space before every text.
+    assert b"".join(pieces[i] for i in foreign.encode("A note about the number 12")).decode() == " A note about the number 12"
+    assert pieces[foreign.eos_id] == b""
+
+
+@pytest.mark.parametrize(
+    "decoder, pieces",
+    [("WordPiece", {"note": b" note", "##s": b"s"}), ("ByteFallback", {"\u2581note": b" note", "<0x0A>": b"\n", "s": b"s"})],
+)
+def test_the_bytes_of_pieces_of_other_kinds_of_tokenizer_json(tmp_path, decoder, pieces):
+    tokenizers = pytest.importorskip("tokenizers")
+    vocabulary = {"<s>": 0, "</s>": 1, "<unk>": 2, **{piece: 3 + i for i, piece in enumerate(pieces)}}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.add_special_tokens(["<s>", "</s>", "<unk>"])
+    made.decoder = tokenizers.decoders.Sequence([getattr(tokenizers.decoders, decoder)()])
+    made.save(str(tmp_path / JSON_FILE))
+    assert load_vocabulary(tmp_path / JSON_FILE).piece_bytes == (b"", b"", b"", *pieces.values())
