@@ -188,12 +188,15 @@ class TorchTrainer(Trainer):
         else:
             self._reference = self._read_weights(reference)
 
-    def set_fisher(self, tokens: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8]) -> None:
+    def set_fisher(
+        self, tokens: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8], segment: npt.NDArray[np.int32] | None = None
+    ) -> None:
         fisher = {name: torch.zeros_like(value) for name, value in self._weights.items()}
         zeros = np.zeros(1, np.uint8)
         for row in range(len(tokens)):
             one = slice(row, row + 1)
-            batch = Batch(tokens=tokens[one], loss_mask=mask[one], segment=None, term=zeros, source=zeros)
+            own = None if segment is None else segment[one]
+            batch = Batch(tokens=tokens[one], loss_mask=mask[one], segment=own, term=zeros, source=zeros)
             self._accumulate_gradient(batch, slice(0, 1), mask[one].astype(np.float32), None)
             for name, value in self._weights.items():
                 assert value.grad is not None

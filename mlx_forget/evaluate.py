@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_forget.errors import UserError
-from mlx_forget.pipeline.batches import Side
+from mlx_forget.pipeline.batches import Side, read_masked
 from mlx_forget.trainer import Trainer
 
 Losses = npt.NDArray[np.float64]
@@ -34,11 +34,7 @@ class Windows:
     @classmethod
     def of(cls, name: str, subset: Side, num_windows: int) -> "Windows":
         """The first windows of a subset, in the order that no seed changes; fewer if there are fewer."""
-        index = subset.window_ids(num_windows)
-        tokens = np.empty((len(index), subset.row_length + 1), np.int32)
-        loss_mask = np.empty((len(index), subset.row_length), np.uint8) if subset.is_masked else None
-        segment = np.empty((len(index), subset.row_length), np.int32) if subset.has_segments else None
-        subset.read(index, tokens, loss_mask, segment)
+        tokens, loss_mask, segment = read_masked(subset, subset.window_ids(num_windows))
         if loss_mask is not None and not loss_mask.any():
             raise UserError(f"The {name} windows hold no token to learn: raise --eval-rows, or give --no-mask-prompt.")
         return cls(name, tokens, loss_mask, segment)

@@ -151,9 +151,9 @@ class OnlineReplay:
     term: int
     _cache: tuple[int, Rows] | None = field(default=None, init=False, repr=False)
 
-    @property
-    def num_unique(self) -> None:
-        return None
+    def tokens_before(self, step: int) -> tuple[int, int]:
+        num_tokens = step * self.rows_per_step * self.spec.length
+        return num_tokens, num_tokens
 
     def read(self, step: int, *, rank: int, world_size: int) -> MaskedRows:
         """The rows of a step that belong to `rank`, BOS first; every label counts."""

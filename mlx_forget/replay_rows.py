@@ -82,13 +82,13 @@ def _stored_rows(plan: Plan, store: TokenStore, length: int) -> RowSubset:
     return RowSubset.of_tokens(store.split("train"), length, None, layout=layout, mask_prompt=plan.config.mask_prompt)
 
 
-def _fisher_rows(subset: Side) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]:
-    """Rows int32[B, T+1] of every source by its share, and which labels of them count, uint8[B, T]."""
-    tokens, loss_mask, _ = read_masked(subset, subset.window_ids(FISHER_ROWS))
+def _fisher_rows(subset: Side) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8], npt.NDArray[np.int32] | None]:
+    """Rows int32[B, T+1] of every source by its share, which labels of them count, uint8[B, T], and their segments or None."""
+    tokens, loss_mask, segment = read_masked(subset, subset.window_ids(FISHER_ROWS))
     if loss_mask is None:
-        return tokens, np.ones((len(tokens), subset.row_length), np.uint8)
+        return tokens, np.ones((len(tokens), subset.row_length), np.uint8), segment
     if not loss_mask.any():
         raise UserError(
             "The rows for the Fisher information hold no token to learn: give other --replay-data, or --no-mask-prompt."
         )
-    return tokens, loss_mask
+    return tokens, loss_mask, segment

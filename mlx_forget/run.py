@@ -208,12 +208,12 @@ def _record(plan: Plan, run: RunState, trainer: Trainer) -> dict[str, Any]:
                     "tokens_seen": seen[number] if side is not None else 0,
                 }
     if plan.stream.replay is not None:
-        length, served = plan.stream.target.row_length, run.step * plan.stream.replay.rows_per_step
+        served, unique = plan.stream.replay.tokens_before(run.step)
         data[f"replay:{replay_name(config)}"] = {
             "fingerprint": plan.replay_fingerprint,
             "role": "replay",
-            "unique_tokens": min(served, plan.stream.replay.num_unique or served) * length,
-            "tokens_seen": served * length,
+            "unique_tokens": unique,
+            "tokens_seen": served,
         }
     forgetting, lost = None, None
     if best["pretrain_val"] is not None and not config.is_pretraining:

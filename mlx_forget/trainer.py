@@ -302,8 +302,12 @@ class Trainer(ABC):
     def set_reference(self, reference: Literal["start", "adapters_off"] | Path | None) -> None:
         """Freeze a reference: the weights as they are now, the base under the adapters, a checkpoint file, or none."""
 
-    def set_fisher(self, tokens: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8]) -> None:
+    def set_fisher(
+        self, tokens: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8], segment: npt.NDArray[np.int32] | None = None
+    ) -> None:
         """Measure the diagonal Fisher information of the weights as they are now, on int32[B, T+1] rows with mask uint8[B, T].
+
+        `segment` int32[B, T] is as in a `Batch`.
 
         It is the mean over rows of the squared gradient of the row's summed loss, per token: then lambda / 2 sum F (theta - theta0)^2
         is about lambda KL per token where rows are drawn from the model. For methods with `ewc` (capability `fisher`).

@@ -132,7 +132,7 @@ class BigramTrainer(Trainer):
         else:
             self.reference = self.weight.copy() if reference == "start" else load_file(reference)[NAME]
 
-    def set_fisher(self, tokens, mask):
+    def set_fisher(self, tokens, mask, segment=None):
         self.fisher = np.zeros_like(self.weight)
         for row, row_mask in zip(tokens, mask, strict=True):
             gradient = np.zeros_like(self.weight)

@@ -10,7 +10,7 @@ from scipy import stats
 from mlx_forget import checkpoint
 from mlx_forget.errors import Interrupted, UserError
 from mlx_forget.ladder import model_spec
-from mlx_forget.pipeline.batches import BatchStream, Blend, ReplayRows, RowSubset
+from mlx_forget.pipeline.batches import BatchStream, Blend, ReplayRows, RowSubset, read_masked
 from mlx_forget.pipeline.mixture import Mixture, parse_share, permute, stream_key
 from mlx_forget.pipeline.store import open_store
 from mlx_forget.pipeline.tokenizer import BOS, EOS, train_tokenizer
@@ -304,10 +304,11 @@ def test_replay_rows_come_once_an_epoch_and_ranks_share_them(tmp_path):
 def test_rows_of_one_source_are_those_they_always_were(tmp_path):
     replay = make_stream(tmp_path).replay
     tokens = np.concatenate([replay.read(step, rank=0, world_size=1)[0] for step in range(7)])
-    expected = np.empty((21, 9), np.int32)
     order = [permute(np.arange(7), 7, stream_key(1, 6, epoch)) for epoch in range(3)]
-    replay.subset.read(np.concatenate(order), expected)
+    expected, _, _ = read_masked(replay.subset, np.concatenate(order))
     np.testing.assert_array_equal(tokens, expected)
+    assert replay.tokens_before(2) == (6 * 8, 6 * 8)
+    assert replay.tokens_before(7) == (21 * 8, 7 * 8), "three epochs of seven rows"
 
 
 def test_several_sources_are_replayed_by_their_shares_whatever_their_sizes(tmp_path):

@@ -202,9 +202,9 @@ def started(backend, **keys):
     trainer = load_backend(plan.backend)(trainer_spec(plan))
     measured, set_fisher = [], trainer.set_fisher
 
-    def watched(tokens, mask):
-        measured.append((tokens, mask))
-        set_fisher(tokens, mask)
+    def watched(tokens, mask, segment):
+        measured.append((tokens, mask, segment))
+        set_fisher(tokens, mask, segment)
 
     trainer.set_fisher = watched
     return start_trainer(plan, trainer, Watch()), trainer, measured
@@ -229,9 +229,18 @@ def test_stored_replay_is_laid_out_and_masked_like_the_other_data(chats, backend
     if layout == "documents":
         assert (batch.segment[own].max(1) > 0).all(), "documents do not see each other"
     trainer.train_step(batch, 1e-3).read()
+    counted = sum(int(b.loss_mask[b.term == 1].sum()) for b in map(plan.stream.batch, range(2)))
+    assert plan.stream.replay.tokens_before(2)[0] == counted
     unmasked, _, _ = started(backend, **keys, mask_prompt=False)
     again = unmasked.stream.batch(0)
     assert batch.loss_mask[own].sum() < again.loss_mask[again.term == 1].sum()
+
+
+def test_fisher_rows_keep_documents_apart(chats):
+    _, _, measured = started("fake", method="ewc", rows="documents", replay_data="chats.jsonl")
+    ((tokens, _, segment),) = measured
+    assert segment.shape == (len(tokens), tokens.shape[1] - 1)
+    assert (segment.max(1) > 0).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -239,8 +248,8 @@ def test_fisher_rows_are_of_every_source_by_its_share_and_masked(chats, backend)
     """The prose store is many times as large as the chats."""
     keys = {"method": "ewc", "rows": "padded"}
     _, _, measured = started(backend, **keys, replay_data="prose=3/4,chats.jsonl=1/4")
-    ((tokens, mask),) = measured
-    _, _, ((chat_tokens, chat_mask),) = started(backend, **keys, replay_data="chats.jsonl")
+    ((tokens, mask, _),) = measured
+    _, _, ((chat_tokens, chat_mask, _),) = started(backend, **keys, replay_data="chats.jsonl")
     known = {tuple(row): kept for row, kept in zip(chat_tokens.tolist(), chat_mask.tolist(), strict=True)}
     found = [known[tuple(row)] == kept for row, kept in zip(tokens.tolist(), mask.tolist(), strict=True) if tuple(row) in known]
     assert len(tokens) == 256

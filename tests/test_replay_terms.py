@@ -182,6 +182,23 @@ def test_backends_agree_on_every_method(tmp_path, name):
     np.testing.assert_allclose(*readings, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif(len(NETWORKS) < 2, reason="one backend has nothing to agree with")
+def test_fisher_information_stays_within_segments_on_every_backend():
+    def readings(backend, segment):
+        trainer = trainer_of(load_backend(backend), method_spec("ewc", 50.0))
+        trainer.set_reference("start")
+        rows = make_batch([0] * 3, 50)
+        trainer.set_fisher(rows.tokens, rows.loss_mask, segment)
+        return [trainer.train_step(make_batch([0] * 4, step), 3e-3).read().loss_sums for step in range(12)]
+
+    shape = make_batch([0] * 3, 50).loss_mask.shape
+    halves = np.broadcast_to((np.arange(shape[1]) >= shape[1] // 2).astype(np.int32), shape).copy()
+    apart = [readings(backend, halves) for backend in NETWORKS]
+    np.testing.assert_allclose(*apart, rtol=1e-4, atol=1e-4)
+    whole = readings(NETWORKS[0], None)
+    assert np.abs(np.array(whole) - np.array(apart[0])).max() > 1e-3, "the segments are read"
+
+
 # --- penalties on the weights ---
 
 NO_DECAY = OptimSpec(weight_decay=0.0)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from mlx_forget.audit.models import Model
 from mlx_forget.audit.texts import Text
 from mlx_forget.errors import UserError
-from mlx_forget.pipeline.batches import RowSubset
+from mlx_forget.pipeline.batches import RowSubset, read_masked
 from mlx_forget.pipeline.corpora import forget_home
 from mlx_forget.pipeline.store import MANIFEST, TokenStore, open_store
 
@@ -65,8 +65,7 @@ def overlapping_documents(text: Text, learnt: Sequence[Learnt]) -> list[int]:
     parts = [(one.rows, start) for one in learnt for start in range(0, one.rows.num_rows, _ROWS_AT_ONCE)]
     for rows, start in parts:
         index = np.arange(start, min(rows.num_rows, start + _ROWS_AT_ONCE))
-        tokens = np.empty((len(index), rows.row_length + 1), np.int32)
-        rows.read(index, tokens)
+        tokens, _, _ = read_masked(rows, index)
         found = np.unique(_spans(tokens[:, 1:]))
         first, last = np.searchsorted(ranked, found, side="left"), np.searchsorted(ranked, found, side="right")
         for a, b in zip(first[last > first].tolist(), last[last > first].tolist(), strict=True):

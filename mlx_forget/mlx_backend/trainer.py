@@ -213,7 +213,9 @@ class MLXTrainer(Trainer):
         else:
             self._reference = self._read_weights(reference)
 
-    def set_fisher(self, tokens: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8]) -> None:
+    def set_fisher(
+        self, tokens: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8], segment: npt.NDArray[np.int32] | None = None
+    ) -> None:
         fisher = {name: mx.zeros_like(value) for name, value in self._weights.items()}
         for row in range(len(tokens)):
             one = slice(row, row + 1)
@@ -224,6 +226,7 @@ class MLXTrainer(Trainer):
                 mx.array(tokens[one, :-1]),
                 mx.array(tokens[one, 1:]),
                 weight,
+                None if segment is None else mx.array(segment[one]),
                 chunk=self._chunk,
                 operators=self._operators,
             )

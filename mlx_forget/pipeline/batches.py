@@ -109,16 +109,6 @@ class RowSubset:
         """The rows that stand for this subset where only `num` can be read, fewer if there are fewer."""
         return np.arange(min(num, self.num_rows), dtype=np.int64)
 
-    def read(
-        self,
-        index: npt.NDArray[np.int64],
-        out: npt.NDArray[np.int32],
-        loss_mask: npt.NDArray[np.uint8] | None = None,
-        segment: npt.NDArray[np.int32] | None = None,
-    ) -> None:
-        """Fill `out` int32[B, 1 + row_length] with the rows at `index` int64[B] of this subset, and the masks that are given."""
-        self.read_placed(self.place(index), out, loss_mask, segment)
-
     def read_placed(
         self,
         rows: npt.NDArray[np.int64],
@@ -126,7 +116,7 @@ class RowSubset:
         loss_mask: npt.NDArray[np.uint8] | None = None,
         segment: npt.NDArray[np.int32] | None = None,
     ) -> None:
-        """The same for rows that `place` gave."""
+        """Fill `out` int32[B, 1 + row_length] with rows that `place` gave, and the masks that are given."""
         self.rows.read(rows, out, loss_mask, segment)
 
 
@@ -172,10 +162,12 @@ class Blend:
 
     def place(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         rows = np.empty_like(index)
-        for offset, member in self._offsets():
+        offset = split_offset = 0
+        for member in self.members:
             own = (index >= offset) & (index < offset + member.num_rows)
             # Numbered on from the rows of the members before, as `read_placed` takes them.
-            rows[own] = member.place(index[own] - offset) + self._split_offset(member)
+            rows[own] = member.place(index[own] - offset) + split_offset
+            offset, split_offset = offset + member.num_rows, split_offset + member.rows.num_rows
         return rows
 
     def window_ids(self, num: int) -> npt.NDArray[np.int64]:
@@ -183,18 +175,10 @@ class Blend:
         phases = tuple(1 << 31 for _ in self.members[1:])
         member, within = ShareSplit(self.shares, phases).assign(np.arange(num, dtype=np.int64))
         sizes = np.array([one.num_rows for one in self.members])
-        offsets = np.array([offset for offset, _ in self._offsets()])
         kept = within < sizes[member]
-        return (offsets[member] + within)[kept]
-
-    def read(
-        self,
-        index: npt.NDArray[np.int64],
-        out: npt.NDArray[np.int32],
-        loss_mask: npt.NDArray[np.uint8] | None = None,
-        segment: npt.NDArray[np.int32] | None = None,
-    ) -> None:
-        self.read_placed(self.place(index), out, loss_mask, segment)
+        offsets: npt.NDArray[np.int64] = np.cumsum(sizes) - sizes
+        rows: npt.NDArray[np.int64] = offsets[member] + within
+        return rows[kept]
 
     def read_placed(
         self,
@@ -211,13 +195,6 @@ class Blend:
                 _read_some(member, rows[own] - offset, own, out, loss_mask, segment)
             offset += here
 
-    def _offsets(self) -> list[tuple[int, RowSubset]]:
-        ends = np.cumsum([member.num_rows for member in self.members]).tolist()
-        return list(zip([0, *ends[:-1]], self.members, strict=True))
-
-    def _split_offset(self, member: RowSubset) -> int:
-        return sum(one.rows.num_rows for one in self.members[: next(i for i, one in enumerate(self.members) if one is member)])
-
 
 Side = RowSubset | Blend
 
@@ -231,7 +208,7 @@ def read_masked(side: Side, index: npt.NDArray[np.int64]) -> MaskedRows:
     tokens = np.empty((shape[0], shape[1] + 1), np.int32)
     loss_mask = np.empty(shape, np.uint8) if side.is_masked else None
     segment = np.empty(shape, np.int32) if side.has_segments else None
-    side.read(index, tokens, loss_mask, segment)
+    side.read_placed(side.place(index), tokens, loss_mask, segment)
     return tokens, loss_mask, segment
 
 
@@ -244,9 +221,8 @@ class ReplaySource(Protocol):
     @property
     def term(self) -> int: ...
 
-    @property
-    def num_unique(self) -> int | None:
-        """How many different rows there are; None: no row repeats."""
+    def tokens_before(self, step: int) -> tuple[int, int]:
+        """Labels that counted in the first `step` steps, and those in different rows among them."""
 
     def read(self, step: int, *, rank: int, world_size: int) -> MaskedRows:
         """The rows of a step that belong to `rank`."""
@@ -268,14 +244,18 @@ class ReplayRows:
     term: int
     seed: int
 
-    @property
-    def num_unique(self) -> int:
-        return self.subset.num_rows
+    def tokens_before(self, step: int) -> tuple[int, int]:
+        rows = self._rows(np.arange(step * self.rows_per_step, dtype=np.int64))
+        useful = _useful(self.subset)
+        return int(useful[rows].sum()), int(useful[np.unique(rows)].sum())
 
     def read(self, step: int, *, rank: int, world_size: int) -> MaskedRows:
         position = np.arange(step * self.rows_per_step, (step + 1) * self.rows_per_step, dtype=np.int64)[rank::world_size]
+        return read_masked(self.subset, self._rows(position))
+
+    def _rows(self, position: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         members = self.subset.mixture_members() if isinstance(self.subset, Blend) else ()
-        return read_masked(self.subset, draw(position, members, self.subset.num_rows, self.seed, _STREAM_REPLAY))
+        return draw(position, members, self.subset.num_rows, self.seed, _STREAM_REPLAY)
 
 
 @dataclass

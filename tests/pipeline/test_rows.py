@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mlx_forget.distributed import ALONE
 from mlx_forget.errors import UserError
 from mlx_forget.evaluate import Windows, window_losses
-from mlx_forget.pipeline.batches import BatchStream, Blend, RowSubset
+from mlx_forget.pipeline.batches import BatchStream, Blend, RowSubset, read_masked
 from mlx_forget.pipeline.mixture import Mixture
 from mlx_forget.pipeline.rows import Rows
 from mlx_forget.pipeline.store import StoreWriter
@@ -155,14 +155,8 @@ def test_a_stream_of_masked_rows_is_the_same_for_any_ranks_and_counts_exactly(ch
 def test_every_row_of_a_blend_is_one_of_its_member(chats, text):
     members = tuple(RowSubset.of_tokens(split, 8, None) for split in (chats, text))
     blend = Blend(members, (Fraction(1, 4), Fraction(3, 4)))
-    index = np.arange(blend.num_rows)
-    out = np.empty((len(index), 9), np.int32)
-    blend.read(index, out)
-    expected = []
-    for member in members:
-        own = np.empty((member.num_rows, 9), np.int32)
-        member.read(np.arange(member.num_rows), own)
-        expected.append(own)
+    out, _, _ = read_masked(blend, np.arange(blend.num_rows))
+    expected = [read_masked(member, np.arange(member.num_rows))[0] for member in members]
     assert np.array_equal(out, np.concatenate(expected))
     windows = blend.window_ids(40)
     assert (windows < members[0].num_rows).sum() == 10

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_forget.errors import UserError
-from mlx_forget.pipeline.batches import BatchStream, RowSubset
+from mlx_forget.pipeline.batches import BatchStream, RowSubset, read_masked
 from mlx_forget.pipeline.mixture import Mixture, parse_share
 from mlx_forget.pipeline.store import StoreWriter, open_store
 
@@ -148,9 +148,7 @@ def test_smaller_target_subsets_are_prefixes_of_larger_ones(tmp_path):
     rows = []
     for tokens in (400, 1600):
         subset = RowSubset.of_tokens(split, 16, tokens)
-        out = np.empty((subset.num_rows, 17), np.int32)
-        subset.read(np.arange(subset.num_rows), out)
-        rows.append(out)
+        rows.append(read_masked(subset, np.arange(subset.num_rows))[0])
     assert len(rows[0]) * 16 == 400
     assert np.array_equal(rows[0], rows[1][: len(rows[0])])
 
