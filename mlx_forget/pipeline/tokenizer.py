@@ -59,6 +59,8 @@ class Tokenizer:
     bos_id, eos_id = BOS, EOS
     inst_ids: tuple[int, ...] = (INST,)
     end_inst_ids: tuple[int, ...] = (END_INST,)
+    # Conversations are written with the marks above.
+    chat_template = None
 
     def __init__(self, model: bytes) -> None:
         self._model = model

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_forget.errors import UserError
+from mlx_forget.pipeline.chat_template import TEMPLATE_FILE, ChatTemplate
 from mlx_forget.pipeline.tokenizer import Tokenizer
 
 SENTENCEPIECE_FILE = "tokenizer.model"
@@ -59,6 +60,10 @@ class Vocabulary(Protocol):
     end_inst_ids: tuple[int, ...]
 
     @property
+    def chat_template(self) -> ChatTemplate | None:
+        """How conversations are written instead, where the tokenizer says so."""
+
+    @property
     def piece_bytes(self) -> tuple[bytes, ...]: ...
 
     def encode(self, text: str) -> NDArray[np.int32]:
@@ -74,6 +79,8 @@ class Vocabulary(Protocol):
 @final
 class SentencePieceVocabulary:
     """A SentencePiece model that was not trained here: its own special ids, its own way with spaces."""
+
+    chat_template: ChatTemplate | None = None
 
     def __init__(self, model: bytes) -> None:
         import sentencepiece
@@ -136,6 +143,7 @@ class JsonVocabulary:
         self.hash = hashlib.sha256(content + json.dumps(self.special_tokens).encode()).hexdigest()
         self.inst_ids, self.end_inst_ids = self._marks("[INST]"), self._marks("[/INST]")
         self._decoders = _decoders(json.loads(content).get("decoder"))
+        self.chat_template = ChatTemplate.find(content, folder)
 
     @property
     def piece_bytes(self) -> tuple[bytes, ...]:
@@ -227,6 +235,8 @@ def copy_tokenizer(tokenizer: Path, folder: Path) -> None:
         vocabulary = load_vocabulary(tokenizer)
         assert isinstance(vocabulary, JsonVocabulary)
         config = {**vocabulary.special_tokens, "tokenizer_class": "PreTrainedTokenizerFast"}
+        if vocabulary.chat_template is not None:
+            config = {**vocabulary.chat_template.special_tokens, **config, "chat_template": vocabulary.chat_template.source}
         (folder / _CONFIG_FILES[0]).write_text(json.dumps(config, indent=1), encoding="utf-8")
 
 
@@ -287,7 +297,7 @@ def _download(identifier: str, revision: str | None) -> Path:
         ) from None
     found = {}
     problem: Exception | None = None
-    for name in (*_CONFIG_FILES, JSON_FILE, SENTENCEPIECE_FILE):
+    for name in (*_CONFIG_FILES, TEMPLATE_FILE, JSON_FILE, SENTENCEPIECE_FILE):
         if name == SENTENCEPIECE_FILE and JSON_FILE in found:
             break
         try:
