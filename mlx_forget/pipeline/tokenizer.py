@@ -110,6 +110,10 @@ class Tokenizer:
                 raise UserError(f"Token id {i} is outside the vocabulary of {len(table)}.")
         return b"".join([table[i] for i in values]).decode("utf-8", errors="replace")
 
+    def piece(self, index: int) -> str:
+        """The name of an id."""
+        return str(self._processor.id_to_piece(index))
+
     @property
     def piece_bytes(self) -> tuple[bytes, ...]:
         """The UTF-8 bytes of every id; none for reserved ids."""

@@ -73,7 +73,10 @@ class Vocabulary(Protocol):
         """Ids int32[T] of each text, without special ones."""
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer[Any]]) -> str:
-        """The text of ids."""
+        """The text of ids, without special ones."""
+
+    def piece(self, index: int) -> str:
+        """The name of an id."""
 
 
 @final
@@ -114,6 +117,9 @@ class SentencePieceVocabulary:
     def decode(self, ids: Sequence[int] | NDArray[np.integer[Any]]) -> str:
         return str(self._processor.decode([int(i) for i in ids]))
 
+    def piece(self, index: int) -> str:
+        return str(self._processor.id_to_piece(index))
+
 
 @final
 class JsonVocabulary:
@@ -139,7 +145,7 @@ class JsonVocabulary:
         self.vocab_size = max(self._encoder.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.eos_id = self._id(_special_token(folder, "eos_token"), _KNOWN_EOS, "ends")
         self.bos_id = self._id(_special_token(folder, "bos_token"), _KNOWN_BOS, "begins", otherwise=self.eos_id)
-        self.special_tokens = {"bos_token": self._piece(self.bos_id), "eos_token": self._piece(self.eos_id)}
+        self.special_tokens = {"bos_token": self.piece(self.bos_id), "eos_token": self.piece(self.eos_id)}
         self.hash = hashlib.sha256(content + json.dumps(self.special_tokens).encode()).hexdigest()
         self.inst_ids, self.end_inst_ids = self._marks("[INST]"), self._marks("[/INST]")
         self._decoders = _decoders(json.loads(content).get("decoder"))
@@ -179,7 +185,7 @@ class JsonVocabulary:
             return otherwise
         raise UserError(f"It does not say which id {what} a document: give the folder that also holds its tokenizer_config.json.")
 
-    def _piece(self, index: int) -> str:
+    def piece(self, index: int) -> str:
         return str(self._encoder.id_to_token(index))
 
     def _marks(self, text: str) -> tuple[int, ...]:
@@ -208,6 +214,19 @@ def load_vocabulary(path: Path) -> Vocabulary:
             return SentencePieceVocabulary(content)
     except UserError as error:
         raise UserError(f"Cannot use the tokenizer {path}: {error}") from None
+
+
+def marked_text(vocabulary: Vocabulary, ids: NDArray[np.integer[Any]]) -> str:
+    """The text of ids with special ones by their names, such as the marks between the turns of a conversation."""
+    silent = np.array([not piece for piece in vocabulary.piece_bytes])
+    parts: list[str] = []
+    start = 0
+    for place in [*silent[ids].nonzero()[0].tolist(), len(ids)]:
+        parts.append(vocabulary.decode(ids[start:place]))
+        if place < len(ids):
+            parts.append(vocabulary.piece(int(ids[place])))
+        start = place + 1
+    return "".join(parts)
 
 
 def file_name(tokenizer: Path) -> str:
