@@ -5,7 +5,7 @@ names GPT-2's, and every backend starts from the arrays made here, so a seed mea
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,6 +133,25 @@ def train_bytes(spec: ModelSpec, num_tokens: int) -> int:
 def decays(name: str) -> bool:
     """Whether weight decay applies to a parameter: to matrices and both embeddings, never to biases and norms."""
     return name.endswith(".weight") and ".ln_" not in name
+
+
+def is_factored(shape: tuple[int, ...]) -> bool:
+    """Whether Adafactor keeps a row and a column of a parameter's second moments instead of all."""
+    return len(shape) == 2
+
+
+def moment_shapes(optimizer: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The state of an optimiser besides its step count: `MOMENT.PARAMETER` -> shape.
+
+    AdamW has `exp_avg` and `exp_avg_sq`; Adafactor has `exp_avg_sq_row` [R] and `exp_avg_sq_col` [C] of a matrix [R, C], and `exp_avg_sq`
+    of anything else.
+    """
+    if optimizer == "adamw":
+        return {f"{kind}.{name}": shape for kind in ("exp_avg", "exp_avg_sq") for name, shape in shapes.items()}
+    whole = {f"exp_avg_sq.{name}": shape for name, shape in shapes.items() if not is_factored(shape)}
+    rows = {f"exp_avg_sq_row.{name}": shape[:1] for name, shape in shapes.items() if is_factored(shape)}
+    columns = {f"exp_avg_sq_col.{name}": shape[1:] for name, shape in shapes.items() if is_factored(shape)}
+    return whole | rows | columns
 
 
 def initial_weights(spec: ModelSpec, seed: int) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:

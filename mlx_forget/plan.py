@@ -149,11 +149,22 @@ def _plan(config: TrainConfig, backend: str, group: Group, folder: Path | None, 
     if config.tokens_per_param is not None:
         num_tokens = config.tokens_per_param * num_params(model)
         config = dataclasses.replace(config, iters=math.ceil(num_tokens / (config.batch_size * row_length)), tokens_per_param=None)
+    if config.beta2_half_life_tokens is not None:
+        # The decay of one step, so that what counts of a gradient halves after so many tokens (Marek et al. 2025).
+        beta2 = 0.5 ** (config.batch_size * row_length / config.beta2_half_life_tokens)
+        config = dataclasses.replace(config, beta2=beta2, beta2_half_life_tokens=None)
     stream, windows, num_steps = _data(config, stores, row_length)
     rates = schedule(config, model, base_peak)
     data = {"target": identity_of(targets, stores), "pretrain": identity_of(pools, stores)}
     if replays:
         data["replay"] = identity_of(replays, stores)
+    for name in config.replay_limits:
+        if name not in replays:
+            raise UserError(
+                f"replay_limits names {name}, which is no source of replay_data ({', '.join(replays) or config.replay_data})."
+            )
+    if config.replay_limits:
+        data["replay_limits"] = ",".join(str(config.replay_limits.get(name, "all")) for name in replays)
     identifier = run_id(config, precision=precision, learning_rate=rates.peak, data=data, init=init)
     return Plan(
         config=config,

@@ -39,6 +39,8 @@ def obstacle(plan: Plan) -> str | None:
         return "a run on several devices does not stack"
     if method.reference is not None or method.replay_term is not None:
         return f"method {method.name!r} does not stack"
+    if plan.config.optimizer != "adamw":
+        return f"optimizer {plan.config.optimizer!r} does not stack"
     return None
 
 

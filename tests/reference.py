@@ -1,4 +1,4 @@
-"""NumPy float64 references: GPT-2's forward pass and gradients, AdamW, clipping. Written for clarity, from the equations."""
+"""NumPy float64 references: GPT-2's forward pass and gradients, AdamW, Adafactor, clipping. Written for clarity, from the equations."""
 
 import numpy as np
 
@@ -148,3 +148,35 @@ class AdamW:
             decay = o.weight_decay if decays(name) else 0.0
             new[name] = w - learning_rate * decay * w - learning_rate * mhat / (np.sqrt(vhat) + o.epsilon)
         return new, norm
+
+
+class Adafactor:
+    """Adafactor of Shazeer and Stern (2018) without first moments, absolute rate, float64, on a dict of arrays."""
+
+    def __init__(self, optim: OptimSpec):
+        self.optim, self.moments, self.step = optim, {}, 0
+
+    def update(self, weights, grads, learning_rate, decays=decays):
+        """Returns the new weights and the gradient norm before clipping."""
+        o = self.optim
+        norm = np.sqrt(sum((g**2).sum() for g in grads.values()))
+        scale = max(1.0, norm / o.max_grad_norm) if o.max_grad_norm else 1.0
+        self.step += 1
+        rest = self.step**-0.8
+        new = {}
+        for name, w in weights.items():
+            g = grads[name] / scale
+            squares = g**2 + 1e-30
+            if w.ndim == 2:
+                row = self._mean("exp_avg_sq_row." + name, squares.mean(1), rest)
+                column = self._mean("exp_avg_sq_col." + name, squares.mean(0), rest)
+                update = g / np.sqrt(np.outer(row, column) / row.mean())
+            else:
+                update = g / np.sqrt(self._mean("exp_avg_sq." + name, squares, rest))
+            update = update / max(1.0, np.sqrt((update**2).mean()))
+            new[name] = w * (1 - learning_rate * (o.weight_decay if decays(name) else 0.0)) - learning_rate * update
+        return new, norm
+
+    def _mean(self, name, value, rest):
+        self.moments[name] = (1 - rest) * self.moments.get(name, 0) + rest * value
+        return self.moments[name]
