@@ -73,6 +73,8 @@ def test_the_laws_need_numpy_and_scipy_only():
         "comparison",
         "audit.run",
         "audit.page",
+        "report.contents",
+        "runs.export",
     ],
 )
 def test_the_core_loads_no_framework(module):
