@@ -92,7 +92,19 @@ class TrainConfig:
     replay_tokens: int | None = _key(
         None, "Tokens to sample where replay_data is self; default: what the run needs, at most 2M, then they repeat."
     )
-    tokenizer: str | None = _key(None, "A tokenizer.model; default: the base's, else one trained on the built-in prose.")
+    replay_limits: Mapping[str, int] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Of a source of replay_data that is named here, only the first so many tokens are replayed.",
+            "science": False,
+            "aliases": (),
+            "cli": False,
+        },
+    )
+    tokenizer: str | None = _key(
+        None,
+        "A tokenizer.model or tokenizer.json, a folder or Hub id (hf:OWNER/NAME) that has one; default: the base's, else one trained on the built-in prose.",
+    )
     vocab_size: int = _key(2048, "Vocabulary of the built-in tokenizer.")
 
     iters: int = _key(600, "Optimiser steps.", aliases=("max_steps",))

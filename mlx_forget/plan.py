@@ -159,6 +159,13 @@ def _plan(config: TrainConfig, backend: str, group: Group, folder: Path | None, 
     data = {"target": identity_of(targets, stores), "pretrain": identity_of(pools, stores)}
     if replays:
         data["replay"] = identity_of(replays, stores)
+    for name in config.replay_limits:
+        if name not in replays:
+            raise UserError(
+                f"replay_limits names {name}, which is no source of replay_data ({', '.join(replays) or config.replay_data})."
+            )
+    if config.replay_limits:
+        data["replay_limits"] = ",".join(str(config.replay_limits.get(name, "all")) for name in replays)
     identifier = run_id(config, precision=precision, learning_rate=rates.peak, data=data, init=init)
     return Plan(
         config=config,

@@ -17,13 +17,19 @@ Encoded = tuple[NDArray[np.int32], NDArray[np.uint8] | None]
 
 def encode(contents: list[Content], vocabulary: Vocabulary, *, num_threads: int | None = None) -> list[Encoded]:
     """(tokens int32[T] without the last EOS, loss mask uint8[T + 1] with it or None where everything is learnt) of each document."""
+    template = vocabulary.chat_template
     texts: list[str] = []
     for content in contents:
-        texts.extend([text for _, text in content.turns] if isinstance(content, Conversation) else [content])
+        if not isinstance(content, Conversation):
+            texts.append(content)
+        elif template is None:
+            texts.extend(text for _, text in content.turns)
     ids = iter(vocabulary.encode_batch(texts, num_threads=num_threads))
     encoded: list[Encoded] = []
     for content in contents:
-        if isinstance(content, Conversation):
+        if isinstance(content, Conversation) and template is not None:
+            encoded.append(template.document(content.messages, bos_id=vocabulary.bos_id, eos_id=vocabulary.eos_id))
+        elif isinstance(content, Conversation):
             encoded.append(_conversation([(role, next(ids)) for role, _ in content.turns], vocabulary))
         else:
             encoded.append((next(ids), None))

@@ -59,6 +59,8 @@ class Tokenizer:
     bos_id, eos_id = BOS, EOS
     inst_ids: tuple[int, ...] = (INST,)
     end_inst_ids: tuple[int, ...] = (END_INST,)
+    # Conversations are written with the marks above.
+    chat_template = None
 
     def __init__(self, model: bytes) -> None:
         self._model = model
@@ -107,6 +109,10 @@ class Tokenizer:
             if not 0 <= i < len(table):
                 raise UserError(f"Token id {i} is outside the vocabulary of {len(table)}.")
         return b"".join([table[i] for i in values]).decode("utf-8", errors="replace")
+
+    def piece(self, index: int) -> str:
+        """The name of an id."""
+        return str(self._processor.id_to_piece(index))
 
     @property
     def piece_bytes(self) -> tuple[bytes, ...]:
