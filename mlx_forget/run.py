@@ -14,6 +14,7 @@ from mlx_forget import checkpoint, records
 from mlx_forget.checkpoint import Checkpoint
 from mlx_forget.config import (
     EVALUATIONS_PER_RUN,
+    REFERENCE_LIVE,
     SCIENCE_VERSION,
     TrainConfig,
     read_yaml,
@@ -30,7 +31,7 @@ from mlx_forget.ladder import (
 from mlx_forget.loop import Cadence, RunState, StopRules, drive
 from mlx_forget.pipeline.batches import Blend
 from mlx_forget.plan import Plan, identity_of, replay_name, sources_of
-from mlx_forget.replay_rows import with_replay
+from mlx_forget.replay_rows import error_of_kept_log_probs, with_replay
 from mlx_forget.trainer import Trainer, TrainerSpec, load_backend
 from mlx_forget.watch import Watch
 
@@ -111,7 +112,7 @@ def start_trainer(plan: Plan, trainer: Trainer, watch: Watch) -> Plan:
         return plan
     trainer.load(plan.start.weights)
     reference = plan.config.method_spec().reference
-    if reference is not None:
+    if reference is not None and plan.config.reference_log_probs == REFERENCE_LIVE:
         trainer.set_reference(reference)
     with plan.group.rank_zero_first():
         return with_replay(plan, trainer, watch)
@@ -257,6 +258,7 @@ def _record(plan: Plan, run: RunState, trainer: Trainer) -> dict[str, Any]:
         "losses": {"start": run.start, "best": best, "end": run.last},
         "forgetting_nats": forgetting,
         "progress_lost": lost,
+        "reference_log_probs": error_of_kept_log_probs(plan, trainer),
         "pretrain_curve": run.curve if config.is_pretraining else None,
         "ended_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

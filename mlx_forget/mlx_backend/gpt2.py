@@ -15,10 +15,11 @@ import mlx.core as mx
 from mlx_forget.ladder import LAYER_NORM_EPSILON, ModelSpec
 from mlx_forget.mlx_backend.operators import Operators
 from mlx_forget.mlx_backend.reference import kl_divergence
+from mlx_forget.mlx_backend.stored_reference import stored_kl_divergence
 
 Weights = Mapping[str, mx.array]
 # What the KL term of some rows needs, as a tree of arrays that compiled functions take: `nll_rows` int32[n] and `kl_rows` int32[k],
-# `kl_weight` float32[k, T], and `reference`, the weights of the frozen model.
+# `kl_weight` float32[k, T], and `reference`, the weights of the frozen model, or `stored`, what is kept of it.
 KLTerm = dict[str, Any]
 
 # Elements of one chunk of logits: on a CPU a chunk should stay in cache, on a GPU it should fill the device.
@@ -153,8 +154,15 @@ def _two_terms(
         nll, grad, part = _cross_entropy_of_rows(final_BTD[rows], head, labels_BT[rows], weight_BT[rows], chunk, operators)
         losses.append(nll)
         grad_final, grad_head = grad_final.at[rows].add(grad), grad_head + part
-    rows, reference = penalty["kl_rows"], penalty["reference"]
-    if rows.size:
+    rows = penalty["kl_rows"]
+    if rows.size and "stored" in penalty:
+        x, stored = final_BTD[rows].reshape(-1, spec.width), penalty["stored"]
+        stored = {name: value.reshape(len(x), *value.shape[2:]) for name, value in stored.items()}
+        kl, grad, part = stored_kl_divergence(x, head, stored, penalty["kl_weight"].reshape(-1), chunk=chunk, operators=operators)
+        losses.append(kl.reshape(len(rows), -1))
+        grad_final, grad_head = grad_final.at[rows].add(grad.reshape(len(rows), *final_BTD.shape[1:])), grad_head + part
+    elif rows.size:
+        reference = penalty["reference"]
         segment = None if segment_BT is None else segment_BT[rows]
         ref_final = hidden_states(reference, spec, tokens_BT[rows], segment, operators=operators)
         flat = (-1, spec.width)
@@ -169,7 +177,8 @@ def _two_terms(
         )
         losses.append(kl.reshape(len(rows), -1))
         grad_final, grad_head = grad_final.at[rows].add(grad.reshape(len(rows), *final_BTD.shape[1:])), grad_head + part
-    return mx.concatenate(losses), grad_final, grad_head
+    # Rows of the KL term whose labels are all masked are of neither kind.
+    return mx.concatenate(losses) if losses else mx.zeros((0, labels_BT.shape[1])), grad_final, grad_head
 
 
 def block(
