@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cuda_backend import compare, gpt2
 from cuda_backend.allocator import keep_freed_memory
+from cuda_backend.architectures import functions_of
 from cuda_backend.distributed import TorchGroup, join, local_rank
 from cuda_backend.optimizer import make_optimizer
 from cuda_backend.reference import FusedKL, add_penalty_gradients, pull_to_reference
@@ -76,6 +77,7 @@ class TorchTrainer(Trainer):
         if self._torch_device.type == "cpu" and runtime.memory_limit_gb is None:
             keep_freed_memory()
         self._dtype = torch.bfloat16 if runtime.precision == "bf16" else torch.float32
+        self._functions = functions_of(spec.model)
         self._chunk = gpt2.chunk_rows(spec.model.vocab_size, self._torch_device)
         self._portions = portions(
             spec.model,
@@ -88,7 +90,7 @@ class TorchTrainer(Trainer):
         self._optimizer = make_optimizer(spec.optim, self._weights)
         self._reference: dict[str, Tensor] | None = None
         self._fisher: dict[str, Tensor] | None = None
-        self._hidden_states = self._maybe_compiled(gpt2.hidden_states)
+        self._hidden_states = self._maybe_compiled(self._functions.hidden_states)
 
     @classmethod
     def describe(cls) -> Capabilities:
@@ -157,7 +159,7 @@ class TorchTrainer(Trainer):
             own = None if segment is None else torch.from_numpy(segment[rows]).to(self._torch_device)
             with torch.no_grad():
                 x = self._forward(self._weights, inputs, own)
-                nll = gpt2.token_nll(x, self._weights["transformer.wte.weight"], labels, self._chunk)
+                nll = gpt2.token_nll(x, self._weights[self._functions.HEAD], labels, self._chunk)
             losses[rows] = nll.view(inputs.shape).cpu().numpy()
         return losses
 
@@ -171,7 +173,7 @@ class TorchTrainer(Trainer):
         own = None if segment is None else torch.from_numpy(segment).to(self._torch_device)
         with torch.no_grad():
             x = self._forward(weights, inputs, own)
-            logits = (x @ weights["transformer.wte.weight"].to(x.dtype).T).float()
+            logits = (x @ weights[self._functions.HEAD].to(x.dtype).T).float()
             logits.sub_(logits.logsumexp(1, keepdim=True))
         return logits.view(*inputs.shape, -1).cpu().numpy()
 
@@ -180,13 +182,13 @@ class TorchTrainer(Trainer):
             raise UserError("compare needs a reference: call set_reference first.")
         reference = {name: value.float() for name, value in self._reference.items()}
         weights, spec, sizes = self._weights, self.spec.model, self._portions
-        heads = [own["transformer.wte.weight"] for own in (weights, reference)]
-        shared = gpt2.num_shared_blocks(weights, reference, spec)
+        heads = [own[self._functions.HEAD] for own in (weights, reference)]
+        shared = self._functions.num_shared_blocks(weights, reference, spec)
         measures = np.zeros((len(MEASURES), len(tokens), tokens.shape[1] - 1), np.float32)
         for rows in self._eval_slices(tokens, sizes.num_tokens):
             inputs, labels = self._split(tokens[rows])
             with torch.no_grad(), self._autocast():
-                pair = gpt2.hidden_states_of_two(weights, reference, spec, inputs, shared=shared)
+                pair = self._functions.hidden_states_of_two(weights, reference, spec, inputs, shared=shared)
             x, ref_x = (states.flatten(0, 1).to(self._dtype) for states in pair)
             found = compare.measures(x, heads[0], ref_x, heads[1], labels, chunk=sizes.num_logits)
             measures[:, rows] = found.view(-1, *inputs.shape).cpu().numpy()
@@ -327,7 +329,8 @@ class TorchTrainer(Trainer):
     def _forward(self, weights: dict[str, Tensor], inputs: Tensor, segment: Tensor | None = None) -> Tensor:
         """Hidden states [N, D] without gradients, always eager: evaluation shapes vary."""
         with self._autocast():
-            return gpt2.hidden_states(weights, self.spec.model, inputs, segment).flatten(0, 1).to(self._dtype)
+            x: Tensor = self._functions.hidden_states(weights, self.spec.model, inputs, segment)
+            return x.flatten(0, 1).to(self._dtype)
 
     def _accumulate_gradient(
         self, batch: Batch, rows: slice, weight: npt.NDArray[np.float32], kl_weight: npt.NDArray[np.float32] | None
@@ -341,7 +344,7 @@ class TorchTrainer(Trainer):
         with self._autocast():
             checkpointed = self.spec.runtime.grad_checkpoint
             x = self._hidden_states(self._weights, self.spec.model, inputs, segment, grad_checkpoint=checkpointed)
-        head, x = self._weights["transformer.wte.weight"], x.to(self._dtype)
+        head, x = self._weights[self._functions.HEAD], x.to(self._dtype)
         nll_rows, kl_rows = self._rows_of(np.asarray(batch.term[rows] != TERM_REPLAY_KL)), None
         if kl_weight is not None and kl_weight.any():
             kl_rows = self._rows_of(np.asarray(kl_weight.any(axis=1)))
@@ -366,7 +369,7 @@ class TorchTrainer(Trainer):
                 x[kl_rows].flatten(0, 1),
                 head,
                 ref_x.flatten(0, 1),
-                self._reference["transformer.wte.weight"],
+                self._reference[self._functions.HEAD],
                 torch.from_numpy(kl_weight).to(self._torch_device)[kl_rows].flatten(),
                 self._chunk,
             )

@@ -24,6 +24,7 @@ from mlx_forget.errors import UserError
 from mlx_forget.evaluate import Windows
 from mlx_forget.ladder import (
     ModelSpec,
+    default_context,
     model_spec,
     num_non_embedding_params,
     num_params,
@@ -147,7 +148,7 @@ def _plan(config: TrainConfig, backend: str, group: Group, folder: Path | None, 
     elif config.init == "scratch":
         tokenizer = _tokenizer_file(config, watch)
         vocab_size = load_vocabulary(tokenizer).vocab_size
-        model = model_spec(config.model, vocab_size, config.max_seq_length or _default_context(config.model))
+        model = model_spec(config.model, vocab_size, config.max_seq_length or default_context(config.model))
         base_peak, init = None, "scratch"
     else:
         start = checkpoint.find_checkpoint(Path(config.init).expanduser())
@@ -378,8 +379,3 @@ def _tokenizer_file(config: TrainConfig, watch: Watch) -> Path:
         if stored is not None and stored.is_file():
             return stored
     return builtin_tokenizer(config.vocab_size, progress=watch.progress)
-
-
-def _default_context(model: str) -> int:
-    """128 for the laptop sizes, 1,024 for the paper's."""
-    return 1024 if model_spec(model, 1, 1).width >= 512 else 128

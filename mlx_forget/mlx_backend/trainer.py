@@ -20,6 +20,7 @@ from mlx_forget.errors import OutOfMemory, UserError
 from mlx_forget.ladder import initial_weights, num_params, param_shapes
 from mlx_forget.methods import NUM_SOURCES, NUM_TERMS, TERM_REPLAY_KL, TERM_REPLAY_NTP, TERM_TASK
 from mlx_forget.mlx_backend import BLAS_NOTE, compare, gpt2, optimizer
+from mlx_forget.mlx_backend.architectures import functions_of
 from mlx_forget.mlx_backend.distributed import MLXGroup, join, num_local_ranks
 from mlx_forget.mlx_backend.operators import operators
 from mlx_forget.mlx_backend.reference import penalty_gradients, pull_to_reference
@@ -80,6 +81,7 @@ class MLXTrainer(Trainer):
         self._operators = operators(dtype=dtype, on_cpu=self._on_cpu, fused=can_compile)
         if can_compile and self._on_cpu:
             compile_loops()
+        self._functions = functions_of(spec.model)
         self._chunk = gpt2.chunk_rows(spec.model.vocab_size, on_cpu=self._on_cpu)
         self._portions = portions(
             spec.model,
@@ -203,8 +205,8 @@ class MLXTrainer(Trainer):
         if weights is None:
             raise UserError("Log-probabilities of the reference need one: call set_reference first.")
         own = None if segment is None else mx.array(segment)
-        x = gpt2.hidden_states(weights, self.spec.model, mx.array(tokens[:, :-1]), own, operators=self._operators)
-        head = weights["transformer.wte.weight"].astype(self._operators.dtype)
+        x = self._functions.hidden_states(weights, self.spec.model, mx.array(tokens[:, :-1]), own, operators=self._operators)
+        head = weights[self._functions.HEAD].astype(self._operators.dtype)
         logits = self._operators.matmul(x.astype(self._operators.dtype), head.T).astype(mx.float32)
         return np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
 
@@ -212,7 +214,7 @@ class MLXTrainer(Trainer):
         if self._reference is None:
             raise UserError("compare needs a reference: call set_reference first.")
         reference = {name: value.astype(mx.float32) for name, value in self._reference.items()}
-        shared = gpt2.num_shared_blocks(self._weights, reference, self.spec.model)
+        shared = self._functions.num_shared_blocks(self._weights, reference, self.spec.model)
         measures = np.zeros((len(MEASURES), len(tokens), tokens.shape[1] - 1), np.float32)
         for rows in self._eval_slices(tokens, self._portions.num_tokens):
             measures[:, rows] = np.array(self._measures(reference, mx.array(tokens[rows]), shared))
@@ -238,7 +240,7 @@ class MLXTrainer(Trainer):
         for row in range(len(tokens)):
             one = slice(row, row + 1)
             weight = mx.array(mask[one].astype(np.float32))
-            _, gradients = gpt2.gradients(
+            _, gradients = self._functions.gradients(
                 self._weights,
                 self.spec.model,
                 mx.array(tokens[one, :-1]),
@@ -383,7 +385,7 @@ class MLXTrainer(Trainer):
         for number, rows in enumerate(_shares(tokens.shape[-2], len(self._streams))):
             kl_term = None if kl_terms is None else kl_terms[number]
             with mx.stream(self._streams[number]):
-                losses, gradients = gpt2.gradients(
+                losses, gradients = self._functions.gradients(
                     weights,
                     self.spec.model,
                     tokens[..., rows, :-1],
@@ -445,11 +447,11 @@ class MLXTrainer(Trainer):
         for stream, rows in zip(self._streams, _shares(len(tokens), len(self._streams)), strict=False):
             with mx.stream(stream):
                 own = None if segment is None else segment[rows]
-                x = gpt2.hidden_states(weights, self.spec.model, tokens[rows, :-1], own, operators=self._operators)
+                x = self._functions.hidden_states(weights, self.spec.model, tokens[rows, :-1], own, operators=self._operators)
                 parts.append(
                     gpt2.token_nll(
                         x.reshape(-1, x.shape[-1]),
-                        weights["transformer.wte.weight"],
+                        weights[self._functions.HEAD],
                         tokens[rows, 1:].reshape(-1),
                         chunk=self._chunk,
                         operators=self._operators,
@@ -463,11 +465,11 @@ class MLXTrainer(Trainer):
         streams = self._streams[: max(1, self._portions.num_logits // _LEAST_LOGITS)]
         for stream, rows in zip(streams, _shares(len(tokens), len(streams)), strict=False):
             with mx.stream(stream):
-                pair = gpt2.hidden_states_of_two(
+                pair = self._functions.hidden_states_of_two(
                     self._weights, reference, self.spec.model, tokens[rows, :-1], shared=shared, operators=self._operators
                 )
                 x, ref_x = (states.reshape(-1, states.shape[-1]) for states in pair)
-                head, ref_head = (own["transformer.wte.weight"] for own in (self._weights, reference))
+                head, ref_head = (own[self._functions.HEAD] for own in (self._weights, reference))
                 found = compare.measures(
                     x,
                     head,
