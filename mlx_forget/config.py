@@ -215,6 +215,10 @@ class TrainConfig:
             raise UserError(f"--beta2-half-life-tokens is AdamW's: optimizer {self.optimizer!r} has no beta2.")
         if self.seed >= 2**63:
             raise UserError(f"seed must be below 2^63, it is {self.seed}.")
+        if self.max_forgetting is not None and self.pretrain is None:
+            raise UserError(
+                f"max_forgetting is {self.max_forgetting:g}, but there is no pretraining loss to hold it to: give --pretrain."
+            )
         if self.reference_log_probs != REFERENCE_LIVE:
             parse_kind(self.reference_log_probs)
         if self.rows not in LAYOUTS:

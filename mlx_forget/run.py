@@ -256,12 +256,21 @@ def _record(plan: Plan, run: RunState, trainer: Trainer) -> dict[str, Any]:
         },
         "data": data,
         "losses": {"start": run.start, "best": best, "end": run.last},
+        "selection": _selection(config, run),
         "forgetting_nats": forgetting,
         "progress_lost": lost,
         "reference_log_probs": error_of_kept_log_probs(plan, trainer),
         "pretrain_curve": run.curve if config.is_pretraining else None,
         "ended_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def _selection(config: TrainConfig, run: RunState) -> dict[str, Any]:
+    """What `best` is: the lowest target validation loss, among evaluations that have forgotten no more than the limit if there is one."""
+    limit, over = config.max_forgetting, None
+    if limit is not None and run.start is not None and run.last is not None and run.last["pretrain_val"] is not None:
+        over = run.last["step"] if run.last["pretrain_val"] - run.start["pretrain_val"] > limit else None
+    return {"measure": "target_val", "max_forgetting": limit, "over_the_limit_at": over}
 
 
 def _title(config: TrainConfig) -> str:
