@@ -159,8 +159,11 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16"] = _machine("auto", "auto: bf16 where the hardware multiplies it fast, else fp32.")
     device: str | None = _machine(None, "Insist on a device such as cuda:1 or cpu.")
     compile: bool | None = _machine(None, "Compile the step; default: where it pays.")
-    micro_batch_size: int | None = _machine(None, "Rows per forward pass; the result is that of the whole batch.")
+    micro_batch_size: int | None = _machine(
+        None, "Rows per forward pass; the result is that of the whole batch. Default: as many as fit."
+    )
     grad_checkpoint: bool = _machine(False, "Recompute activations to save memory.", aliases=("gradient_checkpointing",))
+    shard: bool = _machine(False, "Share weights, gradients and moments among the processes of the run (PyTorch's FSDP2).")
     num_threads: int | None = _machine(None, "CPU threads.")
     memory_limit_gb: float | None = _machine(None, "Never use more memory than this.")
     steps_per_report: int = _machine(10, "Steps between progress reports.", aliases=("logging_steps",))
@@ -252,6 +255,7 @@ class TrainConfig:
             compile=self.compile,
             micro_batch_size=self.micro_batch_size,
             grad_checkpoint=self.grad_checkpoint,
+            shard=self.shard,
             num_threads=self.num_threads,
             memory_limit_gb=self.memory_limit_gb,
         )
@@ -272,6 +276,7 @@ class TrainConfig:
             "compile",
             "micro_batch_size",
             "grad_checkpoint",
+            "shard",
             "num_threads",
             "memory_limit_gb",
             "steps_per_report",

@@ -101,7 +101,7 @@ def trainer_spec(plan: Plan) -> TrainerSpec:
         model=plan.model,
         optim=plan.config.optim(),
         method=plan.config.method_spec(),
-        runtime=plan.config.runtime(plan.precision),
+        runtime=dataclasses.replace(plan.config.runtime(plan.precision), micro_batch_size=plan.micro_batch_size),
         seed=plan.config.seed,
     )
 
@@ -247,6 +247,7 @@ def _record(plan: Plan, run: RunState, trainer: Trainer) -> dict[str, Any]:
         "wall_seconds": run.elapsed_seconds,
         "tokens_per_second": run.step * run.tokens_per_step / run.elapsed_seconds if run.elapsed_seconds else None,
         "peak_memory_bytes": trainer.peak_memory_bytes(),
+        "micro_batch_size": trainer.micro_batch_size,
         "num_resumes": run.num_resumes,
         "num_skipped": run.num_skipped,
         "p": {

@@ -30,6 +30,8 @@ from mlx_forget.trainer import (
     Batch,
     Capabilities,
     Comparison,
+    ModelSpec,
+    Precision,
     Stack,
     StepReading,
     StepResult,
@@ -288,6 +290,18 @@ class MLXTrainer(Trainer):
     def memory_bytes(cls) -> int | None:
         size = _device_info().get("max_recommended_working_set_size") if _gpu_available() else None
         return None if size is None else int(size)
+
+    @classmethod
+    def kept_bytes(cls, model: ModelSpec, precision: Precision) -> int:
+        # The gradient that is written out keeps both norms in float32 too, and the inner derivative of the GELU. A CPU attends in float32
+        # and keeps its weights.
+        per_width = {"gpt2": {"fp32": 80, "bf16": 56}, "qknorm": {"fp32": 112, "bf16": 76}}
+        attended = 0 if _gpu_available() else 4 * model.num_heads * model.context_length
+        return per_width[model.architecture][precision] * model.width + attended
+
+    @property
+    def micro_batch_size(self) -> int | None:
+        return self.spec.runtime.micro_batch_size
 
     def peak_memory_bytes(self) -> int:
         if not self._on_cpu:
