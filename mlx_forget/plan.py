@@ -42,6 +42,7 @@ from mlx_forget.pipeline.shares import ShareSchedule, Stage, constant_share, par
 from mlx_forget.pipeline.store import TokenStore
 from mlx_forget.pipeline.vocabularies import find_tokenizer, load_vocabulary, tokenizer_in
 from mlx_forget.schedule import Schedule
+from mlx_forget.tracking import check_sink
 from mlx_forget.trainer import Capabilities, Precision, choose_backend, join_group, load_backend
 from mlx_forget.watch import Watch
 
@@ -177,6 +178,7 @@ def _plan(config: TrainConfig, backend: str, group: Group, folder: Path | None, 
     precision: Precision = config.precision if config.precision != "auto" else "bf16" if fast_bf16 else "fp32"
     num_devices = where.num_devices or group.size
     _check_method(config, backend, capabilities)
+    check_sink(config.log_to)
 
     base, start = None, None
     if config.init == "auto":
