@@ -39,7 +39,7 @@ def replay(
     from mlx_forget.errors import UserError, unknown
     from mlx_forget.pipeline.vocabularies import load_vocabulary
     from mlx_forget.progress import Preparation
-    from mlx_forget.replay import SampleSpec, sample_store
+    from mlx_forget.replay import SampleSpec, sample_store, samples_of
     from mlx_forget.token_counts import parse_tokens
     from mlx_forget.trainer import RuntimeSpec, TrainerSpec, choose_backend, load_backend
 
@@ -48,7 +48,8 @@ def replay(
     def say(sentence: str) -> None:
         console.print(sentence, highlight=False, soft_wrap=True)
 
-    if output.exists():
+    # What is left of an interrupted call beside a whole store is removed by the next one.
+    if output.exists() and not samples_of(output).exists():
         raise UserError(f"{output} exists already: choose another place or remove it.")
     start = find_checkpoint(model.expanduser())
     shape, vocabulary = start.model_spec(), load_vocabulary(start.tokenizer)
