@@ -34,6 +34,10 @@ COMMANDS = {
         "mlx_forget.cli.plot",
         "Draw Figure 1, methods or learning rates from the runs of a sweep, and print what is read at the minimum.",
     ),
+    "report": (
+        "mlx_forget.cli.report",
+        "What a sweep found, as one HTML page: runs, U-curves, forgetting, laws with hold-outs, and which p keeps within a budget.",
+    ),
     "fit": ("mlx_forget.cli.fit", "Fit a law to a table of runs: parameters with honest intervals, and what not to trust."),
     "predict": ("mlx_forget.cli.predict", "Predict a loss, or the forgetting, from a fit.json."),
     "advise": ("mlx_forget.cli.advise", "The smallest p (or the largest D, the smallest N) that keeps forgetting under a budget."),
