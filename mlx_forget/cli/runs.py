@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="List finished runs, or show one.")
+app = typer.Typer(no_args_is_help=True, help="List finished runs, or show one.\n\nExample: forget runs list runs")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
