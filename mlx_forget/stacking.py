@@ -41,6 +41,8 @@ def obstacle(plan: Plan) -> str | None:
         return f"method {method.name!r} does not stack"
     if plan.config.optimizer != "adamw":
         return f"optimizer {plan.config.optimizer!r} does not stack"
+    if plan.model.architecture != "gpt2":
+        return f"architecture {plan.model.architecture!r} does not stack"
     return None
 
 

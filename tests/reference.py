@@ -126,6 +126,49 @@ class GPT2:
         return grads
 
 
+class QKNorm:
+    """Forward of the ladder's second architecture for one weight dict in float64 (PAPERS' description of Marek et al. 2026)."""
+
+    def __init__(self, weights, spec: ModelSpec):
+        self.w = {name: np.asarray(value, np.float64) for name, value in weights.items()}
+        self.spec = spec
+
+    @staticmethod
+    def norm(x):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+
+    def rotate(self, x, place):
+        """As complex numbers: entry i and entry i + E / 2 of a head turn by place * 10000^(-2i / E)."""
+        half = self.spec.head_dim // 2
+        turn = np.exp(1j * place[:, None, :, None] * 10_000.0 ** (-np.arange(half) / half))
+        turned = (x[..., :half] + 1j * x[..., half:]) * turn
+        return np.concatenate([turned.real, turned.imag], -1)
+
+    def logits(self, inputs, segment=None):
+        B, T = inputs.shape
+        H, hd = self.spec.num_heads, self.spec.head_dim
+        place = positions(inputs, segment)
+        x = self.w["decoder.embed_in.weight"][inputs]
+        allowed = np.tril(np.ones((T, T), bool))[None, None]
+        if segment is not None:
+            allowed = allowed & (segment[:, None, :, None] == segment[:, None, None, :])
+        for i in range(self.spec.num_layers):
+            p = f"decoder.h.{i}."
+            q, k, v = (
+                t.reshape(B, T, H, hd).transpose(0, 2, 1, 3) for t in np.split(self.norm(x) @ self.w[p + "attn.qkv.weight"], 3, -1)
+            )
+            q, k = (self.rotate(self.norm(t), place) for t in (q, k))
+            a = softmax(np.where(allowed, q @ k.transpose(0, 1, 3, 2) / np.sqrt(hd), -np.inf))
+            x = x + (a @ v).transpose(0, 2, 1, 3).reshape(B, T, -1) @ self.w[p + "attn.out.weight"]
+            x = x + gelu(self.norm(x) @ self.w[p + "mlp.up.weight"]) @ self.w[p + "mlp.down.weight"]
+        return self.norm(x) @ self.w["decoder.embed_out.weight"].T
+
+    def losses(self, tokens, segment=None):
+        """Next-token losses float64[B, T]."""
+        p = softmax(self.logits(tokens[:, :-1], segment))
+        return -np.log(np.take_along_axis(p, tokens[:, 1:, None].astype(int), -1)[..., 0])
+
+
 class AdamW:
     """AdamW with bias correction and global-norm clipping, float64, on a dict of arrays."""
 

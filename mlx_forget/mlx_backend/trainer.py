@@ -20,6 +20,7 @@ from mlx_forget.errors import OutOfMemory, UserError
 from mlx_forget.ladder import initial_weights, num_params, param_shapes
 from mlx_forget.methods import NUM_SOURCES, NUM_TERMS, TERM_REPLAY_KL, TERM_REPLAY_NTP, TERM_TASK
 from mlx_forget.mlx_backend import BLAS_NOTE, compare, gpt2, optimizer
+from mlx_forget.mlx_backend.architectures import functions_of
 from mlx_forget.mlx_backend.distributed import MLXGroup, join, num_local_ranks
 from mlx_forget.mlx_backend.operators import operators
 from mlx_forget.mlx_backend.reference import penalty_gradients, pull_to_reference
@@ -29,6 +30,8 @@ from mlx_forget.trainer import (
     Batch,
     Capabilities,
     Comparison,
+    ModelSpec,
+    Precision,
     Stack,
     StepReading,
     StepResult,
@@ -80,6 +83,7 @@ class MLXTrainer(Trainer):
         self._operators = operators(dtype=dtype, on_cpu=self._on_cpu, fused=can_compile)
         if can_compile and self._on_cpu:
             compile_loops()
+        self._functions = functions_of(spec.model)
         self._chunk = gpt2.chunk_rows(spec.model.vocab_size, on_cpu=self._on_cpu)
         self._portions = portions(
             spec.model,
@@ -145,7 +149,9 @@ class MLXTrainer(Trainer):
 
     def train_step(self, batch: Batch, learning_rate: float) -> StepResult:
         method = self.spec.method
-        check_reference(self.spec.method, reference=self._reference is not None, fisher=self._fisher is not None)
+        check_reference(
+            self.spec.method, reference=self._reference is not None or batch.reference is not None, fisher=self._fisher is not None
+        )
         counts = self.group.all_sum(group_counts(batch, method))
         token_weight, kl_weight = token_weights(batch, counts, method), kl_weights(batch, counts, method)
         groups = np.eye(NUM_TERMS * NUM_SOURCES, dtype=np.float32)[batch.term.astype(np.int64) * NUM_SOURCES + batch.source]
@@ -161,7 +167,7 @@ class MLXTrainer(Trainer):
                 mx.array(batch.loss_mask[rows]),
                 mx.array(groups[rows]),
                 None if batch.segment is None else mx.array(batch.segment[rows]),
-                self._kl_terms(batch.term[rows], batch.source[rows], None if kl_weight is None else kl_weight[rows]),
+                self._kl_terms(batch, rows, None if kl_weight is None else kl_weight[rows]),
             )
             total = part if total is None else {name: value + part[name] for name, value in total.items()}
             if size < len(batch.tokens):
@@ -194,11 +200,23 @@ class MLXTrainer(Trainer):
             losses[rows] = np.array(self._nll(self._weights, mx.array(tokens[rows]), own))
         return losses
 
+    def log_probs(
+        self, tokens: npt.NDArray[np.int32], segment: npt.NDArray[np.int32] | None = None, *, from_reference: bool = False
+    ) -> npt.NDArray[np.float32]:
+        weights = self._reference if from_reference else self._weights
+        if weights is None:
+            raise UserError("Log-probabilities of the reference need one: call set_reference first.")
+        own = None if segment is None else mx.array(segment)
+        x = self._functions.hidden_states(weights, self.spec.model, mx.array(tokens[:, :-1]), own, operators=self._operators)
+        head = weights[self._functions.HEAD].astype(self._operators.dtype)
+        logits = self._operators.matmul(x.astype(self._operators.dtype), head.T).astype(mx.float32)
+        return np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+
     def compare(self, tokens: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8]) -> Comparison:
         if self._reference is None:
             raise UserError("compare needs a reference: call set_reference first.")
         reference = {name: value.astype(mx.float32) for name, value in self._reference.items()}
-        shared = gpt2.num_shared_blocks(self._weights, reference, self.spec.model)
+        shared = self._functions.num_shared_blocks(self._weights, reference, self.spec.model)
         measures = np.zeros((len(MEASURES), len(tokens), tokens.shape[1] - 1), np.float32)
         for rows in self._eval_slices(tokens, self._portions.num_tokens):
             measures[:, rows] = np.array(self._measures(reference, mx.array(tokens[rows]), shared))
@@ -224,7 +242,7 @@ class MLXTrainer(Trainer):
         for row in range(len(tokens)):
             one = slice(row, row + 1)
             weight = mx.array(mask[one].astype(np.float32))
-            _, gradients = gpt2.gradients(
+            _, gradients = self._functions.gradients(
                 self._weights,
                 self.spec.model,
                 mx.array(tokens[one, :-1]),
@@ -272,6 +290,18 @@ class MLXTrainer(Trainer):
     def memory_bytes(cls) -> int | None:
         size = _device_info().get("max_recommended_working_set_size") if _gpu_available() else None
         return None if size is None else int(size)
+
+    @classmethod
+    def kept_bytes(cls, model: ModelSpec, precision: Precision) -> int:
+        # The gradient that is written out keeps both norms in float32 too, and the inner derivative of the GELU. A CPU attends in float32
+        # and keeps its weights.
+        per_width = {"gpt2": {"fp32": 80, "bf16": 56}, "qknorm": {"fp32": 112, "bf16": 76}}
+        attended = 0 if _gpu_available() else 4 * model.num_heads * model.context_length
+        return per_width[model.architecture][precision] * model.width + attended
+
+    @property
+    def micro_batch_size(self) -> int | None:
+        return self.spec.runtime.micro_batch_size
 
     def peak_memory_bytes(self) -> int:
         if not self._on_cpu:
@@ -369,7 +399,7 @@ class MLXTrainer(Trainer):
         for number, rows in enumerate(_shares(tokens.shape[-2], len(self._streams))):
             kl_term = None if kl_terms is None else kl_terms[number]
             with mx.stream(self._streams[number]):
-                losses, gradients = gpt2.gradients(
+                losses, gradients = self._functions.gradients(
                     weights,
                     self.spec.model,
                     tokens[..., rows, :-1],
@@ -393,10 +423,9 @@ class MLXTrainer(Trainer):
             total = {name: value + part[name] for name, value in total.items()}
         return total
 
-    def _kl_terms(
-        self, term: npt.NDArray[np.uint8], source: npt.NDArray[np.uint8], kl_weight: npt.NDArray[np.float32] | None
-    ) -> "list[gpt2.KLTerm] | None":
+    def _kl_terms(self, batch: Batch, part: slice, kl_weight: npt.NDArray[np.float32] | None) -> "list[gpt2.KLTerm] | None":
         """What each thread's share of some rows needs for their KL term; None where no row has one."""
+        term, source = batch.term[part], batch.source[part]
         if kl_weight is None and not (term == TERM_REPLAY_KL).any():
             return None
         weight = np.zeros((len(term), 0), np.float32) if kl_weight is None else kl_weight
@@ -404,13 +433,19 @@ class MLXTrainer(Trainer):
         for rows in _shares(len(term), len(self._streams)):
             kl_rows = np.flatnonzero(weight[rows].any(axis=1))
             groups = TERM_REPLAY_KL * NUM_SOURCES + source[rows][kl_rows].astype(np.int64)
+            if batch.reference is None:
+                reference: dict[str, Any] = {"reference": self._reference}
+            else:
+                kept = batch.reference_of(part.start + rows.start + kl_rows)
+                arrays = {"log_probs": kept.log_probs, "top": kept.top, "tail": kept.tail}
+                reference = {"stored": {name: mx.array(value) for name, value in arrays.items() if value is not None}}
             terms.append(
                 {
                     "nll_rows": mx.array(np.flatnonzero(term[rows] != TERM_REPLAY_KL).astype(np.int32)),
                     "kl_rows": mx.array(kl_rows.astype(np.int32)),
                     "kl_groups": mx.array(np.eye(NUM_TERMS * NUM_SOURCES, dtype=np.float32)[groups]),
                     "kl_weight": mx.array(weight[rows][kl_rows]),
-                    "reference": self._reference,
+                    **reference,
                 }
             )
         return terms
@@ -426,11 +461,11 @@ class MLXTrainer(Trainer):
         for stream, rows in zip(self._streams, _shares(len(tokens), len(self._streams)), strict=False):
             with mx.stream(stream):
                 own = None if segment is None else segment[rows]
-                x = gpt2.hidden_states(weights, self.spec.model, tokens[rows, :-1], own, operators=self._operators)
+                x = self._functions.hidden_states(weights, self.spec.model, tokens[rows, :-1], own, operators=self._operators)
                 parts.append(
                     gpt2.token_nll(
                         x.reshape(-1, x.shape[-1]),
-                        weights["transformer.wte.weight"],
+                        weights[self._functions.HEAD],
                         tokens[rows, 1:].reshape(-1),
                         chunk=self._chunk,
                         operators=self._operators,
@@ -444,11 +479,11 @@ class MLXTrainer(Trainer):
         streams = self._streams[: max(1, self._portions.num_logits // _LEAST_LOGITS)]
         for stream, rows in zip(streams, _shares(len(tokens), len(streams)), strict=False):
             with mx.stream(stream):
-                pair = gpt2.hidden_states_of_two(
+                pair = self._functions.hidden_states_of_two(
                     self._weights, reference, self.spec.model, tokens[rows, :-1], shared=shared, operators=self._operators
                 )
                 x, ref_x = (states.reshape(-1, states.shape[-1]) for states in pair)
-                head, ref_head = (own["transformer.wte.weight"] for own in (self._weights, reference))
+                head, ref_head = (own[self._functions.HEAD] for own in (self._weights, reference))
                 found = compare.measures(
                     x,
                     head,
