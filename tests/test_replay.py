@@ -220,8 +220,9 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_rows_stay(start, tmp_path):
     assert write(start, tmp_path / "s", 16 * 50, say=said).fingerprint == straight.fingerprint
     assert said[0] == "50 rows at once do not fit into memory: sampling 25."
     fits = [f"{n} rows at once do not fit into memory: sampling {n // 2}." for n in (50, 25, 12)]
-    assert [sentence for sentence in said if "fit" in sentence] == fits[:2] + [
-        "12 rows at once do not fit into memory: sampling 6."
+    assert [sentence for sentence in said if "fit" in sentence] == [
+        *fits[:2],
+        "12 rows at once do not fit into memory: sampling 6.",
     ]
 
 
