@@ -293,8 +293,11 @@ class TorchTrainer(Trainer):
                 torch.from_numpy(u).to(self._torch_device),
                 temperature,
             )
-        except torch.OutOfMemoryError as error:
-            raise MemoryError(f"sampling {len(prompts)} rows") from error
+        except RuntimeError as error:
+            # On a CPU it is no OutOfMemoryError.
+            if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+                raise MemoryError(f"sampling {len(prompts)} rows") from error
+            raise
         return out.cpu().numpy().astype(np.int32)
 
     @classmethod

@@ -284,7 +284,12 @@ class MLXTrainer(Trainer):
         # The last token is never an input.
         if prompts.shape[1] + u.shape[1] - 1 > self.spec.model.context_length:
             raise UserError(f"Prompt and sample together exceed the context of {self.spec.model.context_length} tokens.")
-        return sample(weights, self.spec.model, prompts, u, temperature=temperature, operators=self._operators)
+        try:
+            return sample(weights, self.spec.model, prompts, u, temperature=temperature, operators=self._operators)
+        except RuntimeError as error:
+            if any(words in str(error) for words in ("to allocate", "Insufficient Memory")):
+                raise MemoryError(f"sampling {len(prompts)} rows") from error
+            raise
 
     @classmethod
     def memory_bytes(cls) -> int | None:
