@@ -14,15 +14,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from cuda_backend import compare, gpt2
+from cuda_backend import compare, gpt2, lora
 from cuda_backend.allocator import keep_freed_memory
 from cuda_backend.distributed import TorchGroup, join, local_rank
 from cuda_backend.reference import FusedKL, add_penalty_gradients, pull_to_reference
 from cuda_backend.sample import sample
+from mlx_forget.adapters import file_name, initial_adapters, is_adapter, num_trainable, parameter_name, parameter_shapes
 from mlx_forget.comparison import MEASURES, portions
 from mlx_forget.distributed import Group
 from mlx_forget.errors import UserError
-from mlx_forget.ladder import decays, initial_weights, num_params, param_shapes
+from mlx_forget.ladder import decays, initial_weights, linear_shapes, num_params, param_shapes
 from mlx_forget.methods import NUM_SOURCES, NUM_TERMS, TERM_REPLAY_KL, TERM_REPLAY_NTP, TERM_TASK
 from mlx_forget.trainer import (
     Batch,
@@ -59,8 +60,6 @@ class TorchTrainer(Trainer):
 
     def __init__(self, spec: TrainerSpec) -> None:
         runtime = spec.runtime
-        if spec.adapter is not None:
-            raise UserError("The ladder trains all its weights: adapters need a Hugging Face model.")
         self.spec = spec
         self._notes: list[str] = []
         self.group = join()
@@ -83,12 +82,17 @@ class TorchTrainer(Trainer):
             used_bytes=self.used_memory_bytes(),
         )
         start = () if runtime.reads_only else initial_weights(spec.model, spec.seed)
-        self._weights = {name: torch.from_numpy(value).to(self._torch_device).requires_grad_() for name, value in start}
-        self._decayed = [name for name in self._weights if decays(name)]
-        self._plain = [name for name in self._weights if not decays(name)]
-        self._exp_avg = {name: torch.zeros_like(value) for name, value in self._weights.items()}
-        self._exp_avg_sq = {name: torch.zeros_like(value) for name, value in self._weights.items()}
-        self._steps = {name: torch.zeros((), device=self._torch_device) for name in self._weights}
+        self._weights = {name: torch.from_numpy(value).to(self._torch_device) for name, value in start}
+        self._add_adapters()
+        self._trained = [name for name in self._weights if spec.adapter is None or is_adapter(name)]
+        for name in self._trained:
+            self._weights[name].requires_grad_()
+        self._decayed = [name for name in self._trained if decays(name)]
+        self._plain = [name for name in self._trained if not decays(name)]
+        self._exp_avg = {name: torch.zeros_like(self._weights[name]) for name in self._trained}
+        self._exp_avg_sq = {name: torch.zeros_like(self._weights[name]) for name in self._trained}
+        self._steps = {name: torch.zeros((), device=self._torch_device) for name in self._trained}
+        self._num_calls = 0
         self._reference: dict[str, Tensor] | None = None
         self._fisher: dict[str, Tensor] | None = None
         self._hidden_states = self._maybe_compiled(gpt2.hidden_states)
@@ -98,6 +102,7 @@ class TorchTrainer(Trainer):
         return Capabilities(
             precisions=("fp32", "bf16"),
             terms=(TERM_TASK, TERM_REPLAY_NTP, TERM_REPLAY_KL),
+            adapters=("lora", "dora"),
             anchor=True,
             fisher=True,
             sample=True,
@@ -139,33 +144,38 @@ class TorchTrainer(Trainer):
         size = self.spec.runtime.micro_batch_size or max(1, len(batch.tokens))
         for start in range(0, len(batch.tokens), size):
             rows = slice(start, start + size)
+            if self.spec.adapter is not None and self.spec.adapter.dropout:
+                lora.seed_dropout(self.spec.seed, self._num_calls, start, self.group.rank)
             nll, kl = self._accumulate_gradient(batch, rows, token_weight[rows], None if kl_weight is None else kl_weight[rows])
             mask = torch.from_numpy(batch.loss_mask[rows]).to(self._torch_device)
             sums.index_add_(0, group[rows], (nll * mask).sum(1))
             if kl is not None:
                 sums.index_add_(0, kl_group[rows], (kl * mask).sum(1))
-        gradients = {name: torch.zeros_like(value) if value.grad is None else value.grad for name, value in self._weights.items()}
+        trained = ((name, self._weights[name]) for name in self._trained)
+        gradients = {name: torch.zeros_like(value) if value.grad is None else value.grad for name, value in trained}
         if isinstance(self.group, TorchGroup):
             *summed, sums = self.group.sum_tensors([*gradients.values(), sums])
             gradients = dict(zip(gradients, summed, strict=True))
         norm, skipped = self._update(gradients, learning_rate)
+        self._num_calls += 1
         return TorchStep(torch.cat([sums, torch.stack([norm, skipped])]), counts)
 
     def token_losses(self, tokens: npt.NDArray[np.int32], segment: npt.NDArray[np.int32] | None = None) -> npt.NDArray[np.float32]:
         losses = np.empty((len(tokens), tokens.shape[1] - 1), np.float32)
+        weights = self._folded()
         for rows in self._eval_slices(tokens):
             inputs, labels = self._split(tokens[rows])
             own = None if segment is None else torch.from_numpy(segment[rows]).to(self._torch_device)
             with torch.no_grad():
-                x = self._forward(self._weights, inputs, own)
-                nll = gpt2.token_nll(x, self._weights["transformer.wte.weight"], labels, self._chunk)
+                x = self._forward(weights, inputs, own)
+                nll = gpt2.token_nll(x, weights["transformer.wte.weight"], labels, self._chunk)
             losses[rows] = nll.view(inputs.shape).cpu().numpy()
         return losses
 
     def compare(self, tokens: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8]) -> Comparison:
         if self._reference is None:
             raise UserError("compare needs a reference: call set_reference first.")
-        weights, reference, spec, sizes = self._weights, self._reference, self.spec.model, self._portions
+        weights, reference, spec, sizes = self._folded(), self._reference, self.spec.model, self._portions
         heads = [own["transformer.wte.weight"] for own in (weights, reference)]
         shared = gpt2.num_shared_blocks(weights, reference, spec)
         measures = np.zeros((len(MEASURES), len(tokens), tokens.shape[1] - 1), np.float32)
@@ -182,15 +192,21 @@ class TorchTrainer(Trainer):
         if reference is None:
             self._reference = None
         elif reference == "adapters_off":
-            raise UserError("The reference 'adapters_off' needs adapters, and this model has none.")
+            if self.spec.adapter is None:
+                raise UserError("The reference 'adapters_off' needs adapters, and this model has none.")
+            self._reference = {name: value for name, value in self._weights.items() if not is_adapter(name)}
         elif reference == "start":
-            self._reference = {name: value.detach().clone() for name, value in self._weights.items()}
+            # What is frozen is not copied.
+            now = {name: value.detach().clone() if value.requires_grad else value for name, value in self._weights.items()}
+            self._reference = lora.folded(now, self.spec.adapter)
         else:
             self._reference = self._read_weights(reference)
 
     def set_fisher(
         self, tokens: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8], segment: npt.NDArray[np.int32] | None = None
     ) -> None:
+        if self.spec.adapter is not None:
+            raise UserError("Fisher information is measured of models without adapters.")
         fisher = {name: torch.zeros_like(value) for name, value in self._weights.items()}
         zeros = np.zeros(1, np.uint8)
         for row in range(len(tokens)):
@@ -205,19 +221,25 @@ class TorchTrainer(Trainer):
         self._fisher = fisher
 
     def save(self, path: Path, *, trainable_only: bool = False) -> None:
-        save_file(
-            {name: value.detach().contiguous() for name, value in self._weights.items()},
-            path,
-            metadata={"format": "pt"},
-        )
+        adapter, weights = self.spec.adapter, self._weights
+        if trainable_only and adapter is not None:
+            weights = {file_name(name): weights[name] for name in self._trained}
+        elif adapter is not None:
+            weights = dict(lora.whole(weights, adapter))
+        save_file({name: value.detach().contiguous() for name, value in weights.items()}, path, metadata={"format": "pt"})
 
     def load(self, path: Path) -> None:
-        weights = self._read_weights(path)
+        weights = self._read_weights(path, or_adapters=True)
         if self.spec.runtime.reads_only:
             self._weights = weights
             return
+        adapters_alone = any(map(is_adapter, weights))
+        if self.spec.adapter is not None and not adapters_alone:
+            weights |= self._initial_adapters()
         for name, value in weights.items():
             self._weights[name].data.copy_(value)
+        if not adapters_alone:
+            lora.restart_magnitudes(self._weights)
 
     def save_state(self, path: Path) -> None:
         moments = {f"exp_avg.{name}": value for name, value in self._exp_avg.items()}
@@ -226,10 +248,11 @@ class TorchTrainer(Trainer):
 
     def load_state(self, path: Path) -> None:
         state = load_file(path, device=str(self._torch_device))
-        wanted = {f"{kind}.{name}" for kind in ("exp_avg", "exp_avg_sq") for name in self._weights} | {"step"}
+        wanted = {f"{kind}.{name}" for kind in ("exp_avg", "exp_avg_sq") for name in self._trained} | {"step"}
         if set(state) != wanted:
             raise UserError(f"{path} is not the training state of this model.")
-        for name in self._weights:
+        self._num_calls = int(state["step"][0])
+        for name in self._trained:
             self._exp_avg[name].copy_(state[f"exp_avg.{name}"])
             self._exp_avg_sq[name].copy_(state[f"exp_avg_sq.{name}"])
             self._steps[name].copy_(state["step"][0])
@@ -237,7 +260,7 @@ class TorchTrainer(Trainer):
     def sample(
         self, prompts: npt.NDArray[np.int32], u: npt.NDArray[np.float64], *, temperature: float = 1.0, from_reference: bool = False
     ) -> npt.NDArray[np.int32]:
-        weights = self._reference if from_reference else self._weights
+        weights = self._reference if from_reference else self._folded()
         if weights is None:
             raise UserError("Sampling the reference needs one: call set_reference first.")
         # The last token is never an input.
@@ -299,8 +322,10 @@ class TorchTrainer(Trainer):
     def _limit_memory(self, limit_gb: float) -> None:
         if self._torch_device.type != "cuda":
             raise UserError("PyTorch cannot limit its memory on a CPU: leave --memory-limit-gb out.")
-        # Weights, gradients and two moments in fp32, before any activation.
-        need_gb = 16 * num_params(self.spec.model) / 1e9
+        # Weights in fp32, gradients and two moments of what is trained, before any activation.
+        model, adapter = self.spec.model, self.spec.adapter
+        trained = num_params(model) if adapter is None else num_trainable(linear_shapes(model), adapter)
+        need_gb = (4 * num_params(model) + 12 * trained) / 1e9
         if need_gb > limit_gb:
             raise UserError(f"--memory-limit-gb {limit_gb:g}: the weights and their optimiser alone need {need_gb:.2f} GB.")
         total = torch.cuda.get_device_properties(self._torch_device).total_memory
@@ -332,7 +357,8 @@ class TorchTrainer(Trainer):
         segment = None if batch.segment is None else torch.from_numpy(batch.segment[rows]).to(self._torch_device)
         with self._autocast():
             checkpointed = self.spec.runtime.grad_checkpoint
-            x = self._hidden_states(self._weights, self.spec.model, inputs, segment, grad_checkpoint=checkpointed)
+            weights = self._folded(training=True)
+            x = self._hidden_states(weights, self.spec.model, inputs, segment, grad_checkpoint=checkpointed)
         head, x = self._weights["transformer.wte.weight"], x.to(self._dtype)
         nll_rows, kl_rows = self._rows_of(np.asarray(batch.term[rows] != TERM_REPLAY_KL)), None
         if kl_weight is not None and kl_weight.any():
@@ -399,8 +425,8 @@ class TorchTrainer(Trainer):
                 eps=optim.epsilon,
                 maximize=False,
             )
-        for value in self._weights.values():
-            value.grad = None
+        for name in self._trained:
+            self._weights[name].grad = None
         return norm, skipped
 
     def _autocast(self) -> torch.autocast:
@@ -414,11 +440,32 @@ class TorchTrainer(Trainer):
         size = max(1, num_tokens // (tokens.shape[1] - 1))
         return [slice(start, start + size) for start in range(0, len(tokens), size)]
 
-    def _read_weights(self, path: Path) -> dict[str, Tensor]:
+    def _add_adapters(self) -> None:
+        """New adapters on the weights, where the spec has some."""
+        if self.spec.adapter is not None and not self.spec.runtime.reads_only:
+            shapes = parameter_shapes(linear_shapes(self.spec.model), self.spec.adapter)
+            self._weights |= {name: torch.empty(shape, device=self._torch_device) for name, shape in shapes.items()}
+            self._weights |= self._initial_adapters()
+            lora.restart_magnitudes(self._weights)
+
+    def _initial_adapters(self) -> dict[str, Tensor]:
+        assert self.spec.adapter is not None
+        start = initial_adapters(linear_shapes(self.spec.model), self.spec.adapter, self.spec.seed)
+        return {name: torch.from_numpy(value).to(self._torch_device) for name, value in start}
+
+    def _folded(self, *, training: bool = False) -> dict[str, Tensor]:
+        """The weights as the model reads them."""
+        return lora.folded(self._weights, self.spec.adapter, training=training)
+
+    def _read_weights(self, path: Path, *, or_adapters: bool = False) -> dict[str, Tensor]:
         weights = load_file(path, device=str(self._torch_device))
         weights.pop("lm_head.weight", None)
+        wanted = param_shapes(self.spec.model)
+        if or_adapters and self.spec.adapter is not None and any(map(is_adapter, map(parameter_name, weights))):
+            weights = {parameter_name(name): value for name, value in weights.items()}
+            wanted = parameter_shapes(linear_shapes(self.spec.model), self.spec.adapter)
         shapes = {name: tuple(value.shape) for name, value in weights.items()}
-        if shapes != param_shapes(self.spec.model):
+        if shapes != wanted:
             raise UserError(f"{path} does not hold the weights of this model: names or shapes differ.")
         return {name: value.float() for name, value in weights.items()}
 

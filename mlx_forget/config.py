@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from mlx_forget.adapters import ALL_LINEAR, ATTENTION
 from mlx_forget.errors import UserError, unknown
 from mlx_forget.ladder import SIZES, ModelSpec, num_params
 from mlx_forget.methods import METHODS, MethodSpec, method_spec
@@ -23,7 +24,7 @@ from mlx_forget.pipeline.rows import LAYOUTS
 from mlx_forget.pipeline.shares import describe_share, parse_stages
 from mlx_forget.schedule import Decay, Schedule
 from mlx_forget.token_counts import parse_tokens
-from mlx_forget.trainer import OptimSpec, Precision, RuntimeSpec
+from mlx_forget.trainer import AdapterSpec, OptimSpec, Precision, RuntimeSpec
 
 # A built-in corpus stands for the small set that a user has.
 BUILTIN_TARGET_TOKENS = 100_000
@@ -89,6 +90,25 @@ class TrainConfig:
     replay_tokens: int | None = _key(
         None, "Tokens to sample where replay_data is self; default: what the run needs, at most 2M, then they repeat."
     )
+    fine_tune_type: Literal["full", "lora", "dora"] = _key(
+        "full", "full: train every weight; lora, dora: freeze them and train low-rank adapters, which are all that is saved."
+    )
+    lora_rank: int = _key(8, "Rank of the adapters.", aliases=("lora_r", "rank"))
+    lora_alpha: float = _key(16.0, "What the adapters' product is multiplied by, together with --lora-scaling.")
+    lora_scaling: Literal["alpha/r", "alpha/sqrt(r)", "none"] = _key(
+        "alpha/r", "alpha/r; alpha/sqrt(r), which is rsLoRA; or none, which is 1."
+    )
+    lora_dropout: float = _key(0.0, "Share of an adapter's inputs that a step leaves out.")
+    lora_target_modules: str = _key(
+        ATTENTION,
+        f"What gets an adapter: {ATTENTION}, {ALL_LINEAR}, or names of modules such as attn.c_attn,mlp.c_fc.",
+        aliases=("lora_target", "target_modules"),
+    )
+    compare_to_start: bool = _key(
+        False,
+        "Compare with the start model at every evaluation: cross-entropy to its distribution (the forgetting L_f of Kalajdzievski 2024), KL "
+        "and agreement on the pretraining windows.",
+    )
     tokenizer: str | None = _key(None, "A tokenizer.model; default: the base's, else one trained on the built-in prose.")
     vocab_size: int = _key(2048, "Vocabulary of the built-in tokenizer.")
 
@@ -152,7 +172,16 @@ class TrainConfig:
             injects = self.method == "injection" and not self.is_pretraining
             object.__setattr__(self, "p", INJECTED_SHARE if injects else "0")
         stages = parse_stages(self.p)
-        for name in ("iters", "batch_size", "eval_rows", "pretrain_epochs", "steps_per_report", "vocab_size"):
+        for name in (
+            "iters",
+            "batch_size",
+            "eval_rows",
+            "pretrain_epochs",
+            "steps_per_report",
+            "vocab_size",
+            "lora_rank",
+            "lora_alpha",
+        ):
             _positive(name, getattr(self, name))
         for name in (
             "target_tokens",
@@ -177,6 +206,10 @@ class TrainConfig:
         for name in ("warmup", "weight_decay", "max_grad_norm", "max_skipped", "seed"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must not be negative, it is {getattr(self, name)}.")
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"lora_dropout must be at least 0 and below 1, it is {self.lora_dropout:g}.")
+        if self.fine_tune_type == "full" and (idle := [f.name for f in _lora_fields() if getattr(self, f.name) != f.default]):
+            raise UserError(f"{idle[0]} is given, but --fine-tune-type is full and has no adapters: give lora or dora.")
         if self.seed >= 2**63:
             raise UserError(f"seed must be below 2^63, it is {self.seed}.")
         if self.rows not in LAYOUTS:
@@ -190,6 +223,19 @@ class TrainConfig:
 
     def method_spec(self) -> MethodSpec:
         return method_spec(self.method, self.coefficient)
+
+    def adapter(self) -> AdapterSpec | None:
+        """The adapters that are trained, or None where every weight is."""
+        if self.fine_tune_type == "full":
+            return None
+        return AdapterSpec(
+            kind=self.fine_tune_type,
+            rank=self.lora_rank,
+            alpha=self.lora_alpha,
+            scaling=self.lora_scaling,
+            dropout=self.lora_dropout,
+            target_modules=tuple(name.strip() for name in self.lora_target_modules.split(",")),
+        )
 
     def optim(self) -> OptimSpec:
         return OptimSpec(
@@ -389,6 +435,10 @@ def run_id(
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
+def _lora_fields() -> "list[dataclasses.Field[Any]]":
+    return [f for f in dataclasses.fields(TrainConfig) if f.name.startswith("lora_")]
+
+
 def _positive(name: str, value: float) -> None:
     if not (value > 0 and math.isfinite(value)):
         raise UserError(f"{name} must be positive and finite, it is {value}.")
@@ -410,6 +460,8 @@ def _convert(name: str, value: Any, wanted: Any) -> Any:
         return dict(value)
     if wanted is int and name.endswith("_tokens") and str(value).strip()[-1:].upper() in ("K", "M", "B"):
         return parse_tokens(str(value))
+    if wanted is str and isinstance(value, list):
+        return ",".join(map(str, value))
     try:
         if wanted is bool:
             if isinstance(value, str):

@@ -22,6 +22,7 @@ from mlx_forget.config import (
 from mlx_forget.distributed import Group
 from mlx_forget.errors import Interrupted, RunFailed, UserError
 from mlx_forget.evaluate import progress_lost
+from mlx_forget.fuse import base_of
 from mlx_forget.history import read_history
 from mlx_forget.ladder import (
     num_non_embedding_params,
@@ -100,6 +101,7 @@ def trainer_spec(plan: Plan) -> TrainerSpec:
         model=plan.model,
         optim=plan.config.optim(),
         method=plan.config.method_spec(),
+        adapter=plan.config.adapter(),
         runtime=plan.config.runtime(plan.precision),
         seed=plan.config.seed,
     )
@@ -110,9 +112,10 @@ def start_trainer(plan: Plan, trainer: Trainer, watch: Watch) -> Plan:
     if plan.start is None:
         return plan
     trainer.load(plan.start.weights)
-    reference = plan.config.method_spec().reference
+    reference = plan.config.method_spec().reference or ("start" if plan.config.compare_to_start else None)
     if reference is not None:
-        trainer.set_reference(reference)
+        # Where the base is frozen, it is the start model: nothing is copied.
+        trainer.set_reference(reference if plan.config.adapter() is None else "adapters_off")
     with plan.group.rank_zero_first():
         return with_replay(plan, trainer, watch)
 
@@ -130,6 +133,9 @@ def prepare_run(plan: Plan, latest: Checkpoint | None, trainer: Trainer, watch: 
         "base_curve": curve,
         "pretrained_on": identity_of(sources_of(config.target), plan.stores) if config.is_pretraining else None,
     }
+    if (adapter := config.adapter()) is not None:
+        assert plan.start is not None
+        identity |= {"adapter": dataclasses.asdict(adapter), "base": base_of(plan.start)}
     target_train, target_val, pretrain_val = plan.windows
     run = RunState(
         folder=plan.folder,
@@ -239,7 +245,10 @@ def _record(plan: Plan, run: RunState, trainer: Trainer) -> dict[str, Any]:
         "versions": records.installed_versions(),
         "seed": config.seed,
         "init": "scratch" if plan.start is None else plan.start.state["run_id"],
+        "fine_tune_type": config.fine_tune_type,
+        "adapter": None if (adapter := config.adapter()) is None else dataclasses.asdict(adapter),
         "num_params": num_params(plan.model),
+        "num_trainable_params": plan.num_trainable_params,
         "num_non_embedding_params": num_non_embedding_params(plan.model),
         "num_steps": run.step,
         "learning_rate": plan.schedule.peak,

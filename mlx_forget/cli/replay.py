@@ -37,6 +37,7 @@ def replay(
     from mlx_forget.cli.data import print_facts
     from mlx_forget.cli.signals import graceful_stop
     from mlx_forget.errors import UserError, unknown
+    from mlx_forget.fuse import whole_checkpoint
     from mlx_forget.pipeline.vocabularies import load_vocabulary
     from mlx_forget.progress import Preparation
     from mlx_forget.replay import SampleSpec, sample_store
@@ -50,7 +51,7 @@ def replay(
 
     if output.exists():
         raise UserError(f"{output} exists already: choose another place or remove it.")
-    start = find_checkpoint(model.expanduser())
+    start = whole_checkpoint(find_checkpoint(model.expanduser()))
     shape, vocabulary = start.model_spec(), load_vocabulary(start.tokenizer)
     row = shape.context_length if length is None else length
     if row < 1:
