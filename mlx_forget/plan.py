@@ -162,6 +162,8 @@ def _plan(config: TrainConfig, backend: str, group: Group, folder: Path | None, 
         num_tokens = config.tokens_per_param * num_params(model)
         config = dataclasses.replace(config, iters=math.ceil(num_tokens / (config.batch_size * row_length)), tokens_per_param=None)
     stream, windows, num_steps = _data(config, stores, row_length)
+    if config.compare_to_start and windows[2] is not None and windows[2].segment is not None:
+        raise UserError("--compare-to-start reads rows without document masks: give --rows packed or padded.")
     rates = schedule(config, model, base_peak)
     data = {"target": identity_of(targets, stores), "pretrain": identity_of(pools, stores)}
     if replays:

@@ -156,6 +156,7 @@ def prepare_run(plan: Plan, latest: Checkpoint | None, trainer: Trainer, watch: 
             max_skipped=config.max_skipped,
         ),
         observer=watch.observer(_title(config), plan.folder),
+        compares_with_start=config.compare_to_start,
         identity=identity,
     )
     if latest is not None:

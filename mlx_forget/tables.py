@@ -13,20 +13,29 @@ import numpy as np
 from mlx_forget.errors import UserError, unknown
 from mlx_forget.laws.forms import COLUMNS
 from mlx_forget.laws.table import Table
-from mlx_forget.records import RECORD, SCHEMA_VERSION
+from mlx_forget.records import HISTORY, RECORD, SCHEMA_VERSION
 
 READERS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".arrows", ".feather")
 # Columns that name things, whatever their names look like: a run id of digits is no number.
 NAMES = ("run", "base")
 
 
-def read_table(path: str | os.PathLike[str], *, mapping: Mapping[str, str] | None = None, response: str = "loss") -> Table:
+def read_table(
+    path: str | os.PathLike[str],
+    *,
+    mapping: Mapping[str, str] | None = None,
+    response: str = "loss",
+    evaluations: bool = False,
+    adapters: bool = True,
+) -> Table:
     """Read a table.
 
     Args:
         path: a CSV, TSV, JSONL, Parquet or Arrow file, or a folder of runs (anything above `record.json` files).
         mapping: {law column: column of the file, or a number for a constant}.
-        response: what `loss` is when the source is run folders: "pretraining" or "target".
+        response: what `loss` is when the source is run folders: "pretraining", "target" or "forgetting" (cross-entropy to the start model).
+        evaluations: of run folders, every evaluation after the start is a row, instead of each run's best.
+        adapters: of run folders, whether runs that trained adapters are rows.
 
     Raises:
         UserError: no such file, unknown kind, no rows, no run that can be fitted, a mapped column that is missing, or text where a
@@ -35,7 +44,9 @@ def read_table(path: str | os.PathLike[str], *, mapping: Mapping[str, str] | Non
     source = Path(path)
     left_out: Mapping[str, tuple[str, ...]] = {}
     if source.is_dir():
-        rows, left_out = read_runs(source, response=response)
+        rows, left_out = read_runs(source, response=response, evaluations=evaluations, adapters=adapters)
+    elif evaluations:
+        raise UserError(f"--evaluations reads the histories of run folders, and {source} is no folder.")
     elif not source.is_file():
         raise UserError(f"No table at {source}: give a CSV, Parquet, Arrow or JSONL file, or a folder of runs.")
     else:
@@ -182,8 +193,10 @@ def parse_share(text: str) -> float:
 _METHODS_OF_THE_LAWS = ("plain", "injection")
 
 
-def read_runs(folder: Path, *, response: str) -> tuple[list[dict[str, Any]], dict[str, tuple[str, ...]]]:
-    """One row per run below a folder that can be fitted, and the others: {reason: record files}.
+def read_runs(
+    folder: Path, *, response: str, evaluations: bool = False, adapters: bool = True
+) -> tuple[list[dict[str, Any]], dict[str, tuple[str, ...]]]:
+    """One row per run below a folder that can be fitted, or one per evaluation, and the others: {reason: record files}.
 
     Raises:
         UserError: there is no record, or no run that can be fitted.
@@ -195,6 +208,8 @@ def read_runs(folder: Path, *, response: str) -> tuple[list[dict[str, Any]], dic
     folder_of: dict[tuple[Any, Any], str] = {}
     for path in paths:
         found = read_row(path, response=response)
+        if not isinstance(found, str) and not adapters and found["fine_tune_type"] != "full":
+            found = f"trained with {found['fine_tune_type']}, which this law does not describe,"
         if not isinstance(found, str) and (key := (found["run"], found["backend"])) not in rows:
             rows[key], folder_of[key] = found, path
         else:
@@ -208,7 +223,25 @@ def read_runs(folder: Path, *, response: str) -> tuple[list[dict[str, Any]], dic
     reasons = {reason: tuple(sources) for reason, sources in left_out.items()}
     if not rows:
         raise UserError(f"None of the {len(paths)} runs below {folder} can be fitted: {'; '.join(describe_left_out(reasons))}.")
+    if evaluations:
+        return [row for key, one in rows.items() for row in evaluation_rows(one, folder_of[key], response=response)], reasons
     return list(rows.values()), reasons
+
+
+_COLUMN_OF = {"pretraining": "pretrain_val_loss", "target": "target_val_loss", "forgetting": "forgetting_ce"}
+
+
+def evaluation_rows(row: dict[str, Any], record: str, *, response: str) -> list[dict[str, Any]]:
+    """The law columns of every evaluation of a run but the one at its start, from the row of its record."""
+    from mlx_forget.history import read_history
+
+    history = read_history(Path(record).with_name(HISTORY)).to_pylist()
+    column = _COLUMN_OF.get(response, "pretrain_val_loss")
+    return [
+        {**row, "steps": found["step"], "L_ft": found["target_val_loss"], "loss": found[column]}
+        for found in history
+        if found["step"] > 0 and found[column] is not None
+    ]
 
 
 def record_files(folder: Path) -> list[str]:
@@ -252,6 +285,8 @@ def read_row(path: str, *, response: str) -> dict[str, Any] | str:
         row = record_row(record, response=response)
     except (KeyError, TypeError, AttributeError, ValueError):
         return "damaged or not of this tool"
+    if response == "forgetting" and row["loss"] is None:
+        return "that were not compared with their start model (--compare-to-start)"
     missing = [name for name in ("N", "D", "loss", *(["L0"] if response == "pretraining" else [])) if row[name] is None]
     return f"without {' and '.join(missing)}" if missing else row
 
@@ -271,14 +306,23 @@ def record_row(record: Mapping[str, Any], *, response: str) -> dict[str, Any]:
         "steps": best["step"],
         "L0": start.get("pretrain_val"),
         "L_ft": best["target_val"],
-        "loss": best["target_val"] if response == "target" else best["pretrain_val"],
+        "loss": best.get({"target": "target_val", "forgetting": "forgetting_ce"}.get(response, "pretrain_val")),
         "run": record["run_id"],
         "base": record.get("init"),
         "method": (record.get("method") or {}).get("name", "injection"),
+        **_adaptation(record.get("config") or {}),
         "domain": "+".join(sorted(target)),
         "backend": record.get("backend"),
         "seed": record.get("seed"),
     }
+
+
+def _adaptation(config: Mapping[str, Any]) -> dict[str, Any]:
+    """How a run was finetuned; the rank and the adapted modules only of adapters."""
+    kind = config.get("fine_tune_type", "full")
+    if kind == "full":
+        return {"fine_tune_type": kind, "rank": "", "modules": ""}
+    return {"fine_tune_type": kind, "rank": config["lora_rank"], "modules": config["lora_target_modules"]}
 
 
 def _total(sources: Iterable[Mapping[str, Any]], key: str) -> float:
