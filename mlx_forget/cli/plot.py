@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
-KINDS = ("figure1", "methods", "learning-rate")
+KINDS = ("figure1", "methods", "learning-rate", "ranks")
 
 
 @app.command()
@@ -24,7 +24,10 @@ def plot(
     seed: Annotated[int | None, typer.Option(help="Which seed, if the sweep has several.")] = None,
     kind: Annotated[
         str | None,
-        typer.Option(help="figure1 (runs that differ in p), methods, or learning-rate. \\[default: what the runs differ in]"),
+        typer.Option(
+            help="figure1 (runs that differ in p), methods, learning-rate, or ranks (runs compared with their start model). "
+            "\\[default: what the runs differ in]"
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the table as one JSON object.")] = False,
 ) -> None:
@@ -54,7 +57,8 @@ def plot(
     except OSError as error:
         raise UserError(f"Cannot write to {folder}: {error.strerror}.") from None
     if chosen != "figure1":
-        (_plot_methods if chosen == "methods" else _plot_rates)(runs, folder / stem, seed, as_json=as_json)
+        draw = {"methods": _plot_methods, "learning-rate": _plot_rates, "ranks": _plot_ranks}[chosen]
+        draw(runs, folder / stem, seed, as_json=as_json)
         Console(stderr=True).print(f"Wrote {folder / stem}.png, .pdf, .csv", highlight=False, soft_wrap=True)
         return
     curves = load_curves(runs, seed)
@@ -116,12 +120,36 @@ def _plot_rates(runs: "list[Run]", stem: Path, seed: int | None, *, as_json: boo
         print("\n".join(point_lines(found, level)))
 
 
+def _plot_ranks(runs: "list[Run]", stem: Path, seed: int | None, *, as_json: bool) -> None:
+    from mlx_forget import rank_study
+    from mlx_forget.plots import save_figure
+    from mlx_forget.rank_plots import draw_study
+
+    points = rank_study.load_points(runs, seed)
+    lines, joint = rank_study.fit_lines(points), rank_study.fit_joint(points)
+    beside = rank_study.hold_beside(points, lines)
+    record = next(run.record for run in runs if run.record["run_id"] == points[0].run)
+    title = f"{record['num_params'] / 1e6:.2g}M parameters, pretrained on {record['config']['pretrain']}"
+    figure = draw_study(points, lines, joint, title=title)
+    for suffix in (".png", ".pdf"):
+        save_figure(figure, stem.with_name(stem.name + suffix))
+    rank_study.write_csv(points, stem.with_name(f"{stem.name}.csv"))
+    if as_json:
+        from mlx_forget.cli.answers import emit
+
+        emit({**rank_study.as_json(lines, beside, joint), "files": _files(stem)})
+    else:
+        print("\n".join(rank_study.study_lines(lines, beside, joint)))
+
+
 def _kind_of(runs: "list[Run]") -> str:
     """The figure that shows what the runs differ in."""
 
     def values(key: str) -> int:
         return len({str(run.record["config"].get(key)) for run in runs})
 
+    if len(runs) > 1 and all(run.record["config"].get("compare_to_start") for run in runs):
+        return "ranks"
     return "learning-rate" if values("learning_rate") > 1 else "methods" if values("method") > 1 else "figure1"
 
 
