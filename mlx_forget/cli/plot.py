@@ -150,6 +150,8 @@ def _kind_of(runs: "list[Run]") -> str:
 
     if len(runs) > 1 and all(run.record["config"].get("compare_to_start") for run in runs):
         return "ranks"
+    if any(run.record["config"].get("fine_tune_type", "full") != "full" for run in runs):
+        return "methods"
     return "learning-rate" if values("learning_rate") > 1 else "methods" if values("method") > 1 else "figure1"
 
 
