@@ -106,7 +106,7 @@ def test_a_small_sweep_is_drawn_and_fitted(run_forget, tmp_path):
         "kalajdzievski-linear",
         "--evaluations",
         "--where",
-        'modules == "all-linear"',
+        'lora_target_modules == "all-linear"',
         "--bootstrap",
         "20",
         "--json",
