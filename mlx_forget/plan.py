@@ -283,6 +283,7 @@ def _step(config: TrainConfig, model: ModelSpec, precision: Precision, row_lengt
         num_shards=num_devices if config.shard else 1,
         num_devices=num_devices,
         kl_rows=math.ceil(kl_rows / num_devices),
+        adapter=config.adapter(),
     )
 
 
@@ -414,6 +415,8 @@ def _check_adapters(config: TrainConfig, backend: str, capabilities: Capabilitie
         raise UserError(
             f"--fine-tune-type {config.fine_tune_type} freezes the start weights, and init: scratch has none: give --init."
         )
+    if config.shard:
+        raise UserError("--shard shares what is trained, and adapters are small: leave it out.")
     if config.method_spec().has_anchor:
         raise UserError(
             f"Method {config.method!r} holds every weight near its start, where adapters freeze them: take kl-replay, ntp-replay, lwf or "
