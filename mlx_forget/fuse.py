@@ -9,6 +9,7 @@ from typing import Any
 from mlx_forget import adapters, checkpoint
 from mlx_forget.checkpoint import Checkpoint
 from mlx_forget.errors import UserError
+from mlx_forget.ladder import stores_inputs_first
 from mlx_forget.pipeline.corpora import forget_home
 from mlx_forget.pipeline.vocabularies import copy_tokenizer
 
@@ -101,8 +102,7 @@ def _write_fused(base: Path, found: Checkpoint, target: Path) -> None:
         name = adapters.parameter_name(file_name)
         module = adapters.module_of(name)
         parts.setdefault(module, {})[name.removeprefix(module)] = value
-    # GPT-2 stores its matrices [in, out]; all others are [out, in].
-    outputs_first = json.loads((found.folder / checkpoint.CONFIG).read_text(encoding="utf-8"))["model_type"] != "gpt2"
+    outputs_first = not stores_inputs_first(json.loads((found.folder / checkpoint.CONFIG).read_text(encoding="utf-8")))
     whole: adapters.Arrays = {}
     with safe_open(base, framework="numpy") as file:
         for name in file.keys():  # noqa: SIM118

@@ -259,6 +259,11 @@ def hf_config(spec: ModelSpec, *, bos_token_id: int, eos_token_id: int) -> dict[
     }
 
 
+def stores_inputs_first(config: dict[str, Any]) -> bool:
+    """Whether the matrices of a checkpoint are [in, out], as GPT-2's are, and not [out, in], by its `config.json`."""
+    return config.get("model_type") in ("gpt2", _QKNORM_TYPE)
+
+
 def spec_from_hf_config(config: dict[str, Any]) -> ModelSpec:
     """The inverse of `hf_config`.
 

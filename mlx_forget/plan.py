@@ -210,10 +210,6 @@ def _plan(config: TrainConfig, backend: str, group: Group, folder: Path | None, 
                 f"--tokenizer {config.tokenizer} is not the tokenizer that {config.init} was trained with: leave it out."
             )
     if (adapter := config.adapter()) is not None:
-        if model.architecture != "gpt2":
-            raise UserError(
-                f"Adapters sit on models of the architecture gpt2, and this one is {model.architecture}: leave --fine-tune-type out."
-            )
         num_trainable(linear_shapes(model), adapter)
     row_length = config.max_seq_length or model.context_length
     if row_length > model.context_length:
