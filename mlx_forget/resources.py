@@ -29,7 +29,8 @@ def recipe(name: str) -> Path:
     if given.is_file():
         return given
     folder = path("recipes")
-    known = {str(file.relative_to(folder).with_suffix("")): file for file in folder.glob("*.yaml")}
+    files = [*folder.glob("*.yaml"), *folder.glob("bethune/*.yaml")]
+    known = {str(file.relative_to(folder).with_suffix("")): file for file in files}
     if name in known:
         return known[name]
     if given.suffix in (".yaml", ".yml"):

@@ -118,7 +118,7 @@ def test_rates_are_compared_at_the_target_loss_that_all_reach(run_forget, tmp_pa
     assert "learnt nothing" in err
 
 
-@pytest.mark.parametrize("name", ["replay", "anchors", "replay-learning-rate"])
+@pytest.mark.parametrize("name", ["replay", "anchors", "decay", "replay-learning-rate"])
 def test_the_recipes_of_methods_hold_a_plain_run_and_smoke_scale(name):
     recipe = read_recipe(find_recipe(name))
     configs = recipe.configs({})
