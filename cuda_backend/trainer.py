@@ -23,6 +23,7 @@ from cuda_backend.optimizer import make_optimizer
 from cuda_backend.reference import FusedKL, add_penalty_gradients, pull_to_reference
 from cuda_backend.sample import sample
 from cuda_backend.sharded import Shards
+from cuda_backend.stored_reference import FusedStoredKL
 from mlx_forget.comparison import MEASURES, portions
 from mlx_forget.distributed import Group
 from mlx_forget.errors import OutOfMemory, UserError
@@ -140,7 +141,9 @@ class TorchTrainer(Trainer):
     def train_step(self, batch: Batch, learning_rate: float) -> StepResult:
         counts = self.group.all_sum(group_counts(batch, self.spec.method))
         token_weight, kl_weight = token_weights(batch, counts, self.spec.method), kl_weights(batch, counts, self.spec.method)
-        check_reference(self.spec.method, reference=self._reference is not None, fisher=self._fisher is not None)
+        check_reference(
+            self.spec.method, reference=self._reference is not None or batch.reference is not None, fisher=self._fisher is not None
+        )
         sums = self._gradients_that_fit(batch, token_weight, kl_weight)
         if self._shards is not None:
             gradients = self._shards.gradients()
@@ -217,6 +220,21 @@ class TorchTrainer(Trainer):
             for _ in range(self._shards.largest(len(slices)) - len(slices)):
                 self._shards.token_nll(inputs, labels, None)
         return losses
+
+    def log_probs(
+        self, tokens: npt.NDArray[np.int32], segment: npt.NDArray[np.int32] | None = None, *, from_reference: bool = False
+    ) -> npt.NDArray[np.float32]:
+        self._refuse_shards("Reading whole distributions")
+        weights = self._reference if from_reference else self._weights
+        if weights is None:
+            raise UserError("Log-probabilities of the reference need one: call set_reference first.")
+        inputs, _ = self._split(tokens)
+        own = None if segment is None else torch.from_numpy(segment).to(self._torch_device)
+        with torch.no_grad():
+            x = self._forward(weights, inputs, own)
+            logits = (x @ weights[self._functions.HEAD].to(x.dtype).T).float()
+            logits.sub_(logits.logsumexp(1, keepdim=True))
+        return logits.view(*inputs.shape, -1).cpu().numpy()
 
     def compare(self, tokens: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8]) -> Comparison:
         self._refuse_shards("Comparing two models")
@@ -458,7 +476,11 @@ class TorchTrainer(Trainer):
             self._chunk,
         )
         kl_BT = None
-        if kl_rows is not None:
+        if kl_rows is not None and batch.reference is not None:
+            kl_objective, kl = self._stored_divergence(batch, rows.start, x[kl_rows].flatten(0, 1), head, kl_weight)
+            objective = objective + kl_objective
+            kl_BT = _in_rows(kl, kl_rows, inputs)
+        elif kl_rows is not None:
             assert self._reference is not None
             assert kl_weight is not None
             with torch.no_grad(), self._autocast():
@@ -476,6 +498,22 @@ class TorchTrainer(Trainer):
             kl_BT = _in_rows(kl, kl_rows, inputs)
         objective.backward()
         return _in_rows(nll, nll_rows, inputs), kl_BT
+
+    def _stored_divergence(
+        self, batch: Batch, first_row: int, x: Tensor, head: Tensor, kl_weight: npt.NDArray[np.float32] | None
+    ) -> tuple[Tensor, Tensor]:
+        """The weighted KL to what is kept of the reference, and the KL float32[n * T], of the hidden states of a micro-batch's KL rows."""
+        assert kl_weight is not None
+        chosen = np.flatnonzero(kl_weight.any(axis=1))
+        stored = batch.reference_of(first_row + chosen)
+        log_probs, top, tail = (
+            None if part is None else torch.from_numpy(part).to(self._torch_device).flatten(0, 1)
+            for part in (stored.log_probs, stored.top, stored.tail)
+        )
+        weight = torch.from_numpy(kl_weight[chosen]).to(self._torch_device).flatten()
+        top = None if top is None else top.long()
+        result: tuple[Tensor, Tensor] = FusedStoredKL.apply(x, head, log_probs, top, tail, weight, self._chunk)  # type: ignore[no-untyped-call]
+        return result
 
     def _rows_of(self, chosen: npt.NDArray[np.bool_]) -> slice | Tensor:
         """The chosen rows as an index; a slice, which copies nothing, where it is all of them."""

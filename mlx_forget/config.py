@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar
 from mlx_forget.errors import UserError, unknown
 from mlx_forget.ladder import SIZES, ModelSpec, num_params
 from mlx_forget.methods import METHODS, MethodSpec, method_spec
+from mlx_forget.pipeline.reference_rows import parse_kind
 from mlx_forget.pipeline.rows import LAYOUTS
 from mlx_forget.pipeline.shares import describe_share, parse_stages
 from mlx_forget.schedule import DECAYS, Decay, Schedule
@@ -32,6 +33,7 @@ EVALUATIONS_PER_RUN = 20
 # What `replay_data` may be besides data.
 REPLAY_SELF, REPLAY_ONLINE, REPLAY_PRETRAIN = "self", "online", "pretrain"
 INJECTED_SHARE = "1%"
+REFERENCE_LIVE = "live"
 
 # Raised when the same configuration would give other numbers than before.
 SCIENCE_VERSION = 1
@@ -91,6 +93,11 @@ class TrainConfig:
     replay_rows: int | None = _key(None, "Replay rows added to each step; default: a quarter of --batch-size.")
     replay_tokens: int | None = _key(
         None, "Tokens to sample where replay_data is self; default: what the run needs, at most 2M, then they repeat."
+    )
+    reference_log_probs: str = _key(
+        REFERENCE_LIVE,
+        "Where kl-replay takes the start model's log-probabilities from: live (a forward pass every step), full (float16, kept beside the "
+        "replay store), or top-64 and the like (the likeliest tokens and the exact rest).",
     )
     replay_limits: Mapping[str, int] = field(
         default_factory=dict,
@@ -211,6 +218,12 @@ class TrainConfig:
             raise UserError(f"--beta2-half-life-tokens is AdamW's: optimizer {self.optimizer!r} has no beta2.")
         if self.seed >= 2**63:
             raise UserError(f"seed must be below 2^63, it is {self.seed}.")
+        if self.max_forgetting is not None and self.pretrain is None:
+            raise UserError(
+                f"max_forgetting is {self.max_forgetting:g}, but there is no pretraining loss to hold it to: give --pretrain."
+            )
+        if self.reference_log_probs != REFERENCE_LIVE:
+            parse_kind(self.reference_log_probs)
         if self.rows not in LAYOUTS:
             raise unknown("rows", self.rows, LAYOUTS)
         if any(stage.first or stage.last for stage in stages) and self.pretrain is None:

@@ -12,6 +12,7 @@ from mlx_forget.checkpoint import Checkpoint
 from mlx_forget.config import (
     BUILTIN_TARGET_TOKENS,
     EVALUATIONS_PER_RUN,
+    REFERENCE_LIVE,
     REPLAY_ONLINE,
     REPLAY_PRETRAIN,
     REPLAY_SELF,
@@ -30,11 +31,12 @@ from mlx_forget.ladder import (
     num_params,
     train_flops_per_token,
 )
-from mlx_forget.methods import METHODS
+from mlx_forget.methods import METHODS, TERM_REPLAY_KL
 from mlx_forget.pipeline.batches import BatchStream, Blend, RowSubset, Side
 from mlx_forget.pipeline.catalog import builtin_tokenizer, resolve_store
 from mlx_forget.pipeline.corpora import CORPORA, build_corpus, forget_home
 from mlx_forget.pipeline.mixture import Mixture
+from mlx_forget.pipeline.reference_rows import row_bytes
 from mlx_forget.pipeline.rows import Layout
 from mlx_forget.pipeline.shares import ShareSchedule, Stage, constant_share, parse_sources, parse_stages
 from mlx_forget.pipeline.store import TokenStore
@@ -42,6 +44,11 @@ from mlx_forget.pipeline.vocabularies import find_tokenizer, load_vocabulary, to
 from mlx_forget.schedule import Schedule
 from mlx_forget.trainer import Capabilities, Precision, choose_backend, join_group, load_backend
 from mlx_forget.watch import Watch
+
+# The Fisher information of EWC is measured on this many rows.
+FISHER_ROWS = 256
+# A run samples no more of its start model unless it is told to.
+MAX_SAMPLED_TOKENS = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -106,12 +113,26 @@ class Plan:
             "num_pretrain_tokens": self.stream.tokens_before(self.num_steps)[1],
             "method": self.config.method,
             "num_replay_tokens": self.num_steps * replay_rows_per_step(self.config) * self.stream.target.row_length,
+            "kept_log_prob_bytes": self._kept_log_prob_bytes(),
             "unique_target_tokens": self.stream.target.num_tokens,
             "learning_rate": self.schedule.peak,
             "train_flops": tokens * train_flops_per_token(self.model),
             **costs.summary(self.step(), load_backend(self.backend).kept_bytes, rows=self.micro_batch_size),
             "base": None if self.base is None else self.base.summary(),
         }
+
+    def _kept_log_prob_bytes(self) -> int:
+        """What the log-probabilities of the reference take beside the replay stores; 0 where they are computed live."""
+        config, length = self.config, self.stream.target.row_length
+        if config.reference_log_probs == REFERENCE_LIVE:
+            return 0
+        num_rows = 0
+        for name in stored_replay(config):
+            rows = self.stores[name].split("train").num_rows(length)
+            num_rows += min(rows, config.replay_limits.get(name, rows * length) // length)
+        if replay_name(config) == REPLAY_SELF:
+            num_rows = -(-sampled_tokens(config, self.num_steps, length) // length)
+        return num_rows * row_bytes(config.reference_log_probs, length, self.model.vocab_size)
 
 
 @dataclass(frozen=True)
@@ -350,6 +371,13 @@ def _check_method(config: TrainConfig, backend: str, capabilities: Capabilities)
         raise UserError(
             "The Fisher information of ewc is measured before training: --replay-data online has no rows then; take self."
         )
+    if config.reference_log_probs != REFERENCE_LIVE and (
+        method.replay_term != TERM_REPLAY_KL or config.replay_data == REPLAY_ONLINE
+    ):
+        what = "online replay, whose rows never come again" if method.replay_term == TERM_REPLAY_KL else f"method {config.method!r}"
+        raise UserError(
+            f"reference_log_probs {config.reference_log_probs} keeps what kl-replay asks of stored rows, not of {what}: leave it live."
+        )
     if row.reads_replay and config.replay_data in (REPLAY_SELF, REPLAY_ONLINE) and not capabilities.sample:
         raise UserError(f"Backend {backend!r} cannot sample: give --replay-data.")
 
@@ -370,6 +398,14 @@ def stored_replay(config: TrainConfig) -> dict[str, Fraction]:
 def replay_rows_per_step(config: TrainConfig) -> int:
     """Rows that the method adds to each step."""
     return 0 if config.method_spec().replay_term is None else config.replay_rows or max(1, config.batch_size // 4)
+
+
+def sampled_tokens(config: TrainConfig, num_steps: int, length: int) -> int:
+    """Tokens that a run with `replay_data: self` samples of its start model."""
+    needed = (
+        num_steps * replay_rows_per_step(config) * length if config.method_spec().replay_term is not None else FISHER_ROWS * length
+    )
+    return config.replay_tokens or min(needed, MAX_SAMPLED_TOKENS)
 
 
 def sources_of(name: str | None) -> dict[str, Fraction]:

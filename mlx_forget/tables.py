@@ -14,8 +14,8 @@ from mlx_forget.errors import UserError, unknown
 from mlx_forget.laws.forms import COLUMNS
 from mlx_forget.laws.table import Table
 from mlx_forget.records import RECORD
-from mlx_forget.run_index import read_index
-from mlx_forget.run_rows import MARK, Row, fitted_rows
+from mlx_forget.runs.index import read_index
+from mlx_forget.runs.rows import MARK, Row, fitted_rows
 
 READERS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".arrows", ".feather")
 # Columns that name things, whatever their names look like: a run id of digits is no number.

@@ -325,6 +325,15 @@ class Trainer(ABC):
         """
         raise UserError("This backend does not measure Fisher information: choose another method than ewc.")
 
+    def log_probs(
+        self, tokens: npt.NDArray[np.int32], segment: npt.NDArray[np.int32] | None = None, *, from_reference: bool = False
+    ) -> npt.NDArray[np.float32]:
+        """Log-probabilities of every next token, float32[B, T, V], of int32[B, T+1] rows, to be kept beside a replay store.
+
+        `from_reference` asks the frozen reference instead of the model. The caller asks for few rows at a time.
+        """
+        raise UserError("This backend does not give log-probabilities away: leave reference_log_probs live.")
+
     @abstractmethod
     def save(self, path: Path, *, trainable_only: bool = False) -> None:
         """Write the weights as safetensors in Hugging Face names, fp32."""

@@ -59,7 +59,9 @@ def main():
     result = {}
     for case in CASES:
         trainer, seen = train(folder, case, "two", shard=True)
-        held = sum(value.numel() for value in trainer._weights.values()) + sum(v.numel() for v in trainer._optimizer.moments.values())
+        held = sum(value.numel() for value in trainer._weights.values()) + sum(
+            v.numel() for v in trainer._optimizer.moments.values()
+        )
         result[case] = {"seen": seen, "held": held}
     # `one` was left there by a single process.
     _, result["from one"] = train(folder, "plain", "two-from-one", shard=True, start="one")

@@ -165,6 +165,8 @@ def _print_plan(summary: dict[str, Any], *, as_json: bool) -> None:
     print(
         f"tokens     {summary['num_tokens']:,}, of them {summary['num_pretrain_tokens']:,} injected; {summary['unique_target_tokens']:,} unique"
     )
+    if summary["kept_log_prob_bytes"]:
+        print(f"log-probs  {summary['kept_log_prob_bytes'] / 1e9:.3g} GB beside the replay data")
     print(f"compute    {summary['train_flops']:.3g} FLOPs")
     rows = summary["micro_batch_size"]
     pieces = "" if rows is None else f", {rows} rows at a time"

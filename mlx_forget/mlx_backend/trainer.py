@@ -149,7 +149,9 @@ class MLXTrainer(Trainer):
 
     def train_step(self, batch: Batch, learning_rate: float) -> StepResult:
         method = self.spec.method
-        check_reference(self.spec.method, reference=self._reference is not None, fisher=self._fisher is not None)
+        check_reference(
+            self.spec.method, reference=self._reference is not None or batch.reference is not None, fisher=self._fisher is not None
+        )
         counts = self.group.all_sum(group_counts(batch, method))
         token_weight, kl_weight = token_weights(batch, counts, method), kl_weights(batch, counts, method)
         groups = np.eye(NUM_TERMS * NUM_SOURCES, dtype=np.float32)[batch.term.astype(np.int64) * NUM_SOURCES + batch.source]
@@ -165,7 +167,7 @@ class MLXTrainer(Trainer):
                 mx.array(batch.loss_mask[rows]),
                 mx.array(groups[rows]),
                 None if batch.segment is None else mx.array(batch.segment[rows]),
-                self._kl_terms(batch.term[rows], batch.source[rows], None if kl_weight is None else kl_weight[rows]),
+                self._kl_terms(batch, rows, None if kl_weight is None else kl_weight[rows]),
             )
             total = part if total is None else {name: value + part[name] for name, value in total.items()}
             if size < len(batch.tokens):
@@ -197,6 +199,18 @@ class MLXTrainer(Trainer):
             own = None if segment is None else mx.array(segment[rows])
             losses[rows] = np.array(self._nll(self._weights, mx.array(tokens[rows]), own))
         return losses
+
+    def log_probs(
+        self, tokens: npt.NDArray[np.int32], segment: npt.NDArray[np.int32] | None = None, *, from_reference: bool = False
+    ) -> npt.NDArray[np.float32]:
+        weights = self._reference if from_reference else self._weights
+        if weights is None:
+            raise UserError("Log-probabilities of the reference need one: call set_reference first.")
+        own = None if segment is None else mx.array(segment)
+        x = self._functions.hidden_states(weights, self.spec.model, mx.array(tokens[:, :-1]), own, operators=self._operators)
+        head = weights[self._functions.HEAD].astype(self._operators.dtype)
+        logits = self._operators.matmul(x.astype(self._operators.dtype), head.T).astype(mx.float32)
+        return np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
 
     def compare(self, tokens: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8]) -> Comparison:
         if self._reference is None:
@@ -409,10 +423,9 @@ class MLXTrainer(Trainer):
             total = {name: value + part[name] for name, value in total.items()}
         return total
 
-    def _kl_terms(
-        self, term: npt.NDArray[np.uint8], source: npt.NDArray[np.uint8], kl_weight: npt.NDArray[np.float32] | None
-    ) -> "list[gpt2.KLTerm] | None":
+    def _kl_terms(self, batch: Batch, part: slice, kl_weight: npt.NDArray[np.float32] | None) -> "list[gpt2.KLTerm] | None":
         """What each thread's share of some rows needs for their KL term; None where no row has one."""
+        term, source = batch.term[part], batch.source[part]
         if kl_weight is None and not (term == TERM_REPLAY_KL).any():
             return None
         weight = np.zeros((len(term), 0), np.float32) if kl_weight is None else kl_weight
@@ -420,13 +433,19 @@ class MLXTrainer(Trainer):
         for rows in _shares(len(term), len(self._streams)):
             kl_rows = np.flatnonzero(weight[rows].any(axis=1))
             groups = TERM_REPLAY_KL * NUM_SOURCES + source[rows][kl_rows].astype(np.int64)
+            if batch.reference is None:
+                reference: dict[str, Any] = {"reference": self._reference}
+            else:
+                kept = batch.reference_of(part.start + rows.start + kl_rows)
+                arrays = {"log_probs": kept.log_probs, "top": kept.top, "tail": kept.tail}
+                reference = {"stored": {name: mx.array(value) for name, value in arrays.items() if value is not None}}
             terms.append(
                 {
                     "nll_rows": mx.array(np.flatnonzero(term[rows] != TERM_REPLAY_KL).astype(np.int32)),
                     "kl_rows": mx.array(kl_rows.astype(np.int32)),
                     "kl_groups": mx.array(np.eye(NUM_TERMS * NUM_SOURCES, dtype=np.float32)[groups]),
                     "kl_weight": mx.array(weight[rows][kl_rows]),
-                    "reference": self._reference,
+                    **reference,
                 }
             )
         return terms

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,54 @@ from mlx_forget.pipeline.store.arrow_files import open_batch
 _FEW_ROWS = 4
 
 Ids = npt.NDArray[np.int64]
+Tokens = npt.NDArray[np.unsignedinteger[Any]]
+
+
+class _Cut(NamedTuple):
+    """The tokens of all shards, cut into rows.
+
+    Args:
+        views: rows of each shard.
+        ends: where each shard's rows end, counted over all.
+        spanning: the row that begins at each place of the memory from the first shard to the last.
+        shifts: for each shard, where a row begins there less its number times its length.
+    """
+
+    views: list[Tokens]
+    ends: Ids
+    spanning: npt.NDArray[np.void]
+    shifts: Ids
+
+
+class _Memory:
+    """Rows in memory as NumPy's array interface describes them; the shards that own it are held."""
+
+    def __init__(self, tokens: tuple[Tokens, ...], first: int, num_places: int, row_length: int) -> None:
+        self._tokens = tokens
+        size = tokens[0].itemsize
+        self.__array_interface__ = {
+            "data": (first, True),
+            "shape": (num_places,),
+            "strides": (size,),
+            "typestr": f"|V{size * row_length}",
+            "version": 3,
+        }
+
+
+def _cut(tokens: tuple[Tokens, ...], row_length: int) -> _Cut:
+    """Shards are mapped anywhere, so one gather over all of them indexes the memory that spans them. What lies between two shards is not
+    theirs, may not even exist, and is never read: a row's place is always inside its shard."""
+    counts = np.array([len(shard) // row_length for shard in tokens], np.int64)
+    views = [shard[: num * row_length].reshape(num, row_length) for shard, num in zip(tokens, counts.tolist(), strict=True)]
+    ends = np.cumsum(counts, dtype=np.int64)
+    size = tokens[0].itemsize
+    begins = [shard.ctypes.data for shard in tokens]
+    first, last = min(begins), max(begin + shard.nbytes for begin, shard in zip(begins, tokens, strict=True))
+    assert all(shard.flags.c_contiguous and (begin - first) % size == 0 for begin, shard in zip(begins, tokens, strict=True))
+    places = max(0, (last - first) // size - row_length + 1)
+    spanning = np.asarray(_Memory(tokens, first, places, row_length))
+    shifts = np.array([(begin - first) // size for begin in begins], np.int64) - (ends - counts) * row_length
+    return _Cut(views, ends, spanning, shifts)
 
 
 @dataclass(frozen=True)
@@ -40,7 +88,7 @@ class Split:
     eos_id: int
     loss_masks: tuple[npt.NDArray[np.uint8] | None, ...] = ()
     _documents: dict[int, pa.RecordBatch] = field(default_factory=dict, compare=False, repr=False)
-    _views: dict[int, Any] = field(default_factory=dict, compare=False, repr=False)
+    _views: "dict[int, _Cut]" = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def has_loss_mask(self) -> bool:
@@ -62,35 +110,24 @@ class Split:
     def read_rows(self, rows: Ids, out: npt.NDArray[np.int32]) -> None:
         """Fill `out` int32[B, 1 + row_length] with BOS and the tokens of `rows` int64[B]."""
         row_length = out.shape[1] - 1
-        ends, views = self._rows_of(row_length)
+        cut = self._rows_of(row_length)
         out[:, 0] = self.bos_id
-        if len(views) == 1:
-            out[:, 1:] = views[0].take(rows, axis=0)
-            return
-        if len(rows) <= _FEW_ROWS:
-            for target, row in zip(out, rows.tolist(), strict=True):
-                number = int(ends.searchsorted(row, "right"))
-                target[1:] = views[number][row - int(ends[number])]
-            return
         # Gathered as they are and widened at once: widening into scattered rows takes twice as long.
-        shard = ends.searchsorted(rows, "right")
-        # The shard of the first row fills all places, those of others with some row of it that is then replaced.
-        first = int(shard[0])
-        gathered = views[first].take(rows - int(ends[first] - len(views[first])), axis=0, mode="clip")
-        for number in np.unique(shard).tolist() if len(views) > 2 else [1 - first]:
-            inside = (shard == number).nonzero()[0]
-            if number != first and len(inside):
-                gathered[inside] = views[number].take(rows[inside] - int(ends[number] - len(views[number])), axis=0)
-        out[:, 1:] = gathered
+        if len(cut.views) == 1:
+            out[:, 1:] = cut.views[0].take(rows, axis=0)
+        elif len(rows) <= _FEW_ROWS:
+            for target, row in zip(out, rows.tolist(), strict=True):
+                number = int(cut.ends.searchsorted(row, "right"))
+                target[1:] = cut.views[number][row - int(cut.ends[number])]
+        else:
+            starts = rows * row_length
+            starts += cut.shifts.take(cut.ends.searchsorted(rows, "right"))
+            out[:, 1:] = cut.spanning[starts].view(self.tokens[0].dtype).reshape(-1, row_length)
 
-    def _rows_of(self, row_length: int) -> tuple[Ids, list[npt.NDArray[np.unsignedinteger[Any]]]]:
-        """Rows of each shard as a view, and where each shard's rows end, counted over all."""
+    def _rows_of(self, row_length: int) -> "_Cut":
         if row_length not in self._views:
-            counts = [len(tokens) // row_length for tokens in self.tokens]
-            views = [tokens[: num * row_length].reshape(num, row_length) for tokens, num in zip(self.tokens, counts, strict=True)]
-            self._views[row_length] = (np.cumsum(counts, dtype=np.int64), views)
-        cut: tuple[Ids, list[npt.NDArray[np.unsignedinteger[Any]]]] = self._views[row_length]
-        return cut
+            self._views[row_length] = _cut(self.tokens, row_length)
+        return self._views[row_length]
 
     def documents(self, shard: int) -> tuple[Ids, Ids]:
         """(start, num_bytes) of each document of a shard, int64 each."""

@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from mlx_forget import run_index
 from mlx_forget.errors import UserError
-from mlx_forget.run_index import INDEX, read_index
+from mlx_forget.runs import index as run_index
+from mlx_forget.runs.index import INDEX, read_index
 from tests.benchmarks.synthetic_records import write_records
 
 
@@ -89,7 +89,7 @@ def test_a_folder_that_cannot_be_written_is_only_read(folder, monkeypatch):
 
 def test_processes_side_by_side_see_whole_indexes(folder):
     script = (
-        "import sys, pathlib; from mlx_forget import run_index; folder = pathlib.Path(sys.argv[1])\n"
+        "import sys, pathlib; from mlx_forget.runs import index as run_index; folder = pathlib.Path(sys.argv[1])\n"
         "for number in range(6):\n"
         f"    assert len(run_index.read_index(folder).rows) == {run_index.LEAST_RECORDS + 5}\n"
         "    (folder / run_index.INDEX).unlink(missing_ok=True)\n"

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from mlx_forget.errors import UserError
 from mlx_forget.records import CONFIG, HISTORY, RECORD, REQUESTED
-from mlx_forget.run_rows import DAMAGED, Row, read_content
+from mlx_forget.runs.rows import DAMAGED, Row, read_content
 
 INDEX = ".forget-runs.json"
 # Raised when rows hold something else than before.
