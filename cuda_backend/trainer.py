@@ -270,7 +270,8 @@ class TorchTrainer(Trainer):
             self._reference = {name: value for name, value in self._weights.items() if not is_adapter(name)}
         elif reference == "start":
             # What is frozen is not copied.
-            now = {name: value.detach().clone() if value.requires_grad else value for name, value in self._weights.items()}
+            trained = set(self._trained)
+            now = {name: value.detach().clone() if name in trained else value for name, value in self._weights.items()}
             self._reference = lora.folded(now, self.spec.adapter)
         else:
             self._reference = self._read_weights(reference)
