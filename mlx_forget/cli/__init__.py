@@ -28,11 +28,16 @@ COMMANDS = {
         "mlx_forget.cli.replay",
         "Sample a model into a store, to replay when its pretraining data is not at hand.",
     ),
+    "fuse": ("mlx_forget.cli.fuse", "Make one whole checkpoint of a run's adapters and the base that they were trained on."),
     "audit": ("mlx_forget.cli.audit", "What did a model forget? Two checkpoints in; a table, JSON and an HTML page out."),
     "runs": ("mlx_forget.cli.runs", "List, show, compare, export, prune and verify runs."),
     "plot": (
         "mlx_forget.cli.plot",
         "Draw Figure 1, methods or learning rates from the runs of a sweep, and print what is read at the minimum.",
+    ),
+    "report": (
+        "mlx_forget.cli.report",
+        "What a sweep found, as one HTML page: runs, U-curves, forgetting, laws with hold-outs, and which p keeps within a budget.",
     ),
     "fit": ("mlx_forget.cli.fit", "Fit a law to a table of runs: parameters with honest intervals, and what not to trust."),
     "predict": ("mlx_forget.cli.predict", "Predict a loss, or the forgetting, from a fit.json."),
