@@ -13,10 +13,12 @@ from mkdocs.structure.files import File, Files
 
 import mlx_forget
 import mlx_forget.laws
+from mlx_forget import resources
 from mlx_forget.cli import COMMANDS, load_command
 from mlx_forget.ladder import SIZES, model_spec, num_non_embedding_params, num_params
 from mlx_forget.laws.forms import COLUMNS, get_law, laws
 from mlx_forget.methods import METHODS
+from mlx_forget.sweep import read_recipe
 
 _WANTED = re.compile(r"^<!-- from code: (\w+)(?: (\S+))? -->$", re.MULTILINE)
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,12 +117,29 @@ def methods() -> str:
 def sizes() -> str:
     rows = []
     for name, (num_layers, width) in SIZES.items():
-        # The paper's vocabulary and context for its sizes, the built-in tokenizer's for laptop sizes.
-        vocab_size, context_length = (32_000, 1_024) if name[0].isalpha() else (2_048, 128)
+        vocab_size, context_length = _usual(name)
         spec = model_spec(name, vocab_size, context_length)
         numbers = (vocab_size, context_length, num_params(spec), num_non_embedding_params(spec))
         rows.append((f"`{name}`", f"{num_layers} x {width}", *(f"{number:,}" for number in numbers)))
     return table(("name", "layers x width", "vocabulary", "context", "parameters N", "of them not embeddings"), rows)
+
+
+def _usual(size: str) -> tuple[int, int]:
+    """Vocabulary and context by which a size is named: those of the paper it comes from, or the built-in tokenizer's."""
+    if size.startswith("marek-"):
+        return 4_096, 256
+    return (32_000, 1_024) if size[0].isalpha() else (2_048, 128)
+
+
+def recipes() -> str:
+    """The recipes that come with the tool."""
+    folder = resources.path("recipes")
+    found = {
+        str(path.relative_to(folder).with_suffix("")): path
+        for path in sorted(folder.rglob("*.yaml"))
+        if folder / "corpora" not in path.parents
+    }
+    return table(("recipe", "what"), ((f"`{name}`", _unmarked(read_recipe(path).description)) for name, path in found.items()))
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -131,5 +150,5 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 MAKERS: dict[str, Callable[..., str]] = {
-    one.__name__: one for one in (readme, commands, public_names, law, law_list, law_columns, methods, sizes)
+    one.__name__: one for one in (readme, commands, public_names, law, law_list, law_columns, methods, sizes, recipes)
 }
