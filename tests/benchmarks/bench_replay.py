@@ -4,7 +4,7 @@
 
 Sampling: the 10M ladder model (vocabulary 4,096, context 256), 32 rows of 256 tokens from BOS, temperature 1, no truncation, the same
 weights for every contender, which take turns. The cost of KL replay is that of 8 stored replay rows added to 32 task rows, per task
-token. With --cpu-time, rates count CPU seconds instead of wall seconds: on a machine that others use too, they say more.
+token, with the reference computed live or its log-probabilities kept. With --cpu-time, rates count CPU seconds instead of wall seconds: on a machine that others use too, they say more.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mlx_forget.ladder import hf_config, model_spec, num_params
-from mlx_forget.methods import MethodSpec, method_spec
+from mlx_forget.methods import TERM_REPLAY_KL, MethodSpec, method_spec
 from mlx_forget.pipeline.batches import Batch
+from mlx_forget.pipeline.reference_rows import ReferenceRows
 from mlx_forget.replay import uniforms
 from mlx_forget.trainer import RuntimeSpec, Trainer, TrainerSpec, available_backends, load_backend
 from tests.benchmarks.measure import interleaved, print_ratios
@@ -138,13 +140,18 @@ def replay_cost(backend: str, threads: int, rounds: int, clock: Clock) -> None:
     """Task tokens per second of a step with and without replay rows."""
     amount = TASK_ROWS * SPEC.context_length
     contenders: dict[str, Callable[[], float]] = {}
-    for name in ("plain", "ntp-replay", "kl-replay"):
-        method = method_spec(name)
+    for name in ("plain", "ntp-replay", "kl-replay", "kl-replay, kept in full", "kl-replay, kept top-64"):
+        method = method_spec(name.partition(",")[0])
         trainer = trainer_of(backend, threads, method)
-        trainer.set_reference(method.reference)
+        kept = name.partition("kept ")[2]
+        if not kept:
+            trainer.set_reference(method.reference)
         batches = [
             make_batch(REPLAY_ROWS, method.replay_term, seed) if method.replay_term else plain_batch(seed) for seed in range(2)
         ]
+        if kept:
+            top = None if kept == "in full" else int(kept.removeprefix("top-"))
+            batches = [with_reference(batch, trainer, top) for batch in batches]
         trainer.train_step(batches[0], 1e-4).read()
 
         def work(trainer: Trainer = trainer, batch: Batch = batches[1]) -> float:
@@ -153,6 +160,12 @@ def replay_cost(backend: str, threads: int, rounds: int, clock: Clock) -> None:
         contenders[name] = work
     title = f"{backend}: {REPLAY_ROWS} replay rows beside {TASK_ROWS} task rows, {num_params(SPEC):,} parameters (cost = 1 / ratio)"
     print_ratios(title, interleaved(contenders, rounds=rounds), baseline="plain", unit="task tokens/s")
+
+
+def with_reference(batch: Batch, trainer: Trainer, top: int | None) -> Batch:
+    """The batch with what the trainer's model says about its KL rows."""
+    rows = ReferenceRows.of(trainer.log_probs(batch.tokens[batch.term == TERM_REPLAY_KL]), top)
+    return replace(batch, reference=rows)
 
 
 def plain_batch(seed: int) -> Batch:
