@@ -1,6 +1,6 @@
 """What self-generated replay costs: sampling against transformers' `generate` and mlx-lm, and a KL replay step against a plain one.
 
-    python tests/benchmarks/bench_replay.py [--threads 2] [--rounds 5] [--cpu-time]
+    python tests/benchmarks/bench_replay.py [--threads 2] [--rounds 5] [--cpu-time] [--only cost] [--backend cuda] [--task-rows 32]
 
 Sampling: the 10M ladder model (vocabulary 4,096, context 256), 32 rows of 256 tokens from BOS, temperature 1, no truncation, the same
 weights for every contender, which take turns. The cost of KL replay is that of 8 stored replay rows added to 32 task rows, per task
@@ -30,7 +30,7 @@ from mlx_forget.trainer import RuntimeSpec, Trainer, TrainerSpec, available_back
 from tests.benchmarks.measure import interleaved, print_ratios
 
 SPEC = model_spec("8x320", 4096, 256)
-ROWS, TASK_ROWS, REPLAY_ROWS = 32, 32, 8
+ROWS = 32
 BOS = 1
 
 Clock = Callable[[], float]
@@ -122,9 +122,9 @@ def rate(work: Callable[[], object], amount: float, clock: Clock) -> float:
     return amount / (clock() - start)
 
 
-def make_batch(replay_rows: int, term: int, seed: int) -> Batch:
+def make_batch(task_rows: int, replay_rows: int, term: int, seed: int) -> Batch:
     rng = np.random.default_rng(seed)
-    rows = TASK_ROWS + replay_rows
+    rows = task_rows + replay_rows
     kind = np.zeros(rows, np.uint8)
     kind[:: rows // replay_rows][:replay_rows] = 1 if replay_rows else 0
     return Batch(
@@ -136,9 +136,9 @@ def make_batch(replay_rows: int, term: int, seed: int) -> Batch:
     )
 
 
-def replay_cost(backend: str, threads: int, rounds: int, clock: Clock) -> None:
-    """Task tokens per second of a step with and without replay rows."""
-    amount = TASK_ROWS * SPEC.context_length
+def replay_cost(backend: str, threads: int, rounds: int, clock: Clock, task_rows: int) -> None:
+    """Task tokens per second of a step with and without replay rows, a quarter as many."""
+    amount, replay_rows = task_rows * SPEC.context_length, task_rows // 4
     contenders: dict[str, Callable[[], float]] = {}
     for name in ("plain", "ntp-replay", "kl-replay", "kl-replay, kept in full", "kl-replay, kept top-64"):
         method = method_spec(name.partition(",")[0])
@@ -147,7 +147,8 @@ def replay_cost(backend: str, threads: int, rounds: int, clock: Clock) -> None:
         if not kept:
             trainer.set_reference(method.reference)
         batches = [
-            make_batch(REPLAY_ROWS, method.replay_term, seed) if method.replay_term else plain_batch(seed) for seed in range(2)
+            make_batch(task_rows, replay_rows, method.replay_term, seed) if method.replay_term else plain_batch(task_rows, seed)
+            for seed in range(2)
         ]
         if kept:
             top = None if kept == "in full" else int(kept.removeprefix("top-"))
@@ -158,7 +159,7 @@ def replay_cost(backend: str, threads: int, rounds: int, clock: Clock) -> None:
             return rate(lambda: trainer.train_step(batch, 1e-4).read(), amount, clock)
 
         contenders[name] = work
-    title = f"{backend}: {REPLAY_ROWS} replay rows beside {TASK_ROWS} task rows, {num_params(SPEC):,} parameters (cost = 1 / ratio)"
+    title = f"{backend}: {replay_rows} replay rows beside {task_rows} task rows, {num_params(SPEC):,} parameters (cost = 1 / ratio)"
     print_ratios(title, interleaved(contenders, rounds=rounds), baseline="plain", unit="task tokens/s")
 
 
@@ -168,8 +169,8 @@ def with_reference(batch: Batch, trainer: Trainer, top: int | None) -> Batch:
     return replace(batch, reference=rows)
 
 
-def plain_batch(seed: int) -> Batch:
-    whole = make_batch(1, 1, seed)
+def plain_batch(task_rows: int, seed: int) -> Batch:
+    whole = make_batch(task_rows, 1, 1, seed)
     rows = np.flatnonzero(whole.term == 0)
     return Batch(whole.tokens[rows], whole.loss_mask[rows], None, whole.term[rows], whole.source[rows])
 
@@ -180,14 +181,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--length", type=int, default=255)
     parser.add_argument("--cpu-time", action="store_true", help="rates per CPU second")
+    parser.add_argument("--task-rows", type=int, default=32, help="of a step whose cost is measured")
+    parser.add_argument("--backend", choices=available_backends(), help="only this one")
     parser.add_argument("--only", choices=("sampling", "cost"))
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     clock = time.process_time if options.cpu_time else time.perf_counter
+    backends = [options.backend] if options.backend else available_backends()
     if options.only != "cost":
         sampling(options.threads, options.rounds, clock, options.length)
-    for backend in available_backends() if options.only != "sampling" else ():
-        replay_cost(backend, options.threads, options.rounds, clock)
+    for backend in backends if options.only != "sampling" else ():
+        replay_cost(backend, options.threads, options.rounds, clock, options.task_rows)
 
 
 if __name__ == "__main__":
