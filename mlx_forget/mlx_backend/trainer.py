@@ -308,7 +308,8 @@ class MLXTrainer(Trainer):
         if prompts.shape[1] + u.shape[1] - 1 > self.spec.model.context_length:
             raise UserError(f"Prompt and sample together exceed the context of {self.spec.model.context_length} tokens.")
         try:
-            return sample(weights, self.spec.model, prompts, u, temperature=temperature, operators=self._operators)
+            how: dict[str, Any] = {"temperature": temperature, "operators": self._operators, "streams": self._streams}
+            return sample(weights, self.spec.model, prompts, u, **how)
         except RuntimeError as error:
             if any(words in str(error) for words in ("to allocate", "Insufficient Memory")):
                 raise MemoryError(f"sampling {len(prompts)} rows") from error
