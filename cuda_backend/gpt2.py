@@ -114,7 +114,7 @@ class FusedCrossEntropy(torch.autograd.Function):
 
     `apply(x [N, D], head [V, D], labels int64[N], weight float32[N], chunk)` returns (objective, nll): the sum of weight * nll,
     and the nll in nats, float32[N], which carries no gradient. The logits of a chunk are float32 whatever the type of x.
-    All of them may have a leading dimension K.
+    All of them may have a leading dimension K. With head None, x are the logits.
     """
 
     @staticmethod
@@ -168,7 +168,7 @@ def _embed(weights: Weights, tokens: Tensor, segment: Tensor | None = None) -> T
     if segment is None:
         placed = positions[..., None, : tokens.shape[-1], :]
     else:
-        placed = _rows_of(positions, _positions(segment).view(tokens.shape))
+        placed = _rows_of(positions, places_in_segments(segment).view(tokens.shape))
     return (_rows_of(weights["transformer.wte.weight"], tokens) + placed).flatten(0, -3)
 
 
@@ -207,7 +207,7 @@ def _linear(x: Tensor, weights: Weights, name: str, bias: Tensor | None = None) 
     return product.view(*x.shape[:-1], weight.shape[-1])
 
 
-def _positions(segment_BT: Tensor) -> Tensor:
+def places_in_segments(segment_BT: Tensor) -> Tensor:
     """Places int64[B, T] counted from the start of each segment."""
     place = torch.arange(segment_BT.shape[1], device=segment_BT.device)
     begins = F.pad(segment_BT[:, 1:] != segment_BT[:, :-1], (1, 0))

@@ -14,16 +14,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from cuda_backend import compare, gpt2
+from cuda_backend import compare, gpt2, losses
 from cuda_backend.allocator import keep_freed_memory
+from cuda_backend.decoder import Ladder, build_decoder
 from cuda_backend.distributed import TorchGroup, join, local_rank
-from cuda_backend.reference import FusedKL, add_penalty_gradients, pull_to_reference
-from cuda_backend.sample import sample
+from cuda_backend.reference import add_penalty_gradients, pull_to_reference
 from mlx_forget.comparison import MEASURES, portions
 from mlx_forget.distributed import Group
 from mlx_forget.errors import UserError
-from mlx_forget.ladder import decays, initial_weights, num_params, param_shapes
+from mlx_forget.ladder import decays, num_params
 from mlx_forget.methods import NUM_SOURCES, NUM_TERMS, TERM_REPLAY_KL, TERM_REPLAY_NTP, TERM_TASK
+from mlx_forget.pretrained import names_in_files, weight_files
 from mlx_forget.trainer import (
     Batch,
     Capabilities,
@@ -55,7 +56,7 @@ class TorchStep(StepResult):
 
 
 class TorchTrainer(Trainer):
-    """GPT-2 with AdamW on one device, or on one device of each process of a run."""
+    """A model with AdamW on one device, or on one device of each process of a run."""
 
     def __init__(self, spec: TrainerSpec) -> None:
         runtime = spec.runtime
@@ -82,8 +83,9 @@ class TorchTrainer(Trainer):
             limit_gb=runtime.memory_limit_gb if runtime.reads_only else None,
             used_bytes=self.used_memory_bytes(),
         )
-        start = () if runtime.reads_only else initial_weights(spec.model, spec.seed)
-        self._weights = {name: torch.from_numpy(value).to(self._torch_device).requires_grad_() for name, value in start}
+        self._decoder = build_decoder(spec.model, self._torch_device, reads_only=runtime.reads_only)
+        start = () if runtime.reads_only else self._decoder.start_weights(spec.seed)
+        self._weights = {name: value.requires_grad_() for name, value in start}
         self._decayed = [name for name in self._weights if decays(name)]
         self._plain = [name for name in self._weights if not decays(name)]
         self._exp_avg = {name: torch.zeros_like(value) for name, value in self._weights.items()}
@@ -91,7 +93,9 @@ class TorchTrainer(Trainer):
         self._steps = {name: torch.zeros((), device=self._torch_device) for name in self._weights}
         self._reference: dict[str, Tensor] | None = None
         self._fisher: dict[str, Tensor] | None = None
-        self._hidden_states = self._maybe_compiled(gpt2.hidden_states)
+        # What transformers builds branches on Python values; it is not compiled.
+        run = self._decoder.hidden_states
+        self._hidden_states = self._maybe_compiled(run) if isinstance(self._decoder, Ladder) else run
 
     @classmethod
     def describe(cls) -> Capabilities:
@@ -102,6 +106,7 @@ class TorchTrainer(Trainer):
             fisher=True,
             sample=True,
             distributed=True,
+            document_masks=True,
             stack=True,
             bitwise_resume=not torch.cuda.is_available(),
             accelerator=torch.cuda.is_available(),
@@ -152,29 +157,29 @@ class TorchTrainer(Trainer):
         return TorchStep(torch.cat([sums, torch.stack([norm, skipped])]), counts)
 
     def token_losses(self, tokens: npt.NDArray[np.int32], segment: npt.NDArray[np.int32] | None = None) -> npt.NDArray[np.float32]:
-        losses = np.empty((len(tokens), tokens.shape[1] - 1), np.float32)
+        found = np.empty((len(tokens), tokens.shape[1] - 1), np.float32)
         for rows in self._eval_slices(tokens):
             inputs, labels = self._split(tokens[rows])
             own = None if segment is None else torch.from_numpy(segment[rows]).to(self._torch_device)
             with torch.no_grad():
                 x = self._forward(self._weights, inputs, own)
-                nll = gpt2.token_nll(x, self._weights["transformer.wte.weight"], labels, self._chunk)
-            losses[rows] = nll.view(inputs.shape).cpu().numpy()
-        return losses
+                nll = losses.token_nll(x, self._decoder.head(self._weights), labels, self._chunk)
+            found[rows] = nll.view(inputs.shape).cpu().numpy()
+        return found
 
     def compare(self, tokens: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8]) -> Comparison:
         if self._reference is None:
             raise UserError("compare needs a reference: call set_reference first.")
-        weights, reference, spec, sizes = self._weights, self._reference, self.spec.model, self._portions
-        heads = [own["transformer.wte.weight"] for own in (weights, reference)]
-        shared = gpt2.num_shared_blocks(weights, reference, spec)
+        weights, reference, sizes = self._weights, self._reference, self._portions
+        heads = [self._decoder.head(own) for own in (weights, reference)]
+        shared = self._decoder.num_shared_blocks(weights, reference)
         measures = np.zeros((len(MEASURES), len(tokens), tokens.shape[1] - 1), np.float32)
         for rows in self._eval_slices(tokens, sizes.num_tokens):
             inputs, labels = self._split(tokens[rows])
             with torch.no_grad(), self._autocast():
-                pair = gpt2.hidden_states_of_two(weights, reference, spec, inputs, shared=shared)
+                pair = self._decoder.hidden_states_of_two(weights, reference, inputs, shared=shared)
             x, ref_x = (states.flatten(0, 1).to(self._dtype) for states in pair)
-            found = compare.measures(x, heads[0], ref_x, heads[1], labels, chunk=sizes.num_logits)
+            found = losses.measures(x, heads[0], ref_x, heads[1], labels, chunk=sizes.num_logits)
             measures[:, rows] = found.view(-1, *inputs.shape).cpu().numpy()
         return Comparison(*(measures * mask))
 
@@ -244,12 +249,12 @@ class TorchTrainer(Trainer):
         if prompts.shape[1] + u.shape[1] - 1 > self.spec.model.context_length:
             raise UserError(f"Prompt and sample together exceed the context of {self.spec.model.context_length} tokens.")
         try:
-            out = sample(
-                {name: value.detach().to(self._dtype) for name, value in weights.items()},
-                self.spec.model,
+            out = self._decoder.sample(
+                weights,
                 torch.from_numpy(prompts.astype(np.int64)).to(self._torch_device),
                 torch.from_numpy(u).to(self._torch_device),
                 temperature,
+                self._dtype,
             )
         except torch.OutOfMemoryError as error:
             raise MemoryError(f"sampling {len(prompts)} rows") from error
@@ -319,7 +324,7 @@ class TorchTrainer(Trainer):
     def _forward(self, weights: dict[str, Tensor], inputs: Tensor, segment: Tensor | None = None) -> Tensor:
         """Hidden states [N, D] without gradients, always eager: evaluation shapes vary."""
         with self._autocast():
-            return gpt2.hidden_states(weights, self.spec.model, inputs, segment).flatten(0, 1).to(self._dtype)
+            return self._decoder.hidden_states(weights, inputs, segment).flatten(0, 1).to(self._dtype)
 
     def _accumulate_gradient(
         self, batch: Batch, rows: slice, weight: npt.NDArray[np.float32], kl_weight: npt.NDArray[np.float32] | None
@@ -332,12 +337,12 @@ class TorchTrainer(Trainer):
         segment = None if batch.segment is None else torch.from_numpy(batch.segment[rows]).to(self._torch_device)
         with self._autocast():
             checkpointed = self.spec.runtime.grad_checkpoint
-            x = self._hidden_states(self._weights, self.spec.model, inputs, segment, grad_checkpoint=checkpointed)
-        head, x = self._weights["transformer.wte.weight"], x.to(self._dtype)
+            x = self._hidden_states(self._weights, inputs, segment, grad_checkpoint=checkpointed)
+        head, x = self._decoder.head(self._weights), x.to(self._dtype)
         nll_rows, kl_rows = self._rows_of(np.asarray(batch.term[rows] != TERM_REPLAY_KL)), None
         if kl_weight is not None and kl_weight.any():
             kl_rows = self._rows_of(np.asarray(kl_weight.any(axis=1)))
-        objective, nll = gpt2.FusedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        objective, nll = losses.cross_entropy(
             x[nll_rows].flatten(0, 1),
             head,
             labels.view(inputs.shape)[nll_rows].flatten(),
@@ -349,18 +354,18 @@ class TorchTrainer(Trainer):
             assert self._reference is not None
             with torch.no_grad(), self._autocast():
                 part = None if segment is None else segment[kl_rows]
-                ref_x = self._hidden_states(self._reference, self.spec.model, inputs[kl_rows], part).to(self._dtype)
-            kl_objective, kl = FusedKL.apply(  # type: ignore[no-untyped-call]
+                ref_x = self._hidden_states(self._reference, inputs[kl_rows], part).to(self._dtype)
+            kl_objective, kl = losses.kl_divergence(
                 x[kl_rows].flatten(0, 1),
                 head,
                 ref_x.flatten(0, 1),
-                self._reference["transformer.wte.weight"],
+                self._decoder.head(self._reference),
                 torch.from_numpy(kl_weight).to(self._torch_device)[kl_rows].flatten(),
                 self._chunk,
             )
             objective = objective + kl_objective
             kl_BT = _in_rows(kl, kl_rows, inputs)
-        objective.backward()
+        objective.backward()  # type: ignore[no-untyped-call]
         return _in_rows(nll, nll_rows, inputs), kl_BT
 
     def _rows_of(self, chosen: npt.NDArray[np.bool_]) -> slice | Tensor:
@@ -415,12 +420,14 @@ class TorchTrainer(Trainer):
         return [slice(start, start + size) for start in range(0, len(tokens), size)]
 
     def _read_weights(self, path: Path) -> dict[str, Tensor]:
-        weights = load_file(path, device=str(self._torch_device))
-        weights.pop("lm_head.weight", None)
-        shapes = {name: tuple(value.shape) for name, value in weights.items()}
-        if shapes != param_shapes(self.spec.model):
+        weights: dict[str, Tensor] = {}
+        wanted = self._decoder.shapes
+        for file in weight_files(path):
+            stored = load_file(file, device=str(self._torch_device))
+            weights |= {name: stored[old].float() for old, name in names_in_files(stored, wanted).items()}
+        if {name: tuple(value.shape) for name, value in weights.items()} != wanted:
             raise UserError(f"{path} does not hold the weights of this model: names or shapes differ.")
-        return {name: value.float() for name, value in weights.items()}
+        return weights
 
 
 def _in_rows(values: Tensor, rows: slice | Tensor, inputs: Tensor) -> Tensor:

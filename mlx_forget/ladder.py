@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_forget.errors import UserError, unknown
+from mlx_forget.pretrained import DEFAULT_ROW_LENGTH, PretrainedSpec
 
 LAYER_NORM_EPSILON = 1e-5
 # GPT-2's 0.02 at its own width of 768, scaled so that activations keep their size along the ladder.
@@ -78,8 +79,15 @@ def model_spec(name: str, vocab_size: int, context_length: int) -> ModelSpec:
     return ModelSpec(num_layers, width, width // head_dim, vocab_size, context_length)
 
 
-def param_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter under its Hugging Face GPT-2 name; matrices are [in, out] as GPT-2's Conv1D stores them."""
+def is_ladder_name(name: str) -> bool:
+    """Whether `model_spec` takes a name; any other stands for a checkpoint."""
+    return name in SIZES or re.fullmatch(r"\d+x\d+", name) is not None
+
+
+def param_shapes(spec: ModelSpec | PretrainedSpec) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter under its Hugging Face name; GPT-2's matrices are [in, out] as its Conv1D stores them."""
+    if isinstance(spec, PretrainedSpec):
+        return dict(spec.shapes)
     d = spec.width
     shapes: dict[str, tuple[int, ...]] = {
         "transformer.wte.weight": (spec.vocab_size, d),
@@ -104,20 +112,34 @@ def param_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     return shapes | {"transformer.ln_f.weight": (d,), "transformer.ln_f.bias": (d,)}
 
 
-def num_params(spec: ModelSpec) -> int:
+def num_params(spec: ModelSpec | PretrainedSpec) -> int:
     """All parameters, the tied embedding counted once: the N of the laws."""
+    if isinstance(spec, PretrainedSpec):
+        return spec.num_params
     return sum(int(np.prod(shape)) for shape in param_shapes(spec).values())
 
 
-def num_non_embedding_params(spec: ModelSpec) -> int:
+def num_non_embedding_params(spec: ModelSpec | PretrainedSpec) -> int:
     """Parameters without the token and position embeddings."""
+    if isinstance(spec, PretrainedSpec):
+        return spec.num_non_embedding_params
     return num_params(spec) - (spec.vocab_size + spec.context_length) * spec.width
 
 
-def train_flops_per_token(spec: ModelSpec) -> int:
-    """FLOPs of one training token: 6 per matrix weight (the head's product included) plus 12 L T d for attention."""
+def default_row_length(spec: ModelSpec | PretrainedSpec) -> int:
+    """Tokens per row where nobody says: the context, but of checkpoints of other tools at most 2,048."""
+    if isinstance(spec, PretrainedSpec):
+        return min(spec.context_length, DEFAULT_ROW_LENGTH)
+    return spec.context_length
+
+
+def train_flops_per_token(spec: ModelSpec | PretrainedSpec, row_length: int | None = None) -> int:
+    """FLOPs of one training token: 6 per matrix weight (the head's product included) plus 12 L T d for attention.
+
+    T is `row_length`, by default the context.
+    """
     matrices = num_non_embedding_params(spec) + spec.vocab_size * spec.width
-    return 6 * matrices + 12 * spec.num_layers * spec.context_length * spec.width
+    return 6 * matrices + 12 * spec.num_layers * (row_length or spec.context_length) * spec.width
 
 
 def train_bytes(spec: ModelSpec, num_tokens: int) -> int:
@@ -132,7 +154,8 @@ def train_bytes(spec: ModelSpec, num_tokens: int) -> int:
 
 def decays(name: str) -> bool:
     """Whether weight decay applies to a parameter: to matrices and both embeddings, never to biases and norms."""
-    return name.endswith(".weight") and ".ln_" not in name
+    module = name.removesuffix(".weight").rsplit(".", 1)[-1]
+    return name.endswith(".weight") and not module.startswith("ln_") and "norm" not in module
 
 
 def initial_weights(spec: ModelSpec, seed: int) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
@@ -182,13 +205,20 @@ def spec_from_hf_config(config: dict[str, Any]) -> ModelSpec:
     Raises:
         UserError: the configuration is not a GPT-2 that the ladder can hold.
     """
+    # What transformers leaves out of a configuration is at its default, and the ladder's choices are GPT-2's.
     fixed = {
-        "model_type": "gpt2",
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": LAYER_NORM_EPSILON,
+        "model_type": ("gpt2",),
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "layer_norm_epsilon": (LAYER_NORM_EPSILON,),
+        "n_inner": (None, 4 * int(config.get("n_embd") or 0)),
+        "tie_word_embeddings": (True,),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
     }
-    for key, wanted in fixed.items():
-        if config.get(key) != wanted:
+    for key, allowed in fixed.items():
+        wanted = allowed[0]
+        if config.get(key, wanted if key not in ("model_type", "activation_function") else None) not in allowed:
             raise UserError(f"Not a ladder checkpoint: config.json has {key}={config.get(key)!r}, the ladder needs {wanted!r}.")
     try:
         return ModelSpec(

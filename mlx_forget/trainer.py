@@ -23,6 +23,7 @@ from mlx_forget.errors import UserError, unknown
 from mlx_forget.ladder import ModelSpec
 from mlx_forget.methods import NUM_SOURCES, NUM_TERMS, TERM_REPLAY_KL, TERM_TASK, MethodSpec
 from mlx_forget.pipeline.batches import Batch
+from mlx_forget.pretrained import PretrainedSpec
 
 __all__ = [
     "AdapterSpec",
@@ -32,6 +33,7 @@ __all__ = [
     "Comparison",
     "ModelSpec",
     "OptimSpec",
+    "PretrainedSpec",
     "RuntimeSpec",
     "Stack",
     "StackedBatch",
@@ -106,9 +108,9 @@ class RuntimeSpec:
 
 @dataclass(frozen=True)
 class TrainerSpec:
-    """Everything a backend is built from."""
+    """Everything a backend is built from: the shape of a ladder model, or a checkpoint of another tool, whose weights it starts with."""
 
-    model: ModelSpec
+    model: ModelSpec | PretrainedSpec
     optim: OptimSpec = field(default_factory=OptimSpec)
     method: MethodSpec = field(default_factory=MethodSpec)
     adapter: AdapterSpec | None = None
@@ -118,7 +120,10 @@ class TrainerSpec:
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a backend can do, as data: the core asks here and never for a backend's name."""
+    """What a backend can do, as data: the core asks here and never for a backend's name.
+
+    `document_masks`: models of other tools keep the documents of a row apart; the ladder always does.
+    """
 
     precisions: tuple[Precision, ...]
     terms: tuple[int, ...]
@@ -127,6 +132,7 @@ class Capabilities:
     fisher: bool = False
     sample: bool = False
     stack: bool = False
+    document_masks: bool = False
     distributed: bool = False
     bitwise_resume: bool = False
     fast_bf16: bool = False
@@ -320,7 +326,7 @@ class Trainer(ABC):
 
     @abstractmethod
     def load(self, path: Path) -> None:
-        """Read weights that `save` of any backend wrote. The optimiser's moments stay."""
+        """Read weights that `save` of any backend wrote, or the folder of a checkpoint. The optimiser's moments stay."""
 
     @abstractmethod
     def save_state(self, path: Path) -> None:

@@ -17,14 +17,15 @@ from safetensors.numpy import save_file
 from mlx_forget.comparison import MEASURES, portions
 from mlx_forget.distributed import Group
 from mlx_forget.errors import OutOfMemory, UserError
-from mlx_forget.ladder import initial_weights, num_params, param_shapes
+from mlx_forget.ladder import num_params
 from mlx_forget.methods import NUM_SOURCES, NUM_TERMS, TERM_REPLAY_KL, TERM_REPLAY_NTP, TERM_TASK
 from mlx_forget.mlx_backend import BLAS_NOTE, adamw, compare, gpt2
+from mlx_forget.mlx_backend.decoder import build_decoder
 from mlx_forget.mlx_backend.distributed import MLXGroup, join, num_local_ranks
 from mlx_forget.mlx_backend.operators import operators
 from mlx_forget.mlx_backend.reference import penalty_gradients, pull_to_reference
-from mlx_forget.mlx_backend.sample import sample
 from mlx_forget.mlx_backend.warmup import compile_loops
+from mlx_forget.pretrained import names_in_files, weight_files
 from mlx_forget.trainer import (
     Batch,
     Capabilities,
@@ -63,7 +64,7 @@ class MLXStep(StepResult):
 
 
 class MLXTrainer(Trainer):
-    """GPT-2 with AdamW. On a CPU the rows of a batch are shared among threads, each an MLX stream."""
+    """A model with AdamW. On a CPU the rows of a batch are shared among threads, each an MLX stream."""
 
     def __init__(self, spec: TrainerSpec) -> None:
         runtime = spec.runtime
@@ -87,8 +88,8 @@ class MLXTrainer(Trainer):
             limit_gb=runtime.memory_limit_gb if runtime.reads_only else None,
             used_bytes=self.used_memory_bytes(),
         )
-        start = () if runtime.reads_only else initial_weights(spec.model, spec.seed)
-        self._weights = {name: mx.array(value) for name, value in start}
+        self._decoder = build_decoder(spec.model, self._operators, reads_only=runtime.reads_only)
+        self._weights = {} if runtime.reads_only else dict(self._decoder.start_weights(spec.seed))
         self._exp_avg = {name: mx.zeros_like(value) for name, value in self._weights.items()}
         self._exp_avg_sq = {name: mx.zeros_like(value) for name, value in self._weights.items()}
         self._step = mx.array(0.0)
@@ -196,7 +197,7 @@ class MLXTrainer(Trainer):
     def compare(self, tokens: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8]) -> Comparison:
         if self._reference is None:
             raise UserError("compare needs a reference: call set_reference first.")
-        shared = gpt2.num_shared_blocks(self._weights, self._reference, self.spec.model)
+        shared = self._decoder.num_shared_blocks(self._weights, self._reference)
         measures = np.zeros((len(MEASURES), len(tokens), tokens.shape[1] - 1), np.float32)
         for rows in self._eval_slices(tokens, self._portions.num_tokens):
             measures[:, rows] = np.array(self._measures(self._reference, mx.array(tokens[rows]), shared))
@@ -220,15 +221,13 @@ class MLXTrainer(Trainer):
         for row in range(len(tokens)):
             one = slice(row, row + 1)
             weight = mx.array(mask[one].astype(np.float32))
-            _, gradients = gpt2.gradients(
+            _, gradients = self._decoder.gradients(
                 self._weights,
-                self.spec.model,
                 mx.array(tokens[one, :-1]),
                 mx.array(tokens[one, 1:]),
                 weight,
                 None if segment is None else mx.array(segment[one]),
                 chunk=self._chunk,
-                operators=self._operators,
             )
             fisher = {name: value + gradients[name].square() for name, value in fisher.items()}
             mx.eval(fisher)
@@ -265,7 +264,7 @@ class MLXTrainer(Trainer):
         # The last token is never an input.
         if prompts.shape[1] + u.shape[1] - 1 > self.spec.model.context_length:
             raise UserError(f"Prompt and sample together exceed the context of {self.spec.model.context_length} tokens.")
-        return sample(weights, self.spec.model, prompts, u, temperature=temperature, operators=self._operators)
+        return self._decoder.sample(weights, prompts, u, temperature=temperature)
 
     @classmethod
     def memory_bytes(cls) -> int | None:
@@ -368,15 +367,13 @@ class MLXTrainer(Trainer):
         for number, rows in enumerate(_shares(tokens.shape[-2], len(self._streams))):
             kl_term = None if kl_terms is None else kl_terms[number]
             with mx.stream(self._streams[number]):
-                losses, gradients = gpt2.gradients(
+                losses, gradients = self._decoder.gradients(
                     weights,
-                    self.spec.model,
                     tokens[..., rows, :-1],
                     tokens[..., rows, 1:],
                     token_weight[..., rows, :],
                     None if segment is None else segment[..., rows, :],
                     chunk=self._chunk,
-                    operators=self._operators,
                     grad_checkpoint=self.spec.runtime.grad_checkpoint,
                     penalty=kl_term,
                 )
@@ -425,16 +422,8 @@ class MLXTrainer(Trainer):
         for stream, rows in zip(self._streams, _shares(len(tokens), len(self._streams)), strict=False):
             with mx.stream(stream):
                 own = None if segment is None else segment[rows]
-                x = gpt2.hidden_states(weights, self.spec.model, tokens[rows, :-1], own, operators=self._operators)
-                parts.append(
-                    gpt2.token_nll(
-                        x.reshape(-1, x.shape[-1]),
-                        weights["transformer.wte.weight"],
-                        tokens[rows, 1:].reshape(-1),
-                        chunk=self._chunk,
-                        operators=self._operators,
-                    )
-                )
+                labels = tokens[rows, 1:].reshape(-1)
+                parts.append(self._decoder.token_nll(weights, tokens[rows, :-1], labels, own, chunk=self._chunk))
         return mx.concatenate(parts).reshape(len(tokens), -1)
 
     def _measures(self, reference: Arrays, tokens: mx.array, shared: int) -> mx.array:
@@ -443,19 +432,13 @@ class MLXTrainer(Trainer):
         streams = self._streams[: max(1, self._portions.num_logits // _LEAST_LOGITS)]
         for stream, rows in zip(streams, _shares(len(tokens), len(streams)), strict=False):
             with mx.stream(stream):
-                pair = gpt2.hidden_states_of_two(
-                    self._weights, reference, self.spec.model, tokens[rows, :-1], shared=shared, operators=self._operators
-                )
-                x, ref_x = (states.reshape(-1, states.shape[-1]) for states in pair)
-                head, ref_head = (own["transformer.wte.weight"] for own in (self._weights, reference))
-                found = compare.measures(
-                    x,
-                    head,
-                    ref_x,
-                    ref_head,
+                found = self._decoder.measures(
+                    self._weights,
+                    reference,
+                    tokens[rows, :-1],
                     tokens[rows, 1:].reshape(-1),
+                    shared=shared,
                     chunk=max(1, self._portions.num_logits // len(streams)),
-                    operators=self._operators,
                 )
                 parts.append(found.reshape(len(MEASURES), -1, tokens.shape[1] - 1))
         return mx.concatenate(parts, axis=1)
@@ -465,11 +448,14 @@ class MLXTrainer(Trainer):
         return [slice(start, start + size) for start in range(0, len(tokens), size)]
 
     def _read_weights(self, path: Path) -> Arrays:
-        weights = _read(path)
-        weights.pop("lm_head.weight", None)
-        if {name: tuple(value.shape) for name, value in weights.items()} != param_shapes(self.spec.model):
+        found: Arrays = {}
+        wanted = self._decoder.shapes
+        for file in weight_files(path):
+            stored = _read(file)
+            found |= {name: stored[old] for old, name in names_in_files(stored, wanted).items()}
+        if {name: tuple(value.shape) for name, value in found.items()} != wanted:
             raise UserError(f"{path} does not hold the weights of this model: names or shapes differ.")
-        return {name: weights[name].astype(mx.float32) for name in param_shapes(self.spec.model)}
+        return {name: found[name].astype(mx.float32) for name in wanted}
 
 
 _EXTRA_STREAMS: list[mx.Stream] = []

@@ -2,7 +2,7 @@
 
 A conversation becomes `[INST] question [/INST] answer </s> [INST] ...`; the marks are the vocabulary's own ids where it has them. The
 answers and the `</s>` that ends each of them are learnt, in every turn; questions and marks are not. A system text stands before the
-first question.
+first question. Where the tokenizer has a chat template, conversations are written by it instead (see `chat_template.py`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,14 +26,24 @@ _ROLES: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns in their order, (role, text) each."""
+    """Turns in their order, (role, text) each; a system text is also kept apart, for templates that have a place for it."""
 
     turns: tuple[tuple[Role, str], ...]
+    system: str = ""
 
     @property
     def text(self) -> str:
         """All turns as one text, which stands for the conversation where texts are compared."""
         return "\n".join(text for _, text in self.turns)
+
+    def messages(self, *, system_apart: bool) -> list[dict[str, str]]:
+        """The turns as chat templates take them; a system text is a message of its own, or stands before the first question."""
+        messages = [{"role": role, "content": text} for role, text in self.turns]
+        if not (system_apart and self.system):
+            return messages
+        first = messages[0]["content"].removeprefix(self.system).removeprefix("\n\n")
+        rest = [{**messages[0], "content": first}] if first else []
+        return [{"role": "system", "content": self.system}, *rest, *messages[1:]]
 
 
 Content = str | Conversation
@@ -126,7 +136,7 @@ def _with_system(system: str, turns: tuple[tuple[Role, str], ...]) -> Conversati
         turns = (("user", system), *turns)
     if all(role == "user" or not text for role, text in turns):
         raise ValueError("it has no answer to learn")
-    return Conversation(turns)
+    return Conversation(turns, system)
 
 
 def _get(record: Mapping[str, Any], name: str) -> Any:

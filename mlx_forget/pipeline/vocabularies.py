@@ -17,12 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_forget.errors import UserError
+from mlx_forget.pipeline.chat_template import ChatTemplate
 from mlx_forget.pipeline.tokenizer import Tokenizer
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 JSON_FILE = "tokenizer.json"
 
 _CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+TEMPLATE_FILE = "chat_template.jinja"
+# What travels with a tokenizer.json, for whoever loads the copy.
+_COMPANIONS = (*_CONFIG_FILES, TEMPLATE_FILE, "added_tokens.json", "vocab.json", "merges.txt", SENTENCEPIECE_FILE)
 # Where a piece stands for bytes: U+2581 for a space, <0x0A> for one byte.
 _SPACE = "\u2581"
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -47,7 +51,8 @@ class Vocabulary(Protocol):
         hash: sha256 of the file, and of what it does not say itself.
         vocab_size: ids are below it.
         bos_id, eos_id: stand before every row and after every document.
-        inst_ids, end_inst_ids: stand around every question of a conversation.
+        inst_ids, end_inst_ids: stand around every question of a conversation, where there is no chat template.
+        chat_template: how conversations are written, or None.
     piece_bytes: the UTF-8 bytes that every id adds to a text; none for special ids.
     """
 
@@ -57,6 +62,7 @@ class Vocabulary(Protocol):
     eos_id: int
     inst_ids: tuple[int, ...]
     end_inst_ids: tuple[int, ...]
+    chat_template: ChatTemplate | None
 
     @property
     def piece_bytes(self) -> tuple[bytes, ...]: ...
@@ -67,13 +73,21 @@ class Vocabulary(Protocol):
     def encode_batch(self, texts: Sequence[str], *, num_threads: int | None = None) -> list[NDArray[np.int32]]:
         """Ids int32[T] of each text, without special ones."""
 
+    def encode_rendered(self, text: str) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Ids int32[T] of what a chat template wrote, in which special tokens are meant as such, and where each starts, int64[T]."""
+
     def decode(self, ids: Sequence[int] | NDArray[np.integer[Any]]) -> str:
         """The text of ids."""
+
+    def piece(self, index: int) -> str:
+        """The piece of an id, as the tokenizer names it."""
 
 
 @final
 class SentencePieceVocabulary:
     """A SentencePiece model that was not trained here: its own special ids, its own way with spaces."""
+
+    chat_template: ChatTemplate | None = None
 
     def __init__(self, model: bytes) -> None:
         import sentencepiece
@@ -107,6 +121,12 @@ class SentencePieceVocabulary:
     def decode(self, ids: Sequence[int] | NDArray[np.integer[Any]]) -> str:
         return str(self._processor.decode([int(i) for i in ids]))
 
+    def encode_rendered(self, text: str) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        raise NotImplementedError("only a tokenizer.json has a chat template")
+
+    def piece(self, index: int) -> str:
+        return str(self._processor.id_to_piece(index))
+
 
 @final
 class JsonVocabulary:
@@ -132,10 +152,12 @@ class JsonVocabulary:
         self.vocab_size = max(self._encoder.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.eos_id = self._id(_special_token(folder, "eos_token"), _KNOWN_EOS, "ends")
         self.bos_id = self._id(_special_token(folder, "bos_token"), _KNOWN_BOS, "begins", otherwise=self.eos_id)
-        self.special_tokens = {"bos_token": self._piece(self.bos_id), "eos_token": self._piece(self.eos_id)}
+        self.special_tokens = {"bos_token": self.piece(self.bos_id), "eos_token": self.piece(self.eos_id)}
+        self.content_hash = hashlib.sha256(content).hexdigest()
         self.hash = hashlib.sha256(content + json.dumps(self.special_tokens).encode()).hexdigest()
         self.inst_ids, self.end_inst_ids = self._marks("[INST]"), self._marks("[/INST]")
         self._decoders = _decoders(json.loads(content).get("decoder"))
+        self.chat_template = self._template(folder)
 
     @property
     def piece_bytes(self) -> tuple[bytes, ...]:
@@ -171,12 +193,47 @@ class JsonVocabulary:
             return otherwise
         raise UserError(f"It does not say which id {what} a document: give the folder that also holds its tokenizer_config.json.")
 
-    def _piece(self, index: int) -> str:
+    def piece(self, index: int) -> str:
         return str(self._encoder.id_to_token(index))
+
+    def encode_rendered(self, text: str) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Ids int32[T] of a text in which special tokens are meant as such, and where each starts, int64[T] in characters."""
+        self._encoder.encode_special_tokens = False
+        try:
+            encoded = self._encoder.encode(text, add_special_tokens=False)
+        finally:
+            self._encoder.encode_special_tokens = True
+        return np.array(encoded.ids, np.int32), np.array([start for start, _ in encoded.offsets], np.int64)
+
+    def _template(self, folder: Path) -> ChatTemplate | None:
+        source = template_in(folder)
+        if source is None:
+            return None
+        named = {key: _special_token(folder, key) or "" for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        added = self._encoder.get_added_tokens_decoder().values()
+        return ChatTemplate(source, named, [token.content for token in added if token.special], str(folder))
 
     def _marks(self, text: str) -> tuple[int, ...]:
         own = self._encoder.token_to_id(text)
         return (int(own),) if own is not None else tuple(self._encoder.encode(text, add_special_tokens=False).ids)
+
+
+def template_in(folder: Path) -> str | None:
+    """The chat template beside a tokenizer: a file of its own, or in its configuration; None where there is none.
+
+    Of several that are named, it is the default one.
+    """
+    try:
+        return (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
+    except OSError:
+        pass
+    try:
+        found = json.loads((folder / _CONFIG_FILES[0]).read_text(encoding="utf-8")).get("chat_template")
+    except (OSError, ValueError, AttributeError):
+        return None
+    if isinstance(found, list):
+        found = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}.get("default")
+    return found if isinstance(found, str) else None
 
 
 def load_vocabulary(path: Path) -> Vocabulary:
@@ -202,6 +259,13 @@ def load_vocabulary(path: Path) -> Vocabulary:
         raise UserError(f"Cannot use the tokenizer {path}: {error}") from None
 
 
+def same_pieces(first: Vocabulary, second: Vocabulary) -> bool:
+    """Whether two tokenizers give text the same ids, whatever they begin and end documents with."""
+    if isinstance(first, JsonVocabulary) and isinstance(second, JsonVocabulary):
+        return first.content_hash == second.content_hash
+    return first.hash == second.hash
+
+
 def file_name(tokenizer: Path) -> str:
     """The name that a tokenizer file has in a store or checkpoint."""
     with tokenizer.open("rb") as file:
@@ -223,7 +287,11 @@ def copy_tokenizer(tokenizer: Path, folder: Path) -> None:
     """Put a tokenizer into a store or checkpoint, under the name that `tokenizer_in` finds."""
     name = file_name(tokenizer)
     shutil.copyfile(tokenizer, folder / name)
-    if name == JSON_FILE:
+    if name == JSON_FILE and (tokenizer.parent / _CONFIG_FILES[0]).is_file():
+        for companion in _COMPANIONS:
+            if (tokenizer.parent / companion).is_file():
+                shutil.copyfile(tokenizer.parent / companion, folder / companion)
+    elif name == JSON_FILE:
         vocabulary = load_vocabulary(tokenizer)
         assert isinstance(vocabulary, JsonVocabulary)
         config = {**vocabulary.special_tokens, "tokenizer_class": "PreTrainedTokenizerFast"}
@@ -287,7 +355,7 @@ def _download(identifier: str, revision: str | None) -> Path:
         ) from None
     found = {}
     problem: Exception | None = None
-    for name in (*_CONFIG_FILES, JSON_FILE, SENTENCEPIECE_FILE):
+    for name in (*_CONFIG_FILES, TEMPLATE_FILE, JSON_FILE, SENTENCEPIECE_FILE):
         if name == SENTENCEPIECE_FILE and JSON_FILE in found:
             break
         try:
