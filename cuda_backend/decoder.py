@@ -9,9 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from cuda_backend import gpt2
+from cuda_backend.architectures import functions_of
 from cuda_backend.sample import sample
-from mlx_forget.ladder import ModelSpec, initial_weights, param_shapes
+from mlx_forget.ladder import ModelSpec, head_name, initial_weights, param_shapes
 from mlx_forget.pretrained import PretrainedSpec
 
 Weights = Mapping[str, Tensor]
@@ -51,10 +51,11 @@ class Decoder(Protocol):
 
 
 class Ladder:
-    """A rung of the GPT-2 ladder."""
+    """A rung of the ladder."""
 
     def __init__(self, spec: ModelSpec, device: torch.device) -> None:
         self._spec, self._device = spec, device
+        self._functions = functions_of(spec)
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -66,18 +67,21 @@ class Ladder:
     def hidden_states(
         self, weights: Weights, tokens_BT: Tensor, segment_BT: Tensor | None = None, *, grad_checkpoint: bool = False
     ) -> Tensor:
-        return gpt2.hidden_states(weights, self._spec, tokens_BT, segment_BT, grad_checkpoint=grad_checkpoint)
+        states: Tensor = self._functions.hidden_states(weights, self._spec, tokens_BT, segment_BT, grad_checkpoint=grad_checkpoint)
+        return states
 
     def hidden_states_of_two(
         self, weights: Weights, reference: Weights, tokens_BT: Tensor, *, shared: int
     ) -> tuple[Tensor, Tensor]:
-        return gpt2.hidden_states_of_two(weights, reference, self._spec, tokens_BT, shared=shared)
+        pair: tuple[Tensor, Tensor] = self._functions.hidden_states_of_two(weights, reference, self._spec, tokens_BT, shared=shared)
+        return pair
 
     def num_shared_blocks(self, weights: Weights, reference: Weights) -> int:
-        return gpt2.num_shared_blocks(weights, reference, self._spec)
+        shared: int = self._functions.num_shared_blocks(weights, reference, self._spec)
+        return shared
 
     def head(self, weights: Weights) -> Tensor | None:
-        return weights["transformer.wte.weight"]
+        return weights[head_name(self._spec)]
 
     def sample(self, weights: Weights, prompts_BP: Tensor, u_BT: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
         own = {name: value.detach().to(dtype) for name, value in weights.items()}

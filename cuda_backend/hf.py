@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from cuda_backend.gpt2 import places_in_segments
+from cuda_backend.gpt2 import segment_positions
 from cuda_backend.sample import draw
 from mlx_forget.errors import UserError
 from mlx_forget.pretrained import PretrainedSpec
@@ -77,7 +77,7 @@ class Pretrained:
         if segment_BT is not None:
             self._check_segments()
             # Places that begin again are what tells transformers to keep documents apart.
-            inputs["position_ids"] = places_in_segments(segment_BT)
+            inputs["position_ids"] = segment_positions(segment_BT)
         # The only thing that the training mode changes, all dropout being off.
         self.module.train(grad_checkpoint and torch.is_grad_enabled())
         if grad_checkpoint and not self.module.is_gradient_checkpointing:

@@ -12,17 +12,17 @@ import numpy.typing as npt
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from cuda_backend import compare, gpt2, losses
 from cuda_backend.allocator import keep_freed_memory
 from cuda_backend.decoder import Ladder, build_decoder
 from cuda_backend.distributed import TorchGroup, join, local_rank
+from cuda_backend.optimizer import make_optimizer
 from cuda_backend.reference import add_penalty_gradients, pull_to_reference
 from mlx_forget.comparison import MEASURES, portions
 from mlx_forget.distributed import Group
 from mlx_forget.errors import UserError
-from mlx_forget.ladder import decays, num_params
+from mlx_forget.ladder import num_params
 from mlx_forget.methods import NUM_SOURCES, NUM_TERMS, TERM_REPLAY_KL, TERM_REPLAY_NTP, TERM_TASK
 from mlx_forget.pretrained import names_in_files, weight_files
 from mlx_forget.trainer import (
@@ -86,11 +86,7 @@ class TorchTrainer(Trainer):
         self._decoder = build_decoder(spec.model, self._torch_device, reads_only=runtime.reads_only)
         start = () if runtime.reads_only else self._decoder.start_weights(spec.seed)
         self._weights = {name: value.requires_grad_() for name, value in start}
-        self._decayed = [name for name in self._weights if decays(name)]
-        self._plain = [name for name in self._weights if not decays(name)]
-        self._exp_avg = {name: torch.zeros_like(value) for name, value in self._weights.items()}
-        self._exp_avg_sq = {name: torch.zeros_like(value) for name, value in self._weights.items()}
-        self._steps = {name: torch.zeros((), device=self._torch_device) for name in self._weights}
+        self._optimizer = make_optimizer(spec.optim, self._weights)
         self._reference: dict[str, Tensor] | None = None
         self._fisher: dict[str, Tensor] | None = None
         # What transformers builds branches on Python values; it is not compiled.
@@ -170,7 +166,8 @@ class TorchTrainer(Trainer):
     def compare(self, tokens: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8]) -> Comparison:
         if self._reference is None:
             raise UserError("compare needs a reference: call set_reference first.")
-        weights, reference, sizes = self._weights, self._reference, self._portions
+        reference = {name: value.float() for name, value in self._reference.items()}
+        weights, sizes = self._weights, self._portions
         heads = [self._decoder.head(own) for own in (weights, reference)]
         shared = self._decoder.num_shared_blocks(weights, reference)
         measures = np.zeros((len(MEASURES), len(tokens), tokens.shape[1] - 1), np.float32)
@@ -192,6 +189,8 @@ class TorchTrainer(Trainer):
             self._reference = {name: value.detach().clone() for name, value in self._weights.items()}
         else:
             self._reference = self._read_weights(reference)
+        if self._reference is not None and self.spec.method.anchor_precision == "bf16":
+            self._reference = {name: value.bfloat16() for name, value in self._reference.items()}
 
     def set_fisher(
         self, tokens: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8], segment: npt.NDArray[np.int32] | None = None
@@ -225,19 +224,11 @@ class TorchTrainer(Trainer):
             self._weights[name].data.copy_(value)
 
     def save_state(self, path: Path) -> None:
-        moments = {f"exp_avg.{name}": value for name, value in self._exp_avg.items()}
-        moments |= {f"exp_avg_sq.{name}": value for name, value in self._exp_avg_sq.items()}
-        save_file(moments | {"step": next(iter(self._steps.values())).reshape(1)}, path)
+        save_file(self._optimizer.state(), path)
 
     def load_state(self, path: Path) -> None:
-        state = load_file(path, device=str(self._torch_device))
-        wanted = {f"{kind}.{name}" for kind in ("exp_avg", "exp_avg_sq") for name in self._weights} | {"step"}
-        if set(state) != wanted:
-            raise UserError(f"{path} is not the training state of this model.")
-        for name in self._weights:
-            self._exp_avg[name].copy_(state[f"exp_avg.{name}"])
-            self._exp_avg_sq[name].copy_(state[f"exp_avg_sq.{name}"])
-            self._steps[name].copy_(state["step"][0])
+        if not self._optimizer.load(load_file(path, device=str(self._torch_device))):
+            raise UserError(f"{path} is not the training state of this model and optimiser.")
 
     def sample(
         self, prompts: npt.NDArray[np.int32], u: npt.NDArray[np.float64], *, temperature: float = 1.0, from_reference: bool = False
@@ -380,30 +371,11 @@ class TorchTrainer(Trainer):
         norms = torch._foreach_norm(list(gradients.values()))
         norm = torch.linalg.vector_norm(torch.stack(norms))
         skipped = (~torch.isfinite(norm)).float()
-        # The fused kernel divides gradients by grad_scale and does nothing where found_inf is 1: clipping and masking cost no pass.
         limit = optim.max_grad_norm
         scale = torch.clamp(norm / limit, min=1.0) if limit > 0 else torch.ones_like(norm)
         if self._reference is not None and method.anchor_decay:
             pull_to_reference(self._weights, self._reference, method.anchor_decay, learning_rate, skipped)
-        for names, weight_decay in ((self._decayed, optim.weight_decay), (self._plain, 0.0)):
-            adamw(
-                [self._weights[name].detach() for name in names],
-                [gradients[name] for name in names],
-                [self._exp_avg[name] for name in names],
-                [self._exp_avg_sq[name] for name in names],
-                [],
-                [self._steps[name] for name in names],
-                fused=True,
-                grad_scale=scale,
-                found_inf=skipped,
-                amsgrad=False,
-                beta1=optim.beta1,
-                beta2=optim.beta2,
-                lr=learning_rate,
-                weight_decay=weight_decay,
-                eps=optim.epsilon,
-                maximize=False,
-            )
+        self._optimizer.step(self._weights, gradients, learning_rate, scale, skipped)
         for value in self._weights.values():
             value.grad = None
         return norm, skipped

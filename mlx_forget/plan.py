@@ -23,6 +23,7 @@ from mlx_forget.errors import UserError
 from mlx_forget.evaluate import Windows
 from mlx_forget.ladder import (
     ModelSpec,
+    default_context,
     default_row_length,
     model_spec,
     num_non_embedding_params,
@@ -136,7 +137,7 @@ def _plan(config: TrainConfig, backend: str, group: Group, folder: Path | None, 
     elif config.init == "scratch":
         tokenizer = _tokenizer_file(config, watch)
         vocab_size = load_vocabulary(tokenizer).vocab_size
-        model = model_spec(config.model, vocab_size, config.max_seq_length or _default_context(config.model))
+        model = model_spec(config.model, vocab_size, config.max_seq_length or default_context(config.model))
         base_peak, init = None, "scratch"
     else:
         start = find_start(config)
@@ -165,11 +166,22 @@ def _plan(config: TrainConfig, backend: str, group: Group, folder: Path | None, 
     if config.tokens_per_param is not None:
         num_tokens = config.tokens_per_param * num_params(model)
         config = dataclasses.replace(config, iters=math.ceil(num_tokens / (config.batch_size * row_length)), tokens_per_param=None)
+    if config.beta2_half_life_tokens is not None:
+        # The decay of one step, so that what counts of a gradient halves after so many tokens (Marek et al. 2025).
+        beta2 = 0.5 ** (config.batch_size * row_length / config.beta2_half_life_tokens)
+        config = dataclasses.replace(config, beta2=beta2, beta2_half_life_tokens=None)
     stream, windows, num_steps = _data(config, stores, row_length)
     rates = schedule(config, model, base_peak, default_peak_rate=default_rate)
     data = {"target": identity_of(targets, stores), "pretrain": identity_of(pools, stores)}
     if replays:
         data["replay"] = identity_of(replays, stores)
+    for name in config.replay_limits:
+        if name not in replays:
+            raise UserError(
+                f"replay_limits names {name}, which is no source of replay_data ({', '.join(replays) or config.replay_data})."
+            )
+    if config.replay_limits:
+        data["replay_limits"] = ",".join(str(config.replay_limits.get(name, "all")) for name in replays)
     identifier = run_id(config, precision=precision, learning_rate=rates.peak, data=data, init=init)
     return Plan(
         config=config,
@@ -347,8 +359,3 @@ def _tokenizer_file(config: TrainConfig, watch: Watch) -> Path:
         if stored is not None and stored.is_file():
             return stored
     return builtin_tokenizer(config.vocab_size, progress=watch.progress)
-
-
-def _default_context(model: str) -> int:
-    """128 for the laptop sizes, 1,024 for the paper's."""
-    return 1024 if model_spec(model, 1, 1).width >= 512 else 128

@@ -14,7 +14,6 @@ from mlx_forget.errors import UserError
 from mlx_forget.pipeline.batches import Blend, ReplayRows, RowSubset, Side, read_masked
 from mlx_forget.pipeline.corpora import forget_home
 from mlx_forget.pipeline.rows import Layout
-from mlx_forget.pipeline.store import TokenStore
 from mlx_forget.pipeline.vocabularies import special_ids
 from mlx_forget.plan import Plan, identity_of, replay_name, replay_rows_per_step, stored_replay
 from mlx_forget.replay import OnlineReplay, SampleSpec, is_sampled, origin_note, sample_store
@@ -67,7 +66,7 @@ def with_replay(plan: Plan, trainer: Trainer, watch: Watch) -> Plan:
             note = origin_note(plan.stores[source], plan.start)
             if note is not None:
                 watch.say(note)
-        members = tuple(_stored_rows(plan, plan.stores[source], length) for source in shares)
+        members = tuple(_stored_rows(plan, source, length) for source in shares)
         subset = members[0] if len(members) == 1 else Blend(members, tuple(shares.values()))
         fingerprint = identity_of(shares, plan.stores)
     replay = None if term is None else ReplayRows(subset, rows_per_step, term, config.seed)
@@ -76,10 +75,12 @@ def with_replay(plan: Plan, trainer: Trainer, watch: Watch) -> Plan:
     return dataclasses.replace(plan, stream=dataclasses.replace(plan.stream, replay=replay), replay_fingerprint=fingerprint)
 
 
-def _stored_rows(plan: Plan, store: TokenStore, length: int) -> RowSubset:
-    """The rows of a store as the run reads its other data; a model's own samples are whole rows, and every label of them counts."""
-    layout: Layout = "packed" if is_sampled(store) else plan.config.rows  # type: ignore[assignment]
-    return RowSubset.of_tokens(store.split("train"), length, None, layout=layout, mask_prompt=plan.config.mask_prompt)
+def _stored_rows(plan: Plan, source: str, length: int) -> RowSubset:
+    """The rows of a source as the run reads its other data; a model's own samples are whole rows, and every label of them counts."""
+    store, config = plan.stores[source], plan.config
+    layout: Layout = "packed" if is_sampled(store) else config.rows  # type: ignore[assignment]
+    limit = config.replay_limits.get(source)
+    return RowSubset.of_tokens(store.split("train"), length, limit, layout=layout, mask_prompt=config.mask_prompt)
 
 
 def _fisher_rows(subset: Side) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8], npt.NDArray[np.int32] | None]:

@@ -4,6 +4,7 @@ name: figure1
 config: {model: 0.65m, target: code, ...}     # keys of TrainConfig
 arms: {plain: {method: plain}, ...}           # named variants; each is laid over config, and runs the whole grid
 grid: {p: [0, 1%], seed: [0, 1]}              # every combination is a run
+stages: [{target: code}, {target: math}]      # each starts from the one before (see `stages`); laid over config and arms
 smoke: {config: {...}, grid: {...}}           # laid over the above when FORGET_SCALE=smoke
 """
 
@@ -44,6 +45,7 @@ class Recipe:
     grid: Mapping[str, list[Any]]
     description: str = ""
     arms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    stages: tuple[Mapping[str, Any], ...] = ()
 
     def configs(self, overrides: Mapping[str, Any]) -> list[TrainConfig]:
         """Every run of the grid, `overrides` laid over it: a list adds or replaces an axis, any other value takes an axis away.
@@ -68,14 +70,15 @@ def read_recipe(path: Path) -> Recipe:
         UserError: not a recipe, or unknown keys.
     """
     content = read_yaml(path)
-    known = {"name", "description", "config", "arms", "grid", "smoke"}
+    known = {"name", "description", "config", "arms", "grid", "stages", "smoke"}
     for key in content:
         if key not in known:
             raise unknown("recipe key", key, known)
-    smoke = content.get("smoke") or {}
+    smoke, scaled = content.get("smoke") or {}, set[str]()
     config, grid = dict(content.get("config") or {}), dict(content.get("grid") or {})
     if os.environ.get("FORGET_SCALE") == "smoke":
         config, grid = config | (smoke.get("config") or {}), grid | (smoke.get("grid") or {})
+        scaled = set(smoke.get("config") or {})
     for key, values in grid.items():
         if not isinstance(values, list):
             raise UserError(f"{path}: grid axis {key!r} must be a list of values.")
@@ -83,7 +86,12 @@ def read_recipe(path: Path) -> Recipe:
     for arm, values in arms.items():
         if not isinstance(values, dict):
             raise UserError(f"{path}: arm {arm!r} must be a mapping of keys to values.")
-    return Recipe(content.get("name", path.stem), config, grid, content.get("description", ""), arms)
+    stages = content.get("stages") or []
+    if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
+        raise UserError(f"{path}: stages must be a list of mappings of keys to values.")
+    # What the smoke scale sets, no stage sets otherwise.
+    stages = [{key: value for key, value in stage.items() if key not in scaled} for stage in stages]
+    return Recipe(content.get("name", path.stem), config, grid, content.get("description", ""), arms, tuple(stages))
 
 
 @dataclass
@@ -128,6 +136,7 @@ def plan_sweep(recipe: Recipe, folder: Path, *, overrides: Mapping[str, Any] | N
     Raises:
         UserError: anything that cannot work, or two runs with one id.
     """
+    assert not recipe.stages, "stages follow one another: plan_stages"
     configs = recipe.configs(overrides or {})
     jobs: dict[str, Job] = {}
     bases: dict[Path, Job] = {}

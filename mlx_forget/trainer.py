@@ -33,6 +33,7 @@ __all__ = [
     "Comparison",
     "ModelSpec",
     "OptimSpec",
+    "Optimizer",
     "PretrainedSpec",
     "RuntimeSpec",
     "Stack",
@@ -53,6 +54,7 @@ __all__ = [
 ]
 
 Precision = Literal["fp32", "bf16"]
+Optimizer = Literal["adamw", "adafactor"]
 
 
 @dataclass(frozen=True)
@@ -69,11 +71,15 @@ class AdapterSpec:
 
 @dataclass(frozen=True)
 class OptimSpec:
-    """AdamW with bias correction, epsilon outside the square root, decay multiplied by the learning rate, global-norm clipping.
+    """The optimiser: decoupled decay multiplied by the learning rate, and global-norm clipping, are those of both.
 
-    `ladder.decays` names the parameters that decay. `max_grad_norm` 0 switches clipping off.
+    `adamw` has bias correction and epsilon outside the square root. `adafactor` (Shazeer and Stern 2018) has no first moment; its decay
+    is 1 - t^-0.8, epsilon is 1e-30 within the mean of squares, an update is clipped to a root mean square of 1, and the rate is absolute:
+    neither relative to the weights' size nor to the step. `ladder.decays` names the parameters that decay. `max_grad_norm` 0 switches
+    clipping off.
     """
 
+    name: Optimizer = "adamw"
     beta1: float = 0.9
     beta2: float = 0.95
     epsilon: float = 1e-8
@@ -330,7 +336,7 @@ class Trainer(ABC):
 
     @abstractmethod
     def save_state(self, path: Path) -> None:
-        """Write the training state: `exp_avg.NAME`, `exp_avg_sq.NAME` in fp32 and `step`, in neutral names."""
+        """Write the training state in fp32 and neutral names: the moments as `ladder.moment_shapes` names them, and `step`."""
 
     @abstractmethod
     def load_state(self, path: Path) -> None:

@@ -42,6 +42,7 @@ class BigramTrainer(Trainer):
         self.spec = spec
         size = spec.model.vocab_size
         self.weight = np.random.Generator(np.random.Philox(key=[spec.seed, 0])).normal(0, 0.02, (size, size))
+        assert spec.optim.name == "adamw"
         self.adamw = AdamW(spec.optim)
         self.adamw.m[NAME] = np.zeros_like(self.weight)
         self.adamw.v[NAME] = np.zeros_like(self.weight)

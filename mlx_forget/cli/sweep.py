@@ -1,12 +1,14 @@
 """`forget sweep`."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from mlx_forget.plan import Plan
     from mlx_forget.stacking import Wanted
     from mlx_forget.sweep import Job, Sweep
 
@@ -36,16 +38,12 @@ def sweep(
 
     Example: forget sweep figure1 --set seed=1 --output runs/figure1-seed1
     """
-    import os
-
     from rich.console import Console
-    from rich.live import Live
 
     from mlx_forget.cli.signals import graceful_stop
-    from mlx_forget.errors import RunFailed
     from mlx_forget.progress import Preparation
     from mlx_forget.resources import recipe as find_recipe
-    from mlx_forget.sweep import default_processes, execute_sweep, plan_sweep, read_recipe, stack_sweep
+    from mlx_forget.sweep import default_processes, plan_sweep, read_recipe, stack_sweep
     from mlx_forget.watch import Watch
 
     console = Console(stderr=True)
@@ -58,8 +56,14 @@ def sweep(
     watch = Watch(say=say, progress=Preparation(console))
     overrides = _parse(settings or [])
     wanted = _wanted(stack)
+    if read.stages:
+        from mlx_forget.cli.stages import sweep_stages
+
+        how: dict[str, Any] = {"jobs": jobs, "threads": threads, "wanted": wanted, "dry_run": dry_run, "as_json": as_json}
+        sweep_stages(read, folder, overrides, watch, console, **how)
+        return
     planned = plan_sweep(read, folder, overrides=overrides, watch=watch)
-    on_gpu = _uses_gpu(planned)
+    on_gpu = uses_gpu(planned.jobs[0].plan)
     num_processes = jobs or (1 if on_gpu else min(default_processes(), len(planned.jobs)))
     planned = stack_sweep(planned, wanted, num_processes=num_processes)
     if dry_run:
@@ -68,40 +72,44 @@ def sweep(
     if stack is not None or on_gpu:
         for note in planned.notes:
             say(note)
-    num_threads = threads or max(1, (os.cpu_count() or 1) // num_processes)
-    watcher = _Watcher(console)
     with graceful_stop(say) as interrupted:
-        if console.is_terminal:
-            with Live(console=console, refresh_per_second=4, transient=True) as live:
-                done = execute_sweep(
-                    planned,
-                    num_processes=num_processes,
-                    num_threads=num_threads,
-                    on_change=lambda all_jobs: live.update(watcher.table(all_jobs)),
-                    interrupted=interrupted,
-                )
-        else:
-            done = execute_sweep(
-                planned,
-                num_processes=num_processes,
-                num_threads=num_threads,
-                on_change=watcher.lines,
-                interrupted=interrupted,
-            )
-    outcome = {
-        "folder": str(folder),
-        "runs": [
-            {
-                "run_id": job.plan.run_id,
-                "title": job.title,
-                "state": job.state,
-                "folder": str(job.plan.folder),
-            }
-            for job in done
-        ],
+        done = train_runs(planned, console, num_processes=num_processes, threads=threads, interrupted=interrupted)
+    report(folder, done, say, as_json=as_json)
+
+
+def train_runs(
+    planned: "Sweep", console: Any, *, num_processes: int, threads: int | None, interrupted: Callable[[], int | None]
+) -> "list[Job]":
+    """Train the runs of a sweep while their state is shown."""
+    import os
+
+    from rich.live import Live
+
+    from mlx_forget.sweep import execute_sweep
+
+    watcher = _Watcher(console)
+    how: dict[str, Any] = {
+        "num_processes": num_processes,
+        "num_threads": threads or max(1, (os.cpu_count() or 1) // num_processes),
+        "interrupted": interrupted,
     }
+    if not console.is_terminal:
+        return execute_sweep(planned, on_change=watcher.lines, **how)
+    with Live(console=console, refresh_per_second=4, transient=True) as live:
+        return execute_sweep(planned, on_change=lambda all_jobs: live.update(watcher.table(all_jobs)), **how)
+
+
+def report(folder: Path, done: "list[Job]", say: Callable[[str], None], *, as_json: bool, **more: Any) -> None:
+    """Say how the runs of a sweep ended.
+
+    Raises:
+        RunFailed: one did not end well.
+    """
+    from mlx_forget.errors import RunFailed
+
+    runs = [{"run_id": job.plan.run_id, "title": job.title, "state": job.state, "folder": str(job.plan.folder)} for job in done]
     if as_json:
-        print(json.dumps(outcome))
+        print(json.dumps({"folder": str(folder), "runs": runs, **more}))
     failed = [job for job in done if job.state == "failed"]
     say(f"{sum(job.state == 'done' for job in done)} of {len(done)} runs done: {folder}")
     if failed:
@@ -176,10 +184,10 @@ def _wanted(stack: str | None) -> "Wanted":
     return int(stack)
 
 
-def _uses_gpu(planned: "Sweep") -> bool:
+def uses_gpu(plan: "Plan") -> bool:
+    """Whether a run will have an accelerator to itself."""
     from mlx_forget.trainer import load_backend
 
-    plan = planned.jobs[0].plan
     return plan.config.device != "cpu" and load_backend(plan.backend).describe().accelerator
 
 

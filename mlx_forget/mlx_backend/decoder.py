@@ -10,8 +10,9 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_forget.ladder import ModelSpec, initial_weights, param_shapes
+from mlx_forget.ladder import ModelSpec, head_name, initial_weights, param_shapes
 from mlx_forget.mlx_backend import compare, gpt2
+from mlx_forget.mlx_backend.architectures import functions_of
 from mlx_forget.mlx_backend.gpt2 import KLTerm
 from mlx_forget.mlx_backend.operators import Operators
 from mlx_forget.mlx_backend.sample import sample
@@ -65,10 +66,11 @@ class Decoder(Protocol):
 
 
 class Ladder:
-    """A rung of the GPT-2 ladder."""
+    """A rung of the ladder."""
 
     def __init__(self, spec: ModelSpec, operators: Operators) -> None:
         self._spec, self._operators = spec, operators
+        self._functions = functions_of(spec)
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -89,7 +91,7 @@ class Ladder:
         grad_checkpoint: bool = False,
         penalty: KLTerm | None = None,
     ) -> tuple[mx.array, Arrays]:
-        return gpt2.gradients(
+        found: tuple[mx.array, Arrays] = self._functions.gradients(
             weights,
             self._spec,
             tokens_BT,
@@ -101,24 +103,28 @@ class Ladder:
             grad_checkpoint=grad_checkpoint,
             penalty=penalty,
         )
+        return found
 
     def token_nll(
         self, weights: Weights, tokens_BT: mx.array, labels_N: mx.array, segment: mx.array | None, *, chunk: int
     ) -> mx.array:
-        x = gpt2.hidden_states(weights, self._spec, tokens_BT, segment, operators=self._operators)
-        head = weights["transformer.wte.weight"]
+        x = self._functions.hidden_states(weights, self._spec, tokens_BT, segment, operators=self._operators)
+        head = weights[head_name(self._spec)]
         return gpt2.token_nll(x.reshape(-1, x.shape[-1]), head, labels_N, chunk=chunk, operators=self._operators)
 
     def measures(
         self, weights: Weights, reference: Weights, tokens_BT: mx.array, labels_N: mx.array, *, shared: int, chunk: int
     ) -> mx.array:
-        pair = gpt2.hidden_states_of_two(weights, reference, self._spec, tokens_BT, shared=shared, operators=self._operators)
+        pair = self._functions.hidden_states_of_two(
+            weights, reference, self._spec, tokens_BT, shared=shared, operators=self._operators
+        )
         x, ref_x = (states.reshape(-1, states.shape[-1]) for states in pair)
-        head, ref_head = (own["transformer.wte.weight"] for own in (weights, reference))
+        head, ref_head = (own[head_name(self._spec)] for own in (weights, reference))
         return compare.measures(x, head, ref_x, ref_head, labels_N, chunk=chunk, operators=self._operators)
 
     def num_shared_blocks(self, weights: Weights, reference: Weights) -> int:
-        return gpt2.num_shared_blocks(weights, reference, self._spec)
+        shared: int = self._functions.num_shared_blocks(weights, reference, self._spec)
+        return shared
 
     def sample(
         self, weights: Weights, prompts_BP: npt.NDArray[np.int32], u_BT: npt.NDArray[np.float64], *, temperature: float

@@ -19,7 +19,7 @@ from mlx_forget.distributed import Group
 from mlx_forget.errors import OutOfMemory, UserError
 from mlx_forget.ladder import num_params
 from mlx_forget.methods import NUM_SOURCES, NUM_TERMS, TERM_REPLAY_KL, TERM_REPLAY_NTP, TERM_TASK
-from mlx_forget.mlx_backend import BLAS_NOTE, adamw, compare, gpt2
+from mlx_forget.mlx_backend import BLAS_NOTE, compare, gpt2, optimizer
 from mlx_forget.mlx_backend.decoder import build_decoder
 from mlx_forget.mlx_backend.distributed import MLXGroup, join, num_local_ranks
 from mlx_forget.mlx_backend.operators import operators
@@ -90,10 +90,9 @@ class MLXTrainer(Trainer):
         )
         self._decoder = build_decoder(spec.model, self._operators, reads_only=runtime.reads_only)
         self._weights = {} if runtime.reads_only else dict(self._decoder.start_weights(spec.seed))
-        self._exp_avg = {name: mx.zeros_like(value) for name, value in self._weights.items()}
-        self._exp_avg_sq = {name: mx.zeros_like(value) for name, value in self._weights.items()}
+        self._moments = optimizer.initial_moments(spec.optim, self._weights)
         self._step = mx.array(0.0)
-        self._hyper = adamw.hyperparameters(spec.optim)
+        self._hyper = optimizer.hyperparameters(spec.optim)
         self._reference: Arrays | None = None
         self._fisher: Arrays | None = None
         method = spec.method
@@ -105,7 +104,9 @@ class MLXTrainer(Trainer):
         whole = can_compile and (not self._on_cpu or runtime.compile is True)
         self._gradient = self._traced(self._batch_gradient, compiled=whole)
         self._nll = self._traced(self._batch_nll, compiled=whole)
-        self._update = self._traced(adamw.update, compiled=can_compile)
+        # Adafactor's loops are many and run over rows and columns: compiling them takes half a minute and gains little on a CPU.
+        fusing = can_compile and (not self._on_cpu or spec.optim.name == "adamw")
+        self._update = self._traced(optimizer.update_of(spec.optim), compiled=fusing)
 
     @classmethod
     def describe(cls) -> Capabilities:
@@ -173,12 +174,12 @@ class MLXTrainer(Trainer):
         rate = mx.array(learning_rate, dtype=mx.float32)
         if self._reference is not None and (method.l2_sp or method.ewc):
             gradients = penalty_gradients(self._weights, gradients, self._reference, self._fisher, self._strengths)
-        scalars, self._step, outcome = adamw.step_scalars(self._step, gradients, rate, self._hyper)
+        scalars, self._step, outcome = optimizer.step_scalars(self._step, gradients, rate, self._hyper)
         weights = self._weights
         if self._reference is not None and method.anchor_decay:
             weights = pull_to_reference(weights, self._reference, rate, self._strengths["anchor_decay"], scalars["finite"])
-        state = self._update(weights, self._exp_avg, self._exp_avg_sq, gradients, scalars)
-        self._weights, self._exp_avg, self._exp_avg_sq = state
+        state = self._update(weights, self._moments, gradients, scalars)
+        self._weights, self._moments = state
         packed = mx.concatenate([sums, outcome])
         # One step runs while the host prepares the next; more would only hold memory.
         mx.eval(self._in_flight)
@@ -197,10 +198,11 @@ class MLXTrainer(Trainer):
     def compare(self, tokens: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8]) -> Comparison:
         if self._reference is None:
             raise UserError("compare needs a reference: call set_reference first.")
-        shared = self._decoder.num_shared_blocks(self._weights, self._reference)
+        reference = {name: value.astype(mx.float32) for name, value in self._reference.items()}
+        shared = self._decoder.num_shared_blocks(self._weights, reference)
         measures = np.zeros((len(MEASURES), len(tokens), tokens.shape[1] - 1), np.float32)
         for rows in self._eval_slices(tokens, self._portions.num_tokens):
-            measures[:, rows] = np.array(self._measures(self._reference, mx.array(tokens[rows]), shared))
+            measures[:, rows] = np.array(self._measures(reference, mx.array(tokens[rows]), shared))
         return Comparison(*(measures * mask))
 
     def set_reference(self, reference: Literal["start", "adapters_off"] | Path | None) -> None:
@@ -213,6 +215,8 @@ class MLXTrainer(Trainer):
             self._reference = dict(self._weights)
         else:
             self._reference = self._read_weights(reference)
+        if self._reference is not None and self.spec.method.anchor_precision == "bf16":
+            self._reference = {name: value.astype(mx.bfloat16) for name, value in self._reference.items()}
 
     def set_fisher(
         self, tokens: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8], segment: npt.NDArray[np.int32] | None = None
@@ -241,19 +245,16 @@ class MLXTrainer(Trainer):
         self._weights = self._read_weights(path)
 
     def save_state(self, path: Path) -> None:
-        moments = {f"exp_avg.{name}": value for name, value in self._exp_avg.items()}
-        moments |= {f"exp_avg_sq.{name}": value for name, value in self._exp_avg_sq.items()}
-        save_file(_to_numpy(moments | {"step": self._step.reshape(1)}), path)
+        save_file(_to_numpy(self._moments | {"step": self._step.reshape(1)}), path)
 
     def load_state(self, path: Path) -> None:
         state = _read(path)
-        wanted = {f"{kind}.{name}" for kind in ("exp_avg", "exp_avg_sq") for name in self._weights} | {"step"}
-        if set(state) != wanted:
-            raise UserError(f"{path} is not the training state of this model.")
-        self._exp_avg = {name: state[f"exp_avg.{name}"] for name in self._weights}
-        self._exp_avg_sq = {name: state[f"exp_avg_sq.{name}"] for name in self._weights}
+        shapes = {name: value.shape for name, value in self._moments.items()}
+        if {name: value.shape for name, value in state.items() if name != "step"} != shapes or "step" not in state:
+            raise UserError(f"{path} is not the training state of this model and optimiser.")
+        self._moments = {name: state[name] for name in shapes}
         self._step = state["step"][0]
-        mx.eval(self._exp_avg, self._exp_avg_sq, self._step)
+        mx.eval(self._moments, self._step)
 
     def sample(
         self, prompts: npt.NDArray[np.int32], u: npt.NDArray[np.float64], *, temperature: float = 1.0, from_reference: bool = False

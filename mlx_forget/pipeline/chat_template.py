@@ -1,193 +1,288 @@
-"""Chat templates: a conversation as the text that a checkpoint was trained on, and which of its characters an answer is made of.
+"""Chat templates of Hugging Face tokenizers: a conversation as its model was trained to read it, and which of its tokens are answers.
 
-A template is a Jinja program that comes with a tokenizer; it runs in Jinja's sandbox, on a clock that stands still, so that a store has the
-same content on every day. What is learnt of it: all that the model would write, from the end of the generation prompt to the token that
-ends the turn, in every turn. A template that marks answers itself (`{% generation %}`) is believed.
+A template is a Jinja program that came with a tokenizer. It runs in Jinja's sandbox and sees the messages and the names of special tokens,
+and no clock: a conversation always becomes the same tokens. A message cannot write special tokens: theirs become ordinary text.
+
+Answers are what a template marks by `{% generation %}`. Where it marks nothing, an answer is what it writes after the prompt that asks for
+one, up to the special token that ends it, found by rendering parts of the conversation and stand-ins for its answers.
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+from numpy.typing import NDArray
 
 from mlx_forget.errors import UserError
 
-Message = Mapping[str, str]
-Span = tuple[int, int]
+TEMPLATE_FILE = "chat_template.jinja"
 
-# What templates print where they ask for the date; also the fallback in Llama 3's own.
-_TODAY = "26 Jul 2024"
-# From Unicode's private use: they stand where a marked answer begins and ends, and are taken out again.
-_BEGIN, _END = "\ue0f0", "\ue0f1"
+Message = tuple[str, str]
+_Span = tuple[int, int]
 
-
-@dataclass(frozen=True)
-class Rendered:
-    """A conversation as text.
-
-    Args:
-        text: what the template makes of it.
-        spans: (start, stop) in characters of what is to be learnt.
-    """
-
-    text: str
-    spans: tuple[Span, ...]
+# Noncharacters, which are for internal use and in no text: around what a template marks, inside special tokens that a message writes, and
+# instead of an answer.
+_BEGIN, _END, _CUT, _STAND_IN = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
+_INTERNAL = {ord(mark): None for mark in (_BEGIN, _END, _CUT, _STAND_IN)}
+_MARKS = re.compile(f"[{_BEGIN}{_END}{_CUT}]")
 
 
+@final
 class ChatTemplate:
-    """A template with the tokens that it may print.
+    """The chat template of a tokenizer.
 
     Args:
         source: the Jinja program.
-        special_tokens: `bos_token` and the like.
-        special_pieces: every text that the tokenizer reads as one special id: the first one after an answer ends its turn.
-        name: where it comes from, for errors.
+        tokenizer: the content of the tokenizer.json.
+        special_tokens: what the template may call by name, such as `bos_token`.
+        where: what it is called in messages.
     """
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str], special_pieces: Sequence[str], name: str) -> None:
-        self._name, self._tokens = name, dict(special_tokens)
-        self._pieces = [piece for piece in special_pieces if piece]
+    def __init__(self, source: str, tokenizer: bytes, special_tokens: Mapping[str, str], where: str) -> None:
         self.source = source
-        self._marks_answers = re.search(r"{%-?\s*generation\s*-?%}", source) is not None
-        try:
-            self._template = _environment().from_string(source)
-        except Exception as error:
-            raise UserError(f"The chat template of {name} cannot be read: {error}") from None
+        self.hash = hashlib.sha256(source.encode()).hexdigest()
+        self._tokenizer = tokenizer
+        self._special_tokens = dict(special_tokens)
+        self._where = where
 
-    @property
-    def hash(self) -> str:
-        """sha256 of the program."""
-        return hashlib.sha256(self.source.encode()).hexdigest()
-
-    def ends_turn(self, text: str) -> bool:
-        """Whether a text ends with a special token."""
-        return text.rstrip().endswith(tuple(self._pieces))
-
-    def render(self, messages: Sequence[Message]) -> Rendered:
-        """A conversation as text with what is to be learnt of it.
+    @classmethod
+    def find(cls, tokenizer: bytes, folder: Path) -> "ChatTemplate | None":
+        """The template in the files beside a tokenizer.json: `chat_template.jinja`, or what `tokenizer_config.json` holds.
 
         Raises:
-            UserError: the template fails on it, or changes what was said so that answers cannot be found.
+            UserError: several templates, and none of them the default one.
         """
-        if self._marks_answers:
-            return _without_marks(self._run(messages, answers_marked=True))
-        text = self._run(messages)
-        for candidate in (messages, [{**message, "content": message["content"].strip()} for message in messages]):
-            spans = self._spans(text, candidate)
-            if spans is not None:
-                return Rendered(text, spans)
-        raise UserError(
-            f"The chat template of {self._name} changes what is said in a conversation, so that answers cannot be told from the rest: "
-            "give text rows, or a template with {% generation %} marks."
-        )
-
-    def _spans(self, text: str, messages: Sequence[Message]) -> tuple[Span, ...] | None:
-        """Where answers are in a rendered text; None where the contents are not found as they are given."""
-        pieces = self._pieces_between(messages)
-        if pieces is None or text != pieces[0] + "".join(m["content"] + p for m, p in zip(messages, pieces[1:], strict=True)):
+        config = _read_json(folder / "tokenizer_config.json")
+        source: Any = config.get("chat_template")
+        if (folder / TEMPLATE_FILE).is_file():
+            source = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
+        if isinstance(source, list):
+            named = {one.get("name"): one.get("template") for one in source if isinstance(one, dict)}
+            if "default" not in named:
+                raise UserError(f"It has the chat templates {', '.join(map(str, named))}, and none is the default.")
+            source = named["default"]
+        if not isinstance(source, str) or not source.strip():
             return None
-        spans: list[Span] = []
-        place = len(pieces[0])
-        for number, message in enumerate(messages):
-            before, after = pieces[number], pieces[number + 1]
-            start, place = place, place + len(message["content"])
-            if message["role"] == "assistant":
-                opening = self._generation_prompt(messages[:number])
-                if opening and opening in before:
-                    # What stands between the generation prompt and the answer is the model's to write.
-                    start -= len(before) - (before.rindex(opening) + len(opening))
-                spans.append((start, place + self._length_of_end(after)))
-            place += len(after)
-        return tuple(spans)
+        tokens = {}
+        for key, value in {**_read_json(folder / "special_tokens_map.json"), **config}.items():
+            name = value.get("content") if isinstance(value, dict) else value
+            if key.endswith("_token") and isinstance(name, str):
+                tokens[key] = name
+        return cls(source, tokenizer, tokens, str(folder))
 
-    def _pieces_between(self, messages: Sequence[Message]) -> list[str] | None:
-        """What the template prints before, between and after the contents, found with a stand-in for each."""
-        stand_ins = [f"\ue0f2{number}\ue0f3" for number in range(len(messages))]
-        rest = self._run([{**m, "content": s} for m, s in zip(messages, stand_ins, strict=True)])
-        pieces = []
-        for stand_in in stand_ins:
-            before, found, rest = rest.partition(stand_in)
-            if not found:
-                return None
-            pieces.append(before)
-        return [*pieces, rest]
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        """What the template may call by name."""
+        return self._special_tokens
 
-    def _generation_prompt(self, messages: Sequence[Message]) -> str:
-        """What the template adds to ask for the next answer; empty where it adds nothing."""
-        if not messages:
-            return ""
+    def text(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        """A conversation of (role, content) as the template writes it.
+
+        Args:
+            add_generation_prompt: end with what asks for an answer.
+
+        Raises:
+            UserError: the template cannot be compiled, or refuses the conversation (why).
+        """
+        return _MARKS.sub("", self._render(messages, add_generation_prompt))
+
+    def render(self, messages: Sequence[Message]) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+        """Tokens int32[T] of a conversation of (role, content), special ones included, and uint8[T], 1 where a token is of an answer.
+
+        Raises:
+            UserError: as `text`; or what the template writes does not show which part of it is an answer.
+        """
+        tokens, mask, _, _ = self._tokens(messages)
+        return tokens, mask
+
+    def document(self, messages: Sequence[Message], *, bos_id: int, eos_id: int) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+        """A conversation as a document of a store: (tokens int32[T] without BOS and the last EOS, loss mask uint8[T + 1] with it).
+
+        The EOS is learnt where the template ends the last answer with it, or ends it with nothing.
+
+        Raises:
+            UserError: as `render`.
+        """
+        tokens, mask, text, spans = self._tokens(messages)
+        if len(tokens) and tokens[0] == bos_id:
+            tokens, mask = tokens[1:], mask[1:]
+        learn_end = 0
+        if spans and not text[spans[-1][1] :].strip() and mask.any():
+            last = int(mask.nonzero()[0][-1])
+            if tokens[last] == eos_id:
+                tokens, mask, learn_end = tokens[:last], mask[:last], 1
+            elif int(tokens[last]) not in self._special_ids:
+                learn_end = 1
+        return tokens, np.append(mask, np.uint8(learn_end))
+
+    @cached_property
+    def _encoder(self) -> Any:
+        from tokenizers import Tokenizer
+
+        # Post-processors add special tokens, which the template writes itself, and trim spaces off the places of tokens.
+        encoder = Tokenizer.from_str(json.dumps(json.loads(self._tokenizer) | {"post_processor": None}))
+        encoder.no_truncation()
+        encoder.no_padding()
+        return encoder
+
+    @cached_property
+    def _special(self) -> tuple[str, ...]:
+        """The special tokens, longest first."""
+        added = self._encoder.get_added_tokens_decoder().values()
+        return tuple(sorted((token.content for token in added if token.special and token.content), key=len, reverse=True))
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset(self._encoder.token_to_id(token) for token in self._special)
+
+    @cached_property
+    def _any_special(self) -> re.Pattern[str]:
+        return re.compile("|".join(map(re.escape, self._special)) or "(?!)")
+
+    @cached_property
+    def _program(self) -> Any:
+        import jinja2
+        import jinja2.ext
+        import jinja2.sandbox
+
+        class Generation(jinja2.ext.Extension):
+            tags = {"generation"}  # noqa: RUF012
+
+            def parse(self, parser: Any) -> Any:
+                line = next(parser.stream).lineno
+                body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+                return jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+
+            def _mark(self, caller: Any) -> str:
+                return f"{_BEGIN}{caller()}{_END}"
+
+        def refuse(message: str) -> None:
+            raise jinja2.TemplateError(message)
+
+        def to_json(value: Any, **options: Any) -> str:
+            return json.dumps(value, **{"ensure_ascii": False, **options})
+
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+        )
+        for name in ("lipsum", "cycler", "joiner"):
+            environment.globals.pop(name, None)
+        environment.filters["tojson"] = to_json
+        # Today's date would make other tokens tomorrow: it is the one that Llama 3 takes where there is no clock.
+        environment.globals |= {"raise_exception": refuse, "strftime_now": _fixed_date}
         try:
-            asked, plain = self._run(messages, add_generation_prompt=True), self._run(messages)
-        except UserError:
-            return ""
-        return asked[len(plain) :] if asked.startswith(plain) else ""
+            return environment.from_string(self.source)
+        except jinja2.TemplateSyntaxError as error:
+            raise UserError(f"The chat template of {self._where} is not valid: line {error.lineno}: {error.message}.") from None
 
-    def _length_of_end(self, after: str) -> int:
-        """How much of what follows an answer ends it: through the first special token; nothing where there is none."""
-        ends = [(place, place + len(piece)) for piece in self._pieces if (place := after.find(piece)) >= 0]
-        if not ends:
-            return 0
-        start, stop = min(ends, key=lambda end: (end[0], -end[1]))
-        return stop if not after[:start].strip() else 0
-
-    def _run(self, messages: Sequence[Message], *, add_generation_prompt: bool = False, answers_marked: bool = False) -> str:
-        # A template that asks for the date and gets none prints that of the day.
-        names = {"date_string": _TODAY, "tools": None, "documents": None, **self._tokens}
-        marks = (_BEGIN, _END) if answers_marked else ("", "")
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        plain = [{"role": role, "content": self._harmless(text)} for role, text in messages]
+        program = self._program
         try:
-            text: str = self._template.render(
-                messages=list(messages), add_generation_prompt=add_generation_prompt, answer_marks=marks, **names
+            # What else a template may do wrong is any Python error.
+            return str(
+                program.render(messages=plain, tools=None, add_generation_prompt=add_generation_prompt, **self._special_tokens)
             )
-            return text
-        except UserError:
-            raise
         except Exception as error:
-            said = " ".join(str(error).split())[:200]
-            roles = ", ".join(message["role"] for message in messages)
-            raise UserError(f"The chat template of {self._name} fails on a conversation of {roles}: {said}") from None
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            begins = next((text for _, text in messages), "")[:80]
+            raise UserError(
+                f"The chat template of {self._where} refuses the conversation that begins {begins!r}: {reason.rstrip('.')}."
+            ) from None
+
+    def _harmless(self, text: str) -> str:
+        text = text if text == _STAND_IN else text.translate(_INTERNAL)
+        return self._any_special.sub(lambda found: found[0][:1] + _CUT + found[0][1:], text)
+
+    def _tokens(self, messages: Sequence[Message]) -> tuple[NDArray[np.int32], NDArray[np.uint8], str, list[_Span]]:
+        text, cuts, spans = _unmarked(self._render(messages))
+        if not spans:
+            spans = self._answers(messages, text, frozenset(cuts))
+        ids: list[int] = []
+        places: list[_Span] = []
+        for start, stop in zip([0, *cuts], [*cuts, len(text)], strict=True):
+            found = self._encoder.encode(text[start:stop], add_special_tokens=False)
+            ids += found.ids
+            places += [(start + first, start + last) for first, last in found.offsets]
+        where = np.array(places, np.int64).reshape(-1, 2)
+        mask = np.zeros(len(ids), np.uint8)
+        for start, stop in spans:
+            mask[(where[:, 0] < stop) & (where[:, 1] > start)] = 1
+        return np.array(ids, np.int32), mask, text, spans
+
+    def _answers(self, messages: Sequence[Message], text: str, cuts: frozenset[int]) -> list[_Span]:
+        """Where the answers are in a conversation's text."""
+        spans: list[_Span] = []
+        for number, (role, _) in enumerate(messages):
+            if role != "assistant":
+                continue
+            asked, unasked = self._part(messages[:number], True), self._part(messages[:number], False)
+            answered = text if number == len(messages) - 1 else self._part(messages[: number + 1], False)
+            # A template may ask by nothing, and may write earlier turns in another way than the last one.
+            start = len(asked) if asked is not None and asked != unasked and text.startswith(asked) else None
+            stop = len(answered) if answered is not None and text.startswith(answered) else None
+            if start is None or stop is None:
+                instead = self._part([*messages[:number], ("assistant", _STAND_IN), *messages[number + 1 :]], False)
+                before, found, after = (instead or "").partition(_STAND_IN)
+                if start is None and found and text.startswith(before):
+                    start = len(before)
+                if stop is None and found and text.endswith(after):
+                    stop = len(text) - len(after)
+                    end = re.compile(f" *(?:{self._any_special.pattern})").match(text, stop)
+                    stop = end.end() if end else stop
+            if start is None or stop is None or stop < start or (spans and start < spans[-1][1]):
+                raise UserError(
+                    f"The chat template of {self._where} does not show which part of a conversation is the answer "
+                    f"(message {number + 1} of the one that begins {messages[0][1][:80]!r}): mark it in the template by "
+                    "{% generation %} and {% endgeneration %}."
+                )
+            # A special token that is cut is what a message says.
+            ends = [found.end() for found in self._any_special.finditer(text, start, stop) if found.start() + 1 not in cuts]
+            spans.append((start, ends[-1] if ends else start + len(text[start:stop].rstrip())))
+        return spans
+
+    def _part(self, messages: Sequence[Message], add_generation_prompt: bool) -> str | None:
+        """A part of a conversation as the template writes it; None where it refuses that."""
+        try:
+            return self.text(messages, add_generation_prompt=add_generation_prompt)
+        except UserError:
+            return None
 
 
-def _without_marks(marked: str) -> Rendered:
-    text, spans, start = "", [], 0
-    for part in marked.replace(_END, _BEGIN).split(_BEGIN):
-        text += part
-        spans.append((start, len(text)))
-        start = len(text)
-    return Rendered(text, tuple(spans[1::2]))
+def _unmarked(marked: str) -> tuple[str, list[int], list[_Span]]:
+    """A text without marks; where it is cut, and where marked parts are in it."""
+    parts: list[str] = []
+    cuts: list[int] = []
+    spans: list[_Span] = []
+    size = begun = position = 0
+    for mark in _MARKS.finditer(marked):
+        parts.append(marked[position : mark.start()])
+        size += len(parts[-1])
+        position = mark.end()
+        if mark[0] == _CUT:
+            cuts.append(size)
+        elif mark[0] == _BEGIN:
+            begun = size
+        else:
+            spans.append((begun, size))
+    parts.append(marked[position:])
+    return "".join(parts), cuts, spans
 
 
-def _environment() -> Any:
-    """Jinja as transformers sets it up for templates."""
-    import json
+def _fixed_date(form: str) -> str:
+    from datetime import date
 
-    from jinja2 import nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    return date(2024, 7, 26).strftime(form)
 
-    class Generation(Extension):
-        """`{% generation %}` ... `{% endgeneration %}` around what an assistant writes."""
 
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-            marks = nodes.Name("answer_marks", "load")
-            call = self.call_method("_mark", [marks])
-            return nodes.CallBlock(call, [], [], body).set_lineno(line)
-
-        def _mark(self, marks: tuple[str, str], caller: Any) -> str:
-            return f"{marks[0]}{caller()}{marks[1]}"
-
-    def fail(sentence: str) -> None:
-        raise ValueError(sentence)
-
-    def to_json(value: Any, indent: int | None = None, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=False, indent=indent, **options)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = fail
-    environment.globals["strftime_now"] = lambda form: _TODAY
-    return environment
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_forget.errors import UserError
-from mlx_forget.pipeline.chat_template import ChatTemplate
 from mlx_forget.pipeline.conversations import Content, Conversation
 from mlx_forget.pipeline.vocabularies import Vocabulary, load_vocabulary
 
@@ -19,10 +17,10 @@ Encoded = tuple[NDArray[np.int32], NDArray[np.uint8] | None]
 
 def encode(contents: list[Content], vocabulary: Vocabulary, *, num_threads: int | None = None) -> list[Encoded]:
     """(tokens int32[T] without the last EOS, loss mask uint8[T + 1] with it or None where everything is learnt) of each document."""
-    texts: list[str] = []
     template = vocabulary.chat_template
+    texts: list[str] = []
     for content in contents:
-        if isinstance(content, str):
+        if not isinstance(content, Conversation):
             texts.append(content)
         elif template is None:
             texts.extend(text for _, text in content.turns)
@@ -30,7 +28,7 @@ def encode(contents: list[Content], vocabulary: Vocabulary, *, num_threads: int 
     encoded: list[Encoded] = []
     for content in contents:
         if isinstance(content, Conversation) and template is not None:
-            encoded.append(_by_template(content, vocabulary, template))
+            encoded.append(template.document(content.messages, bos_id=vocabulary.bos_id, eos_id=vocabulary.eos_id))
         elif isinstance(content, Conversation):
             encoded.append(_conversation([(role, next(ids)) for role, _ in content.turns], vocabulary))
         else:
@@ -59,29 +57,6 @@ def _conversation(turns: list[tuple[str, NDArray[np.int32]]], vocabulary: Vocabu
     return np.concatenate(tokens), np.concatenate(mask)
 
 
-def _by_template(conversation: Conversation, vocabulary: Vocabulary, template: ChatTemplate) -> Encoded:
-    """A conversation as its template writes it, without the BOS that every row has and the EOS that ends every document."""
-    try:
-        rendered = template.render(conversation.messages(system_apart=True))
-    except UserError:
-        if not conversation.system:
-            raise
-        # Some templates have no place for a system text.
-        rendered = template.render(conversation.messages(system_apart=False))
-    ids, starts = vocabulary.encode_rendered(rendered.text)
-    mask = np.zeros(len(ids) + 1, np.uint8)
-    for start, stop in rendered.spans:
-        mask[:-1][(starts >= start) & (starts < stop)] = 1
-    ends = np.flatnonzero(ids == vocabulary.eos_id)
-    if len(ends) and not rendered.text[starts[ends[-1]] + len(vocabulary.piece(vocabulary.eos_id)) :].strip():
-        ids, mask = ids[: ends[-1]], mask[: ends[-1] + 1]
-    elif len(ids):
-        # An answer that nothing ends is ended by EOS.
-        mask[-1] = mask[-2] and not template.ends_turn(rendered.text)
-    first = int(len(ids) > 0 and ids[0] == vocabulary.bos_id)
-    return ids[first:], mask[first:]
-
-
 def worker(setup: bytes) -> Callable[[bytes], bytes]:
     """What a worker process does with a block of documents; `setup` is the path of the tokenizer."""
     # Every core has a worker of its own.
@@ -90,7 +65,7 @@ def worker(setup: bytes) -> Callable[[bytes], bytes]:
 
     def work(question: bytes) -> bytes:
         contents: list[Content] = [
-            plain if isinstance(plain, str) else Conversation(tuple((role, text) for role, text in plain[1]), plain[0])
+            plain if isinstance(plain, str) else Conversation(tuple((role, text) for role, text in plain))
             for plain in json.loads(question)
         ]
         return _pack(encode(contents, vocabulary, num_threads=1))

@@ -124,7 +124,7 @@ def _by_workers(blocks: Iterator[_Block], tokenizer_file: Path, num_workers: int
     def questions() -> Iterator[bytes]:
         for block in blocks:
             asked.append([(split, source, size, "") for split, source, size, _ in block])
-            plain = [(content.system, content.turns) if isinstance(content, Conversation) else content for *_, content in block]
+            plain = [content.messages if isinstance(content, Conversation) else content for *_, content in block]
             yield json.dumps(plain, ensure_ascii=False).encode()
 
     entry = "mlx_forget.pipeline.encoding:worker"

@@ -21,7 +21,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_forget.errors import UserError
-from mlx_forget.pipeline.chat_template import ChatTemplate
 
 PAD, BOS, EOS, UNK, INST, END_INST = range(6)
 DOMAIN_IDS = range(6, 14)
@@ -60,7 +59,8 @@ class Tokenizer:
     bos_id, eos_id = BOS, EOS
     inst_ids: tuple[int, ...] = (INST,)
     end_inst_ids: tuple[int, ...] = (END_INST,)
-    chat_template: ChatTemplate | None = None
+    # Conversations are written with the marks above.
+    chat_template = None
 
     def __init__(self, model: bytes) -> None:
         self._model = model
@@ -110,11 +110,8 @@ class Tokenizer:
                 raise UserError(f"Token id {i} is outside the vocabulary of {len(table)}.")
         return b"".join([table[i] for i in values]).decode("utf-8", errors="replace")
 
-    def encode_rendered(self, text: str) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        raise NotImplementedError("only a tokenizer.json has a chat template")
-
     def piece(self, index: int) -> str:
-        """The piece of an id, as SentencePiece names it."""
+        """The name of an id."""
         return str(self._processor.id_to_piece(index))
 
     @property

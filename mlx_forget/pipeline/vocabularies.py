@@ -17,16 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_forget.errors import UserError
-from mlx_forget.pipeline.chat_template import ChatTemplate
+from mlx_forget.pipeline.chat_template import TEMPLATE_FILE, ChatTemplate
 from mlx_forget.pipeline.tokenizer import Tokenizer
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 JSON_FILE = "tokenizer.json"
 
 _CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json")
-TEMPLATE_FILE = "chat_template.jinja"
 # What travels with a tokenizer.json, for whoever loads the copy.
-_COMPANIONS = (*_CONFIG_FILES, TEMPLATE_FILE, "added_tokens.json", "vocab.json", "merges.txt", SENTENCEPIECE_FILE)
+_COMPANIONS = (*_CONFIG_FILES, TEMPLATE_FILE, "added_tokens.json", "vocab.json", "merges.txt")
 # Where a piece stands for bytes: U+2581 for a space, <0x0A> for one byte.
 _SPACE = "\u2581"
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -51,8 +50,7 @@ class Vocabulary(Protocol):
         hash: sha256 of the file, and of what it does not say itself.
         vocab_size: ids are below it.
         bos_id, eos_id: stand before every row and after every document.
-        inst_ids, end_inst_ids: stand around every question of a conversation, where there is no chat template.
-        chat_template: how conversations are written, or None.
+        inst_ids, end_inst_ids: stand around every question of a conversation.
     piece_bytes: the UTF-8 bytes that every id adds to a text; none for special ids.
     """
 
@@ -62,7 +60,10 @@ class Vocabulary(Protocol):
     eos_id: int
     inst_ids: tuple[int, ...]
     end_inst_ids: tuple[int, ...]
-    chat_template: ChatTemplate | None
+
+    @property
+    def chat_template(self) -> ChatTemplate | None:
+        """How conversations are written instead, where the tokenizer says so."""
 
     @property
     def piece_bytes(self) -> tuple[bytes, ...]: ...
@@ -73,14 +74,11 @@ class Vocabulary(Protocol):
     def encode_batch(self, texts: Sequence[str], *, num_threads: int | None = None) -> list[NDArray[np.int32]]:
         """Ids int32[T] of each text, without special ones."""
 
-    def encode_rendered(self, text: str) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """Ids int32[T] of what a chat template wrote, in which special tokens are meant as such, and where each starts, int64[T]."""
-
     def decode(self, ids: Sequence[int] | NDArray[np.integer[Any]]) -> str:
-        """The text of ids."""
+        """The text of ids, without special ones."""
 
     def piece(self, index: int) -> str:
-        """The piece of an id, as the tokenizer names it."""
+        """The name of an id."""
 
 
 @final
@@ -121,9 +119,6 @@ class SentencePieceVocabulary:
     def decode(self, ids: Sequence[int] | NDArray[np.integer[Any]]) -> str:
         return str(self._processor.decode([int(i) for i in ids]))
 
-    def encode_rendered(self, text: str) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        raise NotImplementedError("only a tokenizer.json has a chat template")
-
     def piece(self, index: int) -> str:
         return str(self._processor.id_to_piece(index))
 
@@ -157,7 +152,7 @@ class JsonVocabulary:
         self.hash = hashlib.sha256(content + json.dumps(self.special_tokens).encode()).hexdigest()
         self.inst_ids, self.end_inst_ids = self._marks("[INST]"), self._marks("[/INST]")
         self._decoders = _decoders(json.loads(content).get("decoder"))
-        self.chat_template = self._template(folder)
+        self.chat_template = ChatTemplate.find(content, folder)
 
     @property
     def piece_bytes(self) -> tuple[bytes, ...]:
@@ -196,44 +191,9 @@ class JsonVocabulary:
     def piece(self, index: int) -> str:
         return str(self._encoder.id_to_token(index))
 
-    def encode_rendered(self, text: str) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """Ids int32[T] of a text in which special tokens are meant as such, and where each starts, int64[T] in characters."""
-        self._encoder.encode_special_tokens = False
-        try:
-            encoded = self._encoder.encode(text, add_special_tokens=False)
-        finally:
-            self._encoder.encode_special_tokens = True
-        return np.array(encoded.ids, np.int32), np.array([start for start, _ in encoded.offsets], np.int64)
-
-    def _template(self, folder: Path) -> ChatTemplate | None:
-        source = template_in(folder)
-        if source is None:
-            return None
-        named = {key: _special_token(folder, key) or "" for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        added = self._encoder.get_added_tokens_decoder().values()
-        return ChatTemplate(source, named, [token.content for token in added if token.special], str(folder))
-
     def _marks(self, text: str) -> tuple[int, ...]:
         own = self._encoder.token_to_id(text)
         return (int(own),) if own is not None else tuple(self._encoder.encode(text, add_special_tokens=False).ids)
-
-
-def template_in(folder: Path) -> str | None:
-    """The chat template beside a tokenizer: a file of its own, or in its configuration; None where there is none.
-
-    Of several that are named, it is the default one.
-    """
-    try:
-        return (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
-    except OSError:
-        pass
-    try:
-        found = json.loads((folder / _CONFIG_FILES[0]).read_text(encoding="utf-8")).get("chat_template")
-    except (OSError, ValueError, AttributeError):
-        return None
-    if isinstance(found, list):
-        found = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}.get("default")
-    return found if isinstance(found, str) else None
 
 
 def load_vocabulary(path: Path) -> Vocabulary:
@@ -257,6 +217,19 @@ def load_vocabulary(path: Path) -> Vocabulary:
             return SentencePieceVocabulary(content)
     except UserError as error:
         raise UserError(f"Cannot use the tokenizer {path}: {error}") from None
+
+
+def marked_text(vocabulary: Vocabulary, ids: NDArray[np.integer[Any]]) -> str:
+    """The text of ids with special ones by their names, such as the marks between the turns of a conversation."""
+    silent = np.array([not piece for piece in vocabulary.piece_bytes])
+    parts: list[str] = []
+    start = 0
+    for place in [*silent[ids].nonzero()[0].tolist(), len(ids)]:
+        parts.append(vocabulary.decode(ids[start:place]))
+        if place < len(ids):
+            parts.append(vocabulary.piece(int(ids[place])))
+        start = place + 1
+    return "".join(parts)
 
 
 def same_pieces(first: Vocabulary, second: Vocabulary) -> bool:
@@ -295,6 +268,8 @@ def copy_tokenizer(tokenizer: Path, folder: Path) -> None:
         vocabulary = load_vocabulary(tokenizer)
         assert isinstance(vocabulary, JsonVocabulary)
         config = {**vocabulary.special_tokens, "tokenizer_class": "PreTrainedTokenizerFast"}
+        if vocabulary.chat_template is not None:
+            config = {**vocabulary.chat_template.special_tokens, **config, "chat_template": vocabulary.chat_template.source}
         (folder / _CONFIG_FILES[0]).write_text(json.dumps(config, indent=1), encoding="utf-8")
 
 
