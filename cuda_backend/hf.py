@@ -53,6 +53,7 @@ class Pretrained:
         self._base: nn.Module = self.module.base_model
         self._keeps_last = "logits_to_keep" in inspect.signature(self.module.forward).parameters
         self._segments_work: bool | None = None
+        self._recomputes = False
         self._head_name = self._find_head()
         self._scale = self._find_scale()
         self._parameters = dict(self.module.named_parameters())
@@ -80,8 +81,10 @@ class Pretrained:
             inputs["position_ids"] = segment_positions(segment_BT)
         # The only thing that the training mode changes, all dropout being off.
         self.module.train(grad_checkpoint and torch.is_grad_enabled())
-        if grad_checkpoint and not self.module.is_gradient_checkpointing:
-            self.module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if grad_checkpoint and not self._recomputes:
+            enable = getattr(self.module, "activation_checkpointing_enable", None) or self.module.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+            self._recomputes = True
         if self._scale is None:
             logits: Tensor = self._call(self.module, "", weights, inputs).logits
             return logits
