@@ -1,5 +1,6 @@
 """The PyTorch trainer: CUDA where a GPU is, the CPU otherwise (announced)."""
 
+import math
 import resource
 import shutil
 import sys
@@ -19,16 +20,19 @@ from cuda_backend.decoder import Ladder, build_decoder
 from cuda_backend.distributed import TorchGroup, join, local_rank
 from cuda_backend.optimizer import make_optimizer
 from cuda_backend.reference import add_penalty_gradients, pull_to_reference
+from cuda_backend.stored_reference import FusedStoredKL
 from mlx_forget.comparison import MEASURES, portions
 from mlx_forget.distributed import Group
-from mlx_forget.errors import UserError
+from mlx_forget.errors import OutOfMemory, UserError
 from mlx_forget.ladder import num_params
 from mlx_forget.methods import NUM_SOURCES, NUM_TERMS, TERM_REPLAY_KL, TERM_REPLAY_NTP, TERM_TASK
-from mlx_forget.pretrained import names_in_files, weight_files
+from mlx_forget.pretrained import PretrainedSpec, names_in_files, weight_files
 from mlx_forget.trainer import (
     Batch,
     Capabilities,
     Comparison,
+    ModelSpec,
+    Precision,
     Stack,
     StepReading,
     StepResult,
@@ -86,6 +90,7 @@ class TorchTrainer(Trainer):
         self._decoder = build_decoder(spec.model, self._torch_device, reads_only=runtime.reads_only)
         start = () if runtime.reads_only else self._decoder.start_weights(spec.seed)
         self._weights = {name: value.requires_grad_() for name, value in start}
+        self._micro_batch_size = runtime.micro_batch_size
         self._optimizer = make_optimizer(spec.optim, self._weights)
         self._reference: dict[str, Tensor] | None = None
         self._fisher: dict[str, Tensor] | None = None
@@ -132,19 +137,10 @@ class TorchTrainer(Trainer):
     def train_step(self, batch: Batch, learning_rate: float) -> StepResult:
         counts = self.group.all_sum(group_counts(batch, self.spec.method))
         token_weight, kl_weight = token_weights(batch, counts, self.spec.method), kl_weights(batch, counts, self.spec.method)
-        check_reference(self.spec.method, reference=self._reference is not None, fisher=self._fisher is not None)
-        group = torch.from_numpy(batch.term.astype(np.int64) * NUM_SOURCES + batch.source).to(self._torch_device)
-        kl_group = torch.from_numpy(batch.source.astype(np.int64) + TERM_REPLAY_KL * NUM_SOURCES).to(self._torch_device)
-        sums = torch.zeros(NUM_TERMS * NUM_SOURCES, device=self._torch_device)
-        # A rank may have no rows.
-        size = self.spec.runtime.micro_batch_size or max(1, len(batch.tokens))
-        for start in range(0, len(batch.tokens), size):
-            rows = slice(start, start + size)
-            nll, kl = self._accumulate_gradient(batch, rows, token_weight[rows], None if kl_weight is None else kl_weight[rows])
-            mask = torch.from_numpy(batch.loss_mask[rows]).to(self._torch_device)
-            sums.index_add_(0, group[rows], (nll * mask).sum(1))
-            if kl is not None:
-                sums.index_add_(0, kl_group[rows], (kl * mask).sum(1))
+        check_reference(
+            self.spec.method, reference=self._reference is not None or batch.reference is not None, fisher=self._fisher is not None
+        )
+        sums = self._gradients_that_fit(batch, token_weight, kl_weight)
         gradients = {name: torch.zeros_like(value) if value.grad is None else value.grad for name, value in self._weights.items()}
         if isinstance(self.group, TorchGroup):
             *summed, sums = self.group.sum_tensors([*gradients.values(), sums])
@@ -152,16 +148,70 @@ class TorchTrainer(Trainer):
         norm, skipped = self._update(gradients, learning_rate)
         return TorchStep(torch.cat([sums, torch.stack([norm, skipped])]), counts)
 
+    def _gradients_that_fit(
+        self, batch: Batch, token_weight: npt.NDArray[np.float32], kl_weight: npt.NDArray[np.float32] | None
+    ) -> Tensor:
+        """`_batch_gradients` in micro-batches that the device holds: where it runs out of memory, from then on in half as many rows."""
+        while True:
+            try:
+                return self._batch_gradients(batch, token_weight, kl_weight)
+            except torch.OutOfMemoryError as error:
+                rows = self._micro_batch_size or len(batch.tokens)
+                if rows <= 1:
+                    raise OutOfMemory(
+                        f"One row at a time is more than the device holds ({str(error).splitlines()[0]}): use --grad-checkpoint, "
+                        "--shard with more processes, or a smaller model."
+                    ) from None
+            # Here the error is gone, and with it the activations that its traceback held.
+            self._micro_batch_size = math.ceil(rows / 2)
+            for value in self._weights.values():
+                value.grad = None
+            if self._torch_device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _batch_gradients(
+        self, batch: Batch, token_weight: npt.NDArray[np.float32], kl_weight: npt.NDArray[np.float32] | None
+    ) -> Tensor:
+        """Add the gradients of all rows of this rank to those of the weights; returns the loss sums, float32[terms * sources]."""
+        group = self._on_device(batch.term.astype(np.int64) * NUM_SOURCES + batch.source)
+        kl_group = self._on_device(batch.source.astype(np.int64) + TERM_REPLAY_KL * NUM_SOURCES)
+        sums = torch.zeros(NUM_TERMS * NUM_SOURCES, device=self._torch_device)
+        # A rank may have no rows.
+        size = self._micro_batch_size or max(1, len(batch.tokens))
+        for start in range(0, len(batch.tokens), size):
+            rows = slice(start, start + size)
+            nll, kl = self._accumulate_gradient(batch, rows, token_weight[rows], None if kl_weight is None else kl_weight[rows])
+            mask = self._on_device(batch.loss_mask[rows])
+            sums.index_add_(0, group[rows], (nll * mask).sum(1))
+            if kl is not None:
+                sums.index_add_(0, kl_group[rows], (kl * mask).sum(1))
+        return sums
+
     def token_losses(self, tokens: npt.NDArray[np.int32], segment: npt.NDArray[np.int32] | None = None) -> npt.NDArray[np.float32]:
         found = np.empty((len(tokens), tokens.shape[1] - 1), np.float32)
         for rows in self._eval_slices(tokens):
             inputs, labels = self._split(tokens[rows])
-            own = None if segment is None else torch.from_numpy(segment[rows]).to(self._torch_device)
+            own = None if segment is None else self._on_device(segment[rows])
             with torch.no_grad():
                 x = self._forward(self._weights, inputs, own)
                 nll = losses.token_nll(x, self._decoder.head(self._weights), labels, self._chunk)
             found[rows] = nll.view(inputs.shape).cpu().numpy()
         return found
+
+    def log_probs(
+        self, tokens: npt.NDArray[np.int32], segment: npt.NDArray[np.int32] | None = None, *, from_reference: bool = False
+    ) -> npt.NDArray[np.float32]:
+        weights = self._reference if from_reference else self._weights
+        if weights is None:
+            raise UserError("Log-probabilities of the reference need one: call set_reference first.")
+        inputs, _ = self._split(tokens)
+        own = None if segment is None else torch.from_numpy(segment).to(self._torch_device)
+        with torch.no_grad():
+            x = self._forward(weights, inputs, own)
+            head = self._decoder.head(weights)
+            logits = (x if head is None else x @ head.to(x.dtype).T).float()
+            logits.sub_(logits.logsumexp(1, keepdim=True))
+        return logits.view(*inputs.shape, -1).cpu().numpy()
 
     def compare(self, tokens: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8]) -> Comparison:
         if self._reference is None:
@@ -255,6 +305,23 @@ class TorchTrainer(Trainer):
     def memory_bytes(cls) -> int | None:
         return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
 
+    @classmethod
+    def hardware(cls) -> str | None:
+        return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+    @classmethod
+    def kept_bytes(cls, model: ModelSpec | PretrainedSpec, precision: Precision) -> int:
+        if isinstance(model, PretrainedSpec):
+            return model.kept_bytes(precision)
+        # Inputs of both norms in float32; queries, keys, values, mixture and both sides of the GELU in the type of products, what enters
+        # a product besides. Norms of queries and keys are float32 and keep their own.
+        per_width = {"gpt2": {"fp32": 64, "bf16": 36}, "qknorm": {"fp32": 76, "bf16": 50}}
+        return per_width[model.architecture][precision] * model.width
+
+    @property
+    def micro_batch_size(self) -> int | None:
+        return self._micro_batch_size
+
     def peak_memory_bytes(self) -> int:
         if self._torch_device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._torch_device)
@@ -325,7 +392,7 @@ class TorchTrainer(Trainer):
         Returns their nll and their KL to the reference, float32[B, T]: 0 where a row has no such term, None where no row has.
         """
         inputs, labels = self._split(batch.tokens[rows])
-        segment = None if batch.segment is None else torch.from_numpy(batch.segment[rows]).to(self._torch_device)
+        segment = None if batch.segment is None else self._on_device(batch.segment[rows])
         with self._autocast():
             checkpointed = self.spec.runtime.grad_checkpoint
             x = self._hidden_states(self._weights, inputs, segment, grad_checkpoint=checkpointed)
@@ -337,12 +404,17 @@ class TorchTrainer(Trainer):
             x[nll_rows].flatten(0, 1),
             head,
             labels.view(inputs.shape)[nll_rows].flatten(),
-            torch.from_numpy(weight).to(self._torch_device)[nll_rows].flatten(),
+            self._on_device(weight)[nll_rows].flatten(),
             self._chunk,
         )
         kl_BT = None
-        if kl_rows is not None:
+        if kl_rows is not None and batch.reference is not None:
+            kl_objective, kl = self._stored_divergence(batch, rows.start, x[kl_rows].flatten(0, 1), head, kl_weight)
+            objective = objective + kl_objective
+            kl_BT = _in_rows(kl, kl_rows, inputs)
+        elif kl_rows is not None:
             assert self._reference is not None
+            assert kl_weight is not None
             with torch.no_grad(), self._autocast():
                 part = None if segment is None else segment[kl_rows]
                 ref_x = self._hidden_states(self._reference, inputs[kl_rows], part).to(self._dtype)
@@ -351,7 +423,7 @@ class TorchTrainer(Trainer):
                 head,
                 ref_x.flatten(0, 1),
                 self._decoder.head(self._reference),
-                torch.from_numpy(kl_weight).to(self._torch_device)[kl_rows].flatten(),
+                self._on_device(kl_weight)[kl_rows].flatten(),
                 self._chunk,
             )
             objective = objective + kl_objective
@@ -359,9 +431,27 @@ class TorchTrainer(Trainer):
         objective.backward()  # type: ignore[no-untyped-call]
         return _in_rows(nll, nll_rows, inputs), kl_BT
 
+    def _stored_divergence(
+        self, batch: Batch, first_row: int, x: Tensor, head: Tensor | None, kl_weight: npt.NDArray[np.float32] | None
+    ) -> tuple[Tensor, Tensor]:
+        """The weighted KL to what is kept of the reference, and the KL float32[n * T], of the hidden states of a micro-batch's KL rows."""
+        assert kl_weight is not None
+        chosen = np.flatnonzero(kl_weight.any(axis=1))
+        stored = batch.reference_of(first_row + chosen)
+        log_probs, top, tail = (
+            None if part is None else torch.from_numpy(part).to(self._torch_device).flatten(0, 1)
+            for part in (stored.log_probs, stored.top, stored.tail)
+        )
+        weight = torch.from_numpy(kl_weight[chosen]).to(self._torch_device).flatten()
+        top = None if top is None else top.long()
+        if head is None:
+            raise UserError("Log-probabilities are not kept for a model that caps its logits: leave reference_log_probs live.")
+        result: tuple[Tensor, Tensor] = FusedStoredKL.apply(x, head, log_probs, top, tail, weight, self._chunk)  # type: ignore[no-untyped-call]
+        return result
+
     def _rows_of(self, chosen: npt.NDArray[np.bool_]) -> slice | Tensor:
         """The chosen rows as an index; a slice, which copies nothing, where it is all of them."""
-        return slice(None) if chosen.all() else torch.from_numpy(np.flatnonzero(chosen)).to(self._torch_device)
+        return slice(None) if chosen.all() else self._on_device(np.flatnonzero(chosen))
 
     def _update(self, gradients: dict[str, Tensor], learning_rate: float) -> tuple[Tensor, Tensor]:
         """Clip, step and clear the gradients; returns (gradient norm, 1 if the step was masked), both on the device."""
@@ -380,11 +470,18 @@ class TorchTrainer(Trainer):
             value.grad = None
         return norm, skipped
 
+    def _on_device(self, array: npt.NDArray[np.generic]) -> Tensor:
+        """A copy on the device. From pinned memory a GPU fetches it while the host goes on; from pageable memory the host would wait."""
+        tensor = torch.from_numpy(array)
+        if self._torch_device.type != "cuda":
+            return tensor.to(self._torch_device)
+        return tensor.pin_memory().to(self._torch_device, non_blocking=True)
+
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self._torch_device.type, dtype=torch.bfloat16, enabled=self._dtype == torch.bfloat16)
 
     def _split(self, tokens: npt.NDArray[np.int32]) -> tuple[Tensor, Tensor]:
-        on_device = torch.from_numpy(tokens).to(self._torch_device, non_blocking=True).long()
+        on_device = self._on_device(tokens).long()
         return on_device[:, :-1], on_device[:, 1:].reshape(-1)
 
     def _eval_slices(self, tokens: npt.NDArray[np.int32], num_tokens: int = _EVAL_TOKENS) -> list[slice]:

@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar
 from mlx_forget.errors import UserError, unknown
 from mlx_forget.ladder import SIZES, ModelSpec, is_ladder_name, num_params
 from mlx_forget.methods import METHODS, MethodSpec, method_spec
+from mlx_forget.pipeline.reference_rows import parse_kind
 from mlx_forget.pipeline.rows import LAYOUTS
 from mlx_forget.pipeline.shares import describe_share, parse_stages
 from mlx_forget.pretrained import PretrainedSpec
@@ -33,6 +34,7 @@ EVALUATIONS_PER_RUN = 20
 # What `replay_data` may be besides data.
 REPLAY_SELF, REPLAY_ONLINE, REPLAY_PRETRAIN = "self", "online", "pretrain"
 INJECTED_SHARE = "1%"
+REFERENCE_LIVE = "live"
 
 # Raised when the same configuration would give other numbers than before.
 SCIENCE_VERSION = 1
@@ -98,6 +100,11 @@ class TrainConfig:
     replay_tokens: int | None = _key(
         None, "Tokens to sample where replay_data is self; default: what the run needs, at most 2M, then they repeat."
     )
+    reference_log_probs: str = _key(
+        REFERENCE_LIVE,
+        "Where kl-replay takes the start model's log-probabilities from: live (a forward pass every step), full (float16, kept beside the "
+        "replay store), or top-64 and the like (the likeliest tokens and the exact rest).",
+    )
     replay_limits: Mapping[str, int] = field(
         default_factory=dict,
         metadata={
@@ -158,8 +165,11 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16"] = _machine("auto", "auto: bf16 where the hardware multiplies it fast, else fp32.")
     device: str | None = _machine(None, "Insist on a device such as cuda:1 or cpu.")
     compile: bool | None = _machine(None, "Compile the step; default: where it pays.")
-    micro_batch_size: int | None = _machine(None, "Rows per forward pass; the result is that of the whole batch.")
+    micro_batch_size: int | None = _machine(
+        None, "Rows per forward pass; the result is that of the whole batch. Default: as many as fit."
+    )
     grad_checkpoint: bool = _machine(False, "Recompute activations to save memory.", aliases=("gradient_checkpointing",))
+    shard: bool = _machine(False, "Share weights, gradients and moments among the processes of the run (PyTorch's FSDP2).")
     num_threads: int | None = _machine(None, "CPU threads.")
     memory_limit_gb: float | None = _machine(None, "Never use more memory than this.")
     steps_per_report: int = _machine(10, "Steps between progress reports.", aliases=("logging_steps",))
@@ -214,6 +224,12 @@ class TrainConfig:
             raise UserError(f"--beta2-half-life-tokens is AdamW's: optimizer {self.optimizer!r} has no beta2.")
         if self.seed >= 2**63:
             raise UserError(f"seed must be below 2^63, it is {self.seed}.")
+        if self.max_forgetting is not None and self.pretrain is None:
+            raise UserError(
+                f"max_forgetting is {self.max_forgetting:g}, but there is no pretraining loss to hold it to: give --pretrain."
+            )
+        if self.reference_log_probs != REFERENCE_LIVE:
+            parse_kind(self.reference_log_probs)
         if self.rows not in LAYOUTS:
             raise unknown("rows", self.rows, LAYOUTS)
         if any(stage.first or stage.last for stage in stages) and self.pretrain is None:
@@ -252,6 +268,7 @@ class TrainConfig:
             compile=self.compile,
             micro_batch_size=self.micro_batch_size,
             grad_checkpoint=self.grad_checkpoint,
+            shard=self.shard,
             num_threads=self.num_threads,
             memory_limit_gb=self.memory_limit_gb,
         )
@@ -272,6 +289,7 @@ class TrainConfig:
             "compile",
             "micro_batch_size",
             "grad_checkpoint",
+            "shard",
             "num_threads",
             "memory_limit_gb",
             "steps_per_report",

@@ -47,6 +47,7 @@ class PretrainedSpec:
         vocab_size: rows of the output matrix; the tokenizer may use fewer.
         context_length: longest input, in tokens.
         shapes: (name, shape) of every weight in Hugging Face names, a tied matrix once; packed where it is quantised.
+        mlp_width: of the layer within a block's feed-forward part.
         bits: of a quantised base's weights, else None.
         folder: where it is.
         trust_remote_code: whether code that comes with it may run.
@@ -60,6 +61,7 @@ class PretrainedSpec:
     vocab_size: int
     context_length: int
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    mlp_width: int = 0
     bits: int | None = None
     folder: Path = field(default=Path(), compare=False)
     trust_remote_code: bool = field(default=False, compare=False)
@@ -68,6 +70,15 @@ class PretrainedSpec:
         """Its facts for records, without the list of weights."""
         names = ("architecture", "model_type", "num_layers", "width", "num_heads", "vocab_size", "context_length", "bits")
         return {name: getattr(self, name) for name in names}
+
+    def kept_bytes(self, precision: str) -> int:
+        """What the gradient needs of one token in one block, in bytes: for estimates. Norms are computed in float32.
+
+        Counted of a gated block: both norms' inputs and outputs, queries, keys, values and their mixture, and four arrays as wide as the
+        gate; nothing was measured.
+        """
+        narrow = 4 if precision == "fp32" else 2
+        return 16 * self.width + narrow * (6 * self.width + 4 * self.mlp_width)
 
     @property
     def num_params(self) -> int:
@@ -124,15 +135,17 @@ def read_pretrained(folder: Path, *, trust_remote_code: bool = False) -> Pretrai
         raise UserError(f"{folder} comes with code ({config['model_file']}): read it, then give --trust-remote-code to run it.")
     quantised = config.get("quantization") or config.get("quantization_config") or {}
     try:
+        width = _fact(facts, "hidden_size", "n_embd", "d_model", "dim")
         return PretrainedSpec(
             architecture=architecture,
             model_type=str(facts["model_type"]),
             num_layers=_fact(facts, "num_hidden_layers", "n_layer", "num_layers", "n_layers"),
-            width=_fact(facts, "hidden_size", "n_embd", "d_model", "dim"),
+            width=width,
             num_heads=_fact(facts, "num_attention_heads", "n_head", "num_heads", "n_heads"),
             vocab_size=_fact(facts, "vocab_size"),
             context_length=_fact(facts, "max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx"),
             shapes=tuple(_shapes(files, config)),
+            mlp_width=int(facts.get("intermediate_size") or facts.get("n_inner") or facts.get("ffn_dim") or 4 * width),
             bits=int(quantised["bits"]) if "bits" in quantised else None,
             folder=folder,
             trust_remote_code=trust_remote_code,

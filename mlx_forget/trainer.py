@@ -9,6 +9,7 @@ import importlib.util
 import platform
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -34,6 +35,7 @@ __all__ = [
     "ModelSpec",
     "OptimSpec",
     "Optimizer",
+    "Precision",
     "PretrainedSpec",
     "RuntimeSpec",
     "Stack",
@@ -97,6 +99,7 @@ class RuntimeSpec:
         compile: None compiles where the backend finds that it pays.
         micro_batch_size: rows per forward pass; None is the whole batch. Gradients add up to those of the whole batch.
         grad_checkpoint: recompute block activations in the backward pass.
+        shard: share weights, gradients and moments among the processes of the run (capability `shard`).
         num_threads: CPU threads; None leaves the framework's choice.
         memory_limit_gb: refuse to grow beyond this.
         reads_only: for measuring: weights come from `load`, and neither gradients nor moments take memory.
@@ -107,6 +110,7 @@ class RuntimeSpec:
     compile: bool | None = None
     micro_batch_size: int | None = None
     grad_checkpoint: bool = False
+    shard: bool = False
     num_threads: int | None = None
     memory_limit_gb: float | None = None
     reads_only: bool = False
@@ -140,6 +144,7 @@ class Capabilities:
     stack: bool = False
     document_masks: bool = False
     distributed: bool = False
+    shard: bool = False
     bitwise_resume: bool = False
     fast_bf16: bool = False
     accelerator: bool = False
@@ -326,6 +331,15 @@ class Trainer(ABC):
         """
         raise UserError("This backend does not measure Fisher information: choose another method than ewc.")
 
+    def log_probs(
+        self, tokens: npt.NDArray[np.int32], segment: npt.NDArray[np.int32] | None = None, *, from_reference: bool = False
+    ) -> npt.NDArray[np.float32]:
+        """Log-probabilities of every next token, float32[B, T, V], of int32[B, T+1] rows, to be kept beside a replay store.
+
+        `from_reference` asks the frozen reference instead of the model. The caller asks for few rows at a time.
+        """
+        raise UserError("This backend does not give log-probabilities away: leave reference_log_probs live.")
+
     @abstractmethod
     def save(self, path: Path, *, trainable_only: bool = False) -> None:
         """Write the weights as safetensors in Hugging Face names, fp32."""
@@ -359,6 +373,26 @@ class Trainer(ABC):
     def memory_bytes(cls) -> int | None:
         """What a run can use of the memory of a device of its own; None where it shares the host's."""
         return None
+
+    @classmethod
+    def hardware(cls) -> str | None:
+        """The name of the accelerator of this machine; None where there is none."""
+        return None
+
+    @classmethod
+    def kept_bytes(cls, model: ModelSpec | PretrainedSpec, precision: Precision) -> int:
+        """What the gradient needs of one token in one block, in bytes: for estimates."""
+        return (84 if precision == "fp32" else 56) * model.width
+
+    @property
+    def micro_batch_size(self) -> int | None:
+        """Rows per forward pass as they are now; None is the whole batch."""
+        return None
+
+    @contextmanager
+    def gathered(self, *, with_training_state: bool) -> Iterator[None]:
+        """Every rank enters; within, rank 0 can save weights, and moments if they are asked for, of a model that ranks share."""
+        yield
 
     @abstractmethod
     def peak_memory_bytes(self) -> int:

@@ -28,6 +28,12 @@ def plot(
             help="figure1 (runs that differ in p), methods, learning-rate, or stages. \\[default: what the runs differ in]"
         ),
     ] = None,
+    max_forgetting: Annotated[
+        float | None,
+        typer.Option(
+            help="Methods: also read each at its best evaluation that forgot at most so many nats. \\[default: the runs' own]"
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the table as one JSON object.")] = False,
 ) -> None:
     """Draw Figure 1, methods or learning rates from the runs of a sweep, and print what is read at the minimum.
@@ -58,8 +64,10 @@ def plot(
     if chosen != "figure1":
         if chosen == "stages":
             _plot_stages(sweep, folder / stem, as_json=as_json)
+        elif chosen == "methods":
+            _plot_methods(runs, folder / stem, seed, max_forgetting, as_json=as_json)
         else:
-            (_plot_methods if chosen == "methods" else _plot_rates)(runs, folder / stem, seed, as_json=as_json)
+            _plot_rates(runs, folder / stem, seed, as_json=as_json)
         Console(stderr=True).print(f"Wrote {folder / stem}.png, .pdf, .csv", highlight=False, soft_wrap=True)
         return
     curves = load_curves(runs, seed)
@@ -85,14 +93,14 @@ def plot(
     Console(stderr=True).print(f"Wrote {folder / stem}.png, .pdf, .csv", highlight=False, soft_wrap=True)
 
 
-def _plot_methods(runs: "list[Run]", stem: Path, seed: int | None, *, as_json: bool) -> None:
+def _plot_methods(runs: "list[Run]", stem: Path, seed: int | None, max_forgetting: float | None, *, as_json: bool) -> None:
     from mlx_forget.method_comparison import as_json as table_json
     from mlx_forget.method_comparison import load_trajectories, table, table_lines, write_csv
     from mlx_forget.method_plots import draw_methods
     from mlx_forget.plots import save_figure
 
     trajectories = load_trajectories(runs, seed)
-    rows = table(trajectories)
+    rows = table(trajectories, max_forgetting=max_forgetting)
     figure = draw_methods(trajectories, title=f"{_setting(trajectories)}, seed {trajectories[0].seed}")
     for suffix in (".png", ".pdf"):
         save_figure(figure, stem.with_name(stem.name + suffix))

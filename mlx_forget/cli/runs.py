@@ -250,15 +250,17 @@ def print_rows(index: "RunIndex", rows: "list[Row]") -> None:
     """One line per run."""
     print(
         f"{'run':<14} {'status':<9} {'params':>12} {'tokens':>11} {'p':>6} {'method':<14} {'seed':>4} {'steps':>7} {'target val':>10} "
-        f"{'forgetting':>10}  folder"
+        f"{'forgetting':>17}  folder"
     )
     for row in rows:
         tokens = "" if row["D"] is None else f"{row['D']:,.0f}"
         loss = "" if row["L_ft"] is None else f"{row['L_ft']:.4f}"
         forgetting = "" if row["forgetting_nats"] is None else f"{row['forgetting_nats']:+.4f}"
+        if row.get("max_forgetting") is not None:
+            forgetting += f" (of {row['max_forgetting']:g})"
         print(
             f"{row['run']:<14} {row['status']:<9} {row['N']:>12,} {tokens:>11} {row['p_asked']!s:>6} {row['method']:<14} {row['seed']!s:>4} "
-            f"{row['num_steps']:>7,} {loss:>10} {forgetting:>10}  {index.folder_of(row)}"
+            f"{row['num_steps']:>7,} {loss:>10} {forgetting:>17}  {index.folder_of(row)}"
         )
 
 

@@ -51,6 +51,9 @@ class Decoder(Protocol):
     ) -> mx.array:
         """Next-token losses in nats, float32[N]."""
 
+    def logits(self, weights: Weights, tokens_BT: mx.array, segment: mx.array | None) -> mx.array:
+        """Logits float32[B, T, V]."""
+
     def measures(
         self, weights: Weights, reference: Weights, tokens_BT: mx.array, labels_N: mx.array, *, shared: int, chunk: int
     ) -> mx.array:
@@ -111,6 +114,11 @@ class Ladder:
         x = self._functions.hidden_states(weights, self._spec, tokens_BT, segment, operators=self._operators)
         head = weights[head_name(self._spec)]
         return gpt2.token_nll(x.reshape(-1, x.shape[-1]), head, labels_N, chunk=chunk, operators=self._operators)
+
+    def logits(self, weights: Weights, tokens_BT: mx.array, segment: mx.array | None) -> mx.array:
+        x = self._functions.hidden_states(weights, self._spec, tokens_BT, segment, operators=self._operators)
+        head = weights[head_name(self._spec)].astype(self._operators.dtype)
+        return self._operators.matmul(x.astype(self._operators.dtype), head.T).astype(mx.float32)
 
     def measures(
         self, weights: Weights, reference: Weights, tokens_BT: mx.array, labels_N: mx.array, *, shared: int, chunk: int

@@ -15,10 +15,11 @@ import mlx.core as mx
 from mlx_forget.ladder import LAYER_NORM_EPSILON, ModelSpec
 from mlx_forget.mlx_backend.operators import Operators
 from mlx_forget.mlx_backend.reference import kl_divergence
+from mlx_forget.mlx_backend.stored_reference import stored_kl_divergence
 
 Weights = Mapping[str, mx.array]
 # What the KL term of some rows needs, as a tree of arrays that compiled functions take: `nll_rows` int32[n] and `kl_rows` int32[k],
-# `kl_weight` float32[k, T], and `reference`, the weights of the frozen model.
+# `kl_weight` float32[k, T], and `reference`, the weights of the frozen model, or `stored`, what is kept of it.
 KLTerm = dict[str, Any]
 
 # Tied: the head is the token embedding.
@@ -163,22 +164,21 @@ def objective(
         nll, grad, part = _cross_entropy_of_rows(final_BTD[rows], head, labels_BT[rows], weight_BT[rows], chunk, operators)
         losses.append(nll)
         grad_final, grad_head = grad_final.at[rows].add(grad), grad_head + part
-    rows, reference = penalty["kl_rows"], penalty["reference"]
+    rows = penalty["kl_rows"]
     if rows.size:
-        ref_final = states_of(reference, tokens_BT[rows], None if segment_BT is None else segment_BT[rows])
-        flat = (-1, final_BTD.shape[-1])
-        kl, grad, part = kl_divergence(
-            final_BTD[rows].reshape(flat),
-            head,
-            ref_final.reshape(flat),
-            reference[head_name],
-            penalty["kl_weight"].reshape(-1),
-            chunk=chunk,
-            operators=operators,
-        )
+        x, weight = final_BTD[rows].reshape(-1, final_BTD.shape[-1]), penalty["kl_weight"].reshape(-1)
+        if "stored" in penalty:
+            stored = {name: value.reshape(len(x), *value.shape[2:]) for name, value in penalty["stored"].items()}
+            kl, grad, part = stored_kl_divergence(x, head, stored, weight, chunk=chunk, operators=operators)
+        else:
+            reference = penalty["reference"]
+            ref_final = states_of(reference, tokens_BT[rows], None if segment_BT is None else segment_BT[rows])
+            ref_x, ref_head = ref_final.reshape(x.shape), reference[head_name]
+            kl, grad, part = kl_divergence(x, head, ref_x, ref_head, weight, chunk=chunk, operators=operators)
         losses.append(kl.reshape(len(rows), -1))
         grad_final, grad_head = grad_final.at[rows].add(grad.reshape(len(rows), *final_BTD.shape[1:])), grad_head + part
-    return mx.concatenate(losses), grad_final, grad_head
+    # Rows of the KL term whose labels are all masked are of neither kind.
+    return mx.concatenate(losses) if losses else mx.zeros((0, labels_BT.shape[1])), grad_final, grad_head
 
 
 def block(

@@ -19,7 +19,6 @@ from mlx_forget.errors import UserError
 from mlx_forget.mlx_backend import compare, gpt2
 from mlx_forget.mlx_backend.gpt2 import KLTerm
 from mlx_forget.mlx_backend.operators import Operators
-from mlx_forget.mlx_backend.reference import kl_divergence
 from mlx_forget.mlx_backend.sample import draw
 from mlx_forget.pretrained import PretrainedSpec, older_keys, read_config
 
@@ -78,22 +77,36 @@ class Pretrained:
         self._refuse_segments(segment_BT)
         if grad_checkpoint:
             self._checkpoint_layers()
-        ref_x = None
-        if penalty is not None and penalty["kl_rows"].size:
+        ref_x: mx.array | None = None
+        if penalty is not None and penalty["kl_rows"].size and "reference" in penalty:
             ref_x = mx.stop_gradient(self._states(penalty["reference"], tokens_BT[penalty["kl_rows"]]))
 
         def objective(trained: Arrays) -> tuple[mx.array, mx.array]:
             x, head = self._states(trained, tokens_BT), self._head(trained)
-            rows = None if penalty is None else penalty["nll_rows"]
-            parts = []
-            if rows is None or rows.size:
-                own, labels, weight = (v if rows is None else v[rows] for v in (x, labels_BT, weight_BT))
-                parts.append(self._weighted_nll(own, head, labels, weight, chunk))
-            if penalty is not None and ref_x is not None:
-                ref_head = self._head(penalty["reference"])
-                parts.append(self._weighted_kl(x[penalty["kl_rows"]], head, ref_x, ref_head, penalty["kl_weight"], chunk))
-            total = parts[0][0] if len(parts) == 1 else parts[0][0] + parts[1][0]
-            return total, mx.concatenate([mx.stop_gradient(losses) for _, losses in parts])
+            if head is None:
+                return _plain_objective(x, labels_BT, weight_BT, penalty, ref_x)
+
+            def reference_states(weights: Weights, tokens: mx.array, segment: mx.array | None) -> mx.array:
+                assert ref_x is not None
+                return ref_x
+
+            def with_gradients(x: mx.array, head: mx.array) -> tuple[mx.array, ...]:
+                losses, grad_x, grad_head = gpt2.objective(
+                    x,
+                    head,
+                    self._head_name,
+                    tokens_BT,
+                    labels_BT,
+                    weight_BT,
+                    None,
+                    penalty,
+                    chunk,
+                    self._operators,
+                    reference_states,
+                )
+                return losses.sum(), losses, grad_x, grad_head
+
+            return _with_own_gradient(with_gradients, x, head)
 
         with self._emptied():
             (_, losses), grads = mx.value_and_grad(objective)(dict(weights))
@@ -109,6 +122,15 @@ class Pretrained:
         if head is None:
             return _plain_nll(x, labels_N)
         return gpt2.token_nll(x, head, labels_N, chunk=chunk, operators=self._operators)
+
+    def logits(self, weights: Weights, tokens_BT: mx.array, segment: mx.array | None) -> mx.array:
+        self._refuse_segments(segment)
+        with self._emptied():
+            x = self._states(weights, tokens_BT)
+        head = self._head(weights)
+        narrow = self._operators.dtype
+        logits = x if head is None else self._operators.matmul(x.astype(narrow), head.astype(narrow).T)
+        return logits.astype(mx.float32)
 
     def measures(
         self, weights: Weights, reference: Weights, tokens_BT: mx.array, labels_N: mx.array, *, shared: int, chunk: int
@@ -171,40 +193,6 @@ class Pretrained:
             yield
         finally:
             self._put(self._empty)
-
-    def _weighted_nll(
-        self, x: mx.array, head: mx.array | None, labels: mx.array, weight: mx.array, chunk: int
-    ) -> tuple[mx.array, mx.array]:
-        """(sum of weight * nll, nll float32[B, T]) of some rows."""
-        flat, labels_N, weight_N = x.reshape(-1, x.shape[-1]), labels.reshape(-1), weight.reshape(-1)
-        if head is None:
-            nll = _plain_nll(flat, labels_N)
-            return (nll * weight_N).sum(), nll.reshape(labels.shape)
-
-        def with_gradients(x: mx.array, head: mx.array) -> tuple[mx.array, ...]:
-            nll, grad_x, grad_head = gpt2.cross_entropy(x, head, labels_N, weight_N, chunk=chunk, operators=self._operators)
-            return (nll * weight_N).sum(), nll, grad_x, grad_head
-
-        objective, nll = _with_own_gradient(with_gradients, flat, head)
-        return objective, nll.reshape(labels.shape)
-
-    def _weighted_kl(
-        self, x: mx.array, head: mx.array | None, ref_x: mx.array, ref_head: mx.array | None, weight: mx.array, chunk: int
-    ) -> tuple[mx.array, mx.array]:
-        """(sum of weight * kl, kl float32[B, T]) of some rows."""
-        flat, ref_flat, weight_N = x.reshape(-1, x.shape[-1]), ref_x.reshape(-1, ref_x.shape[-1]), weight.reshape(-1)
-        if head is None or ref_head is None:
-            own, reference = (_log_softmax(logits) for logits in (flat, ref_flat))
-            kl = (mx.exp(reference) * (reference - own)).sum(axis=-1)
-            return (kl * weight_N).sum(), kl.reshape(weight.shape)
-        frozen = mx.stop_gradient(ref_head)
-
-        def with_gradients(x: mx.array, head: mx.array) -> tuple[mx.array, ...]:
-            kl, grad_x, grad_head = kl_divergence(x, head, ref_flat, frozen, weight_N, chunk=chunk, operators=self._operators)
-            return (kl * weight_N).sum(), kl, grad_x, grad_head
-
-        objective, kl = _with_own_gradient(with_gradients, flat, head)
-        return objective, kl.reshape(weight.shape)
 
     def _find_scale(self, weights: Arrays) -> float | None:
         """What the product of hidden states and output matrix is multiplied by to give the logits; None where they are not of this form."""
@@ -278,15 +266,34 @@ def _checkpointed(kind: type) -> Callable[..., Any]:
 def _with_own_gradient(
     with_gradients: Callable[[mx.array, mx.array], tuple[mx.array, ...]], x: mx.array, head: mx.array
 ) -> tuple[mx.array, mx.array]:
-    """(objective, losses) of a function that also returns the objective's gradients of x and head, which autograd then takes."""
+    """(scalar, losses) of a function that also returns the objective's gradients of x and head: autograd takes them as the scalar's."""
     function: Any = mx.custom_function(with_gradients)
 
     @function.vjp  # type: ignore[untyped-decorator]
     def _(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, mx.array]:
         return outputs[2] * cotangents[0], outputs[3] * cotangents[0]
 
-    objective, losses, _, _ = function(x, head)
-    return objective, losses
+    scalar, losses, _, _ = function(x, head)
+    return scalar, mx.stop_gradient(losses)
+
+
+def _plain_objective(
+    logits: mx.array, labels: mx.array, weight: mx.array, penalty: KLTerm | None, ref_logits: mx.array | None
+) -> tuple[mx.array, mx.array]:
+    """The weighted sum of all losses, and the losses as `gpt2.objective` orders them, of a model that has no output matrix."""
+    total, losses = mx.array(0.0), []
+    rows = mx.arange(len(labels)) if penalty is None else penalty["nll_rows"]
+    if rows.size:
+        own, flat = labels[rows], logits[rows]
+        nll = _plain_nll(flat.reshape(-1, flat.shape[-1]), own.reshape(-1)).reshape(own.shape)
+        total, losses = total + (nll * weight[rows]).sum(), [mx.stop_gradient(nll)]
+    if penalty is not None and penalty["kl_rows"].size:
+        if ref_logits is None:
+            raise UserError("Log-probabilities are not kept for a model that caps its logits: leave reference_log_probs live.")
+        log_p, reference = _log_softmax(logits[penalty["kl_rows"]]), _log_softmax(ref_logits)
+        kl = (mx.exp(reference) * (reference - log_p)).sum(axis=-1)
+        total, losses = total + (kl * penalty["kl_weight"]).sum(), [*losses, mx.stop_gradient(kl)]
+    return total, mx.concatenate(losses) if losses else mx.zeros((0, labels.shape[1]))
 
 
 def _number(scalar: mx.array) -> float:

@@ -25,11 +25,13 @@ from mlx_forget.mlx_backend.distributed import MLXGroup, join, num_local_ranks
 from mlx_forget.mlx_backend.operators import operators
 from mlx_forget.mlx_backend.reference import penalty_gradients, pull_to_reference
 from mlx_forget.mlx_backend.warmup import compile_loops
-from mlx_forget.pretrained import names_in_files, weight_files
+from mlx_forget.pretrained import PretrainedSpec, names_in_files, weight_files
 from mlx_forget.trainer import (
     Batch,
     Capabilities,
     Comparison,
+    ModelSpec,
+    Precision,
     Stack,
     StepReading,
     StepResult,
@@ -146,7 +148,9 @@ class MLXTrainer(Trainer):
 
     def train_step(self, batch: Batch, learning_rate: float) -> StepResult:
         method = self.spec.method
-        check_reference(self.spec.method, reference=self._reference is not None, fisher=self._fisher is not None)
+        check_reference(
+            self.spec.method, reference=self._reference is not None or batch.reference is not None, fisher=self._fisher is not None
+        )
         counts = self.group.all_sum(group_counts(batch, method))
         token_weight, kl_weight = token_weights(batch, counts, method), kl_weights(batch, counts, method)
         groups = np.eye(NUM_TERMS * NUM_SOURCES, dtype=np.float32)[batch.term.astype(np.int64) * NUM_SOURCES + batch.source]
@@ -162,7 +166,7 @@ class MLXTrainer(Trainer):
                 mx.array(batch.loss_mask[rows]),
                 mx.array(groups[rows]),
                 None if batch.segment is None else mx.array(batch.segment[rows]),
-                self._kl_terms(batch.term[rows], batch.source[rows], None if kl_weight is None else kl_weight[rows]),
+                self._kl_terms(batch, rows, None if kl_weight is None else kl_weight[rows]),
             )
             total = part if total is None else {name: value + part[name] for name, value in total.items()}
             if size < len(batch.tokens):
@@ -194,6 +198,16 @@ class MLXTrainer(Trainer):
             own = None if segment is None else mx.array(segment[rows])
             losses[rows] = np.array(self._nll(self._weights, mx.array(tokens[rows]), own))
         return losses
+
+    def log_probs(
+        self, tokens: npt.NDArray[np.int32], segment: npt.NDArray[np.int32] | None = None, *, from_reference: bool = False
+    ) -> npt.NDArray[np.float32]:
+        weights = self._reference if from_reference else self._weights
+        if weights is None:
+            raise UserError("Log-probabilities of the reference need one: call set_reference first.")
+        own = None if segment is None else mx.array(segment)
+        logits = self._decoder.logits(weights, mx.array(tokens[:, :-1]), own)
+        return np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
 
     def compare(self, tokens: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8]) -> Comparison:
         if self._reference is None:
@@ -271,6 +285,20 @@ class MLXTrainer(Trainer):
     def memory_bytes(cls) -> int | None:
         size = _device_info().get("max_recommended_working_set_size") if _gpu_available() else None
         return None if size is None else int(size)
+
+    @classmethod
+    def kept_bytes(cls, model: ModelSpec | PretrainedSpec, precision: Precision) -> int:
+        if isinstance(model, PretrainedSpec):
+            return model.kept_bytes(precision)
+        # The gradient that is written out keeps both norms in float32 too, and the inner derivative of the GELU. A CPU attends in float32
+        # and keeps its weights.
+        per_width = {"gpt2": {"fp32": 80, "bf16": 56}, "qknorm": {"fp32": 112, "bf16": 76}}
+        attended = 0 if _gpu_available() else 4 * model.num_heads * model.context_length
+        return per_width[model.architecture][precision] * model.width + attended
+
+    @property
+    def micro_batch_size(self) -> int | None:
+        return self.spec.runtime.micro_batch_size
 
     def peak_memory_bytes(self) -> int:
         if not self._on_cpu:
@@ -390,10 +418,9 @@ class MLXTrainer(Trainer):
             total = {name: value + part[name] for name, value in total.items()}
         return total
 
-    def _kl_terms(
-        self, term: npt.NDArray[np.uint8], source: npt.NDArray[np.uint8], kl_weight: npt.NDArray[np.float32] | None
-    ) -> "list[gpt2.KLTerm] | None":
+    def _kl_terms(self, batch: Batch, part: slice, kl_weight: npt.NDArray[np.float32] | None) -> "list[gpt2.KLTerm] | None":
         """What each thread's share of some rows needs for their KL term; None where no row has one."""
+        term, source = batch.term[part], batch.source[part]
         if kl_weight is None and not (term == TERM_REPLAY_KL).any():
             return None
         weight = np.zeros((len(term), 0), np.float32) if kl_weight is None else kl_weight
@@ -401,13 +428,19 @@ class MLXTrainer(Trainer):
         for rows in _shares(len(term), len(self._streams)):
             kl_rows = np.flatnonzero(weight[rows].any(axis=1))
             groups = TERM_REPLAY_KL * NUM_SOURCES + source[rows][kl_rows].astype(np.int64)
+            if batch.reference is None:
+                reference: dict[str, Any] = {"reference": self._reference}
+            else:
+                kept = batch.reference_of(part.start + rows.start + kl_rows)
+                arrays = {"log_probs": kept.log_probs, "top": kept.top, "tail": kept.tail}
+                reference = {"stored": {name: mx.array(value) for name, value in arrays.items() if value is not None}}
             terms.append(
                 {
                     "nll_rows": mx.array(np.flatnonzero(term[rows] != TERM_REPLAY_KL).astype(np.int32)),
                     "kl_rows": mx.array(kl_rows.astype(np.int32)),
                     "kl_groups": mx.array(np.eye(NUM_TERMS * NUM_SOURCES, dtype=np.float32)[groups]),
                     "kl_weight": mx.array(weight[rows][kl_rows]),
-                    "reference": self._reference,
+                    **reference,
                 }
             )
         return terms

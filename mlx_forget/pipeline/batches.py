@@ -1,6 +1,6 @@
 """Batch k of a run, computed directly: mixture positions to rows of memory-mapped splits to NumPy arrays."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from typing import Protocol
@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from mlx_forget.errors import UserError
 from mlx_forget.pipeline.mixture import Member, Mixture, draw, permute, stream_key
+from mlx_forget.pipeline.reference_rows import ReferenceRows
 from mlx_forget.pipeline.rows import Layout, Rows, check_not_empty
 from mlx_forget.pipeline.shares import Split as ShareSplit
 from mlx_forget.pipeline.store import Split
@@ -17,6 +18,8 @@ from mlx_forget.pipeline.store import Split
 _STREAM_SUBSET, _STREAM_REPLAY = 5, 6
 _ROWS_PLANNED_AHEAD = 16384
 _TOKENS_READ_AHEAD = 1 << 18
+# The number of the KL term in `Batch.term`.
+_TERM_KL = 2
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Batch:
         segment: int32[B, T], document numbers that attention must not cross and within which positions count from 0, or None.
         term: uint8[B], the objective's term: 0 task, 1 next-token replay, 2 KL replay.
         source: uint8[B], 0 target, 1 pretraining or replay data.
+        reference: what the frozen reference says about the rows of term 2, in their order, where it is kept; None computes it.
     """
 
     tokens: npt.NDArray[np.int32]
@@ -36,6 +40,12 @@ class Batch:
     segment: npt.NDArray[np.int32] | None
     term: npt.NDArray[np.uint8]
     source: npt.NDArray[np.uint8]
+    reference: ReferenceRows | None = None
+
+    def reference_of(self, rows: npt.NDArray[np.int64]) -> ReferenceRows:
+        """What is kept of the reference for some rows of term 2, by their numbers in the batch, int64[n]."""
+        assert self.reference is not None
+        return self.reference.rows((np.cumsum(self.term == _TERM_KL) - 1)[rows])
 
 
 @dataclass(frozen=True)
@@ -228,6 +238,15 @@ class ReplaySource(Protocol):
     def read(self, step: int, *, rank: int, world_size: int) -> MaskedRows:
         """The rows of a step that belong to `rank`."""
 
+    def read_reference(self, step: int, *, rank: int, world_size: int) -> ReferenceRows | None:
+        """What is kept of the reference for those rows, or None."""
+
+
+class KeptReference(Protocol):
+    """What a frozen reference says about the rows of a side, by their numbers."""
+
+    def read(self, index: npt.NDArray[np.int64]) -> ReferenceRows: ...
+
 
 @dataclass(frozen=True)
 class ReplayRows:
@@ -238,12 +257,14 @@ class ReplayRows:
             by its share, and has epochs of its own.
         rows_per_step, term: as `ReplaySource` says.
         seed: orders the pool.
+        reference: what is kept of the frozen reference for the rows of the pool, or None.
     """
 
     subset: Side
     rows_per_step: int
     term: int
     seed: int
+    reference: KeptReference | None = None
 
     def tokens_before(self, step: int) -> tuple[int, int]:
         rows = self._rows(np.arange(step * self.rows_per_step, dtype=np.int64))
@@ -251,8 +272,15 @@ class ReplayRows:
         return int(useful[rows].sum()), int(useful[np.unique(rows)].sum())
 
     def read(self, step: int, *, rank: int, world_size: int) -> MaskedRows:
-        position = np.arange(step * self.rows_per_step, (step + 1) * self.rows_per_step, dtype=np.int64)[rank::world_size]
-        return read_masked(self.subset, self._rows(position))
+        return read_masked(self.subset, self._rows(self._positions(step)[rank::world_size]))
+
+    def read_reference(self, step: int, *, rank: int, world_size: int) -> ReferenceRows | None:
+        if self.reference is None:
+            return None
+        return self.reference.read(self._rows(self._positions(step)[rank::world_size]))
+
+    def _positions(self, step: int) -> npt.NDArray[np.int64]:
+        return np.arange(step * self.rows_per_step, (step + 1) * self.rows_per_step, dtype=np.int64)
 
     def _rows(self, position: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         members = self.subset.mixture_members() if isinstance(self.subset, Blend) else ()
@@ -288,7 +316,10 @@ class BatchStream:
         batch = self._mixed(step, rank, world_size)
         if self.replay is None:
             return batch
-        return _with_replay(batch, self.replay.read(step, rank=rank, world_size=world_size), self.replay.term)
+        share = {"rank": rank, "world_size": world_size}
+        batch = _with_replay(batch, self.replay.read(step, **share), self.replay.term)
+        kept = self.replay.read_reference(step, **share)
+        return batch if kept is None else replace(batch, reference=kept)
 
     def _mixed(self, step: int, rank: int, world_size: int) -> Batch:
         """The rows of the mixture. Each batch of a block is handed out once: whoever takes it may write into it."""

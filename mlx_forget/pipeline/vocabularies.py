@@ -113,8 +113,9 @@ class SentencePieceVocabulary:
         return self.encode_batch([text], num_threads=1)[0]
 
     def encode_batch(self, texts: Sequence[str], *, num_threads: int | None = None) -> list[NDArray[np.int32]]:
-        encoded = self._processor.encode(list(texts), out_type=int, num_threads=num_threads or os.cpu_count() or 1)
-        return [np.array(ids, np.int32) for ids in encoded]
+        threads = num_threads or os.cpu_count() or 1
+        ids: list[NDArray[np.int32]] = self._processor.encode(list(texts), out_type="numpy", num_threads=threads)
+        return ids
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer[Any]]) -> str:
         return str(self._processor.decode([int(i) for i in ids]))
