@@ -9,14 +9,17 @@ Shapes: B rows, T tokens, D width, V vocabulary.
 
 import inspect
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from cuda_backend import lora
 from cuda_backend.gpt2 import segment_positions
 from cuda_backend.sample import draw
+from mlx_forget.adapters import A
 from mlx_forget.errors import UserError
 from mlx_forget.pretrained import PretrainedSpec
 
@@ -49,6 +52,7 @@ class Pretrained:
             if isinstance(layer, nn.Embedding):
                 # The padding token is often one that rows contain: its embedding learns like any other.
                 layer.padding_idx = None
+        self._names = set(own)
         self._base_prefix = self.module.base_model_prefix + "."
         self._base: nn.Module = self.module.base_model
         self._keeps_last = "logits_to_keep" in inspect.signature(self.module.forward).parameters
@@ -56,10 +60,14 @@ class Pretrained:
         self._recomputes = False
         self._head_name = self._find_head()
         self._scale = self._find_scale()
+        # The trainer says which of them learn.
+        self.module.requires_grad_(False)
         self._parameters = dict(self.module.named_parameters())
+        # Folded adapters of the pass that is under way, or whose gradient is: recomputed activations read them again.
+        self._adapters: Weights = {}
+        self._hooked = False
         if reads_only:
             for value in self._parameters.values():
-                value.requires_grad_(False)
                 value.data = torch.empty(0, device=device)
             self._parameters = {}
 
@@ -119,11 +127,32 @@ class Pretrained:
         return out
 
     def _call(self, module: nn.Module, prefix: str, weights: Weights, inputs: dict[str, Any]) -> Any:
-        """The module's output with these weights in the place of its own."""
-        if all(self._parameters.get(name) is value for name, value in weights.items()):
-            return module(**inputs)
-        own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-        return functional_call(module, own, args=(), kwargs=inputs, tie_weights=True)
+        """The module's output with these weights in the place of its own, and with the adapters that are among them."""
+        base = {name: value for name, value in weights.items() if name in self._names}
+        before, self._adapters = self._adapters, {name: value for name, value in weights.items() if name not in self._names}
+        if self._adapters and not self._hooked:
+            self._hook_linear_maps()
+        try:
+            if all(self._parameters.get(name) is value for name, value in base.items()):
+                return module(**inputs)
+            own = {name.removeprefix(prefix): value for name, value in base.items() if name.startswith(prefix)}
+            return functional_call(module, own, args=(), kwargs=inputs, tie_weights=True)
+        finally:
+            if not torch.is_grad_enabled():
+                self._adapters = before
+
+    def _hook_linear_maps(self) -> None:
+        """Let every linear map of the blocks add what its adapter adds, where the weights of a call have one."""
+        for name, layer in self.module.named_modules():
+            if isinstance(layer, nn.Linear):
+                layer.register_forward_hook(partial(self._add_adapter, name))
+        self._hooked = True
+
+    def _add_adapter(self, name: str, layer: nn.Module, inputs: tuple[Tensor, ...], product: Tensor) -> Tensor:
+        if name + A not in self._adapters:
+            return product
+        bias: Any = layer.bias
+        return lora.adapted(product, inputs[0], self._adapters, name, bias)
 
     def _find_head(self) -> str:
         """The name of the output matrix; empty where the module has none of its own."""

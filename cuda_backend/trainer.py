@@ -4,7 +4,7 @@ import math
 import resource
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -14,17 +14,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cuda_backend import compare, gpt2, losses
+from cuda_backend import compare, gpt2, lora, losses
 from cuda_backend.allocator import keep_freed_memory
 from cuda_backend.decoder import Ladder, build_decoder
 from cuda_backend.distributed import TorchGroup, join, local_rank
 from cuda_backend.optimizer import make_optimizer
 from cuda_backend.reference import add_penalty_gradients, pull_to_reference
 from cuda_backend.stored_reference import FusedStoredKL
+from mlx_forget.adapters import file_name, initial_adapters, is_adapter, num_trainable, parameter_name, parameter_shapes
 from mlx_forget.comparison import MEASURES, portions
 from mlx_forget.distributed import Group
 from mlx_forget.errors import OutOfMemory, UserError
-from mlx_forget.ladder import num_params
+from mlx_forget.ladder import linear_shapes, num_params, outputs_first
 from mlx_forget.methods import NUM_SOURCES, NUM_TERMS, TERM_REPLAY_KL, TERM_REPLAY_NTP, TERM_TASK
 from mlx_forget.pretrained import PretrainedSpec, names_in_files, weight_files
 from mlx_forget.trainer import (
@@ -64,8 +65,6 @@ class TorchTrainer(Trainer):
 
     def __init__(self, spec: TrainerSpec) -> None:
         runtime = spec.runtime
-        if spec.adapter is not None:
-            raise UserError("The ladder trains all its weights: adapters need a Hugging Face model.")
         self.spec = spec
         self._notes: list[str] = []
         self.group = join()
@@ -87,11 +86,16 @@ class TorchTrainer(Trainer):
             limit_gb=runtime.memory_limit_gb if runtime.reads_only else None,
             used_bytes=self.used_memory_bytes(),
         )
+        self._outputs_first = outputs_first(spec.model)
         self._decoder = build_decoder(spec.model, self._torch_device, reads_only=runtime.reads_only)
         start = () if runtime.reads_only else self._decoder.start_weights(spec.seed)
-        self._weights = {name: value.requires_grad_() for name, value in start}
+        self._weights = dict(start)
+        self._add_adapters()
+        for name in self._trained:
+            self._weights[name].requires_grad_()
+        self._num_calls = 0
         self._micro_batch_size = runtime.micro_batch_size
-        self._optimizer = make_optimizer(spec.optim, self._weights)
+        self._optimizer = make_optimizer(spec.optim, self._trained_weights())
         self._reference: dict[str, Tensor] | None = None
         self._fisher: dict[str, Tensor] | None = None
         # What transformers builds branches on Python values; it is not compiled.
@@ -103,6 +107,7 @@ class TorchTrainer(Trainer):
         return Capabilities(
             precisions=("fp32", "bf16"),
             terms=(TERM_TASK, TERM_REPLAY_NTP, TERM_REPLAY_KL),
+            adapters=("lora", "dora"),
             anchor=True,
             fisher=True,
             sample=True,
@@ -141,11 +146,14 @@ class TorchTrainer(Trainer):
             self.spec.method, reference=self._reference is not None or batch.reference is not None, fisher=self._fisher is not None
         )
         sums = self._gradients_that_fit(batch, token_weight, kl_weight)
-        gradients = {name: torch.zeros_like(value) if value.grad is None else value.grad for name, value in self._weights.items()}
+        gradients = {
+            name: torch.zeros_like(value) if value.grad is None else value.grad for name, value in self._trained_weights().items()
+        }
         if isinstance(self.group, TorchGroup):
             *summed, sums = self.group.sum_tensors([*gradients.values(), sums])
             gradients = dict(zip(gradients, summed, strict=True))
         norm, skipped = self._update(gradients, learning_rate)
+        self._num_calls += 1
         return TorchStep(torch.cat([sums, torch.stack([norm, skipped])]), counts)
 
     def _gradients_that_fit(
@@ -164,8 +172,8 @@ class TorchTrainer(Trainer):
                     ) from None
             # Here the error is gone, and with it the activations that its traceback held.
             self._micro_batch_size = math.ceil(rows / 2)
-            for value in self._weights.values():
-                value.grad = None
+            for name in self._trained:
+                self._weights[name].grad = None
             if self._torch_device.type == "cuda":
                 torch.cuda.empty_cache()
 
@@ -180,6 +188,8 @@ class TorchTrainer(Trainer):
         size = self._micro_batch_size or max(1, len(batch.tokens))
         for start in range(0, len(batch.tokens), size):
             rows = slice(start, start + size)
+            if self.spec.adapter is not None and self.spec.adapter.dropout:
+                lora.seed_dropout(self.spec.seed, self._num_calls, start, self.group.rank)
             nll, kl = self._accumulate_gradient(batch, rows, token_weight[rows], None if kl_weight is None else kl_weight[rows])
             mask = self._on_device(batch.loss_mask[rows])
             sums.index_add_(0, group[rows], (nll * mask).sum(1))
@@ -189,12 +199,13 @@ class TorchTrainer(Trainer):
 
     def token_losses(self, tokens: npt.NDArray[np.int32], segment: npt.NDArray[np.int32] | None = None) -> npt.NDArray[np.float32]:
         found = np.empty((len(tokens), tokens.shape[1] - 1), np.float32)
+        weights = self._folded()
         for rows in self._eval_slices(tokens):
             inputs, labels = self._split(tokens[rows])
             own = None if segment is None else self._on_device(segment[rows])
             with torch.no_grad():
-                x = self._forward(self._weights, inputs, own)
-                nll = losses.token_nll(x, self._decoder.head(self._weights), labels, self._chunk)
+                x = self._forward(weights, inputs, own)
+                nll = losses.token_nll(x, self._decoder.head(weights), labels, self._chunk)
             found[rows] = nll.view(inputs.shape).cpu().numpy()
         return found
 
@@ -217,7 +228,7 @@ class TorchTrainer(Trainer):
         if self._reference is None:
             raise UserError("compare needs a reference: call set_reference first.")
         reference = {name: value.float() for name, value in self._reference.items()}
-        weights, sizes = self._weights, self._portions
+        weights, sizes = self._folded(), self._portions
         heads = [self._decoder.head(own) for own in (weights, reference)]
         shared = self._decoder.num_shared_blocks(weights, reference)
         measures = np.zeros((len(MEASURES), len(tokens), tokens.shape[1] - 1), np.float32)
@@ -234,9 +245,13 @@ class TorchTrainer(Trainer):
         if reference is None:
             self._reference = None
         elif reference == "adapters_off":
-            raise UserError("The reference 'adapters_off' needs adapters, and this model has none.")
+            if self.spec.adapter is None:
+                raise UserError("The reference 'adapters_off' needs adapters, and this model has none.")
+            self._reference = {name: value for name, value in self._weights.items() if not is_adapter(name)}
         elif reference == "start":
-            self._reference = {name: value.detach().clone() for name, value in self._weights.items()}
+            # What is frozen is not copied.
+            now = {name: value.detach().clone() if value.requires_grad else value for name, value in self._weights.items()}
+            self._reference = lora.folded(now, self.spec.adapter, outputs_first=self._outputs_first)
         else:
             self._reference = self._read_weights(reference)
         if self._reference is not None and self.spec.method.anchor_precision == "bf16":
@@ -245,6 +260,8 @@ class TorchTrainer(Trainer):
     def set_fisher(
         self, tokens: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8], segment: npt.NDArray[np.int32] | None = None
     ) -> None:
+        if self.spec.adapter is not None:
+            raise UserError("Fisher information is measured of models without adapters.")
         fisher = {name: torch.zeros_like(value) for name, value in self._weights.items()}
         zeros = np.zeros(1, np.uint8)
         for row in range(len(tokens)):
@@ -259,19 +276,25 @@ class TorchTrainer(Trainer):
         self._fisher = fisher
 
     def save(self, path: Path, *, trainable_only: bool = False) -> None:
-        save_file(
-            {name: value.detach().contiguous() for name, value in self._weights.items()},
-            path,
-            metadata={"format": "pt"},
-        )
+        adapter, weights = self.spec.adapter, self._weights
+        if trainable_only and adapter is not None:
+            weights = {file_name(name): weights[name] for name in self._trained}
+        elif adapter is not None:
+            weights = dict(lora.whole(weights, adapter, outputs_first=self._outputs_first))
+        save_file({name: value.detach().contiguous() for name, value in weights.items()}, path, metadata={"format": "pt"})
 
     def load(self, path: Path) -> None:
-        weights = self._read_weights(path)
+        weights = self._read_weights(path, or_adapters=True)
         if self.spec.runtime.reads_only:
             self._weights = weights
             return
+        adapters_alone = any(map(is_adapter, weights))
+        if self.spec.adapter is not None and not adapters_alone:
+            weights |= self._initial_adapters()
         for name, value in weights.items():
             self._weights[name].data.copy_(value)
+        if not adapters_alone:
+            lora.restart_magnitudes(self._weights, outputs_first=self._outputs_first)
 
     def save_state(self, path: Path) -> None:
         save_file(self._optimizer.state(), path)
@@ -279,11 +302,12 @@ class TorchTrainer(Trainer):
     def load_state(self, path: Path) -> None:
         if not self._optimizer.load(load_file(path, device=str(self._torch_device))):
             raise UserError(f"{path} is not the training state of this model and optimiser.")
+        self._num_calls = self._optimizer.num_steps()
 
     def sample(
         self, prompts: npt.NDArray[np.int32], u: npt.NDArray[np.float64], *, temperature: float = 1.0, from_reference: bool = False
     ) -> npt.NDArray[np.int32]:
-        weights = self._reference if from_reference else self._weights
+        weights = self._reference if from_reference else self._folded()
         if weights is None:
             raise UserError("Sampling the reference needs one: call set_reference first.")
         # The last token is never an input.
@@ -362,8 +386,10 @@ class TorchTrainer(Trainer):
     def _limit_memory(self, limit_gb: float) -> None:
         if self._torch_device.type != "cuda":
             raise UserError("PyTorch cannot limit its memory on a CPU: leave --memory-limit-gb out.")
-        # Weights, gradients and two moments in fp32, before any activation.
-        need_gb = 16 * num_params(self.spec.model) / 1e9
+        # Weights in fp32, gradients and two moments of what is trained, before any activation.
+        model, adapter = self.spec.model, self.spec.adapter
+        trained = num_params(model) if adapter is None else num_trainable(linear_shapes(model), adapter)
+        need_gb = (4 * num_params(model) + 12 * trained) / 1e9
         if need_gb > limit_gb:
             raise UserError(f"--memory-limit-gb {limit_gb:g}: the weights and their optimiser alone need {need_gb:.2f} GB.")
         total = torch.cuda.get_device_properties(self._torch_device).total_memory
@@ -395,8 +421,9 @@ class TorchTrainer(Trainer):
         segment = None if batch.segment is None else self._on_device(batch.segment[rows])
         with self._autocast():
             checkpointed = self.spec.runtime.grad_checkpoint
-            x = self._hidden_states(self._weights, inputs, segment, grad_checkpoint=checkpointed)
-        head, x = self._decoder.head(self._weights), x.to(self._dtype)
+            weights = self._folded(training=True)
+            x = self._hidden_states(weights, inputs, segment, grad_checkpoint=checkpointed)
+        head, x = self._decoder.head(weights), x.to(self._dtype)
         nll_rows, kl_rows = self._rows_of(np.asarray(batch.term[rows] != TERM_REPLAY_KL)), None
         if kl_weight is not None and kl_weight.any():
             kl_rows = self._rows_of(np.asarray(kl_weight.any(axis=1)))
@@ -465,9 +492,9 @@ class TorchTrainer(Trainer):
         scale = torch.clamp(norm / limit, min=1.0) if limit > 0 else torch.ones_like(norm)
         if self._reference is not None and method.anchor_decay:
             pull_to_reference(self._weights, self._reference, method.anchor_decay, learning_rate, skipped)
-        self._optimizer.step(self._weights, gradients, learning_rate, scale, skipped)
-        for value in self._weights.values():
-            value.grad = None
+        self._optimizer.step(self._trained_weights(), gradients, learning_rate, scale, skipped)
+        for name in self._trained:
+            self._weights[name].grad = None
         return norm, skipped
 
     def _on_device(self, array: npt.NDArray[np.generic]) -> Tensor:
@@ -488,11 +515,39 @@ class TorchTrainer(Trainer):
         size = max(1, num_tokens // (tokens.shape[1] - 1))
         return [slice(start, start + size) for start in range(0, len(tokens), size)]
 
-    def _read_weights(self, path: Path) -> dict[str, Tensor]:
+    def _add_adapters(self) -> None:
+        """New adapters on the weights, where the spec has some."""
+        if self.spec.adapter is not None and not self.spec.runtime.reads_only:
+            shapes = parameter_shapes(linear_shapes(self.spec.model), self.spec.adapter)
+            self._weights |= {name: torch.empty(shape, device=self._torch_device) for name, shape in shapes.items()}
+            self._weights |= self._initial_adapters()
+            lora.restart_magnitudes(self._weights, outputs_first=self._outputs_first)
+
+    def _initial_adapters(self) -> dict[str, Tensor]:
+        assert self.spec.adapter is not None
+        start = initial_adapters(linear_shapes(self.spec.model), self.spec.adapter, self.spec.seed)
+        return {name: torch.from_numpy(value).to(self._torch_device) for name, value in start}
+
+    @property
+    def _trained(self) -> list[str]:
+        """The names of what a step changes."""
+        return [name for name in self._weights if self.spec.adapter is None or is_adapter(name)]
+
+    def _trained_weights(self) -> dict[str, Tensor]:
+        return {name: self._weights[name] for name in self._trained}
+
+    def _folded(self, *, training: bool = False) -> dict[str, Tensor]:
+        """The weights as the model reads them."""
+        return lora.folded(self._weights, self.spec.adapter, training=training, outputs_first=self._outputs_first)
+
+    def _read_weights(self, path: Path, *, or_adapters: bool = False) -> dict[str, Tensor]:
         weights: dict[str, Tensor] = {}
-        wanted = self._decoder.shapes
+        wanted: Mapping[str, tuple[int, ...]] = self._decoder.shapes
         for file in weight_files(path):
             stored = load_file(file, device=str(self._torch_device))
+            if or_adapters and self.spec.adapter is not None and any(map(is_adapter, map(parameter_name, stored))):
+                stored = {parameter_name(name): value for name, value in stored.items()}
+                wanted = parameter_shapes(linear_shapes(self.spec.model), self.spec.adapter)
             weights |= {name: stored[old].float() for old, name in names_in_files(stored, wanted).items()}
         if {name: tuple(value.shape) for name, value in weights.items()} != wanted:
             raise UserError(f"{path} does not hold the weights of this model: names or shapes differ.")

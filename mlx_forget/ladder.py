@@ -27,6 +27,7 @@ _QKNORM_TYPE = "mlx-forget-qknorm"
 # GPT-2's 0.02 at its own width of 768, scaled so that activations keep their size along the ladder.
 INIT_STD_AT_768 = 0.02
 
+_IN_BLOCK = re.compile(r"\.(h|layers|blocks)\.\d+\.")
 _SHAPE = r"(?:qknorm-)?(\d+)x(\d+)"
 # name -> (num_layers, width). The first five carry the paper's names and reproduce its parameter counts.
 SIZES: dict[str, tuple[int, int]] = {
@@ -160,6 +161,24 @@ def param_shapes(spec: ModelSpec | PretrainedSpec) -> dict[str, tuple[int, ...]]
     return shapes | {"transformer.ln_f.weight": (d,), "transformer.ln_f.bias": (d,)}
 
 
+def linear_shapes(spec: ModelSpec | PretrainedSpec) -> dict[str, tuple[int, int]]:
+    """{module: (in, out)} of every linear map in the blocks: what adapters can sit on."""
+    shapes = param_shapes(spec)
+    maps = {
+        name.removesuffix(".weight"): shape
+        for name, shape in shapes.items()
+        if _IN_BLOCK.search(name) and name.endswith(".weight") and len(shape) == 2
+    }
+    if outputs_first(spec):
+        return {name: (shape[1], shape[0]) for name, shape in maps.items()}
+    return {name: (shape[0], shape[1]) for name, shape in maps.items()}
+
+
+def outputs_first(spec: ModelSpec | PretrainedSpec) -> bool:
+    """Whether matrices are stored [out, in], as all but GPT-2's are."""
+    return isinstance(spec, PretrainedSpec) and spec.model_type != "gpt2"
+
+
 def num_params(spec: ModelSpec | PretrainedSpec) -> int:
     """All parameters, a tied embedding counted once: the N of the laws."""
     if isinstance(spec, PretrainedSpec):
@@ -202,9 +221,10 @@ def train_bytes(spec: ModelSpec, num_tokens: int) -> int:
 
 
 def decays(name: str) -> bool:
-    """Whether weight decay applies to a parameter: to matrices and both embeddings, never to biases and norms."""
+    """Whether weight decay applies to a parameter: to matrices, both embeddings and the factors of adapters, never to biases, norms and
+    magnitudes."""
     module = name.removesuffix(".weight").rsplit(".", 1)[-1]
-    return name.endswith(".weight") and not module.startswith("ln_") and "norm" not in module
+    return name.endswith(".weight") and not module.startswith("ln_") and "norm" not in module and "magnitude" not in module
 
 
 def is_factored(shape: tuple[int, ...]) -> bool:

@@ -39,7 +39,7 @@ def with_replay(plan: Plan, trainer: Trainer, watch: Watch) -> Plan:
     bos_id, eos_id = special_ids(plan.start.tokenizer)
     if name == REPLAY_ONLINE:
         assert term is not None
-        trainer.set_reference("start")
+        trainer.set_reference("start" if config.adapter() is None else "adapters_off")
         spec = SampleSpec(num_tokens=length, length=length, seed=config.seed, bos_id=bos_id, eos_id=eos_id)
         online = OnlineReplay(trainer, spec, rows_per_step, term)
         return dataclasses.replace(plan, stream=dataclasses.replace(plan.stream, replay=online))

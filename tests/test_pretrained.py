@@ -1,6 +1,7 @@
 """Checkpoints that transformers wrote: read, computed as transformers computes them on every backend, trained, and written back."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from mlx_forget.errors import UserError
 from mlx_forget.ladder import ModelSpec, num_non_embedding_params, num_params
 from mlx_forget.methods import method_spec
 from mlx_forget.pretrained import older_keys, read_pretrained, read_tensor, tensor_names, weight_files
-from mlx_forget.trainer import Batch, RuntimeSpec, TrainerSpec, available_backends, load_backend
+from mlx_forget.trainer import AdapterSpec, Batch, RuntimeSpec, TrainerSpec, available_backends, load_backend
 from tests.small_checkpoints import CONTEXT, transformers_logits, vocab_size, write_checkpoint, write_tokenizer
 
 pytest.importorskip("transformers")
@@ -187,6 +188,63 @@ def test_an_audit_trainer_holds_what_it_is_given(checkpoints, backend, tmp_path)
         expected = nll_of(transformers_logits(folder, tokens[:, :-1]), tokens[:, 1:])
         np.testing.assert_allclose(nll, expected, atol=3e-5, rtol=2e-5)
     assert found.kl.mean() > 0.1
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_adapters_are_those_of_peft(checkpoints, tmp_path, kind):
+    """Steps on both backends, then the adapters in peft: the same losses, and the base is untouched."""
+    peft = pytest.importorskip("peft")
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    from mlx_forget.adapters import write_configs
+    from mlx_forget.ladder import linear_shapes
+
+    adapter = AdapterSpec(kind=kind, rank=4, alpha=8.0, target_modules=("q_proj", "down_proj"))
+    tokens, held_out, found = rows(4), rows(2, seed=1), []
+    for backend in BACKENDS:
+        folder = tmp_path / backend
+        folder.mkdir()
+        spec = read_pretrained(checkpoints("qwen2"))
+        runtime = RuntimeSpec(num_threads=1, grad_checkpoint=True)
+        trainer = load_backend(backend)(TrainerSpec(model=spec, adapter=adapter, method=method_spec("kl-replay"), runtime=runtime))
+        trainer.set_reference("adapters_off")
+        before = trainer.token_losses(held_out)
+        for _ in range(3):
+            reading = trainer.train_step(batch_of(tokens, term=[0, 0, 2, 2]), 1e-2).read()
+        after = trainer.token_losses(held_out)
+        assert np.abs(after - before).max() > 1e-3
+        np.testing.assert_allclose(trainer.compare(held_out, np.ones((2, 24), np.uint8)).ref_nll, before, atol=2e-5)
+        trainer.save(folder / "adapter_model.safetensors", trainable_only=True)
+        base = str(checkpoints("qwen2"))
+        write_configs(folder, adapter, linear_shapes(spec), base=base, num_layers=2, model_type="qwen2")
+        model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folder)
+        with torch.no_grad():
+            logits = model(torch.from_numpy(held_out[:, :-1]).long()).logits.numpy()
+        np.testing.assert_allclose(nll_of(logits, held_out[:, 1:]), after, atol=5e-5)
+        trainer.save(folder / "model.safetensors")
+        fused = load_file(folder / "model.safetensors")
+        moved = {
+            name
+            for name, value in load_file(checkpoints("qwen2") / "model.safetensors").items()
+            if not torch.equal(value, fused[name])
+        }
+        assert {name.split(".")[-2] for name in moved} == {"q_proj", "down_proj"}
+        found.append((after, reading))
+        if backend == "mlx" and kind == "lora":
+            import mlx.core as mx
+            from mlx_lm import load
+
+            # mlx-lm reads the rotary base where transformers 5 no longer writes it.
+            shutil.copytree(base, tmp_path / "base")
+            config = older_keys(json.loads((tmp_path / "base" / "config.json").read_text()))
+            (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+            own, _ = load(str(tmp_path / "base"), adapter_path=str(folder / "mlx-lm"))
+            np.testing.assert_allclose(np.array(own(mx.array(held_out[:, :-1])).astype(mx.float32)), logits, atol=1e-3)
+    for after, reading in found[1:]:
+        np.testing.assert_allclose(after, found[0][0], atol=1e-4)
+        assert reading.grad_norm == pytest.approx(found[0][1].grad_norm, rel=1e-3)
+        assert reading.loss_sums[2].sum() == pytest.approx(found[0][1].loss_sums[2].sum(), rel=1e-3)
 
 
 def test_weights_in_parts_and_in_half_precision_are_read(checkpoints, tmp_path):

@@ -44,6 +44,7 @@ def replay(
     from mlx_forget.cli.data import print_facts
     from mlx_forget.cli.signals import graceful_stop
     from mlx_forget.errors import UserError, unknown
+    from mlx_forget.fuse import whole_checkpoint
     from mlx_forget.ladder import default_row_length
     from mlx_forget.log_probs import keep_log_probs
     from mlx_forget.pipeline.batches import RowSubset
@@ -65,7 +66,7 @@ def replay(
         parse_kind(log_probs)
     if output.exists() and log_probs is None:
         raise UserError(f"{output} exists already: choose another place or remove it.")
-    start = find_checkpoint(model)
+    start = whole_checkpoint(find_checkpoint(model))
     shape, vocabulary = start.model_spec(), load_vocabulary(start.tokenizer)
     if not start.is_own:
         say(special_tokens(vocabulary))

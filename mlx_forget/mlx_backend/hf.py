@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_forget.adapters import A, B
 from mlx_forget.errors import UserError
-from mlx_forget.mlx_backend import compare, gpt2
+from mlx_forget.mlx_backend import compare, gpt2, lora
 from mlx_forget.mlx_backend.gpt2 import KLTerm
 from mlx_forget.mlx_backend.operators import Operators
 from mlx_forget.mlx_backend.sample import draw
@@ -25,6 +26,8 @@ from mlx_forget.pretrained import PretrainedSpec, older_keys, read_config
 Weights = Mapping[str, mx.array]
 Arrays = dict[str, mx.array]
 
+# What a linear map with a folded adapter holds besides its own.
+_PARTS = ("lora_A", "lora_B", "lora_factor", "lora_key", "lora_kept")
 _PROBE_LENGTH = 8
 # The probe makes logits this large: soft caps lie between 15 and 50.
 _PROBE_LOGIT = 200.0
@@ -45,10 +48,11 @@ class Pretrained:
         self._tied = "lm_head" not in self.module
         self._head_name = "lm_head.weight" if not self._tied else _embedding_name(loaded)
         start = {name: loaded[name].astype(mx.float32) for name, _ in spec.shapes}
+        # Nothing but these stays in the module between calls; and what switches adapters off.
+        self._empty = {name: mx.zeros(()) for name in loaded}
+        self._off: Arrays = {}
         self._scale = self._find_scale(start)
         self._longest = self._ignored_window()
-        # Nothing but these stays in the module between calls.
-        self._empty = {name: mx.zeros(()) for name in loaded}
         self._put(self._empty)
         self._start = {} if reads_only else start
 
@@ -81,8 +85,11 @@ class Pretrained:
         if penalty is not None and penalty["kl_rows"].size and "reference" in penalty:
             ref_x = mx.stop_gradient(self._states(penalty["reference"], tokens_BT[penalty["kl_rows"]]))
 
+        names = lora.trained_entries(weights) or list(weights)
+
         def objective(trained: Arrays) -> tuple[mx.array, mx.array]:
-            x, head = self._states(trained, tokens_BT), self._head(trained)
+            now = {**weights, **trained}
+            x, head = self._states(now, tokens_BT), self._head(now)
             if head is None:
                 return _plain_objective(x, labels_BT, weight_BT, penalty, ref_x)
 
@@ -109,7 +116,7 @@ class Pretrained:
             return _with_own_gradient(with_gradients, x, head)
 
         with self._emptied():
-            (_, losses), grads = mx.value_and_grad(objective)(dict(weights))
+            (_, losses), grads = mx.value_and_grad(objective)({name: weights[name] for name in names})
         return losses, {name: value.astype(mx.float32) for name, value in grads.items()}
 
     def token_nll(
@@ -181,10 +188,29 @@ class Pretrained:
         return None if self._scale is None else weights[self._head_name]
 
     def _narrow(self, weights: Weights) -> Arrays:
-        return {name: value.astype(self._operators.dtype) for name, value in weights.items()}
+        floating = {name for name, value in weights.items() if mx.issubdtype(value.dtype, mx.floating)}
+        return {name: value.astype(self._operators.dtype) if name in floating else value for name, value in weights.items()}
 
     def _put(self, weights: Weights) -> None:
-        self.module.update(tree_unflatten(list(weights.items())))
+        """Let the module compute with these weights, and with the folded adapters that are among them."""
+        adapters = {name: value for name, value in weights.items() if name not in self._empty}
+        self._adapt(adapters)
+        base = {name: value for name, value in weights.items() if name in self._empty}
+        own = {_within_module(name): value for name, value in adapters.items() if not name.endswith(lora.LENGTH)}
+        self.module.update(tree_unflatten(list({**base, **self._off, **own}.items())))
+
+    def _adapt(self, adapters: Weights) -> None:
+        """Let the linear maps that have adapters add what those add; a 0-d entry stands for none."""
+        modules = dict(self.module.named_modules())
+        for name in adapters:
+            module = name.removesuffix(A)
+            if module == name or f"{module}.lora_A" in self._off:
+                continue
+            layer = modules[module]
+            layer.__class__ = type(f"Adapted{type(layer).__name__}", (type(layer),), {"__call__": _adapted(type(layer))})
+            for part in _PARTS:
+                layer[part] = mx.zeros(())
+                self._off[f"{module}.{part}"] = mx.zeros(())
 
     @contextmanager
     def _emptied(self) -> Any:
@@ -261,6 +287,30 @@ def _checkpointed(kind: type) -> Callable[..., Any]:
         return mx.checkpoint(run)(layer.parameters(), *args, **kwargs)
 
     return call
+
+
+def _adapted(kind: type) -> Callable[..., Any]:
+    def call(layer: Any, x: mx.array) -> mx.array:
+        product: mx.array = kind.__call__(layer, x)
+        if layer["lora_A"].ndim == 0:
+            return product
+        inputs = x
+        if layer["lora_key"].ndim:
+            kept = layer["lora_kept"]
+            inputs = x * (mx.random.bernoulli(kept, x.shape, layer["lora_key"]) / kept).astype(x.dtype)
+        product = product + (inputs @ layer["lora_A"].T) @ layer["lora_B"].T
+        if layer["lora_factor"].ndim == 0:
+            return product
+        bias = layer["bias"] if "bias" in layer else mx.zeros(())
+        whole: mx.array = (product - bias) * layer["lora_factor"] + bias
+        return whole
+
+    return call
+
+
+def _within_module(name: str) -> str:
+    """The name of an adapter's entry within the module tree: `MODULE.lora_A` of `MODULE.lora_A.weight`."""
+    return name.removesuffix(".weight") if name.endswith((A, B)) else name
 
 
 def _with_own_gradient(
