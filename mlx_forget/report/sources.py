@@ -17,7 +17,7 @@ from mlx_forget.runs.selection import select
 # Keys in which runs may differ and still be described by one law: what a law reads, repeats, and how long a run went on.
 READ_BY_LAWS = frozenset(
     "model init target pretrain p target_tokens seed method coefficient iters tokens_per_param steps_per_eval eval_rows tokenizer "
-    "stop_target_loss stop_patience stop_tokens stop_epochs max_forgetting pretrain_epochs".split()
+    "stop_target_loss stop_patience stop_tokens stop_epochs max_forgetting pretrain_epochs compare_to_start".split()
 )
 # Points of a grid that are written out one by one.
 MOST_POINTS = 60
