@@ -141,7 +141,10 @@ def recipe_of(rows: Sequence[Row]) -> Recipe:
     combinations = [tuple(row.get(known[key]) for key in axes) for row in rows]
     whole = set(itertools.product(*axes.values())) if _product(axes) == len(rows) else None
     is_grid = whole is not None and whole == set(combinations)
-    points = [dict(zip(axes, one, strict=True)) for one in combinations] if not is_grid and len(rows) <= MOST_POINTS else []
+    points: list[dict[str, Any]] = []
+    if not is_grid and len(rows) <= MOST_POINTS:
+        combinations.sort(key=lambda one: [found.index(value) for found, value in zip(axes.values(), one, strict=True)])
+        points = [dict(zip(axes, one, strict=True)) for one in combinations]
     return Recipe(config, axes, is_grid, points)
 
 
