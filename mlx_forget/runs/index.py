@@ -5,6 +5,7 @@ see one whole version or another; a folder that cannot be written, or a cache th
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import time
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 
 from mlx_forget.errors import UserError
 from mlx_forget.records import CONFIG, HISTORY, RECORD, REQUESTED
+from mlx_forget.runs import rows as rows_module
 from mlx_forget.runs.rows import DAMAGED, Row, read_content
 
 INDEX = ".forget-runs.json"
@@ -138,7 +140,7 @@ def _read_row(path: Path) -> Row:
 def _read_cache(path: Path) -> dict[_Seen, Row]:
     try:
         content = json.loads(path.read_bytes())
-        if content["index_version"] != INDEX_VERSION:
+        if (content["index_version"], content["made_by"]) != (INDEX_VERSION, _maker()):
             return {}
         seen = [_Seen(*record) for record in zip(*content["records"], strict=True)]
         columns = {
@@ -162,6 +164,7 @@ def _write_cache(path: Path, seen: list[_Seen], rows: list[Row]) -> None:
     names = dict.fromkeys(name for _, row in kept for name in row if name != "folder")
     content = {
         "index_version": INDEX_VERSION,
+        "made_by": _maker(),
         "records": [list(values) for values in zip(*((s.folder, s.size, s.mtime_ns) for s, _ in kept), strict=True)]
         or [[], [], []],
         "columns": {name: _folded([row.get(name) for _, row in kept]) for name in names},
@@ -173,6 +176,11 @@ def _write_cache(path: Path, seen: list[_Seen], rows: list[Row]) -> None:
     except OSError:
         with contextlib.suppress(OSError):
             aside.unlink()
+
+
+def _maker() -> str:
+    """The code that makes rows of records: another one may make other rows."""
+    return hashlib.sha256(Path(rows_module.__file__).read_bytes()).hexdigest()[:16]
 
 
 def _folded(values: list[Any]) -> list[Any] | dict[str, Any]:

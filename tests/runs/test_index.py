@@ -75,6 +75,18 @@ def test_a_damaged_or_foreign_cache_is_made_again(folder, content):
     assert json.loads((folder / INDEX).read_text())["index_version"] == run_index.INDEX_VERSION
 
 
+def test_rows_that_other_code_made_are_made_again(folder, monkeypatch):
+    read_index(folder)
+    content = json.loads((folder / INDEX).read_text())
+    content["made_by"] = "another release"
+    (folder / INDEX).write_text(json.dumps(content))
+    read = []
+    original = run_index._read_row
+    monkeypatch.setattr(run_index, "_read_row", lambda path: read.append(path) or original(path))
+    read_index(folder)
+    assert len(read) == run_index.LEAST_RECORDS + 5
+
+
 def test_a_folder_that_cannot_be_written_is_only_read(folder, monkeypatch):
     fresh = read_index(folder)
     (folder / INDEX).unlink()
