@@ -20,6 +20,7 @@ from mlx_forget.ladder import QKNORM_HEAD, RMS_NORM_EPSILON, ROPE_BASE, ModelSpe
 Weights = Mapping[str, Tensor]
 
 HEAD = QKNORM_HEAD
+BLOCK = "decoder.h.{}."
 _EMBEDDING = "decoder.embed_in.weight"
 
 
@@ -32,14 +33,25 @@ def hidden_states(
     grad_checkpoint: bool = False,
 ) -> Tensor:
     """Final hidden states [B, T, D] of int64[B, T] tokens; segments, where given, are as if each were alone."""
-    x_BTD = F.embedding(tokens_BT, weights[_EMBEDDING])
-    mask = None if segment_BT is None else segment_mask(segment_BT)
-    angles = _angles(spec, tokens_BT, segment_BT)
+    x_BTD, context = begin(weights, spec, tokens_BT, segment_BT)
     for i in range(spec.num_layers):
         if grad_checkpoint and torch.is_grad_enabled():
-            x_BTD = checkpoint(block, weights, f"decoder.h.{i}.", spec, x_BTD, angles, mask, use_reentrant=False)
+            x_BTD = checkpoint(block, weights, BLOCK.format(i), spec, x_BTD, *context, use_reentrant=False)
         else:
-            x_BTD = block(weights, f"decoder.h.{i}.", spec, x_BTD, angles, mask)
+            x_BTD = block(weights, BLOCK.format(i), spec, x_BTD, *context)
+    return finish(weights, x_BTD)
+
+
+def begin(
+    weights: Weights, spec: ModelSpec, tokens_BT: Tensor, segment_BT: Tensor | None
+) -> tuple[Tensor, tuple[tuple[Tensor, Tensor], Tensor | None]]:
+    """What enters the first block, and what every block is given besides."""
+    mask = None if segment_BT is None else segment_mask(segment_BT)
+    return F.embedding(tokens_BT, weights[_EMBEDDING]), (_angles(spec, tokens_BT, segment_BT), mask)
+
+
+def finish(weights: Weights, x_BTD: Tensor) -> Tensor:
+    """Final hidden states from what leaves the last block; the norm has no weights."""
     return _norm(x_BTD)
 
 
