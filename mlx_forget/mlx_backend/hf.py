@@ -284,7 +284,9 @@ def _checkpointed(kind: type) -> Callable[..., Any]:
             layer.update(parameters)
             return kind.__call__(layer, *inner, **named)
 
-        return mx.checkpoint(run)(layer.parameters(), *args, **kwargs)
+        # Keys of dropout have no gradient, and stay where they are.
+        floats = [(name, value) for name, value in tree_flatten(layer.parameters()) if mx.issubdtype(value.dtype, mx.floating)]
+        return mx.checkpoint(run)(tree_unflatten(floats), *args, **kwargs)
 
     return call
 
