@@ -285,7 +285,8 @@ def _checkpointed(kind: type) -> Callable[..., Any]:
             return kind.__call__(layer, *inner, **named)
 
         # Keys of dropout have no gradient, and stay where they are.
-        floats = [(name, value) for name, value in tree_flatten(layer.parameters()) if mx.issubdtype(value.dtype, mx.floating)]
+        own: Arrays = dict(tree_flatten(layer.parameters()))
+        floats = [(name, value) for name, value in own.items() if mx.issubdtype(value.dtype, mx.floating)]
         return mx.checkpoint(run)(tree_unflatten(floats), *args, **kwargs)
 
     return call
