@@ -20,6 +20,7 @@ Weights = Mapping[str, Tensor]
 
 # Tied: the head is the token embedding.
 HEAD = "transformer.wte.weight"
+BLOCK = "transformer.h.{}."
 
 # Elements of one chunk of logits: on a CPU a chunk should stay in cache, on a GPU it should fill the device.
 _CHUNK_ELEMENTS_CPU = 1 << 21
@@ -38,13 +39,22 @@ def hidden_states(
 
     Of a stack: [K * B, T, D] of int64[K, B, T].
     """
-    x_BTD = _embed(weights, tokens_BT, segment_BT)
-    mask = None if segment_BT is None else segment_mask(segment_BT)
+    x_BTD, context = begin(weights, spec, tokens_BT, segment_BT)
     for i in range(spec.num_layers):
         if grad_checkpoint and torch.is_grad_enabled():
-            x_BTD = checkpoint(block, weights, f"transformer.h.{i}.", spec, x_BTD, mask, use_reentrant=False)
+            x_BTD = checkpoint(block, weights, BLOCK.format(i), spec, x_BTD, *context, use_reentrant=False)
         else:
-            x_BTD = block(weights, f"transformer.h.{i}.", spec, x_BTD, mask)
+            x_BTD = block(weights, BLOCK.format(i), spec, x_BTD, *context)
+    return finish(weights, x_BTD)
+
+
+def begin(weights: Weights, spec: ModelSpec, tokens_BT: Tensor, segment_BT: Tensor | None) -> tuple[Tensor, tuple[Tensor | None]]:
+    """What enters the first block, and what every block is given besides."""
+    return _embed(weights, tokens_BT, segment_BT), (None if segment_BT is None else segment_mask(segment_BT),)
+
+
+def finish(weights: Weights, x_BTD: Tensor) -> Tensor:
+    """Final hidden states from what leaves the last block."""
     return _norm(x_BTD, weights, "transformer.ln_f")
 
 

@@ -46,12 +46,14 @@ def folded(
     return ready
 
 
-def linear(x: Tensor, weights: Weights, name: str, bias: Tensor) -> Tensor:
+def linear(x: Tensor, weights: Weights, name: str, bias: Tensor | None = None) -> Tensor:
     """[N, out] of [N, in]; the module `name` has a folded adapter."""
     weight, factor = weights[name + ".weight"], weights.get(name + FACTOR)
-    product = torch.addmm(bias, x, weight) if factor is None else x @ weight
+    product = x @ weight if bias is None or factor is not None else torch.addmm(bias, x, weight)
     product = torch.addmm(product, _dropped(x, weights.get(KEPT)) @ weights[name + A].T, weights[name + B].T)
-    return product if factor is None else torch.addcmul(bias, product, factor)
+    if factor is None:
+        return product
+    return product * factor if bias is None else torch.addcmul(bias, product, factor)
 
 
 def restart_magnitudes(weights: dict[str, Tensor], *, outputs_first: bool = False) -> None:

@@ -202,7 +202,7 @@ def refuse_what_cannot_fit(step: Step, kept_bytes: KeptBytes, available_bytes: f
         lean = replace(step, optim=replace(step.optim, name="adafactor"), grad_checkpoint=True)
         if fitting_rows(lean, kept_bytes, available_bytes) is not None:
             ways.append("--optimizer adafactor --grad-checkpoint")
-    if step.adapter is None and step.model.architecture == "gpt2" and not step.method.has_anchor:
+    if step.adapter is None and not step.method.has_anchor:
         small = replace(step, adapter=AdapterSpec(), grad_checkpoint=True)
         if fitting_rows(small, kept_bytes, available_bytes) is not None:
             ways.append("--fine-tune-type lora --grad-checkpoint")

@@ -56,7 +56,8 @@ def window_losses(trainer: Trainer, windows: Windows) -> Losses:
     """
     losses = np.zeros(len(windows.tokens))
     mine = slice(trainer.group.rank, None, trainer.group.size)
-    if len(windows.tokens[mine]):
+    # Ranks that share one model read together, those without a window too.
+    if len(windows.tokens[mine]) or trainer.group.size > 1:
         segment = None if windows.segment is None else windows.segment[mine]
         token_losses = trainer.token_losses(windows.tokens[mine], segment)
         if windows.loss_mask is None:

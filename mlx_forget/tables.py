@@ -52,7 +52,7 @@ def read_table(
     elif not source.is_file():
         raise UserError(f"No table at {source}: give a CSV, Parquet, Arrow or JSONL file, or a folder of runs.")
     else:
-        rows = _read_rows(source)
+        rows = read_rows(source)
         if rows and MARK in rows[0]:
             rows, left_out = read_exported(source, rows, response=response, adapters=adapters)
     if not rows:
@@ -60,7 +60,12 @@ def read_table(
     return replace(table_from_rows(rows, mapping=mapping), left_out=left_out)
 
 
-def _read_rows(source: Path) -> list[dict[str, Any]]:
+def read_rows(source: Path) -> list[dict[str, Any]]:
+    """The rows of a table file, cells as they stand there.
+
+    Raises:
+        UserError: an unknown kind of file, or one that cannot be read.
+    """
     kind = source.suffix.lower()
     if kind not in READERS:
         raise unknown("table format", kind, READERS)

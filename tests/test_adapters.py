@@ -140,6 +140,20 @@ def saved_path(trainer, tmp_path):
     return tmp_path / "whole.safetensors"
 
 
+def test_adafactor_trains_adapters(backend, tmp_path):
+    trainer = trainer_of(backend, "dora", optim=OptimSpec(name="adafactor"))
+    losses = [trainer.train_step(make_batch(0), 1e-2).read().loss_sums.sum() for _ in range(10)]
+    assert losses[-1] < losses[0]
+    trainer.save_state(tmp_path / "s.safetensors")
+    a = "transformer.h.0.attn.c_attn.lora_A.weight"
+    state = load_file(tmp_path / "s.safetensors")
+    assert {
+        f"exp_avg_sq_row.{a}",
+        f"exp_avg_sq_col.{a}",
+        "exp_avg_sq.transformer.h.0.attn.c_attn.lora_magnitude_vector.weight",
+    } <= set(state)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_adapters_are_trained_saved_and_given_moments(backend, kind, tmp_path):
     trainer = trainer_of(backend, adapter=adapter_of(kind, target_modules=("attention",)))
@@ -220,6 +234,32 @@ def test_bf16_trains_with_fp32_adapters(backend):
     trainer = trainer_of(backend, "dora", precision="bf16")
     losses = [r.loss_sums.sum() for r in [trainer.train_step(make_batch(0), 1e-2).read() for _ in range(8)]]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_other_architecture_of_the_ladder_has_adapters_too(backend, kind, tmp_path):
+    """Fused, they are the same model; the reference and sampling see them."""
+    spec = model_spec("qknorm-2x32", vocab_size=61, context_length=12)
+    made = TrainerSpec(model=spec, adapter=adapter_of(kind), seed=SEED)
+    trainer, base = backend(made), backend(TrainerSpec(model=spec, seed=SEED))
+    steps(trainer, 8)
+    base.load(saved_path(trainer, tmp_path))
+    tokens = make_batch(9).tokens
+    np.testing.assert_allclose(trainer.token_losses(tokens), base.token_losses(tokens), atol=1e-5)
+    trainer.set_reference("adapters_off")
+    assert trainer.compare(tokens, np.ones((6, 12), np.uint8)).kl.mean() > 1e-3
+    prompts, u = np.ones((3, 2), np.int32), np.random.default_rng(0).random((3, 8))
+    np.testing.assert_array_equal(trainer.sample(prompts, u), base.sample(prompts, u))
+
+
+@pytest.mark.skipif(len(available_backends()) < 2, reason="needs both backends")
+@pytest.mark.parametrize("kind", KINDS)
+def test_backends_agree_on_the_other_architecture(kind):
+    spec = model_spec("qknorm-2x32", vocab_size=61, context_length=12)
+    trainers = [load_backend(name)(TrainerSpec(model=spec, adapter=adapter_of(kind), seed=SEED)) for name in available_backends()]
+    for a, b in zip(*(steps(t, 20) for t in trainers), strict=True):
+        assert a.loss_sums.sum() == pytest.approx(b.loss_sums.sum(), rel=2e-5)
+        assert a.grad_norm == pytest.approx(b.grad_norm, rel=2e-4)
 
 
 @pytest.mark.skipif(len(available_backends()) < 2, reason="needs both backends")

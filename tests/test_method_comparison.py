@@ -155,7 +155,7 @@ def test_adapters_are_a_method_of_their_own_beside_plain(tmp_path):
     assert adapted.removed == pytest.approx(0.8)
 
 
-@pytest.mark.parametrize("name", ["replay", "replay-lora", "anchors", "replay-learning-rate"])
+@pytest.mark.parametrize("name", ["replay", "replay-lora", "anchors", "decay", "replay-learning-rate"])
 def test_the_recipes_of_methods_hold_a_plain_run_and_smoke_scale(name):
     recipe = read_recipe(find_recipe(name))
     configs = recipe.configs({})

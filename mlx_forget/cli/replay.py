@@ -52,7 +52,7 @@ def replay(
     from mlx_forget.pipeline.store import open_store
     from mlx_forget.pipeline.vocabularies import load_vocabulary
     from mlx_forget.progress import Preparation
-    from mlx_forget.replay import SampleSpec, sample_store
+    from mlx_forget.replay import SampleSpec, sample_store, samples_of
     from mlx_forget.start import special_tokens
     from mlx_forget.token_counts import parse_tokens
     from mlx_forget.trainer import RuntimeSpec, TrainerSpec, choose_backend, load_backend
@@ -64,7 +64,8 @@ def replay(
 
     if log_probs is not None:
         parse_kind(log_probs)
-    if output.exists() and log_probs is None:
+    # What is left of an interrupted call beside a whole store is removed by the next one.
+    if output.exists() and log_probs is None and not samples_of(output).exists():
         raise UserError(f"{output} exists already: choose another place or remove it.")
     start = whole_checkpoint(find_checkpoint(model))
     shape, vocabulary = start.model_spec(), load_vocabulary(start.tokenizer)

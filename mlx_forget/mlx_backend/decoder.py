@@ -3,8 +3,8 @@
 Shapes: B rows, T tokens, D width, V vocabulary, N = B * T.
 """
 
-from collections.abc import Iterable, Mapping
-from typing import Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -71,8 +71,8 @@ class Decoder(Protocol):
 class Ladder:
     """A rung of the ladder."""
 
-    def __init__(self, spec: ModelSpec, operators: Operators) -> None:
-        self._spec, self._operators = spec, operators
+    def __init__(self, spec: ModelSpec, operators: Operators, streams: Sequence[mx.Stream]) -> None:
+        self._spec, self._operators, self._streams = spec, operators, streams
         self._functions = functions_of(spec)
 
     @property
@@ -137,20 +137,24 @@ class Ladder:
     def sample(
         self, weights: Weights, prompts_BP: npt.NDArray[np.int32], u_BT: npt.NDArray[np.float64], *, temperature: float
     ) -> npt.NDArray[np.int32]:
-        return sample(weights, self._spec, prompts_BP, u_BT, temperature=temperature, operators=self._operators)
+        how: dict[str, Any] = {"temperature": temperature, "operators": self._operators, "streams": self._streams}
+        return sample(weights, self._spec, prompts_BP, u_BT, **how)
 
 
-def build_decoder(spec: ModelSpec | PretrainedSpec, operators: Operators, *, reads_only: bool) -> Decoder:
+def build_decoder(
+    spec: ModelSpec | PretrainedSpec, operators: Operators, streams: Sequence[mx.Stream], *, reads_only: bool
+) -> Decoder:
     """The model of a spec.
 
     Args:
+        streams: the threads that share the rows of a sample.
         reads_only: weights come from elsewhere and are never trained.
 
     Raises:
         UserError: mlx-lm is not installed or does not know the architecture.
     """
     if isinstance(spec, ModelSpec):
-        return Ladder(spec, operators)
+        return Ladder(spec, operators, streams)
     from mlx_forget.mlx_backend.hf import Pretrained
 
     return Pretrained(spec, operators, reads_only=reads_only)

@@ -57,7 +57,8 @@ def with_key(ready: Arrays, adapter: AdapterSpec, key: mx.array) -> Arrays:
 
 def linear(x: mx.array, weights: Mapping[str, mx.array], name: str, operators: Operators, tape: Tape | None) -> mx.array:
     """[N, out] of [N, in] in the operators' type; the module `name` has a folded adapter. The tape takes what its gradient needs."""
-    weight, bias, a, b = (weights[name + part].astype(operators.dtype) for part in (".weight", ".bias", A, B))
+    weight, a, b = (weights[name + part].astype(operators.dtype) for part in (".weight", A, B))
+    bias = weights[name + ".bias"].astype(operators.dtype) if name + ".bias" in weights else None
     factor = weights.get(name + FACTOR)
     inputs, mask = x, None
     if name + KEY in weights:
@@ -65,11 +66,15 @@ def linear(x: mx.array, weights: Mapping[str, mx.array], name: str, operators: O
         mask = (mx.random.bernoulli(kept, x.shape, weights[name + KEY]) / kept).astype(operators.dtype)
         inputs = x * mask
     low = operators.matmul(inputs, a.T)
-    product = _affine(x, weight, bias, operators) if factor is None else operators.matmul(x, weight)
+    # DoRA's factor is of the products alone.
+    product = operators.matmul(x, weight) if bias is None or factor is not None else _affine(x, weight, bias, operators)
     product = _add_product(product, low, b.T, operators)
     if tape is not None:
         tape[name] = (inputs, mask, low, product if factor is not None else None)
-    return product if factor is None else product * factor.astype(operators.dtype) + bias
+    if factor is None:
+        return product
+    scaled = product * factor.astype(operators.dtype)
+    return scaled if bias is None else scaled + bias
 
 
 def linear_gradient(

@@ -90,7 +90,7 @@ class MLXTrainer(Trainer):
             used_bytes=self.used_memory_bytes(),
         )
         self._outputs_first = outputs_first(spec.model)
-        self._decoder = build_decoder(spec.model, self._operators, reads_only=runtime.reads_only)
+        self._decoder = build_decoder(spec.model, self._operators, self._streams, reads_only=runtime.reads_only)
         self._weights: Arrays = {} if runtime.reads_only else dict(self._decoder.start_weights(spec.seed))
         if spec.adapter is not None and not runtime.reads_only:
             self._weights = self._with_new_adapters(self._weights)
@@ -303,7 +303,12 @@ class MLXTrainer(Trainer):
         # The last token is never an input.
         if prompts.shape[1] + u.shape[1] - 1 > self.spec.model.context_length:
             raise UserError(f"Prompt and sample together exceed the context of {self.spec.model.context_length} tokens.")
-        return self._decoder.sample(weights, prompts, u, temperature=temperature)
+        try:
+            return self._decoder.sample(weights, prompts, u, temperature=temperature)
+        except RuntimeError as error:
+            if any(words in str(error) for words in ("to allocate", "Insufficient Memory")):
+                raise MemoryError(f"sampling {len(prompts)} rows") from error
+            raise
 
     @classmethod
     def memory_bytes(cls) -> int | None:

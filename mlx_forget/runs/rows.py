@@ -68,6 +68,7 @@ def record_row(record: Mapping[str, Any]) -> Row:
         "tokens_seen": seen,
         "num_non_embedding_params": record.get("num_non_embedding_params"),
         "learning_rate": record.get("learning_rate"),
+        "learning_rate_asked": config.get("learning_rate"),
         "device": record.get("device"),
         "precision": record.get("precision"),
         "world_size": record.get("world_size", 1),
