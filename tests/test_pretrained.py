@@ -250,6 +250,45 @@ def test_adapters_are_those_of_peft(checkpoints, tmp_path, kind):
         assert reading.loss_sums[2].sum() == pytest.approx(found[0][1].loss_sums[2].sum(), rel=1e-3)
 
 
+@pytest.mark.skipif("mlx" not in BACKENDS, reason="needs MLX")
+def test_adapters_sit_on_a_quantised_base_on_mlx_and_nowhere_else(checkpoints, tmp_path):
+    import mlx.core as mx
+    from mlx_lm import convert, load
+
+    from mlx_forget.adapters import write_configs
+    from mlx_forget.ladder import linear_shapes
+
+    folder = tmp_path / "quantised"
+    convert(str(checkpoints("llama")), str(folder), quantize=True, q_group_size=32, q_bits=8)
+    # What mlx-lm converts, it also reads with another rotary base than was written: see `older_keys`.
+    (folder / "config.json").write_text(json.dumps(older_keys(json.loads((folder / "config.json").read_text()))))
+    spec, tokens = read_pretrained(folder), rows(3)
+    assert spec.num_params == read_pretrained(checkpoints("llama")).num_params
+    for backend, message in (("mlx", "give --fine-tune-type lora"), ("cuda", "PyTorch does not train here")):
+        with pytest.raises(UserError, match=message):
+            load_backend(backend)(TrainerSpec(model=spec, runtime=RuntimeSpec(num_threads=1)))
+    adapter = AdapterSpec(rank=4)
+    runtime = RuntimeSpec(num_threads=1, grad_checkpoint=True)
+    trainer = load_backend("mlx")(TrainerSpec(model=spec, adapter=adapter, method=method_spec("kl-replay"), runtime=runtime))
+    trainer.load(find_checkpoint(folder).weights)
+    trainer.set_reference("adapters_off")
+    model, _ = load(str(folder))
+    expected = nll_of(np.array(model(mx.array(tokens[:, :-1])).astype(mx.float32)), tokens[:, 1:])
+    np.testing.assert_allclose(trainer.token_losses(tokens), expected, atol=2e-2)
+    for _ in range(5):
+        trainer.train_step(batch_of(tokens, term=[0, 0, 2]), 1e-2).read()
+    after = trainer.token_losses(tokens)
+    assert after[:2].mean() < expected[:2].mean() - 1e-2
+    np.testing.assert_allclose(trainer.compare(tokens, np.ones((3, 24), np.uint8)).ref_nll, expected, atol=2e-2)
+    run = tmp_path / "run"
+    run.mkdir()
+    trainer.save(run / "adapter_model.safetensors", trainable_only=True)
+    write_configs(run, adapter, linear_shapes(spec), base=str(folder), num_layers=2, model_type="llama")
+    tuned, _ = load(str(folder), adapter_path=str(run / "mlx-lm"))
+    found = nll_of(np.array(tuned(mx.array(tokens[:, :-1])).astype(mx.float32)), tokens[:, 1:])
+    np.testing.assert_allclose(found, after, atol=2e-2)
+
+
 def test_weights_in_parts_and_in_half_precision_are_read(checkpoints, tmp_path):
     from transformers import AutoModelForCausalLM
 
