@@ -77,7 +77,11 @@ class TrainConfig:
     )
     p_of: Literal["rows", "tokens"] = _key("rows", "What p is a share of, where rows differ in tokens to learn.")
     pretrain_epochs: int = _key(1, "How often a pretraining row may be served.")
-    rows: str = _key("packed", "packed; documents: packed, kept apart; padded: one conversation or document a row.")
+    rows: str = _key(
+        "packed",
+        "packed; documents: packed, kept apart; padded: one conversation or document a row, longer ones in several; truncated: "
+        "their first row alone; whole: only those that fit a row.",
+    )
     mask_prompt: bool = _key(True, "Learn only what the data marks as to be learnt, such as answers.")
     target_tokens: int | None = _key(
         None,
