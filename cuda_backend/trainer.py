@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cuda_backend import compare, gpt2
+from cuda_backend import compare, gpt2, lora
 from cuda_backend.allocator import keep_freed_memory
 from cuda_backend.architectures import functions_of
 from cuda_backend.distributed import TorchGroup, join, local_rank
@@ -24,10 +24,11 @@ from cuda_backend.reference import FusedKL, add_penalty_gradients, pull_to_refer
 from cuda_backend.sample import sample
 from cuda_backend.sharded import Shards
 from cuda_backend.stored_reference import FusedStoredKL
+from mlx_forget.adapters import file_name, initial_adapters, is_adapter, num_trainable, parameter_name, parameter_shapes
 from mlx_forget.comparison import MEASURES, portions
 from mlx_forget.distributed import Group
 from mlx_forget.errors import OutOfMemory, UserError
-from mlx_forget.ladder import initial_weights, num_params, param_shapes
+from mlx_forget.ladder import initial_weights, linear_shapes, num_params, param_shapes
 from mlx_forget.methods import NUM_SOURCES, NUM_TERMS, TERM_REPLAY_KL, TERM_REPLAY_NTP, TERM_TASK
 from mlx_forget.trainer import (
     Batch,
@@ -66,8 +67,6 @@ class TorchTrainer(Trainer):
 
     def __init__(self, spec: TrainerSpec) -> None:
         runtime = spec.runtime
-        if spec.adapter is not None:
-            raise UserError("The ladder trains all its weights: adapters need a Hugging Face model.")
         self.spec = spec
         self._notes: list[str] = []
         self.group = join()
@@ -93,11 +92,15 @@ class TorchTrainer(Trainer):
         start = () if runtime.reads_only else initial_weights(spec.model, spec.seed)
         self._shards, self._gathered = self._make_shards(start), dict[str, Tensor]()
         if self._shards is None:
-            self._weights = {name: torch.from_numpy(value).to(self._torch_device).requires_grad_() for name, value in start}
+            self._weights = {name: torch.from_numpy(value).to(self._torch_device) for name, value in start}
+            self._add_adapters()
+            for name in self._trained:
+                self._weights[name].requires_grad_()
         else:
             self._weights = self._shards.weights
+        self._num_calls = 0
         self._micro_batch_size = runtime.micro_batch_size
-        self._optimizer = make_optimizer(spec.optim, self._weights)
+        self._optimizer = make_optimizer(spec.optim, self._trained_weights())
         self._reference: dict[str, Tensor] | None = None
         self._fisher: dict[str, Tensor] | None = None
         self._hidden_states = self._maybe_compiled(self._functions.hidden_states)
@@ -107,6 +110,7 @@ class TorchTrainer(Trainer):
         return Capabilities(
             precisions=("fp32", "bf16"),
             terms=(TERM_TASK, TERM_REPLAY_NTP, TERM_REPLAY_KL),
+            adapters=("lora", "dora"),
             anchor=True,
             fisher=True,
             sample=True,
@@ -149,10 +153,11 @@ class TorchTrainer(Trainer):
             gradients = self._shards.gradients()
             (sums,) = self._summed([sums])
         else:
-            gradients = {name: torch.zeros_like(v) if v.grad is None else v.grad for name, v in self._weights.items()}
+            gradients = {n: torch.zeros_like(v) if v.grad is None else v.grad for n, v in self._trained_weights().items()}
             *summed, sums = self._summed([*gradients.values(), sums])
             gradients = dict(zip(gradients, summed, strict=True))
         norm, skipped = self._update(gradients, learning_rate)
+        self._num_calls += 1
         return TorchStep(torch.cat([sums, torch.stack([norm, skipped])]), counts)
 
     def _summed(self, tensors: list[Tensor]) -> list[Tensor]:
@@ -175,8 +180,8 @@ class TorchTrainer(Trainer):
                     ) from None
             # Here the error is gone, and with it the activations that its traceback held.
             self._micro_batch_size = math.ceil(rows / 2)
-            for value in self._weights.values():
-                value.grad = None
+            for name in self._trained:
+                self._weights[name].grad = None
             if self._torch_device.type == "cuda":
                 torch.cuda.empty_cache()
 
@@ -195,6 +200,8 @@ class TorchTrainer(Trainer):
             if self._shards is not None and start >= len(batch.tokens):
                 self._shards.loss(*self._one_token(), segment=None)
                 continue
+            if self.spec.adapter is not None and self.spec.adapter.dropout:
+                lora.seed_dropout(self.spec.seed, self._num_calls, start, self.group.rank)
             nll, kl = self._accumulate_gradient(batch, rows, token_weight[rows], None if kl_weight is None else kl_weight[rows])
             mask = self._on_device(batch.loss_mask[rows])
             sums.index_add_(0, group[rows], (nll * mask).sum(1))
@@ -204,7 +211,7 @@ class TorchTrainer(Trainer):
 
     def token_losses(self, tokens: npt.NDArray[np.int32], segment: npt.NDArray[np.int32] | None = None) -> npt.NDArray[np.float32]:
         losses = np.empty((len(tokens), tokens.shape[1] - 1), np.float32)
-        slices = self._eval_slices(tokens)
+        weights, slices = self._folded(), self._eval_slices(tokens)
         for rows in slices:
             inputs, labels = self._split(tokens[rows])
             own = None if segment is None else self._on_device(segment[rows])
@@ -212,8 +219,8 @@ class TorchTrainer(Trainer):
                 losses[rows] = self._shards.token_nll(inputs, labels, own).view(inputs.shape).cpu().numpy()
                 continue
             with torch.no_grad():
-                x = self._forward(self._weights, inputs, own)
-                nll = gpt2.token_nll(x, self._weights[self._functions.HEAD], labels, self._chunk)
+                x = self._forward(weights, inputs, own)
+                nll = gpt2.token_nll(x, weights[self._functions.HEAD], labels, self._chunk)
             losses[rows] = nll.view(inputs.shape).cpu().numpy()
         if self._shards is not None:
             inputs, labels, _ = self._one_token()
@@ -241,7 +248,7 @@ class TorchTrainer(Trainer):
         if self._reference is None:
             raise UserError("compare needs a reference: call set_reference first.")
         reference = {name: value.float() for name, value in self._reference.items()}
-        weights, spec, sizes = self._weights, self.spec.model, self._portions
+        weights, spec, sizes = self._folded(), self.spec.model, self._portions
         heads = [own[self._functions.HEAD] for own in (weights, reference)]
         shared = self._functions.num_shared_blocks(weights, reference, spec)
         measures = np.zeros((len(MEASURES), len(tokens), tokens.shape[1] - 1), np.float32)
@@ -258,9 +265,14 @@ class TorchTrainer(Trainer):
         if reference is None:
             self._reference = None
         elif reference == "adapters_off":
-            raise UserError("The reference 'adapters_off' needs adapters, and this model has none.")
+            if self.spec.adapter is None:
+                raise UserError("The reference 'adapters_off' needs adapters, and this model has none.")
+            self._reference = {name: value for name, value in self._weights.items() if not is_adapter(name)}
         elif reference == "start":
-            self._reference = {name: value.detach().clone() for name, value in self._weights.items()}
+            # What is frozen is not copied.
+            trained = set(self._trained)
+            now = {name: value.detach().clone() if name in trained else value for name, value in self._weights.items()}
+            self._reference = lora.folded(now, self.spec.adapter)
         else:
             self._reference = self._read_weights(reference)
         if self._reference is not None and self.spec.method.anchor_precision == "bf16":
@@ -270,6 +282,8 @@ class TorchTrainer(Trainer):
         self, tokens: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8], segment: npt.NDArray[np.int32] | None = None
     ) -> None:
         self._refuse_shards("Measuring Fisher information")
+        if self.spec.adapter is not None:
+            raise UserError("Fisher information is measured of models without adapters.")
         fisher = {name: torch.zeros_like(value) for name, value in self._weights.items()}
         zeros = np.zeros(1, np.uint8)
         for row in range(len(tokens)):
@@ -295,20 +309,26 @@ class TorchTrainer(Trainer):
             self._gathered = {}
 
     def save(self, path: Path, *, trainable_only: bool = False) -> None:
+        adapter = self.spec.adapter
         weights = self._weights if self._shards is None else {name: self._gathered[name] for name in self._weights}
-        save_file(
-            {name: value.detach().contiguous() for name, value in weights.items()},
-            path,
-            metadata={"format": "pt"},
-        )
+        if trainable_only and adapter is not None:
+            weights = {file_name(name): weights[name] for name in self._trained}
+        elif adapter is not None:
+            weights = dict(lora.whole(weights, adapter))
+        save_file({name: value.detach().contiguous() for name, value in weights.items()}, path, metadata={"format": "pt"})
 
     def load(self, path: Path) -> None:
-        weights = self._read_weights(path)
+        weights = self._read_weights(path, or_adapters=True)
         if self.spec.runtime.reads_only:
             self._weights = weights
             return
+        adapters_alone = any(map(is_adapter, weights))
+        if self.spec.adapter is not None and not adapters_alone:
+            weights |= self._initial_adapters()
         for name, value in weights.items():
             self._weights[name].data.copy_(value)
+        if not adapters_alone:
+            lora.restart_magnitudes(self._weights)
 
     def save_state(self, path: Path) -> None:
         state = self._optimizer.state()
@@ -321,12 +341,13 @@ class TorchTrainer(Trainer):
             state = self._shards.read(path, {name: name.split(".", 1)[1] for name in self._optimizer.moments}) or {}
         if not self._optimizer.load(state):
             raise UserError(f"{path} is not the training state of this model and optimiser.")
+        self._num_calls = self._optimizer.num_steps()
 
     def sample(
         self, prompts: npt.NDArray[np.int32], u: npt.NDArray[np.float64], *, temperature: float = 1.0, from_reference: bool = False
     ) -> npt.NDArray[np.int32]:
         self._refuse_shards("Sampling")
-        weights = self._reference if from_reference else self._weights
+        weights = self._reference if from_reference else self._folded()
         if weights is None:
             raise UserError("Sampling the reference needs one: call set_reference first.")
         # The last token is never an input.
@@ -340,8 +361,11 @@ class TorchTrainer(Trainer):
                 torch.from_numpy(u).to(self._torch_device),
                 temperature,
             )
-        except torch.OutOfMemoryError as error:
-            raise MemoryError(f"sampling {len(prompts)} rows") from error
+        except RuntimeError as error:
+            # On a CPU it is no OutOfMemoryError.
+            if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+                raise MemoryError(f"sampling {len(prompts)} rows") from error
+            raise
         return out.cpu().numpy().astype(np.int32)
 
     @classmethod
@@ -403,8 +427,10 @@ class TorchTrainer(Trainer):
     def _limit_memory(self, limit_gb: float) -> None:
         if self._torch_device.type != "cuda":
             raise UserError("PyTorch cannot limit its memory on a CPU: leave --memory-limit-gb out.")
-        # Weights, gradients and two moments in fp32, before any activation.
-        need_gb = 16 * num_params(self.spec.model) / 1e9
+        # Weights in fp32, gradients and two moments of what is trained, before any activation.
+        model, adapter = self.spec.model, self.spec.adapter
+        trained = num_params(model) if adapter is None else num_trainable(linear_shapes(model), adapter)
+        need_gb = (4 * num_params(model) + 12 * trained) / 1e9
         if need_gb > limit_gb:
             raise UserError(f"--memory-limit-gb {limit_gb:g}: the weights and their optimiser alone need {need_gb:.2f} GB.")
         total = torch.cuda.get_device_properties(self._torch_device).total_memory
@@ -420,6 +446,8 @@ class TorchTrainer(Trainer):
             return None
         if spec.method.has_kl or spec.method.ewc:
             raise UserError(f"Method {spec.method.name!r} reads a whole second model: it does not go with --shard.")
+        if spec.adapter is not None:
+            raise UserError("Adapters are small, and their base is not sharded: leave --shard out.")
         if spec.optim.name != "adamw":
             raise UserError(f"Optimizer {spec.optim.name!r} needs whole matrices: --shard takes adamw.")
         options = {"grad_checkpoint": runtime.grad_checkpoint}
@@ -463,8 +491,9 @@ class TorchTrainer(Trainer):
             return self._shards.loss(inputs, labels, self._on_device(weight).flatten(), segment).view(inputs.shape), None
         with self._autocast():
             checkpointed = self.spec.runtime.grad_checkpoint
-            x = self._hidden_states(self._weights, self.spec.model, inputs, segment, grad_checkpoint=checkpointed)
-        head, x = self._weights[self._functions.HEAD], x.to(self._dtype)
+            weights = self._folded(training=True)
+            x = self._hidden_states(weights, self.spec.model, inputs, segment, grad_checkpoint=checkpointed)
+        head, x = weights[self._functions.HEAD], x.to(self._dtype)
         nll_rows, kl_rows = self._rows_of(np.asarray(batch.term[rows] != TERM_REPLAY_KL)), None
         if kl_weight is not None and kl_weight.any():
             kl_rows = self._rows_of(np.asarray(kl_weight.any(axis=1)))
@@ -533,8 +562,8 @@ class TorchTrainer(Trainer):
         scale = torch.clamp(norm / limit, min=1.0) if limit > 0 else torch.ones_like(norm)
         if self._reference is not None and method.anchor_decay:
             pull_to_reference(self._weights, self._reference, method.anchor_decay, learning_rate, skipped)
-        self._optimizer.step(self._weights, gradients, learning_rate, scale, skipped)
-        for value in self._weights.values() if self._shards is None else self._shards.parameters():
+        self._optimizer.step(self._trained_weights(), gradients, learning_rate, scale, skipped)
+        for value in self._trained_weights().values() if self._shards is None else self._shards.parameters():
             value.grad = None
         return norm, skipped
 
@@ -556,15 +585,45 @@ class TorchTrainer(Trainer):
         size = max(1, num_tokens // (tokens.shape[1] - 1))
         return [slice(start, start + size) for start in range(0, len(tokens), size)]
 
-    def _read_weights(self, path: Path) -> dict[str, Tensor]:
+    def _add_adapters(self) -> None:
+        """New adapters on the weights, where the spec has some."""
+        if self.spec.adapter is not None and not self.spec.runtime.reads_only:
+            shapes = parameter_shapes(linear_shapes(self.spec.model), self.spec.adapter)
+            self._weights |= {name: torch.empty(shape, device=self._torch_device) for name, shape in shapes.items()}
+            self._weights |= self._initial_adapters()
+            lora.restart_magnitudes(self._weights)
+
+    def _initial_adapters(self) -> dict[str, Tensor]:
+        assert self.spec.adapter is not None
+        start = initial_adapters(linear_shapes(self.spec.model), self.spec.adapter, self.spec.seed)
+        return {name: torch.from_numpy(value).to(self._torch_device) for name, value in start}
+
+    @property
+    def _trained(self) -> list[str]:
+        """The names of what a step changes."""
+        return [name for name in self._weights if self.spec.adapter is None or is_adapter(name)]
+
+    def _trained_weights(self) -> dict[str, Tensor]:
+        return {name: self._weights[name] for name in self._trained}
+
+    def _folded(self, *, training: bool = False) -> dict[str, Tensor]:
+        """The weights as the model reads them."""
+        return lora.folded(self._weights, self.spec.adapter, training=training)
+
+    def _read_weights(self, path: Path, *, or_adapters: bool = False) -> dict[str, Tensor]:
         if self._shards is not None:
             weights = self._shards.read(path, {name: name for name in self._weights})
-        else:
-            weights = load_file(path, device=str(self._torch_device))
-            weights.pop("lm_head.weight", None)
-            if {name: tuple(value.shape) for name, value in weights.items()} != param_shapes(self.spec.model):
-                weights = {}
-        if not weights:
+            if not weights:
+                raise UserError(f"{path} does not hold the weights of this model: names or shapes differ.")
+            return weights
+        weights = load_file(path, device=str(self._torch_device))
+        weights.pop("lm_head.weight", None)
+        wanted = param_shapes(self.spec.model)
+        if or_adapters and self.spec.adapter is not None and any(map(is_adapter, map(parameter_name, weights))):
+            weights = {parameter_name(name): value for name, value in weights.items()}
+            wanted = parameter_shapes(linear_shapes(self.spec.model), self.spec.adapter)
+        shapes = {name: tuple(value.shape) for name, value in weights.items()}
+        if shapes != wanted:
             raise UserError(f"{path} does not hold the weights of this model: names or shapes differ.")
         return {name: value.float() for name, value in weights.items()}
 

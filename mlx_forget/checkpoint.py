@@ -4,6 +4,9 @@
     checkpoints/previous/  the one before, kept until the run ends
     checkpoints/best/      the weights at the lowest target validation loss; no training state
 
+A run that trains adapters saves them alone, as adapter_model.safetensors with peft's adapter_config.json, and once more in mlx-lm/ for
+mlx-lm; `state.json` names the base that they belong to, and `fuse` makes a whole checkpoint of both.
+
 `state.json` lists the checksum of every other file. A checkpoint is written beside its place and renamed, so a kill at any moment
 leaves `last` or `previous` whole.
 """
@@ -16,10 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_forget import adapters
 from mlx_forget.errors import UserError
-from mlx_forget.ladder import ModelSpec, hf_config, spec_from_hf_config
+from mlx_forget.ladder import ModelSpec, hf_config, linear_shapes, spec_from_hf_config
 from mlx_forget.pipeline.vocabularies import copy_tokenizer, special_ids, tokenizer_in
-from mlx_forget.trainer import Trainer
+from mlx_forget.trainer import AdapterSpec, Trainer
 
 SCHEMA_VERSION = 1
 WEIGHTS = "model.safetensors"
@@ -41,8 +45,14 @@ class Checkpoint:
     state: dict[str, Any]
 
     @property
+    def adapter(self) -> AdapterSpec | None:
+        """What it holds instead of whole weights, if it does."""
+        return adapter_of(self.state)
+
+    @property
     def weights(self) -> Path:
-        return self.folder / WEIGHTS
+        """The weights that its run trained: those of a whole model, or adapters."""
+        return self.folder / (WEIGHTS if self.adapter is None else adapters.WEIGHTS)
 
     @property
     def training_state(self) -> Path:
@@ -55,6 +65,12 @@ class Checkpoint:
     def model_spec(self) -> ModelSpec:
         """The model's shape, from `config.json`."""
         return spec_from_hf_config(json.loads((self.folder / CONFIG).read_text(encoding="utf-8")))
+
+
+def adapter_of(state: dict[str, Any]) -> AdapterSpec | None:
+    """The adapters that a run's state speaks of, or None."""
+    given = state.get("adapter")
+    return None if given is None else AdapterSpec(**{**given, "target_modules": tuple(given["target_modules"])})
 
 
 def save_checkpoint(
@@ -70,17 +86,24 @@ def save_checkpoint(
     aside = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    trainer.save(aside / WEIGHTS)
+    adapter = adapter_of(state)
+    trainer.save(aside / (WEIGHTS if adapter is None else adapters.WEIGHTS), trainable_only=adapter is not None)
     if with_training_state:
         trainer.save_state(aside / TRAINING_STATE)
     copy_tokenizer(tokenizer, aside)
     bos_id, eos_id = special_ids(tokenizer)
-    (aside / CONFIG).write_text(json.dumps(hf_config(model, bos_token_id=bos_id, eos_token_id=eos_id), indent=1), encoding="utf-8")
-    files = {path.name: _sha256(path) for path in sorted(aside.iterdir())}
-    content = {"schema_version": SCHEMA_VERSION, **state, "files": files}
-    (aside / STATE).write_text(json.dumps(content, indent=1), encoding="utf-8")
-    for path in aside.iterdir():
-        _sync(path)
+    config = hf_config(model, bos_token_id=bos_id, eos_token_id=eos_id)
+    (aside / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
+    if adapter is not None:
+        adapters.write_configs(
+            aside,
+            adapter,
+            linear_shapes(model),
+            base=state["base"]["folder"],
+            num_layers=model.num_layers,
+            model_type=config["model_type"],
+        )
+    seal(aside, state)
     old = folder.with_name("previous" if with_training_state else f".{folder.name}.old")
     if folder.exists():
         _remove(old)
@@ -89,6 +112,15 @@ def save_checkpoint(
     _sync(folder.parent)
     if not with_training_state:
         _remove(old)
+
+
+def seal(folder: Path, state: dict[str, Any]) -> None:
+    """Write `state.json` with the checksums of everything else in a checkpoint's folder, and make sure that all is on disk."""
+    files = {str(path.relative_to(folder)): _sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    content = {"schema_version": SCHEMA_VERSION, **state, "files": files}
+    (folder / STATE).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    for path in [*folder.rglob("*")]:
+        _sync(path)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

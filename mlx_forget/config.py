@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from mlx_forget.adapters import ALL_LINEAR, ATTENTION
 from mlx_forget.errors import UserError, unknown
 from mlx_forget.ladder import SIZES, ModelSpec, num_params
 from mlx_forget.methods import METHODS, MethodSpec, method_spec
@@ -24,7 +25,7 @@ from mlx_forget.pipeline.rows import LAYOUTS
 from mlx_forget.pipeline.shares import describe_share, parse_stages
 from mlx_forget.schedule import DECAYS, Decay, Schedule
 from mlx_forget.token_counts import parse_tokens
-from mlx_forget.trainer import Optimizer, OptimSpec, Precision, RuntimeSpec
+from mlx_forget.trainer import AdapterSpec, Optimizer, OptimSpec, Precision, RuntimeSpec
 
 # A built-in corpus stands for the small set that a user has.
 BUILTIN_TARGET_TOKENS = 100_000
@@ -93,6 +94,25 @@ class TrainConfig:
     replay_rows: int | None = _key(None, "Replay rows added to each step; default: a quarter of --batch-size.")
     replay_tokens: int | None = _key(
         None, "Tokens to sample where replay_data is self; default: what the run needs, at most 2M, then they repeat."
+    )
+    fine_tune_type: Literal["full", "lora", "dora"] = _key(
+        "full", "full: train every weight; lora, dora: freeze them and train low-rank adapters, which are all that is saved."
+    )
+    lora_rank: int = _key(8, "Rank of the adapters.", aliases=("lora_r", "rank"))
+    lora_alpha: float = _key(16.0, "What the adapters' product is multiplied by, together with --lora-scaling.")
+    lora_scaling: Literal["alpha/r", "alpha/sqrt(r)", "none"] = _key(
+        "alpha/r", "alpha/r; alpha/sqrt(r), which is rsLoRA; or none, which is 1."
+    )
+    lora_dropout: float = _key(0.0, "Share of an adapter's inputs that a step leaves out.")
+    lora_target_modules: str = _key(
+        ATTENTION,
+        f"What gets an adapter: {ATTENTION}, {ALL_LINEAR}, or names of modules such as attn.c_attn,mlp.c_fc.",
+        aliases=("lora_target", "target_modules"),
+    )
+    compare_to_start: bool = _key(
+        False,
+        "Compare with the start model at every evaluation: cross-entropy to its distribution (the forgetting L_f of Kalajdzievski 2024), KL "
+        "and agreement on the pretraining windows.",
     )
     reference_log_probs: str = _key(
         REFERENCE_LIVE,
@@ -185,7 +205,16 @@ class TrainConfig:
             injects = self.method == "injection" and not self.is_pretraining
             object.__setattr__(self, "p", INJECTED_SHARE if injects else "0")
         stages = parse_stages(self.p)
-        for name in ("iters", "batch_size", "eval_rows", "pretrain_epochs", "steps_per_report", "vocab_size"):
+        for name in (
+            "iters",
+            "batch_size",
+            "eval_rows",
+            "pretrain_epochs",
+            "steps_per_report",
+            "vocab_size",
+            "lora_rank",
+            "lora_alpha",
+        ):
             _positive(name, getattr(self, name))
         for name in (
             "target_tokens",
@@ -211,6 +240,10 @@ class TrainConfig:
         for name in ("weight_decay", "max_grad_norm", "max_skipped", "seed"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must not be negative, it is {getattr(self, name)}.")
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"lora_dropout must be at least 0 and below 1, it is {self.lora_dropout:g}.")
+        if self.fine_tune_type == "full" and (idle := [f.name for f in _lora_fields() if getattr(self, f.name) != f.default]):
+            raise UserError(f"{idle[0]} is given, but --fine-tune-type is full and has no adapters: give lora or dora.")
         for name in ("warmup", "lr_final", "lr_decay_share", "lr_cooldown_share", "lr_plateau"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is a share, from 0 to 1, it is {getattr(self, name)}.")
@@ -238,6 +271,19 @@ class TrainConfig:
         if self.anchor_precision != "fp32" and not spec.has_anchor:
             raise UserError(f"--anchor-precision {self.anchor_precision}: method {self.method!r} holds no anchor; leave it out.")
         return dataclasses.replace(spec, anchor_precision=self.anchor_precision)
+
+    def adapter(self) -> AdapterSpec | None:
+        """The adapters that are trained, or None where every weight is."""
+        if self.fine_tune_type == "full":
+            return None
+        return AdapterSpec(
+            kind=self.fine_tune_type,
+            rank=self.lora_rank,
+            alpha=self.lora_alpha,
+            scaling=self.lora_scaling,
+            dropout=self.lora_dropout,
+            target_modules=tuple(name.strip() for name in self.lora_target_modules.split(",")),
+        )
 
     def optim(self) -> OptimSpec:
         return OptimSpec(
@@ -450,6 +496,10 @@ def run_id(
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
+def _lora_fields() -> "list[dataclasses.Field[Any]]":
+    return [f for f in dataclasses.fields(TrainConfig) if f.name.startswith("lora_")]
+
+
 def _positive(name: str, value: float) -> None:
     if not (value > 0 and math.isfinite(value)):
         raise UserError(f"{name} must be positive and finite, it is {value}.")
@@ -471,6 +521,8 @@ def _convert(name: str, value: Any, wanted: Any) -> Any:
         return dict(value)
     if wanted is int and name.endswith("_tokens") and str(value).strip()[-1:].upper() in ("K", "M", "B"):
         return parse_tokens(str(value))
+    if wanted is str and isinstance(value, list):
+        return ",".join(map(str, value))
     try:
         if wanted is bool:
             if isinstance(value, str):

@@ -68,6 +68,32 @@ def window_losses(trainer: Trainer, windows: Windows) -> Losses:
     return trainer.group.all_sum(losses)
 
 
+# Columns of the history, with the measure of `Comparison` behind each.
+START_MEASURES = {
+    "forgetting_ce": "soft_ce",
+    "forgetting_ce_hard": "hard_ce",
+    "forgetting_kl": "kl",
+    "start_agreement": "agreement",
+}
+
+
+def compare_with_start(trainer: Trainer, windows: Windows) -> dict[str, float]:
+    """Means over the tokens of some windows of what a model says against its reference, the start model; ranks share the work.
+
+    `forgetting_ce` is the cross-entropy of the model to the start model's distribution, the forgetting L_f of Kalajdzievski 2024, and
+    `forgetting_ce_hard` that to its most likely token; `forgetting_kl` is the first without the start model's own entropy. Nats per token.
+    """
+    mine = slice(trainer.group.rank, None, trainer.group.size)
+    tokens = windows.tokens[mine]
+    mask = np.ones((len(tokens), tokens.shape[1] - 1), np.uint8) if windows.loss_mask is None else windows.loss_mask[mine]
+    sums = np.zeros(1 + len(START_MEASURES))
+    if len(tokens):
+        found = trainer.compare(tokens, mask)
+        sums[:] = mask.sum(), *(getattr(found, name).sum(dtype=np.float64) for name in START_MEASURES.values())
+    count, *totals = trainer.group.all_sum(sums)
+    return {column: float(total / count) for column, total in zip(START_MEASURES, totals, strict=True)}
+
+
 def estimate(losses: Losses) -> Estimate:
     """Mean over windows and its standard error (nan for a single window)."""
     spread = float(losses.std(ddof=1)) if len(losses) > 1 else math.nan

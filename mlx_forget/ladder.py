@@ -150,6 +150,13 @@ def param_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     return shapes | {"transformer.ln_f.weight": (d,), "transformer.ln_f.bias": (d,)}
 
 
+def linear_shapes(spec: ModelSpec) -> dict[str, tuple[int, int]]:
+    """{module: (in, out)} of every linear map in the blocks: what adapters can sit on."""
+    shapes = param_shapes(spec)
+    maps = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if ".h." in name and len(shape) == 2}
+    return {name: (shape[0], shape[1]) for name, shape in maps.items()}
+
+
 def num_params(spec: ModelSpec) -> int:
     """All parameters, a tied embedding counted once: the N of the laws."""
     return sum(int(np.prod(shape)) for shape in param_shapes(spec).values())
@@ -178,8 +185,9 @@ def train_bytes(spec: ModelSpec, num_tokens: int) -> int:
 
 
 def decays(name: str) -> bool:
-    """Whether weight decay applies to a parameter: to matrices and both embeddings, never to biases and norms."""
-    return name.endswith(".weight") and ".ln_" not in name
+    """Whether weight decay applies to a parameter: to matrices, both embeddings and the factors of adapters, never to biases, norms and
+    magnitudes."""
+    return name.endswith(".weight") and ".ln_" not in name and "magnitude" not in name
 
 
 def is_factored(shape: tuple[int, ...]) -> bool:
@@ -249,6 +257,11 @@ def hf_config(spec: ModelSpec, *, bos_token_id: int, eos_token_id: int) -> dict[
         "eos_token_id": eos_token_id,
         "torch_dtype": "float32",
     }
+
+
+def stores_inputs_first(config: dict[str, Any]) -> bool:
+    """Whether the matrices of a checkpoint are [in, out], as GPT-2's are, and not [out, in], by its `config.json`."""
+    return config.get("model_type") in ("gpt2", _QKNORM_TYPE)
 
 
 def spec_from_hf_config(config: dict[str, Any]) -> ModelSpec:

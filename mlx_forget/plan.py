@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_forget import checkpoint, costs
+from mlx_forget.adapters import num_trainable
 from mlx_forget.checkpoint import Checkpoint
 from mlx_forget.config import (
     BUILTIN_TARGET_TOKENS,
@@ -23,9 +24,11 @@ from mlx_forget.config import (
 from mlx_forget.distributed import ALONE, Group
 from mlx_forget.errors import UserError
 from mlx_forget.evaluate import Windows
+from mlx_forget.fuse import whole_checkpoint
 from mlx_forget.ladder import (
     ModelSpec,
     default_context,
+    linear_shapes,
     model_spec,
     num_non_embedding_params,
     num_params,
@@ -97,6 +100,12 @@ class Plan:
         evaluations = (math.ceil(self.num_steps / evaluate) + 1) * sum(windows.values()) * per_window
         return self.num_steps * self.step(1).flops + evaluations + (0 if self.base is None else self.base.flops())
 
+    @property
+    def num_trainable_params(self) -> int:
+        """Parameters that the run changes: all, or those of its adapters."""
+        adapter = self.config.adapter()
+        return num_params(self.model) if adapter is None else num_trainable(linear_shapes(self.model), adapter)
+
     def summary(self) -> dict[str, Any]:
         """What the run will be and cost."""
         tokens = self.num_steps * self.stream.batch_size * self.stream.target.row_length
@@ -107,6 +116,7 @@ class Plan:
             "precision": self.precision,
             "model": dataclasses.asdict(self.model),
             "num_params": num_params(self.model),
+            "num_trainable_params": self.num_trainable_params,
             "num_non_embedding_params": num_non_embedding_params(self.model),
             "num_steps": self.num_steps,
             "num_tokens": tokens,
@@ -189,7 +199,7 @@ def _plan(config: TrainConfig, backend: str, group: Group, folder: Path | None, 
         model = model_spec(config.model, vocab_size, config.max_seq_length or default_context(config.model))
         base_peak, init = None, "scratch"
     else:
-        start = checkpoint.find_checkpoint(Path(config.init).expanduser())
+        start = whole_checkpoint(checkpoint.find_checkpoint(Path(config.init).expanduser()))
         tokenizer, model = start.tokenizer, start.model_spec()
         base_peak, init = start.state.get("peak_learning_rate"), start.state["files"][checkpoint.WEIGHTS]
         if (
@@ -199,6 +209,8 @@ def _plan(config: TrainConfig, backend: str, group: Group, folder: Path | None, 
             raise UserError(
                 f"--tokenizer {config.tokenizer} is not the tokenizer that {config.init} was trained with: leave it out."
             )
+    if (adapter := config.adapter()) is not None:
+        num_trainable(linear_shapes(model), adapter)
     row_length = config.max_seq_length or model.context_length
     if row_length > model.context_length:
         raise UserError(f"--max-seq-length {row_length} exceeds the model's context of {model.context_length} tokens.")
@@ -216,6 +228,8 @@ def _plan(config: TrainConfig, backend: str, group: Group, folder: Path | None, 
         beta2 = 0.5 ** (config.batch_size * row_length / config.beta2_half_life_tokens)
         config = dataclasses.replace(config, beta2=beta2, beta2_half_life_tokens=None)
     stream, windows, num_steps = _data(config, stores, row_length)
+    if config.compare_to_start and windows[2] is not None and windows[2].segment is not None:
+        raise UserError("--compare-to-start reads rows without document masks: give --rows packed or padded.")
     rates = schedule(config, model, base_peak)
     data = {"target": identity_of(targets, stores), "pretrain": identity_of(pools, stores)}
     if replays:
@@ -265,6 +279,7 @@ def _step(config: TrainConfig, model: ModelSpec, precision: Precision, row_lengt
         num_shards=num_devices if config.shard else 1,
         num_devices=num_devices,
         kl_rows=math.ceil(kl_rows / num_devices),
+        adapter=config.adapter(),
     )
 
 
@@ -361,6 +376,12 @@ def _check_method(config: TrainConfig, backend: str, capabilities: Capabilities)
     if lacking or (method.has_anchor and not capabilities.anchor) or (method.ewc and not capabilities.fisher):
         raise UserError(f"Backend {backend!r} does not have what method {config.method!r} needs.")
     row = METHODS[config.method]
+    if config.fine_tune_type != "full":
+        _check_adapters(config, backend, capabilities)
+    if config.compare_to_start and (config.is_pretraining or config.pretrain is None):
+        raise UserError(
+            "--compare-to-start reads the pretraining windows of a finetune: give --init and --pretrain, or leave it out."
+        )
     if config.is_pretraining and (method.reference is not None or row.reads_replay):
         raise UserError(f"Method {config.method!r} keeps what a start model knows, and init: scratch has none: give --init.")
     if row.reads_replay and config.replay_data == REPLAY_PRETRAIN and config.pretrain is None:
@@ -380,6 +401,23 @@ def _check_method(config: TrainConfig, backend: str, capabilities: Capabilities)
         )
     if row.reads_replay and config.replay_data in (REPLAY_SELF, REPLAY_ONLINE) and not capabilities.sample:
         raise UserError(f"Backend {backend!r} cannot sample: give --replay-data.")
+
+
+def _check_adapters(config: TrainConfig, backend: str, capabilities: Capabilities) -> None:
+    """Refuse adapters where they cannot be, or where the method is about the weights that they freeze."""
+    if config.fine_tune_type not in capabilities.adapters:
+        raise UserError(f"Backend {backend!r} has no {config.fine_tune_type}: leave --fine-tune-type out.")
+    if config.is_pretraining:
+        raise UserError(
+            f"--fine-tune-type {config.fine_tune_type} freezes the start weights, and init: scratch has none: give --init."
+        )
+    if config.shard:
+        raise UserError("--shard shares what is trained, and adapters are small: leave it out.")
+    if config.method_spec().has_anchor:
+        raise UserError(
+            f"Method {config.method!r} holds every weight near its start, where adapters freeze them: take kl-replay, ntp-replay, lwf or "
+            "injection, or --fine-tune-type full."
+        )
 
 
 def replay_name(config: TrainConfig) -> str | None:

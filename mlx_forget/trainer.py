@@ -6,6 +6,7 @@ A backend holds every tensor. Only specs, NumPy arrays, paths, Python scalars an
 
 import importlib
 import importlib.util
+import math
 import platform
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -59,7 +60,14 @@ Optimizer = Literal["adamw", "adafactor"]
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """Low-rank adapters on a frozen base: rank, alpha, and how the product is scaled."""
+    """Low-rank adapters on a frozen base (see `adapters`).
+
+    Args:
+        scaling: what the product of the factors is multiplied by: alpha/r (Hu et al. 2022), alpha/sqrt(r) (rsLoRA, Kalajdzievski 2023),
+            or none, which is 1.
+        dropout: share of an adapter's inputs that a training step leaves out.
+        target_modules: names of modules, or their ends; `attention` or `all-linear`; none is `attention`.
+    """
 
     kind: Literal["lora", "dora"] = "lora"
     rank: int = 8
@@ -67,6 +75,11 @@ class AdapterSpec:
     scaling: Literal["alpha/r", "alpha/sqrt(r)", "none"] = "alpha/r"
     dropout: float = 0.0
     target_modules: tuple[str, ...] = ()
+
+    @property
+    def scale(self) -> float:
+        """The factor of the product."""
+        return {"alpha/r": self.alpha / self.rank, "alpha/sqrt(r)": self.alpha / math.sqrt(self.rank), "none": 1.0}[self.scaling]
 
 
 @dataclass(frozen=True)
@@ -311,7 +324,7 @@ class Trainer(ABC):
 
     @abstractmethod
     def set_reference(self, reference: Literal["start", "adapters_off"] | Path | None) -> None:
-        """Freeze a reference: the weights as they are now, the base under the adapters, a checkpoint file, or none."""
+        """Freeze a reference: the weights as they are now, the base under the adapters (no second copy of it), a checkpoint file, or none."""
 
     def set_fisher(
         self, tokens: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8], segment: npt.NDArray[np.int32] | None = None
@@ -336,11 +349,17 @@ class Trainer(ABC):
 
     @abstractmethod
     def save(self, path: Path, *, trainable_only: bool = False) -> None:
-        """Write the weights as safetensors in Hugging Face names, fp32."""
+        """Write the weights as safetensors in Hugging Face names, fp32.
+
+        With adapters, the whole model has them fused into its weights; `trainable_only` writes them alone, in the names of peft.
+        """
 
     @abstractmethod
     def load(self, path: Path) -> None:
-        """Read weights that `save` of any backend wrote. The optimiser's moments stay."""
+        """Read weights that `save` of any backend wrote: those of a whole model, on which adapters start anew, or of adapters alone.
+
+        The optimiser's moments stay.
+        """
 
     @abstractmethod
     def save_state(self, path: Path) -> None:

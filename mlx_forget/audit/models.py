@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from mlx_forget import checkpoint, records
 from mlx_forget.errors import UserError
+from mlx_forget.fuse import whole_checkpoint
 from mlx_forget.ladder import ModelSpec, num_params
 from mlx_forget.pipeline.corpora import forget_home
 from mlx_forget.pipeline.vocabularies import Vocabulary, load_vocabulary
@@ -67,7 +68,8 @@ class Model:
         config = self.record["config"]
         if config["init"] == "scratch":
             return f"pretrained on {config['target']}{at}"
-        return f"finetuned on {config['target']} with p = {config['p']}{at}"
+        kind = "" if config.get("fine_tune_type", "full") == "full" else f" by {config['fine_tune_type']}"
+        return f"finetuned{kind} on {config['target']} with p = {config['p']}{at}"
 
     def summary(self) -> dict[str, Any]:
         return {
@@ -156,7 +158,7 @@ def _open_checkpoint(folder: Path, say: Callable[[str], None]) -> Model:
         name=f"{identifier}-step{step}" if step is not None else str(identifier),
         folder=found.folder,
         spec=found.model_spec(),
-        weights=found.weights,
+        weights=whole_checkpoint(found).weights,
         tokenizer_file=found.tokenizer,
         tokenizer=tokenizer,
         bos_id=tokenizer.bos_id,
