@@ -11,11 +11,17 @@ leaves `last` or `previous` whole.
 import hashlib
 import json
 import os
+import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+from mlx_forget.durable_files import SEAL, is_whole, sealed, sync
 from mlx_forget.errors import UserError
 from mlx_forget.ladder import ModelSpec, hf_config, spec_from_hf_config
 from mlx_forget.pipeline.vocabularies import copy_tokenizer, special_ids, tokenizer_in
@@ -70,23 +76,24 @@ def save_checkpoint(
     aside = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    trainer.save(aside / WEIGHTS)
-    if with_training_state:
-        trainer.save_state(aside / TRAINING_STATE)
+    with _system_errors(aside):
+        trainer.save(aside / WEIGHTS)
+        if with_training_state:
+            trainer.save_state(aside / TRAINING_STATE)
     copy_tokenizer(tokenizer, aside)
     bos_id, eos_id = special_ids(tokenizer)
     (aside / CONFIG).write_text(json.dumps(hf_config(model, bos_token_id=bos_id, eos_token_id=eos_id), indent=1), encoding="utf-8")
     files = {path.name: _sha256(path) for path in sorted(aside.iterdir())}
     content = {"schema_version": SCHEMA_VERSION, **state, "files": files}
-    (aside / STATE).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    (aside / STATE).write_text(json.dumps(sealed(content), indent=1), encoding="utf-8")
     for path in aside.iterdir():
-        _sync(path)
+        sync(path)
     old = folder.with_name("previous" if with_training_state else f".{folder.name}.old")
     if folder.exists():
         _remove(old)
         os.rename(folder, old)
     os.rename(aside, folder)
-    _sync(folder.parent)
+    sync(folder.parent)
     if not with_training_state:
         _remove(old)
 
@@ -106,8 +113,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise UserError(f"Checkpoint {folder} is damaged: {STATE} cannot be read.") from None
     if version != SCHEMA_VERSION:
         raise UserError(f"Checkpoint {folder} has schema {version}, this version reads {SCHEMA_VERSION}.")
+    if not is_whole(state):
+        raise UserError(f"Checkpoint {folder} is damaged: the checksum of {STATE} does not match.")
+    state.pop(SEAL, None)
     for name, wanted in files.items():
-        path = folder / name
+        path = folder / Path(name).name
         if not path.is_file() or _sha256(path) != wanted:
             raise UserError(f"Checkpoint file {path} is damaged or missing (its checksum does not match).")
     return Checkpoint(folder, state)
@@ -166,14 +176,18 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(trash)
 
 
+@contextmanager
+def _system_errors(folder: Path) -> Iterator[None]:
+    """What the system says to safetensors, such as that the disk is full, as the system says it elsewhere."""
+    try:
+        yield
+    except SafetensorError as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(folder)) from None
+
+
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
