@@ -90,7 +90,7 @@ class SentencePieceVocabulary:
 
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError:
+        except (RuntimeError, UnicodeDecodeError):
             raise UserError("It is not a SentencePiece model.") from None
         self.hash = hashlib.sha256(model).hexdigest()
         self.vocab_size = int(self._processor.get_piece_size())

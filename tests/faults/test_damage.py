@@ -35,7 +35,7 @@ def read_run(folder):
 READERS = {
     "stores": (read_store, "stores/notes/*"),
     "checkpoints": (read_checkpoint, "base/checkpoints/last/*"),
-    "records and histories": (read_run, "base/*.*"),
+    "records and histories": (read_run, "base/[hr]*.*"),
 }
 
 
@@ -58,7 +58,7 @@ def damage(world, tmp_path, tried, kind, num):
     folder = copy_world(world, tmp_path / "w")
     wanted = read(folder)
     chance = random.Random(kind)
-    files = [path for path in sorted(folder.glob(pattern)) if path.is_file() and path.name != "config.yaml"]
+    files = [path for path in sorted(folder.glob(pattern)) if path.is_file()]
     assert len(files) > 1
     for path in files:
         content = path.read_bytes()
