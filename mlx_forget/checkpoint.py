@@ -109,7 +109,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         version, files = state["schema_version"], dict(state["files"])
     except FileNotFoundError:
         raise UserError(f"{folder} is not a checkpoint: it has no {STATE}.") from None
-    except (ValueError, KeyError, TypeError, NotADirectoryError):
+    except (ValueError, KeyError, TypeError, NotADirectoryError, RecursionError):
         raise UserError(f"Checkpoint {folder} is damaged: {STATE} cannot be read.") from None
     if version != SCHEMA_VERSION:
         raise UserError(f"Checkpoint {folder} has schema {version}, this version reads {SCHEMA_VERSION}.")

@@ -78,7 +78,7 @@ def _checksum(batch: pa.RecordBatch) -> bytes:
         # Offsets that lead out of the file would be followed.
         batch.validate(full=True)
         rows = json.dumps(batch.to_pylist())
-    except (UnicodeDecodeError, *_UNREADABLE):
+    except (UnicodeDecodeError, RecursionError, *_UNREADABLE):
         return b""
     return hashlib.sha256(rows.encode()).hexdigest().encode()
 
@@ -87,7 +87,7 @@ def _num_recorded(folder: Path) -> int:
     """Rows that the record of a finished run counts in its history."""
     try:
         return int(json.loads((folder / "record.json").read_text(encoding="utf-8")).get("history_rows", 0))
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return 0
 
 

@@ -50,7 +50,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         found = record["schema_version"]
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path} is damaged: remove it, and the run can be resumed or repeated.") from None
     if not is_whole(record):
         raise UserError(f"{path} is damaged (its checksum does not match): remove it, and the run can be resumed or repeated.")

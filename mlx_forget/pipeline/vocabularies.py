@@ -300,7 +300,7 @@ def _special_token(folder: Path, key: str) -> str | None:
     for name in _CONFIG_FILES:
         try:
             value = json.loads((folder / name).read_text(encoding="utf-8")).get(key)
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, AttributeError, RecursionError):
             continue
         token = value.get("content") if isinstance(value, dict) else value
         if isinstance(token, str):
