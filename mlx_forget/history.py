@@ -2,7 +2,8 @@
 
 Losses are nats per token. `target_train_loss` and the two validation losses are read on frozen windows at that step; `batch_loss` is
 the mean over the target rows of the batches since the row before. `*_windows` hold the mean loss of every window, so that any two
-evaluations can be compared window by window.
+evaluations can be compared window by window. The columns about the start model (see `evaluate.compare_with_start`) are null where a
+run was not asked for them.
 """
 
 import hashlib
@@ -38,13 +39,17 @@ SCHEMA = pa.schema(
         ("num_skipped", pa.int64()),
         ("tokens_per_second", pa.float64()),
         ("wall_seconds", pa.float64()),
+        ("forgetting_ce", pa.float64()),
+        ("forgetting_ce_hard", pa.float64()),
+        ("forgetting_kl", pa.float64()),
+        ("start_agreement", pa.float64()),
     ],
     metadata={"schema_version": "1"},
 )
 
 
 def read_history(path: Path) -> pa.Table:
-    """The rows of a history file; an unfinished last row is left out.
+    """The rows of a history file; an unfinished last row is left out, and a column that an older release did not write is null.
 
     Raises:
         UserError: a row is not what was written, or the record beside it knows of more rows.
@@ -61,12 +66,22 @@ def read_history(path: Path) -> pa.Table:
         # The stream of a killed or running writer ends without a mark, possibly within a row.
         pass
     try:
-        table = pa.Table.from_batches(batches, SCHEMA)
+        table = _with_all_columns(batches)
     except _UNREADABLE:
         raise _damaged(path, "its columns are not those of a history") from None
     if table.num_rows < (known := _num_recorded(path.parent)):
         raise _damaged(path, f"it holds {table.num_rows} of {known} rows")
     return table
+
+
+def _with_all_columns(batches: list[pa.RecordBatch]) -> pa.Table:
+    if not batches:
+        return SCHEMA.empty_table()
+    table = pa.Table.from_batches(batches)
+    columns = [
+        table[name] if name in table.column_names else pa.nulls(len(table), SCHEMA.field(name).type) for name in SCHEMA.names
+    ]
+    return pa.table(columns, schema=SCHEMA)
 
 
 def _damaged(path: Path, what: str) -> UserError:

@@ -55,12 +55,13 @@ class TokenStore:
         return self.splits[name]
 
 
-def open_store(folder: Path, *, verify: bool = True) -> TokenStore:
+def open_store(folder: Path | str, *, verify: bool = True) -> TokenStore:
     """Open a store; with `verify`, every byte is checked against its checksum first (about 1 GB/s).
 
     Raises:
         UserError: no store there, a schema of a newer version, or a damaged file (named).
     """
+    folder = Path(folder)
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         version = manifest["schema_version"]
