@@ -240,6 +240,7 @@ def _record(plan: Plan, run: RunState, trainer: Trainer) -> dict[str, Any]:
         "versions": records.installed_versions(),
         "seed": config.seed,
         "init": "scratch" if plan.start is None else plan.start.state["run_id"],
+        "model": dataclasses.asdict(plan.model),
         "num_params": num_params(plan.model),
         "num_non_embedding_params": num_non_embedding_params(plan.model),
         "num_steps": run.step,
