@@ -97,7 +97,9 @@ def _place(trajectory: Trajectory, axis: Axis) -> float:
     base = from_layers(TrainConfig, record["config"]).base_config()
     if base.tokens_per_param is not None:
         return base.tokens_per_param
-    row_length = base.max_seq_length or record["model"]["context_length"]
+    # Rows of the run itself are as long as its base's.
+    served = sum(source["tokens_seen"] for source in record["data"].values() if source["role"] != "replay")
+    row_length = base.max_seq_length or served / (record["num_steps"] * record["config"]["batch_size"])
     return base.iters * base.batch_size * row_length / float(record["num_params"])
 
 

@@ -231,9 +231,10 @@ def sample_store(
         "backend": backend,
         "precision": precision,
     }
-    part = folder.with_name(f".{folder.name}.samples")
+    part = samples_of(folder)
     with alone(folder):
         if (folder / MANIFEST).is_file():
+            shutil.rmtree(part, ignore_errors=True)
             return open_store(folder)
         _open_part(part, identity, say)
         shards: list[tuple[SplitName, int, int]] = [
@@ -264,9 +265,14 @@ def sample_store(
         for problem in _problems(measures, vocab_size):
             say(problem)
         store = _write_store(folder, start.tokenizer, spec, rows_of, identity | measures)
-        shutil.rmtree(part)
+        shutil.rmtree(part, ignore_errors=True)
         progress(activity, 1.0)
         return store
+
+
+def samples_of(folder: Path) -> Path:
+    """Where the rows of a store are until it is whole."""
+    return folder.with_name(f".{folder.name}.samples")
 
 
 def start_note(start: Checkpoint, spec: SampleSpec) -> str | None:

@@ -39,7 +39,7 @@ def with_replay(plan: Plan, trainer: Trainer, watch: Watch) -> Plan:
     bos_id, eos_id = special_ids(plan.start.tokenizer)
     if name == REPLAY_ONLINE:
         assert term is not None
-        trainer.set_reference("start")
+        trainer.set_reference("start" if config.adapter() is None else "adapters_off")
         spec = SampleSpec(num_tokens=length, length=length, seed=config.seed, bos_id=bos_id, eos_id=eos_id)
         note = start_note(plan.start, spec)
         if note is not None:
@@ -108,7 +108,7 @@ def error_of_kept_log_probs(plan: Plan, trainer: Trainer) -> dict[str, Any] | No
         return None
     assert plan.start is not None
     members = replay.reference.members if isinstance(replay.reference, BlendedLogProbs) else (replay.reference,)
-    trainer.set_reference(plan.start.weights)
+    trainer.set_reference(plan.start.weights if plan.config.adapter() is None else "adapters_off")
     return {
         "kind": plan.config.reference_log_probs,
         "when_kept": {str(member.folder): member.measured for member in members},

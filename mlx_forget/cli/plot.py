@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 SLICES = ("model-size", "pretrain-length")
-KINDS = ("figure1", "methods", "learning-rate", *SLICES, "stages")
+KINDS = ("figure1", "methods", "learning-rate", *SLICES, "stages", "ranks")
 
 
 @app.command()
@@ -27,8 +27,8 @@ def plot(
     kind: Annotated[
         str | None,
         typer.Option(
-            help="figure1 (runs that differ in p), methods, learning-rate, model-size, pretrain-length, or stages. \\[default: what the "
-            "runs differ in]"
+            help="figure1 (runs that differ in p), methods, learning-rate, model-size, pretrain-length, stages, or ranks (runs compared "
+            "with their start model). \\[default: what the runs differ in]"
         ),
     ] = None,
     max_forgetting: Annotated[
@@ -72,7 +72,7 @@ def plot(
         elif chosen in SLICES:
             _plot_slices(runs, folder / stem, seed, chosen, as_json=as_json)
         else:
-            _plot_rates(runs, folder / stem, seed, as_json=as_json)
+            (_plot_ranks if chosen == "ranks" else _plot_rates)(runs, folder / stem, seed, as_json=as_json)
         Console(stderr=True).print(f"Wrote {folder / stem}.png, .pdf, .csv", highlight=False, soft_wrap=True)
         return
     curves = load_curves(runs, seed)
@@ -155,6 +155,28 @@ def _plot_slices(runs: "list[Run]", stem: Path, seed: int | None, kind: str, *, 
         print("\n".join(slice_lines(found, axis, level)))
 
 
+def _plot_ranks(runs: "list[Run]", stem: Path, seed: int | None, *, as_json: bool) -> None:
+    from mlx_forget import rank_study
+    from mlx_forget.plots import save_figure
+    from mlx_forget.rank_plots import draw_study
+
+    points = rank_study.load_points(runs, seed)
+    lines, joint = rank_study.fit_lines(points), rank_study.fit_joint(points)
+    beside = rank_study.hold_beside(points, lines)
+    record = next(run.record for run in runs if run.record["run_id"] == points[0].run)
+    title = f"{record['num_params'] / 1e6:.2g}M parameters, pretrained on {record['config']['pretrain']}"
+    figure = draw_study(points, lines, joint, title=title)
+    for suffix in (".png", ".pdf"):
+        save_figure(figure, stem.with_name(stem.name + suffix))
+    rank_study.write_csv(points, stem.with_name(f"{stem.name}.csv"))
+    if as_json:
+        from mlx_forget.cli.answers import emit
+
+        emit({**rank_study.as_json(lines, beside, joint), "files": _files(stem)})
+    else:
+        print("\n".join(rank_study.study_lines(lines, beside, joint)))
+
+
 def _plot_stages(sweep: Path, stem: Path, *, as_json: bool) -> None:
     from mlx_forget.errors import UserError
     from mlx_forget.loss_matrix import FILE, read_matrices, summary, table_lines, write_csv
@@ -180,6 +202,10 @@ def _kind_of(runs: "list[Run]") -> str:
     def values(key: str) -> int:
         return len({str(run.record["config"].get(key)) for run in runs})
 
+    if len(runs) > 1 and all(run.record["config"].get("compare_to_start") for run in runs):
+        return "ranks"
+    if any(run.record["config"].get("fine_tune_type", "full") != "full" for run in runs):
+        return "methods"
     if values("method") > 1 and (values("model") > 1 or values("base") > 1):
         return "model-size" if values("model") > 1 else "pretrain-length"
     return "learning-rate" if values("learning_rate") > 1 else "methods" if values("method") > 1 else "figure1"

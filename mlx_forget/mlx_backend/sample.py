@@ -51,11 +51,17 @@ def sample(
             token = prompts_BP[:, position + 1]
             continue
         mx.eval(logits, caches)
-        cumulative = np.concatenate([_cumulative(np.array(part), temperature) for part in logits])
-        u = u_BT[:, position + 1 - P, None] * cumulative[:, -1:]
-        token = np.minimum((cumulative <= u).sum(axis=1), spec.vocab_size - 1).astype(np.int32)
+        token = draw(np.concatenate([np.array(part) for part in logits]), u_BT[:, position + 1 - P], temperature)
         out[:, position + 1 - P] = token
     return out
+
+
+def draw(logits_BV: npt.NDArray[np.float32], u_B: npt.NDArray[np.float64], temperature: float) -> npt.NDArray[np.int32]:
+    """The next token of each row, int32[B], from logits and uniforms."""
+    cumulative = _cumulative(logits_BV, temperature)
+    tokens = (cumulative <= u_B[:, None] * cumulative[:, -1:]).sum(axis=1)
+    chosen: npt.NDArray[np.int32] = np.minimum(tokens, logits_BV.shape[1] - 1).astype(np.int32)
+    return chosen
 
 
 def _cumulative(logits: npt.NDArray[np.float32], temperature: float) -> npt.NDArray[np.float64]:
