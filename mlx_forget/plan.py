@@ -418,6 +418,8 @@ def _check_method(config: TrainConfig, backend: str, capabilities: Capabilities)
         raise UserError(
             "The Fisher information of ewc is measured before training: --replay-data online has no rows then; take self."
         )
+    if config.reference_log_probs != REFERENCE_LIVE and config.shard:
+        raise UserError("A sharded model does not give its log-probabilities away: leave reference_log_probs live.")
     if config.reference_log_probs != REFERENCE_LIVE and (
         method.replay_term != TERM_REPLAY_KL or config.replay_data == REPLAY_ONLINE
     ):

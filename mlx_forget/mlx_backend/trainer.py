@@ -211,9 +211,10 @@ class MLXTrainer(Trainer):
     def log_probs(
         self, tokens: npt.NDArray[np.int32], segment: npt.NDArray[np.int32] | None = None, *, from_reference: bool = False
     ) -> npt.NDArray[np.float32]:
-        weights = self._reference if from_reference else self._weights
+        weights = self._reference if from_reference else self._folded()
         if weights is None:
             raise UserError("Log-probabilities of the reference need one: call set_reference first.")
+        weights = {name: value.astype(mx.float32) for name, value in weights.items()}
         own = None if segment is None else mx.array(segment)
         logits = self._decoder.logits(weights, mx.array(tokens[:, :-1]), own)
         return np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
