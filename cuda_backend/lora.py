@@ -23,8 +23,14 @@ FACTOR = ".lora_factor"
 KEPT = "lora_kept"
 
 
-def folded(weights: dict[str, Tensor], adapter: AdapterSpec | None, *, training: bool = False) -> dict[str, Tensor]:
-    """The weights with their adapters as the model reads them; without adapters, the weights themselves."""
+def folded(
+    weights: dict[str, Tensor], adapter: AdapterSpec | None, *, training: bool = False, outputs_first: bool = False
+) -> dict[str, Tensor]:
+    """The weights with their adapters as the model reads them; without adapters, the weights themselves.
+
+    Args:
+        outputs_first: matrices are [out, in] instead of [in, out].
+    """
     if adapter is None:
         return weights
     ready = dict(weights)
@@ -34,7 +40,7 @@ def folded(weights: dict[str, Tensor], adapter: AdapterSpec | None, *, training:
         module = name.removesuffix(B)
         ready[name] = value * adapter.scale
         if adapter.kind == "dora":
-            ready[module + FACTOR] = ready.pop(module + MAGNITUDE) / _lengths(ready, module)
+            ready[module + FACTOR] = ready.pop(module + MAGNITUDE) / _lengths(ready, module, outputs_first=outputs_first)
     if training and adapter.dropout:
         ready[KEPT] = torch.tensor(1 - adapter.dropout, device=next(iter(weights.values())).device)
     return ready
@@ -50,14 +56,14 @@ def linear(x: Tensor, weights: Weights, name: str, bias: Tensor | None = None) -
     return product * factor if bias is None else torch.addcmul(bias, product, factor)
 
 
-def restart_magnitudes(weights: dict[str, Tensor]) -> None:
+def restart_magnitudes(weights: dict[str, Tensor], *, outputs_first: bool = False) -> None:
     """Make the magnitudes those of the base, in place."""
     for name in weights:
         if name.endswith(MAGNITUDE):
-            weights[name].data.copy_(weights[name.removesuffix(MAGNITUDE) + ".weight"].norm(dim=0))
+            weights[name].data.copy_(weights[name.removesuffix(MAGNITUDE) + ".weight"].norm(dim=int(outputs_first)))
 
 
-def whole(weights: Weights, adapter: AdapterSpec) -> Iterator[tuple[str, Tensor]]:
+def whole(weights: Weights, adapter: AdapterSpec, *, outputs_first: bool = False) -> Iterator[tuple[str, Tensor]]:
     """Every weight of the base in order, adapters fused in."""
     for name, value in weights.items():
         module = name.removesuffix(".weight")
@@ -65,9 +71,18 @@ def whole(weights: Weights, adapter: AdapterSpec) -> Iterator[tuple[str, Tensor]
             continue
         parts = {part: weights[module + part].detach().cpu().numpy() for part in (A, B, MAGNITUDE) if module + part in weights}
         if parts:
-            yield name, torch.from_numpy(fused(value.detach().cpu().numpy(), parts, adapter, outputs_first=False))
+            yield name, torch.from_numpy(fused(value.detach().cpu().numpy(), parts, adapter, outputs_first=outputs_first))
         else:
             yield name, value
+
+
+def adapted(product: Tensor, x: Tensor, weights: Weights, name: str, bias: Tensor | None) -> Tensor:
+    """The output [..., out] of a module with a folded adapter, from that of the module alone and its input [..., in]."""
+    factor = weights.get(name + FACTOR)
+    product = product + _dropped(x, weights.get(KEPT)) @ weights[name + A].T @ weights[name + B].T
+    if factor is None:
+        return product
+    return product * factor if bias is None else (product - bias) * factor + bias
 
 
 def seed_dropout(seed: int, *place: int) -> None:
@@ -76,9 +91,10 @@ def seed_dropout(seed: int, *place: int) -> None:
 
 
 @torch.no_grad()
-def _lengths(ready: Weights, module: str) -> Tensor:
+def _lengths(ready: Weights, module: str, *, outputs_first: bool) -> Tensor:
     """|W + scale (B A)^T| of every output, [out]."""
-    weight = torch.addmm(ready[module + ".weight"], ready[module + A].T, ready[module + B].T)
+    base = ready[module + ".weight"]
+    weight = torch.addmm(base.T if outputs_first else base, ready[module + A].T, ready[module + B].T)
     lengths: Tensor = torch.linalg.vector_norm(weight, dim=0)
     return lengths
 

@@ -4,7 +4,7 @@ import math
 import resource
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -15,21 +15,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cuda_backend import compare, gpt2, lora
+from cuda_backend import compare, gpt2, lora, losses
 from cuda_backend.allocator import keep_freed_memory
-from cuda_backend.architectures import functions_of
+from cuda_backend.decoder import Ladder, build_decoder
 from cuda_backend.distributed import TorchGroup, join, local_rank
 from cuda_backend.optimizer import make_optimizer
-from cuda_backend.reference import FusedKL, add_penalty_gradients, pull_to_reference
-from cuda_backend.sample import sample
+from cuda_backend.reference import add_penalty_gradients, pull_to_reference
 from cuda_backend.sharded import Shards
 from cuda_backend.stored_reference import FusedStoredKL
 from mlx_forget.adapters import file_name, initial_adapters, is_adapter, num_trainable, parameter_name, parameter_shapes
 from mlx_forget.comparison import MEASURES, portions
 from mlx_forget.distributed import Group
 from mlx_forget.errors import OutOfMemory, UserError
-from mlx_forget.ladder import initial_weights, linear_shapes, num_params, param_shapes
+from mlx_forget.ladder import initial_weights, linear_shapes, num_params, outputs_first
 from mlx_forget.methods import NUM_SOURCES, NUM_TERMS, TERM_REPLAY_KL, TERM_REPLAY_NTP, TERM_TASK
+from mlx_forget.pretrained import PretrainedSpec, names_in_files, weight_files
 from mlx_forget.trainer import (
     Batch,
     Capabilities,
@@ -63,7 +63,7 @@ class TorchStep(StepResult):
 
 
 class TorchTrainer(Trainer):
-    """GPT-2 with AdamW on one device, or on one device of each process of a run."""
+    """A model with AdamW on one device, or on one device of each process of a run."""
 
     def __init__(self, spec: TrainerSpec) -> None:
         runtime = spec.runtime
@@ -81,7 +81,6 @@ class TorchTrainer(Trainer):
         if self._torch_device.type == "cpu" and runtime.memory_limit_gb is None:
             keep_freed_memory()
         self._dtype = torch.bfloat16 if runtime.precision == "bf16" else torch.float32
-        self._functions = functions_of(spec.model)
         self._chunk = gpt2.chunk_rows(spec.model.vocab_size, self._torch_device)
         self._portions = portions(
             spec.model,
@@ -89,10 +88,11 @@ class TorchTrainer(Trainer):
             limit_gb=runtime.memory_limit_gb if runtime.reads_only else None,
             used_bytes=self.used_memory_bytes(),
         )
-        start = () if runtime.reads_only else initial_weights(spec.model, spec.seed)
-        self._shards, self._gathered = self._make_shards(start), dict[str, Tensor]()
+        self._outputs_first = outputs_first(spec.model)
+        self._shards, self._gathered = self._make_shards(), dict[str, Tensor]()
+        self._decoder = build_decoder(spec.model, self._torch_device, reads_only=runtime.reads_only)
         if self._shards is None:
-            self._weights = {name: torch.from_numpy(value).to(self._torch_device) for name, value in start}
+            self._weights = {} if runtime.reads_only else dict(self._decoder.start_weights(spec.seed))
             self._add_adapters()
             for name in self._trained:
                 self._weights[name].requires_grad_()
@@ -103,7 +103,9 @@ class TorchTrainer(Trainer):
         self._optimizer = make_optimizer(spec.optim, self._trained_weights())
         self._reference: dict[str, Tensor] | None = None
         self._fisher: dict[str, Tensor] | None = None
-        self._hidden_states = self._maybe_compiled(self._functions.hidden_states)
+        # What transformers builds branches on Python values; it is not compiled.
+        run = self._decoder.hidden_states
+        self._hidden_states = self._maybe_compiled(run) if isinstance(self._decoder, Ladder) else run
 
     @classmethod
     def describe(cls) -> Capabilities:
@@ -116,6 +118,7 @@ class TorchTrainer(Trainer):
             sample=True,
             distributed=True,
             shard=True,
+            document_masks=True,
             stack=True,
             bitwise_resume=not torch.cuda.is_available(),
             accelerator=torch.cuda.is_available(),
@@ -210,23 +213,23 @@ class TorchTrainer(Trainer):
         return sums
 
     def token_losses(self, tokens: npt.NDArray[np.int32], segment: npt.NDArray[np.int32] | None = None) -> npt.NDArray[np.float32]:
-        losses = np.empty((len(tokens), tokens.shape[1] - 1), np.float32)
+        found = np.empty((len(tokens), tokens.shape[1] - 1), np.float32)
         weights, slices = self._folded(), self._eval_slices(tokens)
         for rows in slices:
             inputs, labels = self._split(tokens[rows])
             own = None if segment is None else self._on_device(segment[rows])
             if self._shards is not None:
-                losses[rows] = self._shards.token_nll(inputs, labels, own).view(inputs.shape).cpu().numpy()
+                found[rows] = self._shards.token_nll(inputs, labels, own).view(inputs.shape).cpu().numpy()
                 continue
             with torch.no_grad():
                 x = self._forward(weights, inputs, own)
-                nll = gpt2.token_nll(x, weights[self._functions.HEAD], labels, self._chunk)
-            losses[rows] = nll.view(inputs.shape).cpu().numpy()
+                nll = losses.token_nll(x, self._decoder.head(weights), labels, self._chunk)
+            found[rows] = nll.view(inputs.shape).cpu().numpy()
         if self._shards is not None:
             inputs, labels, _ = self._one_token()
             for _ in range(self._shards.largest(len(slices)) - len(slices)):
                 self._shards.token_nll(inputs, labels, None)
-        return losses
+        return found
 
     def log_probs(
         self, tokens: npt.NDArray[np.int32], segment: npt.NDArray[np.int32] | None = None, *, from_reference: bool = False
@@ -239,7 +242,8 @@ class TorchTrainer(Trainer):
         own = None if segment is None else torch.from_numpy(segment).to(self._torch_device)
         with torch.no_grad():
             x = self._forward(weights, inputs, own)
-            logits = (x @ weights[self._functions.HEAD].to(x.dtype).T).float()
+            head = self._decoder.head(weights)
+            logits = (x if head is None else x @ head.to(x.dtype).T).float()
             logits.sub_(logits.logsumexp(1, keepdim=True))
         return logits.view(*inputs.shape, -1).cpu().numpy()
 
@@ -248,16 +252,16 @@ class TorchTrainer(Trainer):
         if self._reference is None:
             raise UserError("compare needs a reference: call set_reference first.")
         reference = {name: value.float() for name, value in self._reference.items()}
-        weights, spec, sizes = self._folded(), self.spec.model, self._portions
-        heads = [own[self._functions.HEAD] for own in (weights, reference)]
-        shared = self._functions.num_shared_blocks(weights, reference, spec)
+        weights, sizes = self._folded(), self._portions
+        heads = [self._decoder.head(own) for own in (weights, reference)]
+        shared = self._decoder.num_shared_blocks(weights, reference)
         measures = np.zeros((len(MEASURES), len(tokens), tokens.shape[1] - 1), np.float32)
         for rows in self._eval_slices(tokens, sizes.num_tokens):
             inputs, labels = self._split(tokens[rows])
             with torch.no_grad(), self._autocast():
-                pair = self._functions.hidden_states_of_two(weights, reference, spec, inputs, shared=shared)
+                pair = self._decoder.hidden_states_of_two(weights, reference, inputs, shared=shared)
             x, ref_x = (states.flatten(0, 1).to(self._dtype) for states in pair)
-            found = compare.measures(x, heads[0], ref_x, heads[1], labels, chunk=sizes.num_logits)
+            found = losses.measures(x, heads[0], ref_x, heads[1], labels, chunk=sizes.num_logits)
             measures[:, rows] = found.view(-1, *inputs.shape).cpu().numpy()
         return Comparison(*(measures * mask))
 
@@ -270,8 +274,9 @@ class TorchTrainer(Trainer):
             self._reference = {name: value for name, value in self._weights.items() if not is_adapter(name)}
         elif reference == "start":
             # What is frozen is not copied.
-            now = {name: value.detach().clone() if value.requires_grad else value for name, value in self._weights.items()}
-            self._reference = lora.folded(now, self.spec.adapter)
+            trained = set(self._trained)
+            now = {name: value.detach().clone() if name in trained else value for name, value in self._weights.items()}
+            self._reference = lora.folded(now, self.spec.adapter, outputs_first=self._outputs_first)
         else:
             self._reference = self._read_weights(reference)
         if self._reference is not None and self.spec.method.anchor_precision == "bf16":
@@ -313,7 +318,7 @@ class TorchTrainer(Trainer):
         if trainable_only and adapter is not None:
             weights = {file_name(name): weights[name] for name in self._trained}
         elif adapter is not None:
-            weights = dict(lora.whole(weights, adapter))
+            weights = dict(lora.whole(weights, adapter, outputs_first=self._outputs_first))
         save_file({name: value.detach().contiguous() for name, value in weights.items()}, path, metadata={"format": "pt"})
 
     def load(self, path: Path) -> None:
@@ -327,7 +332,7 @@ class TorchTrainer(Trainer):
         for name, value in weights.items():
             self._weights[name].data.copy_(value)
         if not adapters_alone:
-            lora.restart_magnitudes(self._weights)
+            lora.restart_magnitudes(self._weights, outputs_first=self._outputs_first)
 
     def save_state(self, path: Path) -> None:
         state = self._optimizer.state()
@@ -353,12 +358,12 @@ class TorchTrainer(Trainer):
         if prompts.shape[1] + u.shape[1] - 1 > self.spec.model.context_length:
             raise UserError(f"Prompt and sample together exceed the context of {self.spec.model.context_length} tokens.")
         try:
-            out = sample(
-                {name: value.detach().to(self._dtype) for name, value in weights.items()},
-                self.spec.model,
+            out = self._decoder.sample(
+                weights,
                 torch.from_numpy(prompts.astype(np.int64)).to(self._torch_device),
                 torch.from_numpy(u).to(self._torch_device),
                 temperature,
+                self._dtype,
             )
         except RuntimeError as error:
             # On a CPU it is no OutOfMemoryError.
@@ -376,7 +381,9 @@ class TorchTrainer(Trainer):
         return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
     @classmethod
-    def kept_bytes(cls, model: ModelSpec, precision: Precision) -> int:
+    def kept_bytes(cls, model: ModelSpec | PretrainedSpec, precision: Precision) -> int:
+        if isinstance(model, PretrainedSpec):
+            return model.kept_bytes(precision)
         # Inputs of both norms in float32; queries, keys, values, mixture and both sides of the GELU in the type of products, what enters
         # a product besides. Norms of queries and keys are float32 and keep their own.
         per_width = {"gpt2": {"fp32": 64, "bf16": 36}, "qknorm": {"fp32": 76, "bf16": 50}}
@@ -435,7 +442,7 @@ class TorchTrainer(Trainer):
         total = torch.cuda.get_device_properties(self._torch_device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit_gb * 1e9 / total), self._torch_device)
 
-    def _make_shards(self, start: Iterable[tuple[str, npt.NDArray[np.float32]]]) -> Shards | None:
+    def _make_shards(self) -> Shards | None:
         """This process's part of the model, where the processes of the run share one."""
         spec, runtime = self.spec, self.spec.runtime
         if not runtime.shard or runtime.reads_only:
@@ -443,6 +450,8 @@ class TorchTrainer(Trainer):
         if self.group.size == 1:
             self._notes.append("One process has nobody to share weights with: --shard does nothing.")
             return None
+        if not isinstance(spec.model, ModelSpec):
+            raise UserError("--shard knows the models of the ladder: leave it out for a checkpoint of another tool.")
         if spec.method.has_kl or spec.method.ewc:
             raise UserError(f"Method {spec.method.name!r} reads a whole second model: it does not go with --shard.")
         if spec.adapter is not None:
@@ -450,6 +459,7 @@ class TorchTrainer(Trainer):
         if spec.optim.name != "adamw":
             raise UserError(f"Optimizer {spec.optim.name!r} needs whole matrices: --shard takes adamw.")
         options = {"grad_checkpoint": runtime.grad_checkpoint}
+        start = initial_weights(spec.model, spec.seed)
         return Shards(spec.model, start, self._torch_device, self._dtype, self._chunk, self._maybe_compiled, **options)
 
     def _refuse_shards(self, what: str) -> None:
@@ -474,8 +484,7 @@ class TorchTrainer(Trainer):
     def _forward(self, weights: dict[str, Tensor], inputs: Tensor, segment: Tensor | None = None) -> Tensor:
         """Hidden states [N, D] without gradients, always eager: evaluation shapes vary."""
         with self._autocast():
-            x: Tensor = self._functions.hidden_states(weights, self.spec.model, inputs, segment)
-            return x.flatten(0, 1).to(self._dtype)
+            return self._decoder.hidden_states(weights, inputs, segment).flatten(0, 1).to(self._dtype)
 
     def _accumulate_gradient(
         self, batch: Batch, rows: slice, weight: npt.NDArray[np.float32], kl_weight: npt.NDArray[np.float32] | None
@@ -491,12 +500,12 @@ class TorchTrainer(Trainer):
         with self._autocast():
             checkpointed = self.spec.runtime.grad_checkpoint
             weights = self._folded(training=True)
-            x = self._hidden_states(weights, self.spec.model, inputs, segment, grad_checkpoint=checkpointed)
-        head, x = weights[self._functions.HEAD], x.to(self._dtype)
+            x = self._hidden_states(weights, inputs, segment, grad_checkpoint=checkpointed)
+        head, x = self._decoder.head(weights), x.to(self._dtype)
         nll_rows, kl_rows = self._rows_of(np.asarray(batch.term[rows] != TERM_REPLAY_KL)), None
         if kl_weight is not None and kl_weight.any():
             kl_rows = self._rows_of(np.asarray(kl_weight.any(axis=1)))
-        objective, nll = gpt2.FusedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        objective, nll = losses.cross_entropy(
             x[nll_rows].flatten(0, 1),
             head,
             labels.view(inputs.shape)[nll_rows].flatten(),
@@ -513,22 +522,22 @@ class TorchTrainer(Trainer):
             assert kl_weight is not None
             with torch.no_grad(), self._autocast():
                 part = None if segment is None else segment[kl_rows]
-                ref_x = self._hidden_states(self._reference, self.spec.model, inputs[kl_rows], part).to(self._dtype)
-            kl_objective, kl = FusedKL.apply(  # type: ignore[no-untyped-call]
+                ref_x = self._hidden_states(self._reference, inputs[kl_rows], part).to(self._dtype)
+            kl_objective, kl = losses.kl_divergence(
                 x[kl_rows].flatten(0, 1),
                 head,
                 ref_x.flatten(0, 1),
-                self._reference[self._functions.HEAD],
+                self._decoder.head(self._reference),
                 self._on_device(kl_weight)[kl_rows].flatten(),
                 self._chunk,
             )
             objective = objective + kl_objective
             kl_BT = _in_rows(kl, kl_rows, inputs)
-        objective.backward()
+        objective.backward()  # type: ignore[no-untyped-call]
         return _in_rows(nll, nll_rows, inputs), kl_BT
 
     def _stored_divergence(
-        self, batch: Batch, first_row: int, x: Tensor, head: Tensor, kl_weight: npt.NDArray[np.float32] | None
+        self, batch: Batch, first_row: int, x: Tensor, head: Tensor | None, kl_weight: npt.NDArray[np.float32] | None
     ) -> tuple[Tensor, Tensor]:
         """The weighted KL to what is kept of the reference, and the KL float32[n * T], of the hidden states of a micro-batch's KL rows."""
         assert kl_weight is not None
@@ -540,6 +549,8 @@ class TorchTrainer(Trainer):
         )
         weight = torch.from_numpy(kl_weight[chosen]).to(self._torch_device).flatten()
         top = None if top is None else top.long()
+        if head is None:
+            raise UserError("Log-probabilities are not kept for a model that caps its logits: leave reference_log_probs live.")
         result: tuple[Tensor, Tensor] = FusedStoredKL.apply(x, head, log_probs, top, tail, weight, self._chunk)  # type: ignore[no-untyped-call]
         return result
 
@@ -590,7 +601,7 @@ class TorchTrainer(Trainer):
             shapes = parameter_shapes(linear_shapes(self.spec.model), self.spec.adapter)
             self._weights |= {name: torch.empty(shape, device=self._torch_device) for name, shape in shapes.items()}
             self._weights |= self._initial_adapters()
-            lora.restart_magnitudes(self._weights)
+            lora.restart_magnitudes(self._weights, outputs_first=self._outputs_first)
 
     def _initial_adapters(self) -> dict[str, Tensor]:
         assert self.spec.adapter is not None
@@ -607,24 +618,25 @@ class TorchTrainer(Trainer):
 
     def _folded(self, *, training: bool = False) -> dict[str, Tensor]:
         """The weights as the model reads them."""
-        return lora.folded(self._weights, self.spec.adapter, training=training)
+        return lora.folded(self._weights, self.spec.adapter, training=training, outputs_first=self._outputs_first)
 
     def _read_weights(self, path: Path, *, or_adapters: bool = False) -> dict[str, Tensor]:
         if self._shards is not None:
-            weights = self._shards.read(path, {name: name for name in self._weights})
-            if not weights:
+            parts = self._shards.read(path, {name: name for name in self._weights})
+            if not parts:
                 raise UserError(f"{path} does not hold the weights of this model: names or shapes differ.")
-            return weights
-        weights = load_file(path, device=str(self._torch_device))
-        weights.pop("lm_head.weight", None)
-        wanted = param_shapes(self.spec.model)
-        if or_adapters and self.spec.adapter is not None and any(map(is_adapter, map(parameter_name, weights))):
-            weights = {parameter_name(name): value for name, value in weights.items()}
-            wanted = parameter_shapes(linear_shapes(self.spec.model), self.spec.adapter)
-        shapes = {name: tuple(value.shape) for name, value in weights.items()}
-        if shapes != wanted:
+            return parts
+        weights: dict[str, Tensor] = {}
+        wanted: Mapping[str, tuple[int, ...]] = self._decoder.shapes
+        for file in weight_files(path):
+            stored = load_file(file, device=str(self._torch_device))
+            if or_adapters and self.spec.adapter is not None and any(map(is_adapter, map(parameter_name, stored))):
+                stored = {parameter_name(name): value for name, value in stored.items()}
+                wanted = parameter_shapes(linear_shapes(self.spec.model), self.spec.adapter)
+            weights |= {name: stored[old].float() for old, name in names_in_files(stored, wanted).items()}
+        if {name: tuple(value.shape) for name, value in weights.items()} != wanted:
             raise UserError(f"{path} does not hold the weights of this model: names or shapes differ.")
-        return {name: value.float() for name, value in weights.items()}
+        return weights
 
 
 def _in_rows(values: Tensor, rows: slice | Tensor, inputs: Tensor) -> Tensor:

@@ -18,11 +18,12 @@ from typing import Any, Literal, TypeVar
 
 from mlx_forget.adapters import ALL_LINEAR, ATTENTION
 from mlx_forget.errors import UserError, unknown
-from mlx_forget.ladder import SIZES, ModelSpec, num_params
+from mlx_forget.ladder import SIZES, ModelSpec, is_ladder_name, num_params
 from mlx_forget.methods import METHODS, MethodSpec, method_spec
 from mlx_forget.pipeline.reference_rows import parse_kind
 from mlx_forget.pipeline.rows import LAYOUTS
 from mlx_forget.pipeline.shares import describe_share, parse_stages
+from mlx_forget.pretrained import PretrainedSpec
 from mlx_forget.schedule import DECAYS, Decay, Schedule
 from mlx_forget.token_counts import parse_tokens
 from mlx_forget.trainer import AdapterSpec, Optimizer, OptimSpec, Precision, RuntimeSpec
@@ -53,11 +54,16 @@ class TrainConfig:
     """Every key of `forget train`, in the order of `--help`."""
 
     backend: str = _machine("auto", "mlx, cuda (PyTorch, also on a CPU) or auto.")
-    model: str = _key("0.65m", f"Ladder size ({', '.join(SIZES)}) or LAYERSxWIDTH.")
+    model: str = _key(
+        "0.65m",
+        f"Ladder size ({', '.join(SIZES)}), LAYERSxWIDTH, or a checkpoint to finetune: a Hugging Face folder or id[@revision].",
+    )
     init: str = _key(
         "auto",
-        "Start weights: a run or checkpoint folder, scratch, or auto: the base model of `base`, trained once and kept.",
+        "Start weights: a run, checkpoint or Hugging Face folder or id, scratch, or auto: those of a checkpoint that is --model, else the "
+        "base model of `base`, trained once and kept.",
     )
+    trust_remote_code: bool = _machine(False, "Run the Python code that comes with a checkpoint.")
     target: str = _key(
         "code",
         "What to learn: a built-in corpus, a recipe, a store, a file, a folder or a Hub id; or several: NAME=70%,NAME=30%.",
@@ -139,12 +145,12 @@ class TrainConfig:
     batch_size: int = _key(16, "Rows per step, over all devices.")
     max_seq_length: int | None = _key(
         None,
-        "Tokens per row; default: the base's context, 128 for laptop sizes, 1024 above.",
+        "Tokens per row; default: the base's context (of a Hugging Face checkpoint at most 2048), 128 for laptop sizes, 1024 above.",
         aliases=("sequence_len",),
     )
     learning_rate: float | None = _key(
         None,
-        "Peak rate; default: by size from scratch, and a fixed share of the base's peak when finetuning.",
+        "Peak rate; default: by size from scratch, a fixed share of the base's peak when finetuning, 1e-5 for checkpoints of other tools.",
     )
     lr_schedule: Decay | None = _key(None, f"{', '.join(DECAYS)}; default: cosine from scratch, constant when finetuning.")
     warmup: float = _key(0.005, "Share of the steps that warm up.")
@@ -266,6 +272,13 @@ class TrainConfig:
     def is_pretraining(self) -> bool:
         return self.init == "scratch"
 
+    @property
+    def start_name(self) -> str | None:
+        """The checkpoint to start from, as the user named it; None where the model is trained here first."""
+        if self.init not in ("auto", "scratch"):
+            return self.init
+        return None if is_ladder_name(self.model) else self.model
+
     def method_spec(self) -> MethodSpec:
         spec = method_spec(self.method, self.coefficient)
         if self.anchor_precision != "fp32" and not spec.has_anchor:
@@ -357,18 +370,24 @@ def scale_defaults() -> dict[str, Any]:
     return SMOKE if os.environ.get("FORGET_SCALE") == "smoke" else {}
 
 
-def default_peak(spec: ModelSpec) -> float:
+def default_peak(spec: ModelSpec | PretrainedSpec) -> float:
     """Peak pretraining rate by size, our choice (the paper's are not known): 3e-3 at 0.65M parameters, falling as N^-0.3."""
     return 3e-3 * math.pow(num_params(spec) / 656_448, -0.3)
 
 
-def finetuning_ratio(spec: ModelSpec) -> float:
+def finetuning_ratio(spec: ModelSpec | PretrainedSpec) -> float:
     """Finetuning rate over pretraining peak: the paper's 1/30; 1/5 for models of at most 20M parameters, which run far fewer steps."""
     return 1 / 5 if num_params(spec) <= 20_000_000 else 1 / 30
 
 
-def schedule(config: TrainConfig, spec: ModelSpec, base_peak: float | None) -> Schedule:
+def schedule(
+    config: TrainConfig, spec: ModelSpec | PretrainedSpec, base_peak: float | None, *, default_peak_rate: float | None = None
+) -> Schedule:
     """The learning-rate schedule of a run.
+
+    Args:
+        base_peak: of the pretraining run behind the start weights.
+        default_peak_rate: for start weights that have no such run.
 
     Raises:
         UserError: a finetune whose start checkpoint does not say its peak rate, without a rate of its own.
@@ -381,6 +400,8 @@ def schedule(config: TrainConfig, spec: ModelSpec, base_peak: float | None) -> S
     elif base_peak is not None:
         # Re-warming goes back to where pretraining had been.
         peak = base_peak * (1 if config.lr_schedule == "rewarm" else finetuning_ratio(spec)) * factor
+    elif default_peak_rate is not None:
+        peak = default_peak_rate * factor
     else:
         raise UserError("The start checkpoint does not say its peak learning rate: give --learning-rate.")
     decay: Decay = config.lr_schedule or ("cosine" if config.is_pretraining else "constant")
@@ -471,6 +492,9 @@ def science(config: TrainConfig) -> dict[str, Any]:
         value = getattr(config, f.name)
         default = {} if f.name == "base" else f.default
         if f.name == "replay_data" and value not in (REPLAY_SELF, REPLAY_ONLINE, REPLAY_PRETRAIN):
+            continue
+        # Start weights are known by their hash, wherever they lie.
+        if f.name == "model" and not is_ladder_name(value):
             continue
         if f.metadata["science"] and value != default and f.name not in ("base", "init", "target", "pretrain", "tokenizer"):
             given[f.name] = value

@@ -9,6 +9,7 @@ from mlx_forget.adapters import parameter_shapes
 from mlx_forget.errors import UserError, unknown
 from mlx_forget.ladder import ModelSpec, linear_shapes, moment_shapes, num_params, param_shapes, train_flops_per_token
 from mlx_forget.methods import MethodSpec
+from mlx_forget.pretrained import PretrainedSpec
 from mlx_forget.trainer import AdapterSpec, OptimSpec, Precision
 
 # Of a device's memory: the rest is left to the framework, to fragments and to evaluations.
@@ -67,7 +68,7 @@ def device_like(name: str | None) -> Device | None:
 class KeptBytes(Protocol):
     """What a backend keeps of one token in one block for the gradient, in bytes."""
 
-    def __call__(self, model: ModelSpec, precision: Precision) -> int: ...
+    def __call__(self, model: ModelSpec | PretrainedSpec, precision: Precision) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Step:
         adapter: what is trained on a frozen base; None trains every weight.
     """
 
-    model: ModelSpec
+    model: ModelSpec | PretrainedSpec
     optim: OptimSpec
     method: MethodSpec
     precision: Precision
@@ -107,7 +108,8 @@ class Step:
         """
         share = 1 if self.adapter is None else 1 - _FORWARD_SHARE
         rows = share * self.rows + _FORWARD_SHARE * self.kl_rows
-        return rows * self.row_length * train_flops_per_token(self.model)
+        attended = self.row_length if isinstance(self.model, PretrainedSpec) else None
+        return rows * self.row_length * train_flops_per_token(self.model, attended)
 
 
 def memory_bytes(step: Step, kept_bytes: KeptBytes, *, rows: int | None = None) -> dict[str, int]:

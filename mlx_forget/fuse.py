@@ -1,6 +1,5 @@
 """Adapters and their base as one checkpoint that anything loads: a command of its own, and what `--init` and audits do by themselves."""
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -9,9 +8,10 @@ from typing import Any
 from mlx_forget import adapters, checkpoint
 from mlx_forget.checkpoint import Checkpoint
 from mlx_forget.errors import UserError
-from mlx_forget.ladder import stores_inputs_first
+from mlx_forget.ladder import outputs_first, param_shapes
 from mlx_forget.pipeline.corpora import forget_home
 from mlx_forget.pipeline.vocabularies import copy_tokenizer
+from mlx_forget.pretrained import names_in_files, read_tensor, tensor_names, weight_files
 
 
 def base_of(start: Checkpoint) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def fuse(found: Checkpoint, folder: Path, *, base: Path | None = None) -> Checkp
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    _write_fused(start.weights, found, aside / checkpoint.WEIGHTS)
+    _write_fused(start, found, aside / checkpoint.WEIGHTS)
     copy_tokenizer(found.tokenizer, aside)
     shutil.copyfile(found.folder / checkpoint.CONFIG, aside / checkpoint.CONFIG)
     kept = {key: value for key, value in found.state.items() if key not in ("schema_version", "files", "adapter", "base")}
@@ -90,8 +90,7 @@ def _open_base(found: Checkpoint, base: Path | None) -> Checkpoint:
     return start
 
 
-def _write_fused(base: Path, found: Checkpoint, target: Path) -> None:
-    from safetensors import safe_open
+def _write_fused(start: Checkpoint, found: Checkpoint, target: Path) -> None:
     from safetensors.numpy import load_file, save_file
 
     adapter = found.adapter
@@ -102,13 +101,13 @@ def _write_fused(base: Path, found: Checkpoint, target: Path) -> None:
         name = adapters.parameter_name(file_name)
         module = adapters.module_of(name)
         parts.setdefault(module, {})[name.removeprefix(module)] = value
-    outputs_first = not stores_inputs_first(json.loads((found.folder / checkpoint.CONFIG).read_text(encoding="utf-8")))
+    model = start.model_spec()
     whole: adapters.Arrays = {}
-    with safe_open(base, framework="numpy") as file:
-        for name in file.keys():  # noqa: SIM118
+    for file in weight_files(start.weights):
+        for name_in_file, name in names_in_files(tensor_names(file), param_shapes(model)).items():
             own = parts.pop(name.removesuffix(".weight"), None) if name.endswith(".weight") else None
-            value = file.get_tensor(name)
-            whole[name] = value if own is None else adapters.fused(value, own, adapter, outputs_first=outputs_first)
+            value = read_tensor(file, name_in_file)
+            whole[name] = value if own is None else adapters.fused(value, own, adapter, outputs_first=outputs_first(model))
     if parts:
-        raise UserError(f"{found.weights} has adapters for {next(iter(parts))}, which {base} does not have.")
+        raise UserError(f"{found.weights} has adapters for {next(iter(parts))}, which {start.folder} does not have.")
     save_file(whole, target, metadata={"format": "pt"})

@@ -20,6 +20,7 @@ from mlx_forget.history import HistoryWriter
 from mlx_forget.ladder import ModelSpec
 from mlx_forget.methods import SOURCE_TARGET, TERM_TASK
 from mlx_forget.pipeline.batches import BatchStream
+from mlx_forget.pretrained import PretrainedSpec
 from mlx_forget.records import HISTORY
 from mlx_forget.schedule import Schedule
 from mlx_forget.trainer import Stack, StepResult, Trainer
@@ -93,7 +94,7 @@ class RunState:
     """
 
     folder: Path
-    model: ModelSpec
+    model: ModelSpec | PretrainedSpec
     tokenizer: Path
     schedule: Schedule
     stream: BatchStream

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,8 @@ def execute(plan: Plan, *, resume: bool | None = None, watch: Watch | None = Non
         if record is not None:
             watch.say(f"This run is done already: {plan.folder / records.RECORD}")
             return record
-        with group.rank_zero_first():
+        # Those who share one model make it together.
+        with nullcontext() if plan.config.shard else group.rank_zero_first():
             trainer = load_backend(plan.backend)(trainer_spec(plan))
         for note in trainer.notes:
             watch.say(note)

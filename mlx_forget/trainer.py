@@ -25,6 +25,7 @@ from mlx_forget.errors import UserError, unknown
 from mlx_forget.ladder import ModelSpec
 from mlx_forget.methods import NUM_SOURCES, NUM_TERMS, TERM_REPLAY_KL, TERM_TASK, MethodSpec
 from mlx_forget.pipeline.batches import Batch
+from mlx_forget.pretrained import PretrainedSpec
 
 __all__ = [
     "AdapterSpec",
@@ -36,6 +37,7 @@ __all__ = [
     "OptimSpec",
     "Optimizer",
     "Precision",
+    "PretrainedSpec",
     "RuntimeSpec",
     "Stack",
     "StackedBatch",
@@ -129,9 +131,9 @@ class RuntimeSpec:
 
 @dataclass(frozen=True)
 class TrainerSpec:
-    """Everything a backend is built from."""
+    """Everything a backend is built from: the shape of a ladder model, or a checkpoint of another tool, whose weights it starts with."""
 
-    model: ModelSpec
+    model: ModelSpec | PretrainedSpec
     optim: OptimSpec = field(default_factory=OptimSpec)
     method: MethodSpec = field(default_factory=MethodSpec)
     adapter: AdapterSpec | None = None
@@ -141,7 +143,10 @@ class TrainerSpec:
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a backend can do, as data: the core asks here and never for a backend's name."""
+    """What a backend can do, as data: the core asks here and never for a backend's name.
+
+    `document_masks`: models of other tools keep the documents of a row apart; the ladder always does.
+    """
 
     precisions: tuple[Precision, ...]
     terms: tuple[int, ...]
@@ -150,6 +155,7 @@ class Capabilities:
     fisher: bool = False
     sample: bool = False
     stack: bool = False
+    document_masks: bool = False
     distributed: bool = False
     shard: bool = False
     bitwise_resume: bool = False
@@ -358,7 +364,7 @@ class Trainer(ABC):
     def load(self, path: Path) -> None:
         """Read weights that `save` of any backend wrote: those of a whole model, on which adapters start anew, or of adapters alone.
 
-        The optimiser's moments stay.
+        A checkpoint in several files is read from its folder. The optimiser's moments stay.
         """
 
     @abstractmethod
@@ -393,7 +399,7 @@ class Trainer(ABC):
         return None
 
     @classmethod
-    def kept_bytes(cls, model: ModelSpec, precision: Precision) -> int:
+    def kept_bytes(cls, model: ModelSpec | PretrainedSpec, precision: Precision) -> int:
         """What the gradient needs of one token in one block, in bytes: for estimates."""
         return (84 if precision == "fp32" else 56) * model.width
 

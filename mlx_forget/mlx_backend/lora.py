@@ -26,8 +26,12 @@ Tape = dict[str, tuple[Any, ...]]
 LENGTH, FACTOR, KEY, KEPT = ".lora_length", ".lora_factor", ".lora_key", ".lora_kept"
 
 
-def folded(weights: Arrays, adapter: AdapterSpec | None) -> Arrays:
-    """The weights with their adapters as the model reads them; without adapters, the weights themselves."""
+def folded(weights: Arrays, adapter: AdapterSpec | None, *, outputs_first: bool = False) -> Arrays:
+    """The weights with their adapters as the model reads them; without adapters, the weights themselves.
+
+    Args:
+        outputs_first: matrices are [out, in] instead of [in, out].
+    """
     if adapter is None:
         return weights
     ready = dict(weights)
@@ -35,7 +39,8 @@ def folded(weights: Arrays, adapter: AdapterSpec | None) -> Arrays:
     for module in modules:
         ready[module + B] = weights[module + B] * adapter.scale
         if adapter.kind == "dora":
-            whole = mx.addmm(ready[module + ".weight"], ready[module + A].T, ready[module + B].T)
+            base = ready[module + ".weight"]
+            whole = mx.addmm(base.T if outputs_first else base, ready[module + A].T, ready[module + B].T)
             ready[module + LENGTH] = mx.sqrt(whole.square().sum(axis=0))
             ready[module + FACTOR] = ready.pop(module + MAGNITUDE) / ready[module + LENGTH]
     return ready
@@ -110,22 +115,24 @@ def parameter_gradients(grads: Arrays, ready: Arrays, adapter: AdapterSpec | Non
     return found
 
 
-def start_magnitudes(weights: Arrays, adapter: AdapterSpec) -> Arrays:
+def start_magnitudes(weights: Arrays, adapter: AdapterSpec, *, outputs_first: bool = False) -> Arrays:
     """DoRA's magnitudes as those of the base."""
     if adapter.kind != "dora":
         return {}
     modules = [name.removesuffix(B) for name in weights if name.endswith(B)]
-    return {module + MAGNITUDE: mx.sqrt(weights[module + ".weight"].square().sum(axis=0)) for module in modules}
+    return {module + MAGNITUDE: mx.sqrt(weights[module + ".weight"].square().sum(axis=int(outputs_first))) for module in modules}
 
 
-def whole(weights: Mapping[str, npt.NDArray[np.float32]], adapter: AdapterSpec) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
+def whole(
+    weights: Mapping[str, npt.NDArray[np.float32]], adapter: AdapterSpec, *, outputs_first: bool = False
+) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
     """Every weight of the base in order, adapters fused in."""
     for name, value in weights.items():
         if is_adapter(name):
             continue
         module = name.removesuffix(".weight")
         parts = {part: weights[module + part] for part in (A, B, MAGNITUDE) if module + part in weights}
-        yield name, fused(value, parts, adapter, outputs_first=False) if parts else value
+        yield name, fused(value, parts, adapter, outputs_first=outputs_first) if parts else value
 
 
 def dropout_key(seed: int, *place: int) -> mx.array:

@@ -5,7 +5,7 @@ import os
 import resource
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,15 +18,15 @@ from mlx_forget.adapters import file_name, initial_adapters, is_adapter, num_tra
 from mlx_forget.comparison import MEASURES, portions
 from mlx_forget.distributed import Group
 from mlx_forget.errors import OutOfMemory, UserError
-from mlx_forget.ladder import initial_weights, linear_shapes, num_params, param_shapes
+from mlx_forget.ladder import linear_shapes, num_params, outputs_first
 from mlx_forget.methods import NUM_SOURCES, NUM_TERMS, TERM_REPLAY_KL, TERM_REPLAY_NTP, TERM_TASK
 from mlx_forget.mlx_backend import BLAS_NOTE, compare, gpt2, lora, optimizer
-from mlx_forget.mlx_backend.architectures import functions_of
+from mlx_forget.mlx_backend.decoder import build_decoder
 from mlx_forget.mlx_backend.distributed import MLXGroup, join, num_local_ranks
 from mlx_forget.mlx_backend.operators import operators
 from mlx_forget.mlx_backend.reference import penalty_gradients, pull_to_reference
-from mlx_forget.mlx_backend.sample import sample
 from mlx_forget.mlx_backend.warmup import compile_loops
+from mlx_forget.pretrained import PretrainedSpec, names_in_files, weight_files
 from mlx_forget.trainer import (
     Batch,
     Capabilities,
@@ -67,7 +67,7 @@ class MLXStep(StepResult):
 
 
 class MLXTrainer(Trainer):
-    """GPT-2 with AdamW. On a CPU the rows of a batch are shared among threads, each an MLX stream."""
+    """A model with AdamW. On a CPU the rows of a batch are shared among threads, each an MLX stream."""
 
     def __init__(self, spec: TrainerSpec) -> None:
         runtime = spec.runtime
@@ -82,7 +82,6 @@ class MLXTrainer(Trainer):
         self._operators = operators(dtype=dtype, on_cpu=self._on_cpu, fused=can_compile)
         if can_compile and self._on_cpu:
             compile_loops()
-        self._functions = functions_of(spec.model)
         self._chunk = gpt2.chunk_rows(spec.model.vocab_size, on_cpu=self._on_cpu)
         self._portions = portions(
             spec.model,
@@ -90,8 +89,9 @@ class MLXTrainer(Trainer):
             limit_gb=runtime.memory_limit_gb if runtime.reads_only else None,
             used_bytes=self.used_memory_bytes(),
         )
-        start = () if runtime.reads_only else initial_weights(spec.model, spec.seed)
-        self._weights = {name: mx.array(value) for name, value in start}
+        self._outputs_first = outputs_first(spec.model)
+        self._decoder = build_decoder(spec.model, self._operators, self._streams, reads_only=runtime.reads_only)
+        self._weights: Arrays = {} if runtime.reads_only else dict(self._decoder.start_weights(spec.seed))
         if spec.adapter is not None and not runtime.reads_only:
             self._weights = self._with_new_adapters(self._weights)
         self._num_calls = 0
@@ -213,9 +213,7 @@ class MLXTrainer(Trainer):
         if weights is None:
             raise UserError("Log-probabilities of the reference need one: call set_reference first.")
         own = None if segment is None else mx.array(segment)
-        x = self._functions.hidden_states(weights, self.spec.model, mx.array(tokens[:, :-1]), own, operators=self._operators)
-        head = weights[self._functions.HEAD].astype(self._operators.dtype)
-        logits = self._operators.matmul(x.astype(self._operators.dtype), head.T).astype(mx.float32)
+        logits = self._decoder.logits(weights, mx.array(tokens[:, :-1]), own)
         return np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
 
     def compare(self, tokens: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8]) -> Comparison:
@@ -223,7 +221,7 @@ class MLXTrainer(Trainer):
             raise UserError("compare needs a reference: call set_reference first.")
         reference = {name: value.astype(mx.float32) for name, value in self._reference.items()}
         weights = self._folded()
-        shared = self._functions.num_shared_blocks(weights, reference, self.spec.model)
+        shared = self._decoder.num_shared_blocks(weights, reference)
         measures = np.zeros((len(MEASURES), len(tokens), tokens.shape[1] - 1), np.float32)
         for rows in self._eval_slices(tokens, self._portions.num_tokens):
             measures[:, rows] = np.array(self._measures(weights, reference, mx.array(tokens[rows]), shared))
@@ -253,15 +251,13 @@ class MLXTrainer(Trainer):
         for row in range(len(tokens)):
             one = slice(row, row + 1)
             weight = mx.array(mask[one].astype(np.float32))
-            _, gradients = self._functions.gradients(
+            _, gradients = self._decoder.gradients(
                 self._weights,
-                self.spec.model,
                 mx.array(tokens[one, :-1]),
                 mx.array(tokens[one, 1:]),
                 weight,
                 None if segment is None else mx.array(segment[one]),
                 chunk=self._chunk,
-                operators=self._operators,
             )
             fisher = {name: value + gradients[name].square() for name, value in fisher.items()}
             mx.eval(fisher)
@@ -273,7 +269,7 @@ class MLXTrainer(Trainer):
         if trainable_only and adapter is not None:
             weights = {file_name(name): weights[name] for name in self._trained}
         elif adapter is not None:
-            weights = dict(lora.whole(weights, adapter))
+            weights = dict(lora.whole(weights, adapter, outputs_first=self._outputs_first))
         save_file(weights, path, metadata={"format": "pt"})
 
     def load(self, path: Path) -> None:
@@ -308,7 +304,7 @@ class MLXTrainer(Trainer):
         if prompts.shape[1] + u.shape[1] - 1 > self.spec.model.context_length:
             raise UserError(f"Prompt and sample together exceed the context of {self.spec.model.context_length} tokens.")
         try:
-            return sample(weights, self.spec.model, prompts, u, temperature=temperature, operators=self._operators)
+            return self._decoder.sample(weights, prompts, u, temperature=temperature)
         except RuntimeError as error:
             if any(words in str(error) for words in ("to allocate", "Insufficient Memory")):
                 raise MemoryError(f"sampling {len(prompts)} rows") from error
@@ -320,7 +316,9 @@ class MLXTrainer(Trainer):
         return None if size is None else int(size)
 
     @classmethod
-    def kept_bytes(cls, model: ModelSpec, precision: Precision) -> int:
+    def kept_bytes(cls, model: ModelSpec | PretrainedSpec, precision: Precision) -> int:
+        if isinstance(model, PretrainedSpec):
+            return model.kept_bytes(precision)
         # The gradient that is written out keeps both norms in float32 too, and the inner derivative of the GELU. A CPU attends in float32
         # and keeps its weights.
         per_width = {"gpt2": {"fp32": 80, "bf16": 56}, "qknorm": {"fp32": 112, "bf16": 76}}
@@ -428,20 +426,18 @@ class MLXTrainer(Trainer):
 
         parts: list[Arrays] = []
         adapter, shares = self.spec.adapter, _shares(tokens.shape[-2], len(self._streams))
-        weights = lora.folded(weights, adapter)
+        weights = lora.folded(weights, adapter, outputs_first=self._outputs_first)
         keys = None if dropout_key is None else mx.random.split(dropout_key, len(shares))
         for number, rows in enumerate(shares):
             kl_term = None if kl_terms is None else kl_terms[number]
             with mx.stream(self._streams[number]):
-                losses, gradients = self._functions.gradients(
+                losses, gradients = self._decoder.gradients(
                     weights if adapter is None or keys is None else lora.with_key(weights, adapter, keys[number]),
-                    self.spec.model,
                     tokens[..., rows, :-1],
                     tokens[..., rows, 1:],
                     token_weight[..., rows, :],
                     None if segment is None else segment[..., rows, :],
                     chunk=self._chunk,
-                    operators=self._operators,
                     grad_checkpoint=self.spec.runtime.grad_checkpoint,
                     penalty=kl_term,
                 )
@@ -493,20 +489,12 @@ class MLXTrainer(Trainer):
     def _batch_nll(self, weights: Arrays, tokens: mx.array, segment: mx.array | None) -> mx.array:
         """Next-token losses float32[B, T] of int32[B, T+1]."""
         parts = []
-        weights = lora.folded(weights, self.spec.adapter)
+        weights = lora.folded(weights, self.spec.adapter, outputs_first=self._outputs_first)
         for stream, rows in zip(self._streams, _shares(len(tokens), len(self._streams)), strict=False):
             with mx.stream(stream):
                 own = None if segment is None else segment[rows]
-                x = self._functions.hidden_states(weights, self.spec.model, tokens[rows, :-1], own, operators=self._operators)
-                parts.append(
-                    gpt2.token_nll(
-                        x.reshape(-1, x.shape[-1]),
-                        weights[self._functions.HEAD],
-                        tokens[rows, 1:].reshape(-1),
-                        chunk=self._chunk,
-                        operators=self._operators,
-                    )
-                )
+                labels = tokens[rows, 1:].reshape(-1)
+                parts.append(self._decoder.token_nll(weights, tokens[rows, :-1], labels, own, chunk=self._chunk))
         return mx.concatenate(parts).reshape(len(tokens), -1)
 
     def _measures(self, weights: Arrays, reference: Arrays, tokens: mx.array, shared: int) -> mx.array:
@@ -515,19 +503,13 @@ class MLXTrainer(Trainer):
         streams = self._streams[: max(1, self._portions.num_logits // _LEAST_LOGITS)]
         for stream, rows in zip(streams, _shares(len(tokens), len(streams)), strict=False):
             with mx.stream(stream):
-                pair = self._functions.hidden_states_of_two(
-                    weights, reference, self.spec.model, tokens[rows, :-1], shared=shared, operators=self._operators
-                )
-                x, ref_x = (states.reshape(-1, states.shape[-1]) for states in pair)
-                head, ref_head = (own[self._functions.HEAD] for own in (weights, reference))
-                found = compare.measures(
-                    x,
-                    head,
-                    ref_x,
-                    ref_head,
+                found = self._decoder.measures(
+                    weights,
+                    reference,
+                    tokens[rows, :-1],
                     tokens[rows, 1:].reshape(-1),
+                    shared=shared,
                     chunk=max(1, self._portions.num_logits // len(streams)),
-                    operators=self._operators,
                 )
                 parts.append(found.reshape(len(MEASURES), -1, tokens.shape[1] - 1))
         return mx.concatenate(parts, axis=1)
@@ -542,7 +524,7 @@ class MLXTrainer(Trainer):
         assert adapter is not None
         start = {name: mx.array(value) for name, value in initial_adapters(linears, adapter, self.spec.seed)}
         weights = {**base, **start}
-        weights |= lora.start_magnitudes(weights, adapter)
+        weights |= lora.start_magnitudes(weights, adapter, outputs_first=self._outputs_first)
         return {**base, **{name: weights[name] for name in parameter_shapes(linears, adapter)}}
 
     @property
@@ -555,7 +537,7 @@ class MLXTrainer(Trainer):
 
     def _folded(self) -> Arrays:
         """The weights as the model reads them."""
-        return lora.folded(self._weights, self.spec.adapter)
+        return lora.folded(self._weights, self.spec.adapter, outputs_first=self._outputs_first)
 
     def _dropout_key(self, first_row: int) -> mx.array | None:
         """What decides which inputs the adapters of a pass drop; None where they drop none."""
@@ -564,15 +546,17 @@ class MLXTrainer(Trainer):
         return lora.dropout_key(self.spec.seed, self._num_calls, first_row, self.group.rank)
 
     def _read_weights(self, path: Path, *, or_adapters: bool = False) -> Arrays:
-        weights = _read(path)
-        weights.pop("lm_head.weight", None)
-        wanted = param_shapes(self.spec.model)
-        if or_adapters and self.spec.adapter is not None and any(map(is_adapter, map(parameter_name, weights))):
-            weights = {parameter_name(name): value for name, value in weights.items()}
-            wanted = parameter_shapes(linear_shapes(self.spec.model), self.spec.adapter)
-        if {name: tuple(value.shape) for name, value in weights.items()} != wanted:
+        found: Arrays = {}
+        wanted: Mapping[str, tuple[int, ...]] = self._decoder.shapes
+        for file in weight_files(path):
+            stored = _read(file)
+            if or_adapters and self.spec.adapter is not None and any(map(is_adapter, map(parameter_name, stored))):
+                stored = {parameter_name(name): value for name, value in stored.items()}
+                wanted = parameter_shapes(linear_shapes(self.spec.model), self.spec.adapter)
+            found |= {name: stored[old] for old, name in names_in_files(stored, wanted).items()}
+        if {name: tuple(value.shape) for name, value in found.items()} != wanted:
             raise UserError(f"{path} does not hold the weights of this model: names or shapes differ.")
-        return {name: weights[name].astype(mx.float32) for name in wanted}
+        return {name: found[name].astype(mx.float32) for name in wanted}
 
 
 _EXTRA_STREAMS: list[mx.Stream] = []
