@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.run_page import Command, Script, missing, perform, steps
+from tests.small_checkpoints import write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -21,7 +22,9 @@ def blocks_that_run(page):
 
 @pytest.fixture
 def folder(tmp_path):
-    """What a reader has: some text and some conversations."""
+    """What a reader has: some text, some conversations and a checkpoint in Hugging Face form."""
+    pytest.importorskip("transformers")
+    write_checkpoint(tmp_path / "my-model")
     (tmp_path / "notes.txt").write_text("".join(f"{i}. A note about the number {i}, and about {i * i}.\n" for i in range(4000)))
     rows = ({"prompt": f"What is {i} plus {i}?", "completion": f"{i} plus {i} is {2 * i}."} for i in range(3000))
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
