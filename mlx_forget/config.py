@@ -193,6 +193,9 @@ class TrainConfig:
     num_threads: int | None = _machine(None, "CPU threads.")
     memory_limit_gb: float | None = _machine(None, "Never use more memory than this.")
     steps_per_report: int = _machine(10, "Steps between progress reports.", aliases=("logging_steps",))
+    log_to: Literal["tensorboard", "wandb"] | None = _machine(
+        None, "Write losses for tensorboard or wandb (offline) too, into the run folder.", aliases=("report_to",)
+    )
     save_every: int | None = _machine(None, "Steps between checkpoints; default: at every evaluation.", aliases=("save_steps",))
 
     base: Mapping[str, Any] = field(

@@ -48,6 +48,7 @@ from mlx_forget.pipeline.vocabularies import find_tokenizer, load_vocabulary, to
 from mlx_forget.pretrained import LEARNING_RATE, PretrainedSpec
 from mlx_forget.schedule import Schedule
 from mlx_forget.start import differences, find_start, fit_to_start
+from mlx_forget.tracking import check_sink
 from mlx_forget.trainer import Capabilities, Precision, choose_backend, join_group, load_backend
 from mlx_forget.watch import Watch
 
@@ -195,6 +196,7 @@ def _plan(config: TrainConfig, backend: str, group: Group, folder: Path | None, 
     precision: Precision = config.precision if config.precision != "auto" else "bf16" if fast_bf16 else "fp32"
     num_devices = where.num_devices or group.size
     _check_method(config, backend, capabilities)
+    check_sink(config.log_to)
 
     base, start, default_rate = None, None, None
     if config.init == "scratch" and config.start_name is not None:

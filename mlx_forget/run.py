@@ -33,6 +33,7 @@ from mlx_forget.loop import Cadence, RunState, StopRules, drive
 from mlx_forget.pipeline.batches import Blend
 from mlx_forget.plan import Plan, identity_of, replay_name, sources_of
 from mlx_forget.replay_rows import error_of_kept_log_probs, with_replay
+from mlx_forget.tracking import tracked
 from mlx_forget.trainer import Trainer, TrainerSpec, load_backend
 from mlx_forget.watch import Watch
 
@@ -162,6 +163,16 @@ def prepare_run(plan: Plan, latest: Checkpoint | None, trainer: Trainer, watch: 
         compares_with_start=config.compare_to_start,
         identity=identity,
     )
+    if plan.group.rank == 0:
+        run.observer = tracked(
+            run.observer,
+            config.log_to,
+            plan.folder,
+            run_id=plan.run_id,
+            title=_title(config),
+            config=dataclasses.asdict(config),
+            step=0 if latest is None else latest.state["step"],
+        )
     if latest is not None:
         trainer.load(latest.weights)
         trainer.load_state(latest.training_state)

@@ -128,6 +128,29 @@ def test_self_replay_with_a_kl_term(forget, place, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_adapters_on_a_checkpoint_are_trained_fused_and_audited(forget, place, backend):
+    run, fused = place / f"lora-{backend}", place / f"fused-{backend}"
+    arguments = ("--model", "llama", "--target", "notes.jsonl", "--pretrain", "old.jsonl", "--p", "25%", "--fine-tune-type", "lora")
+    code, out, err = forget("train", *arguments, *STEPS, "--backend", backend, "--output", run, "--json")
+    assert code == 0, err
+    record = json.loads(out)
+    # Rank 8 on queries, keys, values and outputs of two blocks.
+    assert record["num_trainable_params"] == 2 * 8 * (4 * 32 + 32 + 16 + 16 + 32)
+    assert record["losses"]["end"]["target_val"] < record["losses"]["start"]["target_val"]
+    assert not (run / "checkpoints" / "last" / "model.safetensors").exists()
+    assert forget("fuse", run, "-o", fused)[0] == 0
+    code, out, err = forget("audit", "llama", fused, "--data", "notes=notes.jsonl", "--backend", backend, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert forget("audit", "auto", run, "--data", "notes=notes.jsonl", "--backend", backend, "--json")[0] == 0
+    moved = [tensor["name"] for tensor in found["weights"]["tensors"] if tensor["distance"] > 0]
+    assert len(moved) == 8
+    assert all("self_attn" in name for name in moved)
+    tokens = np.random.default_rng(0).integers(4, vocab_size(), (1, 9)).astype(np.int32)
+    assert np.isfinite(transformers_logits(fused, tokens)).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_replay_of_a_checkpoint_is_a_store(forget, place, backend):
     code, _, err = forget(
         "replay", "llama", "-o", place / f"rep-{backend}", "--num-tokens", "1K", "--length", "32", "--backend", backend

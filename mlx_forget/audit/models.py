@@ -160,11 +160,12 @@ def _open_checkpoint(folder: Path, say: Callable[[str], None]) -> Model:
     curve = tuple((float(point[0]), float(point[1])) for point in state.get("curve") or ())
     identifier = state.get("run_id") or found.folder.name
     tokenizer = load_vocabulary(found.tokenizer)
+    whole = whole_checkpoint(found)
     return Model(
         name=f"{identifier}-step{step}" if step is not None else str(identifier),
         folder=found.folder,
-        spec=found.model_spec(),
-        weights=whole_checkpoint(found).weights,
+        spec=whole.model_spec(),
+        weights=whole.weights,
         tokenizer_file=found.tokenizer,
         tokenizer=tokenizer,
         bos_id=tokenizer.bos_id,
