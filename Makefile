@@ -18,7 +18,7 @@ OUTPUT ?= runs/$(RECIPE)-seed$(SEED)
 SETTINGS = --set seed=$(SEED) --set backend=$(BACKEND) $(if $(SIZE),--set model=$(SIZE)) $(if $(DATA),--set target=$(DATA)) $(if $(PRETRAIN),--set pretrain=$(PRETRAIN))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint type test test-full bench parity coverage docs pages reproduce-figure1 reproduce-laws reproduce-replay reproduce-toy clean
+.PHONY: help setup lint type test test-full test-faults fuzz bench parity coverage docs pages reproduce-figure1 reproduce-laws reproduce-replay reproduce-toy clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-20s %s\n", $$1, $$2}'
@@ -47,6 +47,13 @@ test-full: setup  ## every suite in its long form
 
 bench: setup  ## speed against named baselines, as ratios measured in one run
 	for file in tests/benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
+
+test-faults: setup  ## killed, cut off, full, read-only and damaged at every named point; prints its counts; about an hour
+	$(BIN)/python -m pytest -q tests/faults
+
+EXAMPLES ?= 10000
+fuzz: setup  ## every file reader on files that are almost right: EXAMPLES= of each
+	FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q -s tests/fuzz
 
 parity: setup  ## measure how far the two backends differ and write the table into README.md; about five minutes
 	$(BIN)/python -m tests.parity_table README.md

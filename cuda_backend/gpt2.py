@@ -4,7 +4,7 @@ Shapes: B rows, T tokens, D width, H heads, V vocabulary, N = B * T. A stack of 
 dimension K; tokens are then [K, B, T], the rows of all members go through the blocks as [K * B, T, D], and products are batched.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from mlx_forget.adapters import A
 from mlx_forget.ladder import LAYER_NORM_EPSILON, ModelSpec
 
 Weights = Mapping[str, Tensor]
+SoftmaxGradient = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 # Tied: the head is the token embedding.
 HEAD = "transformer.wte.weight"
@@ -130,11 +131,13 @@ class FusedCrossEntropy(torch.autograd.Function):
 
     `apply(x [N, D], head [V, D], labels int64[N], weight float32[N], chunk)` returns (objective, nll): the sum of weight * nll,
     and the nll in nats, float32[N], which carries no gradient. The logits of a chunk are float32 whatever the type of x.
-    All of them may have a leading dimension K.
+    All of them may have a leading dimension K. A sixth argument is `softmax_gradient` or a compiled one, for what is between the products.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, head: Tensor, labels: Tensor, weight: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, head: Tensor, labels: Tensor, weight: Tensor, chunk: int, softmax: SoftmaxGradient | None = None
+    ) -> tuple[Tensor, Tensor]:
         nll = torch.empty(labels.shape, dtype=torch.float32, device=x.device)
         # Zeros laid out as a whole: the head of a stack has gaps between its members.
         grad_x, grad_head = torch.empty_like(x), torch.zeros(head.shape, dtype=torch.float32, device=head.device)
@@ -143,9 +146,12 @@ class FusedCrossEntropy(torch.autograd.Function):
         for start in range(0, labels.shape[-1], chunk):
             stop = start + chunk
             part, label, share = x[..., start:stop, :], labels[..., start:stop, None], weight[..., start:stop, None]
-            exponentials, total, nll[..., start:stop] = _exponentials(part, compute_head, label)
-            # weight * (softmax - one-hot), in one pass over the chunk.
-            grad_logits = exponentials.mul_(share / total).scatter_add_(-1, label, -share).to(x.dtype)
+            if softmax is not None:
+                grad_logits, nll[..., start:stop] = softmax(part @ compute_head.mT, label, share)
+            else:
+                exponentials, total, nll[..., start:stop] = _exponentials(part, compute_head, label)
+                # weight * (softmax - one-hot), in one pass over the chunk.
+                grad_logits = exponentials.mul_(share / total).scatter_add_(-1, label, -share).to(x.dtype)
             torch.matmul(grad_logits, compute_head, out=grad_x[..., start:stop, :])
             if not trains_head:
                 continue
@@ -159,9 +165,23 @@ class FusedCrossEntropy(torch.autograd.Function):
         return (nll * weight).sum(), nll
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         grad_x, grad_head = ctx.saved_tensors
-        return grad_x * grads[0], (grad_head * grads[0]).to(ctx.head_dtype), None, None, None
+        return grad_x * grads[0], (grad_head * grads[0]).to(ctx.head_dtype), None, None, None, None
+
+
+def softmax_gradient(logits: Tensor, label: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """share * (softmax - one-hot) [N, V] in the type of the logits [N, V], and the nll float32[N], of int64[N, 1] labels.
+
+    Written without a scatter, so that a compiler makes it a few passes over the logits in their own type.
+    """
+    wide = logits.float()
+    top = wide.amax(-1, keepdim=True)
+    exponentials = (wide - top).exp()
+    total = exponentials.sum(-1, keepdim=True)
+    hit = torch.arange(logits.shape[-1], device=logits.device) == label
+    nll = (total.log() + top - wide.gather(-1, label))[..., 0]
+    return (share * (exponentials / total - hit.float())).to(logits.dtype), nll
 
 
 def token_nll(x: Tensor, head: Tensor, labels: Tensor, chunk: int) -> Tensor:

@@ -12,12 +12,17 @@ from cuda_backend import compare, gpt2
 from cuda_backend.reference import FusedKL
 
 
-def cross_entropy(x: Tensor, head: Tensor | None, labels: Tensor, weight: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    """(sum of weight * nll, nll float32[N]) of x [N, D] or [N, V], int64[N] labels and float32[N] weights; only the sum has a gradient."""
+def cross_entropy(
+    x: Tensor, head: Tensor | None, labels: Tensor, weight: Tensor, chunk: int, softmax: gpt2.SoftmaxGradient | None = None
+) -> tuple[Tensor, Tensor]:
+    """(sum of weight * nll, nll float32[N]) of x [N, D] or [N, V], int64[N] labels and float32[N] weights; only the sum has a gradient.
+
+    `softmax` is a compiled `gpt2.softmax_gradient`, for x with a head.
+    """
     if head is None:
         objective, nll = _PlainCrossEntropy.apply(x, labels, weight, chunk)  # type: ignore[no-untyped-call]
     else:
-        objective, nll = gpt2.FusedCrossEntropy.apply(x, head, labels, weight, chunk)  # type: ignore[no-untyped-call]
+        objective, nll = gpt2.FusedCrossEntropy.apply(x, head, labels, weight, chunk, softmax)  # type: ignore[no-untyped-call]
     return objective, nll
 
 

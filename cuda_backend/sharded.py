@@ -60,7 +60,7 @@ class _Model(_Part):
         spec: ModelSpec,
         dtype: torch.dtype,
         chunk: int,
-        compile_block: Callable[..., Callable[..., Tensor]],
+        compile_block: Callable[..., Callable[..., Any]],
         *,
         grad_checkpoint: bool,
     ) -> None:
@@ -78,6 +78,8 @@ class _Model(_Part):
             )
             for prefix in prefixes
         )
+        softmax = compile_block(gpt2.softmax_gradient)
+        self.softmax = None if softmax is gpt2.softmax_gradient else softmax
         self.prefixes, self.spec, self.dtype, self.chunk, self.functions = prefixes, spec, dtype, chunk, functions
 
     def forward(self, tokens: Tensor, labels: Tensor, weight: Tensor | None, segment: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -90,7 +92,9 @@ class _Model(_Part):
         x, head = x.flatten(0, 1).to(self.dtype), self.own()[self.functions.HEAD]
         if weight is None:
             return x.new_zeros(()), gpt2.token_nll(x, head, labels, self.chunk)
-        objective, nll = gpt2.FusedCrossEntropy.apply(x, head, labels, weight, self.chunk)  # type: ignore[no-untyped-call]
+        objective, nll = gpt2.FusedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            x, head, labels, weight, self.chunk, self.softmax
+        )
         return objective, nll
 
     def parameters_by_name(self) -> dict[str, Tensor]:
@@ -112,7 +116,7 @@ class Shards:
         device: torch.device,
         dtype: torch.dtype,
         chunk: int,
-        compile_block: Callable[..., Callable[..., Tensor]],
+        compile_block: Callable[..., Callable[..., Any]],
         *,
         grad_checkpoint: bool,
     ) -> None:

@@ -134,7 +134,8 @@ def memory_bytes(step: Step, kept_bytes: KeptBytes, *, rows: int | None = None) 
     tokens = (step.rows if rows is None else rows) * step.row_length
     kept = kept_bytes(model, step.precision)
     width = 4 * model.width
-    blocks = model.num_layers * width + kept if step.grad_checkpoint else model.num_layers * kept
+    # A block that is computed again stands beside its gradients.
+    blocks = model.num_layers * width + 2 * kept if step.grad_checkpoint else model.num_layers * kept
     chunk = min(tokens * model.vocab_size, _CHUNK_ELEMENTS)
     # The final states, their gradient and that of the head; what the largest parameter needs beside itself in a step.
     head = (4 * model.vocab_size * model.width if step.adapter is None else 0) + 4 * width * tokens

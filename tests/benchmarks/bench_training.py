@@ -37,12 +37,12 @@ NANO, KEPT, OURS = "nanoGPT-style loop", "the same, freed memory kept", "mlx-for
 TOKENIZER = Path(__file__).resolve().parents[1] / "pipeline" / "samples" / "store-v1" / "tokenizer.model"
 
 
-def write_store(folder: Path, num_tokens: int) -> Path:
+def write_store(folder: Path, num_tokens: int, vocabulary: int = VOCABULARY) -> Path:
     """Random tokens in a real store; returns its folder."""
     tokenizer = folder / "t.model"
     tokenizer.write_bytes(b"benchmark")
-    writer = StoreWriter(folder / "store", tokenizer, "benchmark", VOCABULARY, 1, 2, "random tokens")
-    writer.add("train", np.random.default_rng(0).integers(3, VOCABULARY, num_tokens), num_tokens)
+    writer = StoreWriter(folder / "store", tokenizer, "benchmark", vocabulary, 1, 2, "random tokens")
+    writer.add("train", np.random.default_rng(0).integers(3, vocabulary, num_tokens), num_tokens)
     writer.close()
     return folder / "store"
 

@@ -28,8 +28,11 @@ class Block(nn.Module):
 class NanoStyle(nn.Module):
     """The baseline: model, optimiser and loop."""
 
-    def __init__(self, spec: ModelSpec, tokens: np.ndarray, *, batch_size: int, bf16: bool, compiled: bool) -> None:
+    def __init__(
+        self, spec: ModelSpec, tokens: np.ndarray, *, batch_size: int, bf16: bool, compiled: bool, device: str = "cpu"
+    ) -> None:
         super().__init__()
+        self.device = device
         self.spec, self.tokens, self.batch_size, self.bf16 = spec, tokens, batch_size, bf16
         self.wte, self.wpe = nn.Embedding(spec.vocab_size, spec.width), nn.Embedding(spec.context_length, spec.width)
         self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.num_layers))
@@ -38,15 +41,16 @@ class NanoStyle(nn.Module):
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.02)
+        self.to(device)
         groups = [
             {"params": [p for p in self.parameters() if p.dim() > 1], "weight_decay": 0.1},
             {"params": [p for p in self.parameters() if p.dim() < 2], "weight_decay": 0.0},
         ]
-        self.optimiser = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
+        self.optimiser = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), fused=True if device == "cuda" else None)
         self.call = torch.compile(self) if compiled else self
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        h = self.wte(x) + self.wpe(torch.arange(x.shape[1]))
+        h = self.wte(x) + self.wpe(torch.arange(x.shape[1], device=x.device))
         for block in self.blocks:
             h = block(h)
         logits = self.head(self.ln_f(h))
@@ -57,11 +61,13 @@ class NanoStyle(nn.Module):
         starts = torch.randint(len(self.tokens) - T - 1, (self.batch_size,))
         x = torch.stack([torch.from_numpy(self.tokens[i : i + T].astype(np.int64)) for i in starts])
         y = torch.stack([torch.from_numpy(self.tokens[i + 1 : i + 1 + T].astype(np.int64)) for i in starts])
+        if self.device == "cuda":
+            x, y = (t.pin_memory().to(self.device, non_blocking=True) for t in (x, y))
         return x, y
 
     def step(self) -> torch.Tensor:
         x, y = self.batch()
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.bf16):
             loss = self.call(x, y)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters(), 1.0)
