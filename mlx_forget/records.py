@@ -16,6 +16,8 @@ HISTORY = "history.arrows"
 CONFIG = "config.yaml"
 # The configuration of a run in its folder, as a sweep asked for it.
 REQUESTED = "requested.yaml"
+# Why a sweep gave a run up: an object with `reason`, there until the run is tried again.
+FAILURE = "failure.json"
 
 _VERSIONED = ("mlx-forget", "numpy", "pyarrow", "sentencepiece", "torch", "mlx")
 

@@ -8,7 +8,7 @@ from typing import Any
 from mlx_forget.checkpoint import STATE, open_checkpoint
 from mlx_forget.errors import UserError
 from mlx_forget.history import read_history
-from mlx_forget.records import CONFIG, HISTORY, RECORD, read_record
+from mlx_forget.records import CONFIG, FAILURE, HISTORY, RECORD, read_record
 from mlx_forget.runs.index import RunIndex
 from mlx_forget.runs.selection import STATUSES
 
@@ -105,9 +105,13 @@ def _verify_checkpoint(folder: Path, record: dict[str, Any]) -> Iterator[str]:
 
 
 def describe_begun(folder: Path) -> str:
-    """How far a run got that has no record."""
+    """How far a run got that has no record, or why it failed."""
     from mlx_forget.progress import PROGRESS_FILE
 
+    try:
+        return f"failed: {json.loads((folder / FAILURE).read_text(encoding='utf-8'))['reason']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
     try:
         progress = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
         return f"begun, at step {progress['step']:,} of {progress['num_steps']:,} when last heard of"

@@ -271,6 +271,8 @@ def test_every_damage_is_named(run_forget, runs):
     for name, words in wanted.items():
         assert words in " ".join(content["problems"][name]), name
     assert content["begun"] == {"half-cuda": "begun, at step 30 of 600 when last heard of"}
+    (runs / "half-cuda" / "failure.json").write_text('{"reason": "out of memory"}')
+    assert json.loads(run_forget("runs", "verify", runs, "--json")[1])["begun"] == {"half-cuda": "failed: out of memory"}
     assert "d1" not in json.loads(run_forget("runs", "verify", runs, "--no-hashes", "--json")[1])["problems"]
 
 
