@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """CONTRIBUTING.md and CHANGELOG.md stand at the top of the tree, where people look for them; the site has them too."""
-    for name in ("contributing.md", "changelog.md"):
+    """Some pages stand at the top of the tree, where people look for them; the site has them too."""
+    for name in ("contributing.md", "security.md", "changelog.md"):
         files.append(File.generated(config, name, abs_src_path=str(ROOT / f"{Path(name).stem.upper()}.md")))
     return files
 
