@@ -51,6 +51,9 @@ def adapted_modules(linears: Shapes, adapter: AdapterSpec) -> tuple[str, ...]:
     Raises:
         UserError: a target that names no module, or a rank that is no low rank.
     """
+    blocks = sorted({_block_of(name) for name in linears})
+    if adapter.num_layers is not None:
+        linears = {name: shape for name, shape in linears.items() if _block_of(name) in blocks[-adapter.num_layers :]}
     targets = adapter.target_modules or (ATTENTION,)
     chosen = {target: [name for name in linears if _matches(name, target)] for target in targets}
     for target, found in chosen.items():
@@ -75,6 +78,11 @@ def _matches(name: str, target: str) -> bool:
     if target == ATTENTION:
         return any("attn" in part or "attention" in part for part in name.split(".")[:-1])
     return name == target or name.endswith(f".{target}")
+
+
+def _block_of(name: str) -> int:
+    match = re.search(r"\.(\d+)\.", name)
+    return int(match[1]) if match else -1
 
 
 def within_block(name: str) -> str:
@@ -141,6 +149,7 @@ def write_configs(folder: Path, adapter: AdapterSpec, linears: Shapes, *, base: 
 
 def peft_config(adapter: AdapterSpec, linears: Shapes, *, base: str, model_type: str) -> dict[str, Any]:
     """What `PeftModel.from_pretrained` reads. A product that is not scaled is alpha / r with alpha = r."""
+    modules = adapted_modules(linears, adapter)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -150,7 +159,8 @@ def peft_config(adapter: AdapterSpec, linears: Shapes, *, base: str, model_type:
         "use_rslora": adapter.scaling == "alpha/sqrt(r)",
         "use_dora": adapter.kind == "dora",
         "lora_dropout": adapter.dropout,
-        "target_modules": sorted({within_block(name) for name in adapted_modules(linears, adapter)}),
+        "target_modules": sorted({within_block(name) for name in modules}),
+        "layers_to_transform": None if adapter.num_layers is None else sorted({_block_of(name) for name in modules}),
         "fan_in_fan_out": model_type == "gpt2",
         "bias": "none",
         "inference_mode": True,
@@ -161,7 +171,7 @@ def mlx_lm_config(adapter: AdapterSpec, linears: Shapes, *, num_layers: int) -> 
     """What mlx-lm's `--adapter-path` reads."""
     return {
         "fine_tune_type": adapter.kind,
-        "num_layers": num_layers,
+        "num_layers": adapter.num_layers or num_layers,
         "lora_parameters": {
             "rank": adapter.rank,
             "scale": adapter.scale,

@@ -119,6 +119,7 @@ class TrainConfig:
         f"What gets an adapter: {ATTENTION}, {ALL_LINEAR}, or names of modules such as attn.c_attn,mlp.c_fc.",
         aliases=("lora_target", "target_modules"),
     )
+    lora_num_layers: int | None = _key(None, "Only the last so many blocks get adapters; default: all.", aliases=("num_layers",))
     compare_to_start: bool = _key(
         False,
         "Compare with the start model at every evaluation: cross-entropy to its distribution (the forgetting L_f of Kalajdzievski 2024), KL "
@@ -246,6 +247,7 @@ class TrainConfig:
             "memory_limit_gb",
             "replay_rows",
             "replay_tokens",
+            "lora_num_layers",
             "beta2_half_life_tokens",
         ):
             if getattr(self, name) is not None:
@@ -303,6 +305,7 @@ class TrainConfig:
             scaling=self.lora_scaling,
             dropout=self.lora_dropout,
             target_modules=tuple(name.strip() for name in self.lora_target_modules.split(",")),
+            num_layers=self.lora_num_layers,
         )
 
     def optim(self) -> OptimSpec:

@@ -134,7 +134,8 @@ def _adapters(config: dict[str, Any]) -> str:
     scaling = {"alpha/r": "α/r", "alpha/sqrt(r)": "α/√r", "none": "unscaled"}[config["lora_scaling"]]
     alpha = "" if config["lora_scaling"] == "none" else f", α = {config['lora_alpha']:g}"
     modules = "" if config["lora_target_modules"] == ATTENTION else f", {config['lora_target_modules']}"
-    return f"{kind} r = {config['lora_rank']}{modules}, {scaling}{alpha}"
+    last = f", last {config['lora_num_layers']} blocks" if config.get("lora_num_layers") else ""
+    return f"{kind} r = {config['lora_rank']}{modules}{last}, {scaling}{alpha}"
 
 
 def describe(config: dict[str, Any], *, with_strength: bool = True) -> str:

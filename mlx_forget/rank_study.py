@@ -132,14 +132,15 @@ def load_points(runs: Sequence[Run], seed: int | None = None) -> list[Point]:
         if "forgetting_ce" not in record["losses"]["start"] or (seed is not None and record["seed"] != seed):
             continue
         adapted = config["fine_tune_type"] != "full"
-        modules = config["lora_target_modules"]
+        modules, last = config["lora_target_modules"], config.get("lora_num_layers")
+        place = modules if last is None else f"{modules} of the last {last} blocks"
         warmup = WARMUP_SHARE * record["num_steps"]
         for row in read_history(run.history).to_pylist():
             points.append(
                 Point(
                     target=config["target"],
-                    arm=f"{config['fine_tune_type']} r={config['lora_rank']}, {modules}" if adapted else "all weights",
-                    on_all=adapted and modules == ALL_LINEAR,
+                    arm=f"{config['fine_tune_type']} r={config['lora_rank']}, {place}" if adapted else "all weights",
+                    on_all=adapted and place == ALL_LINEAR,
                     rank=config["lora_rank"] if adapted else None,
                     seed=record["seed"],
                     run=record["run_id"],

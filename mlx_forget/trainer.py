@@ -69,6 +69,7 @@ class AdapterSpec:
             or none, which is 1.
         dropout: share of an adapter's inputs that a training step leaves out.
         target_modules: names of modules, or their ends; `attention` or `all-linear`; none is `attention`.
+        num_layers: only the last so many blocks have adapters; None is all.
     """
 
     kind: Literal["lora", "dora"] = "lora"
@@ -77,6 +78,7 @@ class AdapterSpec:
     scaling: Literal["alpha/r", "alpha/sqrt(r)", "none"] = "alpha/r"
     dropout: float = 0.0
     target_modules: tuple[str, ...] = ()
+    num_layers: int | None = None
 
     @property
     def scale(self) -> float:

@@ -96,6 +96,7 @@ def test_a_record_says_what_was_trained_and_what_was_forgotten(run_of, backend):
     assert record["num_params"] > record["num_trainable_params"]
     assert record["adapter"] == {
         "kind": "dora", "rank": 4, "alpha": 16.0, "scaling": "alpha/sqrt(r)", "dropout": 0.0, "target_modules": ("all-linear",),
+        "num_layers": None,
     }  # fmt: skip
     start, end = record["losses"]["start"], record["losses"]["end"]
     assert start["forgetting_kl"] == pytest.approx(0, abs=1e-5)

@@ -309,6 +309,14 @@ def test_adapters_start_as_pefts_do():
     assert not np.array_equal(a, parts["transformer.h.1.mlp.c_proj" + adapters.A])
 
 
+def test_only_the_last_blocks_have_adapters_where_that_is_asked():
+    assert adapters.adapted_modules(LINEARS, adapter_of(num_layers=1, target_modules=("attention",))) == (
+        "transformer.h.1.attn.c_attn",
+        "transformer.h.1.attn.c_proj",
+    )
+    assert adapters.adapted_modules(LINEARS, adapter_of(num_layers=9)) == tuple(LINEARS)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [({"target_modules": ("q_proj",)}, "attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj"), ({"rank": 33}, "--lora-rank 33 exceeds")],
