@@ -18,7 +18,7 @@ OUTPUT ?= runs/$(RECIPE)-seed$(SEED)
 SETTINGS = --set seed=$(SEED) --set backend=$(BACKEND) $(if $(SIZE),--set model=$(SIZE)) $(if $(DATA),--set target=$(DATA)) $(if $(PRETRAIN),--set pretrain=$(PRETRAIN))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint type test test-full bench parity coverage docs pages reproduce-figure1 reproduce-laws reproduce-replay reproduce-toy clean
+.PHONY: help setup lint type test test-full test-faults fuzz bench parity coverage docs pages reproduce-figure1 reproduce-laws reproduce-replay reproduce-toy clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-20s %s\n", $$1, $$2}'
@@ -48,6 +48,13 @@ test-full: setup  ## every suite in its long form
 bench: setup  ## speed against named baselines, as ratios measured in one run
 	for file in tests/benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
 
+test-faults: setup  ## killed, cut off, full, read-only and damaged at every named point; prints its counts; about an hour
+	$(BIN)/python -m pytest -q tests/faults
+
+EXAMPLES ?= 10000
+fuzz: setup  ## every file reader on files that are almost right: EXAMPLES= of each
+	FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q -s tests/fuzz
+
 parity: setup  ## measure how far the two backends differ and write the table into README.md; about five minutes
 	$(BIN)/python -m tests.parity_table README.md
 
@@ -65,7 +72,7 @@ reproduce-figure1: setup  ## Figure 1 of the paper at laptop scale; SEED= SIZE= 
 	$(BIN)/forget sweep $(RECIPE) $(SETTINGS) --output $(OUTPUT)
 	$(BIN)/forget plot $(OUTPUT) --output figures --name $(if $(filter 0,$(SEED)),$(RECIPE),$(RECIPE)-seed$(SEED))
 
-# Every table of published runs with its law, and our own tables of runs (Parquet) where there are any: fit.json and figures per table.
+# Every table of published runs with its law, and our own tables of runs, as `forget runs export` writes them: fit.json and figures each.
 LAWS = figures/laws
 FIT = $(BIN)/forget fit
 reproduce-laws: setup  ## refit and redraw the laws from the committed tables, in under a minute: figures/laws
@@ -74,7 +81,8 @@ reproduce-laws: setup  ## refit and redraw the laws from the committed tables, i
 	$(FIT) data/reference/datablations.csv --law chinchilla --where 'D <= U' -o $(LAWS)/datablations/fit.json --plot $(LAWS)/datablations
 	$(FIT) data/reference/cmr_gu2024.csv --law cmr --by model -o $(LAWS)/cmr/fit.json --plot $(LAWS)/cmr
 	$(FIT) data/reference/replay_ibrahim2024.csv --law bethune-forgetting-e --by setting --fix beta=0 -o $(LAWS)/replay/fit.json --plot $(LAWS)/replay
-	for table in $(wildcard data/runs/*.parquet); do name=$$(basename $${table%.*}); \
+	$(FIT) data/runs/figure1.parquet --law forgetting-fixed-n --fix beta=0 -o $(LAWS)/figure1/fit.json --plot $(LAWS)/figure1
+	for table in $(filter-out data/runs/figure1.parquet,$(wildcard data/runs/*.parquet)); do name=$$(basename $${table%.*}); \
 	  $(FIT) $$table --by domain -o $(LAWS)/$$name/fit.json --plot $(LAWS)/$$name || exit 1; done
 
 reproduce-replay: setup  ## methods compared at laptop scale (Marek et al.); SEED= BACKEND= OUTPUT=

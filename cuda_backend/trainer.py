@@ -238,9 +238,10 @@ class TorchTrainer(Trainer):
         self, tokens: npt.NDArray[np.int32], segment: npt.NDArray[np.int32] | None = None, *, from_reference: bool = False
     ) -> npt.NDArray[np.float32]:
         self._refuse_shards("Reading whole distributions")
-        weights = self._reference if from_reference else self._weights
+        weights = self._reference if from_reference else self._folded()
         if weights is None:
             raise UserError("Log-probabilities of the reference need one: call set_reference first.")
+        weights = {name: value.float() for name, value in weights.items()}
         inputs, _ = self._split(tokens)
         own = None if segment is None else torch.from_numpy(segment).to(self._torch_device)
         with torch.no_grad():

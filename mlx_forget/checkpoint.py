@@ -14,12 +14,18 @@ leaves `last` or `previous` whole.
 import hashlib
 import json
 import os
+import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from mlx_forget import adapters, pretrained
+from mlx_forget.durable_files import SEAL, is_whole, sealed, sync
 from mlx_forget.errors import UserError
 from mlx_forget.ladder import ModelSpec, hf_config, linear_shapes, spec_from_hf_config
 from mlx_forget.pipeline.vocabularies import JSON_FILE, SENTENCEPIECE_FILE, copy_tokenizer, special_ids, tokenizer_in
@@ -108,9 +114,10 @@ def save_checkpoint(
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     adapter = adapter_of(state)
-    trainer.save(aside / (WEIGHTS if adapter is None else adapters.WEIGHTS), trainable_only=adapter is not None)
-    if with_training_state:
-        trainer.save_state(aside / TRAINING_STATE)
+    with _system_errors(aside):
+        trainer.save(aside / (WEIGHTS if adapter is None else adapters.WEIGHTS), trainable_only=adapter is not None)
+        if with_training_state:
+            trainer.save_state(aside / TRAINING_STATE)
     copy_tokenizer(tokenizer, aside)
     config = _config_of(model, tokenizer)
     (aside / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
@@ -131,7 +138,7 @@ def save_checkpoint(
         _remove(old)
         os.rename(folder, old)
     os.rename(aside, folder)
-    _sync(folder.parent)
+    sync(folder.parent)
     if not with_training_state:
         _remove(old)
 
@@ -149,9 +156,9 @@ def seal(folder: Path, state: dict[str, Any]) -> None:
     """Write `state.json` with the checksums of everything else in a checkpoint's folder, and make sure that all is on disk."""
     files = {str(path.relative_to(folder)): _sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
     content = {"schema_version": SCHEMA_VERSION, **state, "files": files}
-    (folder / STATE).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    (folder / STATE).write_text(json.dumps(sealed(content), indent=1), encoding="utf-8")
     for path in [*folder.rglob("*")]:
-        _sync(path)
+        sync(path)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -165,12 +172,17 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         version, files = state["schema_version"], dict(state["files"])
     except FileNotFoundError:
         raise UserError(f"{folder} is not a checkpoint: it has no {STATE}.") from None
-    except (ValueError, KeyError, TypeError, NotADirectoryError):
+    except (ValueError, KeyError, TypeError, NotADirectoryError, RecursionError):
         raise UserError(f"Checkpoint {folder} is damaged: {STATE} cannot be read.") from None
     if version != SCHEMA_VERSION:
         raise UserError(f"Checkpoint {folder} has schema {version}, this version reads {SCHEMA_VERSION}.")
+    if not is_whole(state):
+        raise UserError(f"Checkpoint {folder} is damaged: the checksum of {STATE} does not match.")
+    state.pop(SEAL, None)
     for name, wanted in files.items():
         path = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(f"Checkpoint {folder} names files outside of it, which is refused.")
         if not path.is_file() or _sha256(path) != wanted:
             raise UserError(f"Checkpoint file {path} is damaged or missing (its checksum does not match).")
     return Checkpoint(folder, state)
@@ -253,14 +265,18 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(trash)
 
 
+@contextmanager
+def _system_errors(folder: Path) -> Iterator[None]:
+    """What the system says to safetensors, such as that the disk is full, as the system says it elsewhere."""
+    try:
+        yield
+    except SafetensorError as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(folder)) from None
+
+
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

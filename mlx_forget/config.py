@@ -13,7 +13,6 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from mlx_forget.adapters import ALL_LINEAR, ATTENTION
@@ -25,6 +24,7 @@ from mlx_forget.pipeline.rows import LAYOUTS
 from mlx_forget.pipeline.shares import describe_share, parse_stages
 from mlx_forget.pretrained import PretrainedSpec
 from mlx_forget.schedule import DECAYS, Decay, Schedule
+from mlx_forget.strict_yaml import read_yaml as read_yaml
 from mlx_forget.token_counts import parse_tokens
 from mlx_forget.trainer import AdapterSpec, Optimizer, OptimSpec, Precision, RuntimeSpec
 
@@ -77,7 +77,11 @@ class TrainConfig:
     )
     p_of: Literal["rows", "tokens"] = _key("rows", "What p is a share of, where rows differ in tokens to learn.")
     pretrain_epochs: int = _key(1, "How often a pretraining row may be served.")
-    rows: str = _key("packed", "packed; documents: packed, kept apart; padded: one conversation or document a row.")
+    rows: str = _key(
+        "packed",
+        "packed; documents: packed, kept apart; padded: one conversation or document a row, longer ones in several; truncated: "
+        "their first row alone; whole: only those that fit a row.",
+    )
     mask_prompt: bool = _key(True, "Learn only what the data marks as to be learnt, such as answers.")
     target_tokens: int | None = _key(
         None,
@@ -447,37 +451,6 @@ def from_layers(kind: type[Config], *layers: Mapping[str, Any], where: str = "co
                 given[name] = merged.get(name, {}) | given[name]
         merged |= given
     return kind(**merged)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file whose top level is a mapping.
-
-    Raises:
-        UserError: missing, unreadable, or not such a file.
-    """
-    import yaml
-
-    class StrictLoader(yaml.SafeLoader):
-        """Safe, and a key that is given twice is an error instead of a surprise."""
-
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            keys = [key.value for key, _ in node.value]
-            for key in keys:
-                if keys.count(key) > 1:
-                    raise UserError(f"{path}: {key!r} is given twice.")
-            return super().construct_mapping(node, deep)
-
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), StrictLoader)
-    except OSError as error:
-        raise UserError(f"Cannot read {path}: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must be a mapping of keys to values.")
-    return content
 
 
 def to_yaml(config: TrainConfig) -> str:

@@ -2,8 +2,12 @@
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from mlx_forget import adapters, checkpoint
 from mlx_forget.checkpoint import Checkpoint
@@ -11,7 +15,7 @@ from mlx_forget.errors import UserError
 from mlx_forget.ladder import outputs_first, param_shapes
 from mlx_forget.pipeline.corpora import forget_home
 from mlx_forget.pipeline.vocabularies import copy_tokenizer
-from mlx_forget.pretrained import names_in_files, read_tensor, tensor_names, weight_files
+from mlx_forget.pretrained import names_in_files, read_tensor, tensor_names, weight_files, write_tensors
 
 
 def base_of(start: Checkpoint) -> dict[str, Any]:
@@ -32,8 +36,7 @@ def fuse(found: Checkpoint, folder: Path, *, base: Path | None = None) -> Checkp
     Raises:
         UserError: nothing to fuse, the folder is there already, or the base is missing or another one.
     """
-    adapter = found.adapter
-    if adapter is None:
+    if found.adapter is None:
         raise UserError(f"{found.folder} holds whole weights: there is nothing to fuse.")
     if folder.exists():
         raise UserError(f"{folder} exists already: choose another place or remove it.")
@@ -43,7 +46,9 @@ def fuse(found: Checkpoint, folder: Path, *, base: Path | None = None) -> Checkp
     aside.mkdir(parents=True)
     _write_fused(start, found, aside / checkpoint.WEIGHTS)
     copy_tokenizer(found.tokenizer, aside)
-    shutil.copyfile(found.folder / checkpoint.CONFIG, aside / checkpoint.CONFIG)
+    for name in (checkpoint.CONFIG, checkpoint.GENERATION_CONFIG):
+        if (found.folder / name).is_file():
+            shutil.copyfile(found.folder / name, aside / name)
     kept = {key: value for key, value in found.state.items() if key not in ("schema_version", "files", "adapter", "base")}
     fused_from = {"folder": str(found.folder.resolve()), "adapter": found.state["adapter"], "base": found.state["base"]}
     checkpoint.seal(aside, {**kept, "fused_from": fused_from})
@@ -91,23 +96,28 @@ def _open_base(found: Checkpoint, base: Path | None) -> Checkpoint:
 
 
 def _write_fused(start: Checkpoint, found: Checkpoint, target: Path) -> None:
-    from safetensors.numpy import load_file, save_file
+    """The weights of a base with adapters in them, float32; one tensor is in memory at a time."""
+    from safetensors.numpy import load_file
 
-    adapter = found.adapter
+    adapter, model = found.adapter, start.model_spec()
     assert adapter is not None
-    stored = load_file(found.weights)
     parts: dict[str, adapters.Arrays] = {}
-    for file_name, value in stored.items():
+    for file_name, value in load_file(found.weights).items():
         name = adapters.parameter_name(file_name)
         module = adapters.module_of(name)
-        parts.setdefault(module, {})[name.removeprefix(module)] = value
-    model = start.model_spec()
-    whole: adapters.Arrays = {}
-    for file in weight_files(start.weights):
-        for name_in_file, name in names_in_files(tensor_names(file), param_shapes(model)).items():
-            own = parts.pop(name.removesuffix(".weight"), None) if name.endswith(".weight") else None
-            value = read_tensor(file, name_in_file)
-            whole[name] = value if own is None else adapters.fused(value, own, adapter, outputs_first=outputs_first(model))
-    if parts:
-        raise UserError(f"{found.weights} has adapters for {next(iter(parts))}, which {start.folder} does not have.")
-    save_file(whole, target, metadata={"format": "pt"})
+        parts.setdefault(f"{module}.weight", {})[name.removeprefix(module)] = value
+    shapes = param_shapes(model)
+    for name in parts.keys() - set(shapes):
+        raise UserError(f"{found.weights} has adapters for {name}, which {start.folder} does not have.")
+    places = {
+        name: (file, name_in_file)
+        for file in weight_files(start.weights)
+        for name_in_file, name in names_in_files(tensor_names(file), shapes).items()
+    }
+
+    def tensors() -> Iterator[npt.NDArray[np.float32]]:
+        for name in shapes:
+            value, own = read_tensor(*places[name]), parts.get(name)
+            yield value if own is None else adapters.fused(value, own, adapter, outputs_first=outputs_first(model))
+
+    write_tensors(target, shapes, tensors())

@@ -6,6 +6,8 @@ evaluations can be compared window by window. The columns about the start model 
 run was not asked for them.
 """
 
+import hashlib
+import json
 import os
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +16,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute
 import pyarrow.ipc
+
+from mlx_forget.errors import UserError
+
+# Beside every row: Arrow checks its own framing, and no value.
+_SEAL = b"sha256"
+_UNREADABLE = (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError, pa.ArrowKeyError)
 
 SCHEMA = pa.schema(
     [
@@ -41,15 +49,32 @@ SCHEMA = pa.schema(
 
 
 def read_history(path: Path) -> pa.Table:
-    """The rows of a history file; an unfinished last row is left out, and a column that an older release did not write is null."""
+    """The rows of a history file; an unfinished last row is left out, and a column that an older release did not write is null.
+
+    Raises:
+        UserError: a row is not what was written, or the record beside it knows of more rows.
+    """
     batches: list[pa.RecordBatch] = []
     try:
         with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as reader:
             while True:
-                batches.append(reader.read_next_batch())
-    except (StopIteration, pa.ArrowInvalid, OSError):
+                batch, sealed = reader.read_next_batch_with_custom_metadata()
+                if sealed is not None and sealed.get(_SEAL) != _checksum(batch):
+                    raise _damaged(path, f"row {len(batches) + 1} is not what was written")
+                batches.append(batch)
+    except (StopIteration, OSError, *_UNREADABLE):
         # The stream of a killed or running writer ends without a mark, possibly within a row.
         pass
+    try:
+        table = _with_all_columns(batches)
+    except _UNREADABLE:
+        raise _damaged(path, "its columns are not those of a history") from None
+    if table.num_rows < (known := _num_recorded(path.parent)):
+        raise _damaged(path, f"it holds {table.num_rows} of {known} rows")
+    return table
+
+
+def _with_all_columns(batches: list[pa.RecordBatch]) -> pa.Table:
     if not batches:
         return SCHEMA.empty_table()
     table = pa.Table.from_batches(batches)
@@ -57,6 +82,28 @@ def read_history(path: Path) -> pa.Table:
         table[name] if name in table.column_names else pa.nulls(len(table), SCHEMA.field(name).type) for name in SCHEMA.names
     ]
     return pa.table(columns, schema=SCHEMA)
+
+
+def _damaged(path: Path, what: str) -> UserError:
+    return UserError(f"{path} is damaged ({what}): restore it, or remove it and go without the run's curves.")
+
+
+def _checksum(batch: pa.RecordBatch) -> bytes:
+    try:
+        # Offsets that lead out of the file would be followed.
+        batch.validate(full=True)
+        rows = json.dumps(batch.to_pylist())
+    except (UnicodeDecodeError, RecursionError, *_UNREADABLE):
+        return b""
+    return hashlib.sha256(rows.encode()).hexdigest().encode()
+
+
+def _num_recorded(folder: Path) -> int:
+    """Rows that the record of a finished run counts in its history."""
+    try:
+        return int(json.loads((folder / "record.json").read_text(encoding="utf-8")).get("history_rows", 0))
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return 0
 
 
 class HistoryWriter:
@@ -71,13 +118,14 @@ class HistoryWriter:
         self._file = aside.open("wb")
         self._writer = pa.ipc.new_stream(self._file, SCHEMA)
         for batch in kept:
-            self._writer.write_batch(batch)
+            for number in range(batch.num_rows):
+                self._write(batch.slice(number, 1))
         self._flush()
         os.replace(aside, path)
 
     def append(self, row: dict[str, Any]) -> None:
         """Write one row and hand it to the operating system."""
-        self._writer.write_batch(pa.RecordBatch.from_pylist([row], schema=SCHEMA))
+        self._write(pa.RecordBatch.from_pylist([row], schema=SCHEMA))
         self._flush()
 
     def close(self) -> None:
@@ -89,6 +137,9 @@ class HistoryWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+    def _write(self, batch: pa.RecordBatch) -> None:
+        self._writer.write_batch(batch, custom_metadata={_SEAL: _checksum(batch)})
 
     def _flush(self) -> None:
         self._file.flush()

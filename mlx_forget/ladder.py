@@ -163,7 +163,7 @@ def param_shapes(spec: ModelSpec | PretrainedSpec) -> dict[str, tuple[int, ...]]
 
 def linear_shapes(spec: ModelSpec | PretrainedSpec) -> dict[str, tuple[int, int]]:
     """{module: (in, out)} of every linear map in the blocks: what adapters can sit on."""
-    shapes = param_shapes(spec)
+    shapes = spec.unpacked if isinstance(spec, PretrainedSpec) else param_shapes(spec)
     maps = {
         name.removesuffix(".weight"): shape
         for name, shape in shapes.items()

@@ -27,6 +27,7 @@ from mlx_forget import checkpoint
 from mlx_forget.checkpoint import Checkpoint
 from mlx_forget.errors import UserError
 from mlx_forget.evaluate import Estimate, Losses, Windows, estimate, paired_difference, window_losses
+from mlx_forget.fuse import whole_checkpoint
 from mlx_forget.methods import MethodSpec
 from mlx_forget.plan import Plan
 from mlx_forget.run import trainer_spec
@@ -115,7 +116,7 @@ def measure(chain: Chain, folders: Sequence[Path], known: Sequence[LossMatrix] =
     starts = [_first_start(chain.plans[0])]
     keeps = [stage.keep for stage in chain.stages]
     starts += [
-        checkpoint.open_checkpoint(folder / "checkpoints" / CHECKPOINT_OF[keep])
+        whole_checkpoint(checkpoint.open_checkpoint(folder / "checkpoints" / CHECKPOINT_OF[keep]))
         for folder, keep in zip(folders, keeps, strict=False)
     ]
     weights = tuple(start.state["files"][checkpoint.WEIGHTS] for start in starts)
@@ -157,7 +158,8 @@ def _first_start(plan: Plan) -> Checkpoint:
 def _reader(plan: Plan) -> Trainer:
     """A trainer that only evaluates."""
     spec = trainer_spec(plan)
-    return load_backend(plan.backend)(replace(spec, method=MethodSpec(), runtime=replace(spec.runtime, reads_only=True)))
+    runtime = replace(spec.runtime, reads_only=True, shard=False)
+    return load_backend(plan.backend)(replace(spec, method=MethodSpec(), adapter=None, runtime=runtime))
 
 
 def _checksum(tokens: npt.NDArray[np.int32]) -> str:

@@ -139,7 +139,7 @@ def _adapters(config: dict[str, Any]) -> str:
     return f"{kind} r = {config['lora_rank']}{modules}, {scaling}{alpha}"
 
 
-def describe(config: dict[str, Any]) -> str:
+def describe(config: dict[str, Any], *, with_strength: bool = True) -> str:
     """A run's method in words, with its coefficient and where its replay rows come from."""
     name = config["method"]
     method = METHODS[name]
@@ -154,7 +154,7 @@ def describe(config: dict[str, Any]) -> str:
         parts.append({REPLAY_SELF: "self-generated", REPLAY_PRETRAIN: "real data"}.get(data, str(data)))
     if str(config["p"]) not in ("0", "0%"):
         parts.append(f"p = {config['p']}")
-    if method.strength is not None:
+    if method.strength is not None and with_strength:
         value = method.default if coefficient is None else coefficient
         equals = " " if method.strength == "factor" else " = "
         parts.append(f"{_SYMBOLS[method.strength]}{equals}{value:g}")

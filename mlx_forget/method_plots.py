@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from mlx_forget.capacity_slices import Axis, SlicePoint
+
 
 def draw_methods(trajectories: Sequence[Trajectory], *, title: str) -> "Figure":
     """Whole trajectories on the left, where they end on the right; lower left is better. The first seed of each method is drawn."""
@@ -68,6 +70,45 @@ def draw_rates(found: Sequence[Point], level: float, *, title: str) -> "Figure":
         axis.spines[["top", "right"]].set_visible(False)
     left.axhline(0, color="black", linewidth=0.8, linestyle=":")
     right.set_yscale("log")
+    handles, names = left.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def draw_slices(found: "Sequence[SlicePoint]", axis: "Axis", level: float, *, title: str) -> "Figure":
+    """Pretraining loss before, and after with the best coefficient of each method, against size or length of pretraining."""
+    from matplotlib.figure import Figure
+
+    from mlx_forget.capacity_slices import AXES
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    labels = list(dict.fromkeys(point.label for point in found))
+    start = sorted({(point.x, point.before) for point in found if point.seed == found[0].seed})
+    left.plot(*zip(*start, strict=True), color="black", linestyle=":", marker="*", markersize=9, label="before")
+    for key in dict.fromkeys((point.label, point.seed) for point in found):
+        line = [point for point in found if (point.label, point.seed) == key]
+        # Black is the loss before.
+        number = 1 + labels.index(key[0])
+        style: dict[str, Any] = {
+            "color": COLOURS[number % len(COLOURS)],
+            "marker": MARKERS[number % len(MARKERS)],
+            "linewidth": 1.4,
+        }
+        places = [point.x for point in line]
+        left.plot(
+            places, [point.before + point.forgetting for point in line], label=key[0] if key[1] == found[0].seed else None, **style
+        )
+        right.plot(places, [point.forgetting for point in line], **style)
+    for panel, name in ((left, "pretraining validation loss (nats per token)"), (right, "forgetting (nats per token)")):
+        panel.set_xscale("log")
+        panel.set_xlabel(AXES[axis])
+        panel.set_ylabel(name)
+        panel.grid(alpha=0.25, linewidth=0.6, which="both")
+        panel.spines[["top", "right"]].set_visible(False)
+    right.axhline(0, color="black", linewidth=0.8, linestyle=":")
+    right.set_title(f"at target loss {level:.3f}", fontsize=11)
     handles, names = left.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.suptitle(title, fontsize=11)

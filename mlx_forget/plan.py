@@ -41,7 +41,7 @@ from mlx_forget.pipeline.catalog import builtin_tokenizer, resolve_store
 from mlx_forget.pipeline.corpora import CORPORA, build_corpus, forget_home
 from mlx_forget.pipeline.mixture import Mixture
 from mlx_forget.pipeline.reference_rows import row_bytes
-from mlx_forget.pipeline.rows import Layout
+from mlx_forget.pipeline.rows import PADDED, Layout, Rows
 from mlx_forget.pipeline.shares import ShareSchedule, Stage, constant_share, parse_sources, parse_stages
 from mlx_forget.pipeline.store import TokenStore
 from mlx_forget.pipeline.vocabularies import find_tokenizer, load_vocabulary, tokenizer_in
@@ -246,6 +246,12 @@ def _plan(config: TrainConfig, backend: str, group: Group, folder: Path | None, 
         beta2 = 0.5 ** (config.batch_size * row_length / config.beta2_half_life_tokens)
         config = dataclasses.replace(config, beta2=beta2, beta2_half_life_tokens=None)
     stream, windows, num_steps = _data(config, stores, row_length)
+    if config.rows in PADDED:
+        for name in targets | pools:
+            split = stores[name].split("train")
+            if num_long := Rows(split, row_length, config.rows).num_long:  # type: ignore[arg-type]
+                say_long = f"{num_long:,} of {split.num_documents:,} documents are longer than a row of {row_length} tokens"
+                watch.say(f"{name}: {say_long} and {PADDED[config.rows]} (--rows {', '.join(PADDED)}).")
     if config.compare_to_start and windows[2] is not None and windows[2].segment is not None:
         raise UserError("--compare-to-start reads rows without document masks: give --rows packed or padded.")
     rates = schedule(config, model, base_peak, default_peak_rate=default_rate)
@@ -412,6 +418,8 @@ def _check_method(config: TrainConfig, backend: str, capabilities: Capabilities)
         raise UserError(
             "The Fisher information of ewc is measured before training: --replay-data online has no rows then; take self."
         )
+    if config.reference_log_probs != REFERENCE_LIVE and config.shard:
+        raise UserError("A sharded model does not give its log-probabilities away: leave reference_log_probs live.")
     if config.reference_log_probs != REFERENCE_LIVE and (
         method.replay_term != TERM_REPLAY_KL or config.replay_data == REPLAY_ONLINE
     ):

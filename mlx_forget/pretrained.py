@@ -5,9 +5,11 @@ The facts come from `config.json` and from the headers of the weight files, so t
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -80,25 +82,30 @@ class PretrainedSpec:
         narrow = 4 if precision == "fp32" else 2
         return 16 * self.width + narrow * (6 * self.width + 4 * self.mlp_width)
 
+    @cached_property
+    def unpacked(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every weight as it computes; of quantised ones what they stand for, without their scales."""
+        if self.bits is None:
+            return dict(self.shapes)
+        names = dict(self.shapes)
+        whole: dict[str, tuple[int, ...]] = {}
+        for name, shape in self.shapes:
+            module, _, kind = name.rpartition(".")
+            packed = f"{module}.scales" in names
+            if packed and kind in ("scales", "biases"):
+                continue
+            whole[name] = (*shape[:-1], shape[-1] * 32 // self.bits) if packed and kind == "weight" else shape
+        return whole
+
     @property
     def num_params(self) -> int:
         """All parameters, a tied matrix once; of packed weights as many as they stand for."""
-        return sum(self._size(name, shape) for name, shape in self.shapes)
+        return sum(math.prod(shape) for shape in self.unpacked.values())
 
     @property
     def num_non_embedding_params(self) -> int:
         """Parameters without token and position embeddings and without an output matrix of its own."""
-        return sum(self._size(name, shape) for name, shape in self.shapes if not _EMBEDDING.search(name))
-
-    def _size(self, name: str, shape: tuple[int, ...]) -> int:
-        size = 1
-        for length in shape:
-            size *= length
-        if self.bits is None:
-            return size
-        module, _, kind = name.rpartition(".")
-        packed = kind == "weight" and (f"{module}.scales" in dict(self.shapes))
-        return 0 if kind in ("scales", "biases") else size * 32 // self.bits if packed else size
+        return sum(math.prod(shape) for name, shape in self.unpacked.items() if not _EMBEDDING.search(name))
 
 
 def is_pretrained(folder: Path) -> bool:
@@ -283,6 +290,22 @@ def read_tensor(file: Path, name: str) -> npt.NDArray[np.float32]:
     else:
         raise UserError(f"{file}: {name} has the type {header['dtype']}, which is not read here: give the original checkpoint.")
     return values.reshape(header["shape"])
+
+
+def write_tensors(file: Path, shapes: Mapping[str, tuple[int, ...]], values: Iterable[npt.NDArray[np.float32]]) -> None:
+    """Write float32 tensors as safetensors, in the order of their shapes, one at a time."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as handle:
+        handle.write(len(text).to_bytes(8, "little") + text)
+        for shape, value in zip(shapes.values(), values, strict=True):
+            assert value.shape == tuple(shape)
+            handle.write(np.ascontiguousarray(value, "<f4").data)
 
 
 def names_in_files(stored: Iterable[str], wanted: Mapping[str, Any]) -> dict[str, str]:

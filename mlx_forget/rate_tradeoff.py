@@ -52,18 +52,24 @@ def points(trajectories: Sequence[Trajectory]) -> list[Point]:
     return sorted(found, key=lambda point: (order[point.label], point.seed, -point.learning_rate))
 
 
-def _at(trajectory: Trajectory, level: float) -> Point:
+def reading_at(trajectory: Trajectory, level: float) -> tuple[float, float]:
+    """(step, forgetting in nats) where a run that reaches a target loss, and starts above it, first does."""
     rows = trajectory.rows
     index = next(i for i, row in enumerate(rows) if row["target_val_loss"] <= level)
     before, after = rows[index - 1], rows[index]
     share = (before["target_val_loss"] - level) / (before["target_val_loss"] - after["target_val_loss"])
     forgetting = [trajectory.forgetting(row) for row in (before, after)]
+    return before["step"] + share * (after["step"] - before["step"]), forgetting[0] + share * (forgetting[1] - forgetting[0])
+
+
+def _at(trajectory: Trajectory, level: float) -> Point:
+    step, forgetting = reading_at(trajectory, level)
     return Point(
         label=trajectory.label,
         seed=trajectory.seed,
         learning_rate=trajectory.record["learning_rate"],
-        step=before["step"] + share * (after["step"] - before["step"]),
-        forgetting=forgetting[0] + share * (forgetting[1] - forgetting[0]),
+        step=step,
+        forgetting=forgetting,
     )
 
 

@@ -1,13 +1,13 @@
 """Run records: `record.json`, written once by atomic rename when a run has ended for good. Its existence means done."""
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from mlx_forget.durable_files import SEAL, is_whole, sealed, sync, write_text
 from mlx_forget.errors import UserError
 
 SCHEMA_VERSION = 1
@@ -33,13 +33,9 @@ class Run:
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """Write `record.json`, aside first."""
-    aside = folder / f".{RECORD}.part"
-    with aside.open("w", encoding="utf-8") as file:
-        json.dump(record, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, folder / RECORD)
+    """Write `record.json`, aside first, with its checksum."""
+    write_text(folder / RECORD, json.dumps(sealed(record), indent=1))
+    sync(folder)
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -54,10 +50,13 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         found = record["schema_version"]
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path} is damaged: remove it, and the run can be resumed or repeated.") from None
+    if not is_whole(record):
+        raise UserError(f"{path} is damaged (its checksum does not match): remove it, and the run can be resumed or repeated.")
     if found != SCHEMA_VERSION:
         raise UserError(f"{path} has record schema {found}, this version reads {SCHEMA_VERSION}.")
+    record.pop(SEAL, None)
     return record
 
 

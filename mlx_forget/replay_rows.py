@@ -108,7 +108,7 @@ def error_of_kept_log_probs(plan: Plan, trainer: Trainer) -> dict[str, Any] | No
         return None
     assert plan.start is not None
     members = replay.reference.members if isinstance(replay.reference, BlendedLogProbs) else (replay.reference,)
-    trainer.set_reference(plan.start.weights)
+    trainer.set_reference(plan.start.weights if plan.config.adapter() is None else "adapters_off")
     return {
         "kind": plan.config.reference_log_probs,
         "when_kept": {str(member.folder): member.measured for member in members},

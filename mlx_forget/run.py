@@ -197,6 +197,8 @@ def finish_run(plan: Plan, run: RunState, trainer: Trainer, *, stack_size: int =
     """The record of a run that has ended for good, written into its folder by rank 0."""
     record = _record(plan, run, trainer) | {"stack_size": stack_size}
     if plan.group.rank == 0:
+        history = plan.folder / records.HISTORY
+        record["history_rows"] = read_history(history).num_rows if history.exists() else 0
         records.write_record(plan.folder, record)
         checkpoint.prune(plan.folder / "checkpoints")
     return record

@@ -182,7 +182,7 @@ def _with_earlier(config: TrainConfig, before: list[Plan]) -> TrainConfig:
         side = plan.stream.target
         members = side.members if isinstance(side, Blend) else (side,)
         for name, member in zip(sources_of(plan.config.target), members, strict=True):
-            learnt = member.num_tokens if member.layout == "padded" else member.num_rows * member.row_length
+            learnt = member.num_tokens if member.rows.is_padded else member.num_rows * member.row_length
             limits[name] = max(limits.get(name, 0), learnt)
     limits = {name: limit for name, limit in limits.items() if name not in sources_of(config.pretrain)}
     text = next(iter(shares)) if len(shares) == 1 else ",".join(f"{name}={share}" for name, share in shares.items())

@@ -74,7 +74,13 @@ def read_recipe(path: Path) -> Recipe:
     for key in content:
         if key not in known:
             raise unknown("recipe key", key, known)
-    smoke, scaled = content.get("smoke") or {}, set[str]()
+    smoke = content.get("smoke") or {}
+    for name, part in (("smoke", smoke), *((name, content.get(name)) for name in ("config", "grid", "arms"))):
+        if part is not None and not (isinstance(part, dict) and all(isinstance(key, str) for key in part)):
+            raise UserError(f"{path}: {name} must be a mapping of keys to values.")
+    if not all(isinstance(part or {}, dict) for part in smoke.values()):
+        raise UserError(f"{path}: what smoke changes must be mappings of keys to values.")
+    scaled = set[str]()
     config, grid = dict(content.get("config") or {}), dict(content.get("grid") or {})
     if os.environ.get("FORGET_SCALE") == "smoke":
         config, grid = config | (smoke.get("config") or {}), grid | (smoke.get("grid") or {})

@@ -13,6 +13,7 @@ import yaml
 from mlx_forget import trainer as trainer_module
 from mlx_forget.cli import COMMANDS, app, load_command
 from mlx_forget.history import read_history
+from mlx_forget.records import read_record
 
 
 @pytest.fixture
@@ -88,7 +89,7 @@ def test_a_finetune_with_no_arguments_trains_its_base_once_and_writes_the_contra
     assert set(roles["target"]) == {"fingerprint", "role", "unique_tokens", "tokens_seen", "same_as_published"}
     assert "Corpus code: same as published: no" in err
     folder = tmp_path / "runs" / f"{record['run_id']}-fake"
-    assert json.loads((folder / "record.json").read_text()) == record
+    assert read_record(folder) == record
     assert yaml.safe_load((folder / "config.yaml").read_text())["target"] == "code"
     assert read_history(folder / "history.arrows").num_rows == 5
     assert not (folder / "checkpoints" / "previous").exists()

@@ -4,9 +4,11 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 import mlx_forget
 from mlx_forget import trainer
@@ -69,9 +71,21 @@ def test_the_glossary_names_every_key_of_a_record_a_history_and_a_fit(run_forget
         assert set(keys) - named == set()
 
 
+def test_the_tour_of_the_tree_names_every_package():
+    tour = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for package in (ROOT / "mlx_forget").glob("*/__init__.py"):
+        assert f"`mlx_forget/{package.parent.name}/`" in tour
+
+
+def test_the_citation_is_of_this_version():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert (cited["version"], cited["license"], cited["title"]) == (project["version"], project["license"], project["name"])
+
+
 def test_the_pages_are_in_the_source_distribution():
-    content = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    listed = re.search(r"tool\.hatch\.build\.targets\.sdist\]\ninclude = \[(.*?)\]", content, re.DOTALL)[1]
+    content = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    listed = content["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
     for name in ("docs", "mkdocs.yml", "CONTRIBUTING.md", "CITATION.cff"):
-        assert f'"{name}"' in listed
+        assert name in listed
         assert (ROOT / name).exists()

@@ -55,6 +55,8 @@ def test_the_laws_need_numpy_and_scipy_only():
         "loop",
         "evaluate",
         "checkpoint",
+        "pretrained",
+        "start",
         "history",
         "records",
         "runs.rows",

@@ -331,6 +331,19 @@ def test_a_run_with_a_kept_reference_ends_like_the_live_one_and_states_its_error
     assert ends["kl_kept_nats"] < ends["kl_live_nats"]
 
 
+@pytest.mark.parametrize("backend", NETWORKS)
+def test_adapters_are_held_to_what_is_kept_of_their_base(backend, tmp_path):
+    live, full = (
+        execute(plan_run(config(backend, kind, fine_tune_type="lora", lora_rank=4, learning_rate=1e-2), folder=tmp_path / kind))
+        for kind in ("live", "full")
+    )
+    for name in ("target_val", "pretrain_val"):
+        assert full["losses"]["end"][name] == pytest.approx(live["losses"]["end"][name], abs=2e-3)
+    ends = full["reference_log_probs"]["at_the_end"]
+    assert ends["kl_live_nats"] > 1e-4, "the adapters count"
+    assert ends["kl_kept_nats"] == pytest.approx(ends["kl_live_nats"], rel=0.02)
+
+
 class Interrupt:
     def __init__(self, after):
         self.left = after

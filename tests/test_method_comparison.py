@@ -165,13 +165,88 @@ def test_adapters_are_a_method_of_their_own_beside_plain(tmp_path):
     assert adapted.removed == pytest.approx(0.8)
 
 
-@pytest.mark.parametrize("name", ["replay", "replay-lora", "anchors", "decay", "replay-learning-rate"])
-def test_the_recipes_of_methods_hold_a_plain_run_and_smoke_scale(name):
+RECIPES = [
+    "replay", "replay-lora", "anchors", "decay", "replay-learning-rate", "replay-model-size", "replay-pretrain-length", "replay-math-paper", "replay-spanish-paper"
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_recipes_of_methods_hold_a_plain_run_and_smoke_scale(name, monkeypatch):
     recipe = read_recipe(find_recipe(name))
     configs = recipe.configs({})
     assert "plain" in {c.method for c in configs}
-    assert {c.model for c in configs} == {"0.16m"}
+    assert {c.model for c in configs} <= {"0.16m", "0.3m", "qknorm-2x48"}
+    assert max(c.iters for c in configs) <= 12
     assert len({str(c) for c in configs}) == len(configs)
+    monkeypatch.delenv("FORGET_SCALE")
+    whole = read_recipe(find_recipe(name)).configs({})
+    assert len({str(c) for c in whole}) == len(whole) >= len(configs)
+    assert min(c.iters for c in whole) >= 300
+
+
+def write_slice(folder, losses, *, num_params=1000, iters=100, **config):
+    write_run(folder, losses, base={"iters": iters, "batch_size": 4}, stop_target_loss=4.2, batch_size=10, **config)
+    record = json.loads((folder / "record.json").read_text())
+    record |= {"num_params": num_params, "num_steps": 10, "learning_rate": 1e-3}
+    (folder / "record.json").write_text(json.dumps(record))
+
+
+def test_slices_take_the_best_coefficient_that_reaches_the_target(tmp_path, run_forget):
+    kl = {"method": "kl-replay", "replay_data": "pretrain"}
+    for number, (params, rise) in enumerate([(1000, 0.4), (4000, 0.1)]):
+        sizes = {"num_params": params, "model": f"{params}"}
+        write_slice(tmp_path / "s" / f"a{number}", [(5.0, 3.0), (4.4, 3.0 + rise), (4.0, 3.0 + 2 * rise)], **sizes)
+        write_slice(tmp_path / "s" / f"b{number}", [(5.0, 3.0), (4.2, 3.0 + rise / 4)], coefficient=1.0, **kl, **sizes)
+        write_slice(tmp_path / "s" / f"c{number}", [(5.0, 3.0), (4.4, 3.0)], coefficient=10.0, **kl, **sizes)
+    code, out, err = run_forget("plot", tmp_path / "s", "-o", tmp_path / "f", "--json")
+    assert code == 0, err
+    answer = json.loads(out)
+    assert (answer["axis"], answer["target_val_loss"]) == ("model-size", 4.2)
+    rows = {(row["label"], row["x"]): row for row in answer["rows"]}
+    assert rows["plain finetuning", 1000]["forgetting"] == pytest.approx(0.6), "halfway between two evaluations"
+    assert rows["plain finetuning", 4000]["forgetting"] == pytest.approx(0.15)
+    best = rows["KL replay, real data", 1000]
+    assert (best["forgetting"], best["coefficient"]) == (pytest.approx(0.1), 1.0)
+    assert (best["num_reached"], best["num_runs"]) == (1, 2), "the strongest never reaches the target"
+    assert (tmp_path / "f" / "s.png").stat().st_size > 10_000
+    assert "1 of 2" in run_forget("plot", tmp_path / "s", "-o", tmp_path / "f")[1]
+
+
+def test_the_length_of_pretraining_is_in_tokens_per_parameter(tmp_path, run_forget):
+    for number, iters in enumerate((100, 400)):
+        losses = [(5.0, 3.0 - number), (4.0, 3.2)]
+        write_slice(tmp_path / "s" / f"a{number}", losses, iters=iters)
+        write_slice(tmp_path / "s" / f"b{number}", losses, iters=iters, method="kl-replay")
+    code, out, err = run_forget("plot", tmp_path / "s", "-o", tmp_path / "f", "--json")
+    assert code == 0, err
+    answer = json.loads(out)
+    assert answer["axis"] == "pretrain-length"
+    assert [row["x"] for row in answer["rows"]] == [4, 16, 4, 16]
+    for name in ("a0", "a1", "b0", "b1"):
+        own = json.loads((tmp_path / "s" / name / "record.json").read_text())
+        own["config"]["stop_target_loss"] = 3.9
+        (tmp_path / "s" / name / "record.json").write_text(json.dumps(own))
+    code, _, err = run_forget("plot", tmp_path / "s", "-o", tmp_path / "f")
+    assert code == 2
+    assert "No run reached the target loss 3.9" in err
+
+
+@pytest.mark.parametrize("name", ["replay-math-paper", "replay-spanish-paper"])
+def test_the_recipes_of_the_papers_own_scale_run_when_they_are_small(name, tmp_path, monkeypatch, run_forget):
+    """Plain finetuning and the last arm, on PyTorch where it is there, then the figure."""
+    from mlx_forget.plan import plan_run
+    from mlx_forget.run import execute
+    from mlx_forget.trainer import available_backends
+
+    if not available_backends():
+        pytest.skip("needs a framework")
+    monkeypatch.chdir(tmp_path)
+    configs = read_recipe(find_recipe(name)).configs({"backend": available_backends()[-1], "num_threads": 1})
+    for config in (configs[0], configs[-1]):
+        execute(plan_run(config, folder=tmp_path / "sweep" / config.method))
+    code, out, err = run_forget("plot", "sweep", "-o", "figures", "--json")
+    assert code == 0, err
+    assert [row["method"] for row in json.loads(out)["rows"]] == ["plain", "kl-replay"]
 
 
 def test_a_recipe_becomes_a_table_and_a_figure(run_forget, tmp_path, monkeypatch):

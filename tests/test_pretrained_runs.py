@@ -176,6 +176,18 @@ def test_document_rows_are_padded_where_there_is_no_document_mask_and_that_is_sa
     assert "takes no document mask on this backend: rows are padded" in err
 
 
+def test_long_conversations_are_counted(forget, place):
+    for rows, what in (("padded", "go on in further rows"), ("truncated", "end with their first row")):
+        arguments = ("--model", "llama", "--target", "chats.jsonl", "--pretrain", "none", "--p", "0", "--rows", rows, *STEPS)
+        code, _, err = forget("train", *arguments, "--dry-run")
+        assert code == 0, err
+        assert f"documents are longer than a row of 32 tokens and {what}" in " ".join(err.split())
+    arguments = ("--model", "llama", "--target", "chats.jsonl", "--pretrain", "none", "--p", "0", "--rows", "whole", *STEPS)
+    code, _, err = forget("train", *arguments, "--dry-run")
+    assert code == 2
+    assert "smaller than one row" in err
+
+
 def test_a_name_of_the_model_is_not_part_of_the_runs_name(forget, place):
     shutil.copytree(place / "llama", place / "moved", dirs_exist_ok=True)
     ids = []

@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 
 from mlx_forget import rank_study
+from mlx_forget.adapters import num_trainable
 from mlx_forget.config import SMOKE
 from mlx_forget.errors import UserError
 from mlx_forget.laws.forms import get_law
 from mlx_forget.rank_study import Point
+from mlx_forget.resources import recipe as find_recipe
+from mlx_forget.sweep import read_recipe
 from mlx_forget.trainer import available_backends
 
 TRUE_LINE = (1.7, 5.0)
@@ -122,3 +125,20 @@ def test_a_small_sweep_is_drawn_and_fitted(run_forget, tmp_path):
 def test_runs_without_the_comparison_are_refused(run_forget, tmp_path):
     with pytest.raises(UserError, match="--compare-to-start"):
         rank_study.load_points([])
+
+
+def test_the_recipes_are_the_papers_study(monkeypatch):
+    monkeypatch.delenv("FORGET_SCALE")
+    paper = read_recipe(find_recipe("kalajdzievski/llama-2-7b-chat")).configs({})
+    ranks = [c.lora_rank for c in paper if c.lora_target_modules == "all-linear"]
+    assert ranks == [8, 16, 32, 64, 128, 256]
+    assert {(c.optimizer, c.batch_size, c.max_seq_length, c.iters) for c in paper} == {("adafactor", 32, 512, 260)}
+    # 2.4986M parameters a rank in Llama-2-7B: 32 blocks of 4 square maps of 4,096 and 3 of 4,096 x 11,008.
+    block = {f"model.layers.0.a{i}": (4096, 4096) for i in range(4)} | {f"model.layers.0.m{i}": (4096, 11008) for i in range(3)}
+    assert 32 * num_trainable(block, paper[0].adapter()) == pytest.approx(2.4986e6 * 8, rel=1e-4)
+    assert all(c.adapter().scale == pytest.approx(c.lora_rank**-0.5) for c in paper)
+    laptop = read_recipe(find_recipe("kalajdzievski/laptop")).configs({})
+    assert {c.lora_rank for c in laptop if c.lora_target_modules == "all-linear"} == {1, 2, 4, 8, 16, 32, 64}
+    assert {c.fine_tune_type for c in laptop} == {"lora", "full"}
+    assert {c.model for c in laptop} == {"4x256"}
+    assert all(c.compare_to_start for c in paper + laptop)

@@ -27,6 +27,7 @@ from mlx_forget.watch import Watch
 
 TINY = {"model": "0.16m", "vocab_size": 512, "target_tokens": 20_000, "iters": 6, "batch_size": 8, "eval_rows": 16,
         "steps_per_eval": 2, "num_threads": 1, "base": {"iters": 8, "steps_per_eval": 4}}  # fmt: skip
+NETWORKS = available_backends()
 STAGES = ({"target": "code"}, {"target": "math", "iters": 4})
 
 
@@ -81,6 +82,19 @@ def test_each_stage_starts_where_the_one_before_ended(backend):
     # The samples that the second stage replays are those of its own start model.
     stores = {record["data"]["replay:self"]["fingerprint"] for record in (first, second)}
     assert len(stores) == 2
+
+
+@pytest.mark.skipif(not available_backends(), reason="the fake has no adapters")
+def test_a_stage_of_adapters_starts_from_those_of_the_one_before_fused():
+    backend = NETWORKS[-1]
+    chains = plan_stages(recipe(backend=backend, method="plain", fine_tune_type="lora", lora_rank=4, learning_rate=1e-2))
+    _, (matrix,) = run_all(chains)
+    first, second = (read_record(Path("s") / name)["losses"] for name in matrix.runs)
+    assert second["start"]["pretrain_val"] == pytest.approx(first["end"]["pretrain_val"], abs=1e-5)
+    assert first["end"]["pretrain_val"] != pytest.approx(first["start"]["pretrain_val"], abs=1e-4)
+    for i, losses in enumerate((first, second)):
+        assert matrix.loss(i + 1, 0).mean == pytest.approx(losses["end"]["pretrain_val"], abs=1e-5)
+        assert matrix.loss(i + 1, i + 1).mean == pytest.approx(losses["end"]["target_val"], abs=1e-5)
 
 
 def test_the_reference_of_a_stage_is_the_model_it_starts_from():

@@ -5,6 +5,7 @@ A page asks with a line of its own: `<!-- from code: WHAT -->`.
 
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,25 @@ def public_names() -> str:
     parts = []
     for name, where in mlx_forget._PUBLIC.items():
         module, _, attribute = where.partition(":")
-        parts.append(f"::: {module}.{attribute or name}\n    options:\n      heading: mlx_forget.{name}\n      toc_label: {name}")
+        part = f"::: {module}.{attribute or name}\n    options:\n      heading: mlx_forget.{name}\n      toc_label: {name}"
+        # Keys say what they are in their metadata, not in a signature.
+        keys = [
+            field for field in getattr(getattr(mlx_forget, name), "__dataclass_fields__", {}).values() if "help" in field.metadata
+        ]
+        parts.append(f"{part}\n      show_signature: false\n\n{_keys(keys)}" if keys else part)
     return "\n\n".join(parts)
+
+
+def _keys(fields: Iterable[Any]) -> str:
+    rows = (
+        (
+            f"`{one.name}`",
+            "" if one.default is MISSING or one.default is None else f"`{one.default}`",
+            _unmarked(one.metadata["help"]),
+        )
+        for one in fields
+    )
+    return table(("key", "default", "meaning"), rows)
 
 
 def law(name: str) -> str:

@@ -3,6 +3,7 @@
 Exit codes: 0 done; 1 a run failed or diverged; 2 the request was wrong; 130 interrupted, 143 terminated (both resumable).
 """
 
+import errno
 import os
 import signal
 import sys
@@ -122,6 +123,10 @@ def _run(arguments: list[str], *, debug: bool) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            where = f" ({error.filename})" if error.filename else ""
+            _say(f"The disk is full{where}: free some space, and the same command goes on.")
+            return 1
         if debug or error.filename is None:
             raise
         _say(f"{error.filename}: {error.strerror}.")

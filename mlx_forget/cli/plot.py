@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from mlx_forget.capacity_slices import Axis
     from mlx_forget.figure1 import Row
     from mlx_forget.method_comparison import Trajectory
     from mlx_forget.records import Run
 
 app = typer.Typer()
 
-KINDS = ("figure1", "methods", "learning-rate", "stages", "ranks")
+SLICES = ("model-size", "pretrain-length")
+KINDS = ("figure1", "methods", "learning-rate", *SLICES, "stages", "ranks")
 
 
 @app.command()
@@ -25,8 +27,8 @@ def plot(
     kind: Annotated[
         str | None,
         typer.Option(
-            help="figure1 (runs that differ in p), methods, learning-rate, stages, or ranks (runs compared with their start model). "
-            "\\[default: what the runs differ in]"
+            help="figure1 (runs that differ in p), methods, learning-rate, model-size, pretrain-length, stages, or ranks (runs compared "
+            "with their start model). \\[default: what the runs differ in]"
         ),
     ] = None,
     max_forgetting: Annotated[
@@ -67,6 +69,8 @@ def plot(
             _plot_stages(sweep, folder / stem, as_json=as_json)
         elif chosen == "methods":
             _plot_methods(runs, folder / stem, seed, max_forgetting, as_json=as_json)
+        elif chosen in SLICES:
+            _plot_slices(runs, folder / stem, seed, chosen, as_json=as_json)
         else:
             (_plot_ranks if chosen == "ranks" else _plot_rates)(runs, folder / stem, seed, as_json=as_json)
         Console(stderr=True).print(f"Wrote {folder / stem}.png, .pdf, .csv", highlight=False, soft_wrap=True)
@@ -130,6 +134,27 @@ def _plot_rates(runs: "list[Run]", stem: Path, seed: int | None, *, as_json: boo
         print("\n".join(point_lines(found, level)))
 
 
+def _plot_slices(runs: "list[Run]", stem: Path, seed: int | None, kind: str, *, as_json: bool) -> None:
+    from mlx_forget.capacity_slices import slice_lines, slice_points, slices_as_json, target_loss
+    from mlx_forget.method_comparison import load_trajectories, write_csv
+    from mlx_forget.method_plots import draw_slices
+    from mlx_forget.plots import save_figure
+
+    axis: Axis = "model-size" if kind == "model-size" else "pretrain-length"
+    trajectories = load_trajectories(runs, seed)
+    level = target_loss(trajectories)
+    found = slice_points(trajectories, axis, level)
+    config = trajectories[0].record["config"]
+    figure = draw_slices(found, axis, level, title=f"{config['pretrain']} to {config['target']}")
+    for suffix in (".png", ".pdf"):
+        save_figure(figure, stem.with_name(stem.name + suffix))
+    write_csv(trajectories, stem.with_name(f"{stem.name}.csv"))
+    if as_json:
+        print(json.dumps({**slices_as_json(found, axis, level), "files": _files(stem)}))
+    else:
+        print("\n".join(slice_lines(found, axis, level)))
+
+
 def _plot_ranks(runs: "list[Run]", stem: Path, seed: int | None, *, as_json: bool) -> None:
     from mlx_forget import rank_study
     from mlx_forget.plots import save_figure
@@ -181,6 +206,8 @@ def _kind_of(runs: "list[Run]") -> str:
         return "ranks"
     if any(run.record["config"].get("fine_tune_type", "full") != "full" for run in runs):
         return "methods"
+    if values("method") > 1 and (values("model") > 1 or values("base") > 1):
+        return "model-size" if values("model") > 1 else "pretrain-length"
     return "learning-rate" if values("learning_rate") > 1 else "methods" if values("method") > 1 else "figure1"
 
 

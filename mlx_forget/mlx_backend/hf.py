@@ -20,6 +20,7 @@ from mlx_forget.errors import UserError
 from mlx_forget.mlx_backend import compare, gpt2, lora
 from mlx_forget.mlx_backend.gpt2 import KLTerm
 from mlx_forget.mlx_backend.operators import Operators
+from mlx_forget.mlx_backend.packed import is_floating, widened
 from mlx_forget.mlx_backend.sample import draw
 from mlx_forget.pretrained import PretrainedSpec, older_keys, read_config
 
@@ -38,8 +39,6 @@ class Pretrained:
     """A causal language model of mlx-lm."""
 
     def __init__(self, spec: PretrainedSpec, operators: Operators, *, reads_only: bool) -> None:
-        if spec.bits is not None:
-            raise UserError(f"{spec.folder} is quantised to {spec.bits} bits: its weights cannot be trained. Give its original.")
         self.spec = spec
         self._operators = operators
         self.module = _load(spec)
@@ -47,7 +46,7 @@ class Pretrained:
         self._check_names(loaded)
         self._tied = "lm_head" not in self.module
         self._head_name = "lm_head.weight" if not self._tied else _embedding_name(loaded)
-        start = {name: loaded[name].astype(mx.float32) for name, _ in spec.shapes}
+        start = {name: widened(loaded[name]) for name, _ in spec.shapes}
         # Nothing but these stays in the module between calls; and what switches adapters off.
         self._empty = {name: mx.zeros(()) for name in loaded}
         self._off: Arrays = {}
@@ -188,8 +187,7 @@ class Pretrained:
         return None if self._scale is None else weights[self._head_name]
 
     def _narrow(self, weights: Weights) -> Arrays:
-        floating = {name for name, value in weights.items() if mx.issubdtype(value.dtype, mx.floating)}
-        return {name: value.astype(self._operators.dtype) if name in floating else value for name, value in weights.items()}
+        return {name: value.astype(self._operators.dtype) if is_floating(value) else value for name, value in weights.items()}
 
     def _put(self, weights: Weights) -> None:
         """Let the module compute with these weights, and with the folded adapters that are among them."""
@@ -222,7 +220,7 @@ class Pretrained:
 
     def _find_scale(self, weights: Arrays) -> float | None:
         """What the product of hidden states and output matrix is multiplied by to give the logits; None where they are not of this form."""
-        if "model" not in self.module or self._head_name not in weights:
+        if "model" not in self.module or self._head_name not in weights or not is_floating(weights[self._head_name]):
             return None
         tokens = mx.arange(_PROBE_LENGTH)[None] % self.spec.vocab_size
         self._put(weights)
@@ -284,7 +282,10 @@ def _checkpointed(kind: type) -> Callable[..., Any]:
             layer.update(parameters)
             return kind.__call__(layer, *inner, **named)
 
-        return mx.checkpoint(run)(layer.parameters(), *args, **kwargs)
+        # Keys of dropout and packed weights have no gradient, and stay where they are.
+        own: Arrays = dict(tree_flatten(layer.parameters()))
+        floats = [(name, value) for name, value in own.items() if is_floating(value)]
+        return mx.checkpoint(run)(tree_unflatten(floats), *args, **kwargs)
 
     return call
 

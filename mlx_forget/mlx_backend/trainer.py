@@ -24,6 +24,7 @@ from mlx_forget.mlx_backend import BLAS_NOTE, compare, gpt2, lora, optimizer
 from mlx_forget.mlx_backend.decoder import build_decoder
 from mlx_forget.mlx_backend.distributed import MLXGroup, join, num_local_ranks
 from mlx_forget.mlx_backend.operators import operators
+from mlx_forget.mlx_backend.packed import widened
 from mlx_forget.mlx_backend.reference import penalty_gradients, pull_to_reference
 from mlx_forget.mlx_backend.warmup import compile_loops
 from mlx_forget.pretrained import PretrainedSpec, names_in_files, weight_files
@@ -90,6 +91,7 @@ class MLXTrainer(Trainer):
             used_bytes=self.used_memory_bytes(),
         )
         self._outputs_first = outputs_first(spec.model)
+        self._check_quantised()
         self._decoder = build_decoder(spec.model, self._operators, self._streams, reads_only=runtime.reads_only)
         self._weights: Arrays = {} if runtime.reads_only else dict(self._decoder.start_weights(spec.seed))
         if spec.adapter is not None and not runtime.reads_only:
@@ -209,9 +211,10 @@ class MLXTrainer(Trainer):
     def log_probs(
         self, tokens: npt.NDArray[np.int32], segment: npt.NDArray[np.int32] | None = None, *, from_reference: bool = False
     ) -> npt.NDArray[np.float32]:
-        weights = self._reference if from_reference else self._weights
+        weights = self._reference if from_reference else self._folded()
         if weights is None:
             raise UserError("Log-probabilities of the reference need one: call set_reference first.")
+        weights = {name: value.astype(mx.float32) for name, value in weights.items()}
         own = None if segment is None else mx.array(segment)
         logits = self._decoder.logits(weights, mx.array(tokens[:, :-1]), own)
         return np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
@@ -219,7 +222,7 @@ class MLXTrainer(Trainer):
     def compare(self, tokens: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8]) -> Comparison:
         if self._reference is None:
             raise UserError("compare needs a reference: call set_reference first.")
-        reference = {name: value.astype(mx.float32) for name, value in self._reference.items()}
+        reference = {name: widened(value) for name, value in self._reference.items()}
         weights = self._folded()
         shared = self._decoder.num_shared_blocks(weights, reference)
         measures = np.zeros((len(MEASURES), len(tokens), tokens.shape[1] - 1), np.float32)
@@ -518,6 +521,22 @@ class MLXTrainer(Trainer):
         size = max(1, num_tokens // (tokens.shape[1] - 1))
         return [slice(start, start + size) for start in range(0, len(tokens), size)]
 
+    def _check_quantised(self) -> None:
+        """Refuse to train packed weights.
+
+        Raises:
+            UserError: the ways out.
+        """
+        model, adapter = self.spec.model, self.spec.adapter
+        if not isinstance(model, PretrainedSpec) or model.bits is None or self.spec.runtime.reads_only:
+            return
+        if adapter is None:
+            raise UserError(
+                f"{model.folder} is quantised to {model.bits} bits: give --fine-tune-type lora, or its original, to train it."
+            )
+        if adapter.kind != "lora":
+            raise UserError(f"{adapter.kind} needs whole weights, and {model.folder} is quantised: give --fine-tune-type lora.")
+
     def _with_new_adapters(self, base: Arrays) -> Arrays:
         """A base's weights and adapters that start on it."""
         adapter, linears = self.spec.adapter, linear_shapes(self.spec.model)
@@ -556,7 +575,7 @@ class MLXTrainer(Trainer):
             found |= {name: stored[old] for old, name in names_in_files(stored, wanted).items()}
         if {name: tuple(value.shape) for name, value in found.items()} != wanted:
             raise UserError(f"{path} does not hold the weights of this model: names or shapes differ.")
-        return {name: found[name].astype(mx.float32) for name in wanted}
+        return {name: widened(found[name]) for name in wanted}
 
 
 _EXTRA_STREAMS: list[mx.Stream] = []

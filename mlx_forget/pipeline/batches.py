@@ -72,7 +72,7 @@ class RowSubset:
         available = rows.num_rows
         if num_tokens is None:
             return cls(split, row_length, available, layout, mask_prompt)
-        if layout == "padded":
+        if rows.is_padded:
             cumulative = np.cumsum(rows.num_useful(_order(np.arange(available, dtype=np.int64), rows)))
             wanted, total = int(np.searchsorted(cumulative, num_tokens, "right")), int(cumulative[-1])
             missing = num_tokens - total

@@ -6,6 +6,7 @@ What cannot be read is reported with its file, its line and its first characters
 import codecs
 import io
 import json
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ _BLOCK = 1 << 16
 _ROWS_PER_BATCH = 256
 _EXCERPT = 80
 
-_UNREADABLE = (OSError, EOFError, pa.ArrowInvalid, pa.ArrowNotImplementedError)
+_UNREADABLE = (OSError, EOFError, zlib.error, pa.ArrowException, UnicodeDecodeError)
 
 Record = tuple[int, Any]
 
@@ -236,7 +237,7 @@ def _json_records(handle: io.BufferedReader, file: Path, bad: BadInput) -> Itera
             record = json.loads(line.decode("utf-8"))
         except UnicodeDecodeError as error:
             _report_encoding(f"{file}, line {number}", error.start, bad)
-        except ValueError:
+        except (ValueError, RecursionError):
             reason = 'not valid JSON; expected one JSON object with a "text" key'
             bad.report(
                 f"{file}, line {number}", reason, excerpt=line[:400].decode("utf-8", "replace").rstrip(), kind="invalid JSON"
@@ -259,8 +260,8 @@ def _array(start: bytes, handle: io.BufferedReader, file: Path, bad: BadInput) -
                 return
             try:
                 record, end = decoder.raw_decode(text)
-            except ValueError:
-                if more and len(text) < _MOST_BYTES_PER_LINE:
+            except (ValueError, RecursionError) as error:
+                if more and len(text) < _MOST_BYTES_PER_LINE and not isinstance(error, RecursionError):
                     break
                 bad.report(f"{file}, element {number + 1}", "not valid JSON", excerpt=text[:400], kind="invalid JSON")
                 return
@@ -306,6 +307,8 @@ def _arrow_rows(file: Path, columns: set[str]) -> Iterator[Record]:
         number = 0
         for batch in batches():
             kept = batch.select(chosen) if chosen else batch
+            # Offsets that lead out of the file would be followed.
+            kept.validate(full=True)
             for start in range(0, kept.num_rows, _ROWS_PER_BATCH):
                 for record in kept.slice(start, _ROWS_PER_BATCH).to_pylist():
                     number += 1

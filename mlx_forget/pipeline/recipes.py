@@ -15,6 +15,7 @@ from mlx_forget.errors import UserError, unknown
 from mlx_forget.pipeline.conversations import Fields
 from mlx_forget.pipeline.hub import HubData
 from mlx_forget.pipeline.sources import Reading
+from mlx_forget.strict_yaml import read_yaml
 
 
 @dataclass(frozen=True)
@@ -89,15 +90,28 @@ def read_recipes(path: Path) -> list[CorpusRecipe]:
     Raises:
         UserError: a key that is missing or unknown, or files that lead out of the corpus.
     """
-    import yaml
-
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must be a mapping of keys to values.")
+    content = read_yaml(path)
     subsets = content.pop("subsets", None)
+    _check_mappings(path, content, subsets)
     if subsets is None:
         return [_recipe(path.stem, content, path)]
     return [_recipe(f"{path.stem}-{name}", _merged(content, own), path) for name, own in subsets.items()]
+
+
+def _check_mappings(path: Path, content: dict[str, Any], subsets: Any) -> None:
+    """Refuse what is no mapping where one is expected."""
+    if subsets is not None and not (isinstance(subsets, dict) and all(isinstance(own, dict) for own in subsets.values())):
+        raise UserError(f"{path}: subsets must be a mapping of names to mappings.")
+    for one in (content, *(subsets or {}).values()):
+        for key in ("fields", "files", "schema"):
+            if not isinstance(one.get(key, {}), dict):
+                raise UserError(f"{path}: {key} must be a mapping of keys to values.")
+        fields = one.get("fields", {})
+        if not isinstance(fields.get("where", {}), dict) or not all(isinstance(key, str) for key in (*one, *fields)):
+            raise UserError(f"{path}: fields must be a mapping of names to columns, and where one of columns to values.")
+        for patterns in one.get("files", {}).values():
+            if not all(isinstance(pattern, str) for pattern in _listed(patterns) or [None]):
+                raise UserError(f"{path}: files must be patterns, or lists of them, by split.")
 
 
 def _merged(shared: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
@@ -118,5 +132,5 @@ def _recipe(name: str, content: dict[str, Any], path: Path) -> CorpusRecipe:
         raise UserError(f"{path}: {str(error).split('.__init__() ')[-1]}.") from None
 
 
-def _listed(value: str | list[str]) -> list[str]:
-    return [value] if isinstance(value, str) else value
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]

@@ -4,6 +4,8 @@
     documents   the same rows with a segment number for each input, so that no token sees another document; the end of a document
                 stands for the beginning of the next one, and positions count from it
     padded      BOS and one document (a longer one goes on in further rows), then padding; for conversations
+    truncated   the same, and a longer document ends with its first row
+    whole       the same, and a longer document is left out
 
 A label counts where its token is to be learnt; padding never counts. A padded row without one label that counts is left out.
 """
@@ -17,8 +19,14 @@ import numpy.typing as npt
 from mlx_forget.errors import UserError, unknown
 from mlx_forget.pipeline.store import Split
 
-Layout = Literal["packed", "documents", "padded"]
+Layout = Literal["packed", "documents", "padded", "truncated", "whole"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+# One document a row, and what becomes of those that are longer, in words.
+PADDED = {
+    "padded": "go on in further rows",
+    "truncated": "end with their first row",
+    "whole": "are left out",
+}
 
 # Any valid id does: nothing is learnt from padding, and nothing before it sees it.
 _PADDING = 0
@@ -45,16 +53,27 @@ class Rows:
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
             raise unknown("rows", self.layout, LAYOUTS)
-        object.__setattr__(self, "_padded", self._place_padded() if self.layout == "padded" else (np.empty(0, np.int64),) * 4)
+        object.__setattr__(self, "_padded", self._place_padded() if self.is_padded else (np.empty(0, np.int64),) * 4)
 
     @property
     def num_rows(self) -> int:
-        return len(self._padded[0]) if self.layout == "padded" else self.split.num_rows(self.length)
+        return len(self._padded[0]) if self.is_padded else self.split.num_rows(self.length)
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether a row holds one document at most."""
+        return self.layout in PADDED
+
+    @property
+    def num_long(self) -> int:
+        """Documents that are longer than a row."""
+        sizes = (np.diff(self.split.documents(n)[0], append=shard.num_tokens) for n, shard in enumerate(self.split.shards))
+        return sum(int((size > self.length).sum()) for size in sizes)
 
     @property
     def is_masked(self) -> bool:
         """Whether some labels do not count."""
-        return self.layout == "padded" or (self.mask_prompt and self.split.has_loss_mask)
+        return self.is_padded or (self.mask_prompt and self.split.has_loss_mask)
 
     @property
     def has_segments(self) -> bool:
@@ -62,7 +81,7 @@ class Rows:
 
     def num_useful(self, rows: Ids) -> Ids:
         """Labels that count in each of `rows`, int64[B]."""
-        if self.layout == "padded":
+        if self.is_padded:
             return self._padded[3][rows]
         if not self.is_masked:
             return np.full(len(rows), self.length, np.int64)
@@ -82,7 +101,7 @@ class Rows:
         segment: npt.NDArray[np.int32] | None = None,
     ) -> None:
         """Fill `tokens` int32[B, 1 + T] with `rows` int64[B], and where they are given `loss_mask` uint8[B, T] and `segment` int32[B, T]."""
-        if self.layout == "padded":
+        if self.is_padded:
             self._read_padded(rows, tokens, loss_mask)
             if segment is not None:
                 segment[:] = 0
@@ -131,12 +150,16 @@ class Rows:
             documents, _ = self.split.documents(number)
             size = np.diff(documents, append=shard.num_tokens)
             num = -(-size // self.length)
+            if self.layout == "truncated":
+                num = np.minimum(num, 1)
+            elif self.layout == "whole":
+                num = np.where(size > self.length, 0, num)
             within = np.arange(num.sum()) - np.repeat(np.cumsum(num) - num, num)
             start = np.repeat(documents, num) + within * self.length
             length = np.minimum(self.length, np.repeat(size, num) - within * self.length)
             useful = length
             if self.mask_prompt and self.split.has_loss_mask:
-                useful = np.add.reduceat(self.split.loss_mask(number), start, dtype=np.int64)
+                useful = _sums(self.split.loss_mask(number), start, length)
             kept = useful > 0
             parts.append((np.full(kept.sum(), number), start[kept], length[kept], useful[kept]))
         if not parts:
@@ -158,6 +181,19 @@ class Rows:
                 loss_mask[row, :length] = 1 if mask is None else mask[start : start + length]
 
 
+def _sums(mask: npt.NDArray[np.uint8], start: Ids, length: Ids) -> Ids:
+    """Sums of the mask over [start, start + length), int64[n], for rows in their order that do not overlap."""
+    if not len(start):
+        return np.empty(0, np.int64)
+    stop = start + length
+    bounds = np.stack([start, np.minimum(stop, len(mask) - 1)], axis=1).ravel()
+    sums: Ids = np.add.reduceat(mask, bounds, dtype=np.int64)[::2]
+    # The last token of all cannot be a bound that is left out.
+    if stop[-1] == len(mask) and length[-1] > 1:
+        sums[-1] += mask[-1]
+    return sums
+
+
 def check_not_empty(rows: Rows) -> None:
     """Refuse a split without a row.
 
@@ -167,6 +203,6 @@ def check_not_empty(rows: Rows) -> None:
     if rows.num_rows < 1:
         raise UserError(
             f"The {rows.split.name} split of {rows.split.folder.name} is smaller than one row of {rows.length} tokens"
-            + (" that has a token to learn" if rows.layout == "padded" else "")
+            + (" that has a token to learn" if rows.is_padded else "")
             + ": give more text, or a shorter --max-seq-length."
         )

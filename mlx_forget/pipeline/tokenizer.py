@@ -67,7 +67,10 @@ class Tokenizer:
         self._processor = _processor(model)
         self.hash = hashlib.sha256(model).hexdigest()
         self.vocab_size = int(self._processor.get_piece_size())
-        self._bytes = _piece_bytes(self._processor)
+        try:
+            self._bytes = _piece_bytes(self._processor)
+        except UnicodeDecodeError:
+            raise UserError("It is not a SentencePiece model: some of its pieces are not UTF-8.") from None
         if self.decode(self.encode(_PROBE)) != _PROBE:
             raise UserError("It changes text: it needs identity normalisation and no dummy prefix.")
 
@@ -282,7 +285,7 @@ def _processor(model: bytes) -> Any:
     try:
         # An empty model would load, and then complain on stderr at every call.
         processor = sentencepiece.SentencePieceProcessor(model_proto=model) if model else None
-    except RuntimeError:
+    except (RuntimeError, UnicodeDecodeError):
         processor = None
     if processor is None or processor.get_piece_size() == 0:
         raise UserError("It is not a SentencePiece model.")

@@ -92,7 +92,7 @@ class SentencePieceVocabulary:
 
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError:
+        except (RuntimeError, UnicodeDecodeError):
             raise UserError("It is not a SentencePiece model.") from None
         self.hash = hashlib.sha256(model).hexdigest()
         self.vocab_size = int(self._processor.get_piece_size())
@@ -314,7 +314,7 @@ def _special_token(folder: Path, key: str) -> str | None:
     for name in _CONFIG_FILES:
         try:
             value = json.loads((folder / name).read_text(encoding="utf-8")).get(key)
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, AttributeError, RecursionError):
             continue
         token = value.get("content") if isinstance(value, dict) else value
         if isinstance(token, str):

@@ -17,7 +17,7 @@ from mlx_forget.runs.selection import select
 # Keys in which runs may differ and still be described by one law: what a law reads, repeats, and how long a run went on.
 READ_BY_LAWS = frozenset(
     "model init target pretrain p target_tokens seed method coefficient iters tokens_per_param steps_per_eval eval_rows tokenizer "
-    "stop_target_loss stop_patience stop_tokens stop_epochs max_forgetting pretrain_epochs".split()
+    "stop_target_loss stop_patience stop_tokens stop_epochs max_forgetting pretrain_epochs compare_to_start".split()
 )
 # Points of a grid that are written out one by one.
 MOST_POINTS = 60
@@ -141,7 +141,10 @@ def recipe_of(rows: Sequence[Row]) -> Recipe:
     combinations = [tuple(row.get(known[key]) for key in axes) for row in rows]
     whole = set(itertools.product(*axes.values())) if _product(axes) == len(rows) else None
     is_grid = whole is not None and whole == set(combinations)
-    points = [dict(zip(axes, one, strict=True)) for one in combinations] if not is_grid and len(rows) <= MOST_POINTS else []
+    points: list[dict[str, Any]] = []
+    if not is_grid and len(rows) <= MOST_POINTS:
+        combinations.sort(key=lambda one: [found.index(value) for found, value in zip(axes.values(), one, strict=True)])
+        points = [dict(zip(axes, one, strict=True)) for one in combinations]
     return Recipe(config, axes, is_grid, points)
 
 

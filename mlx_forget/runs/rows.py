@@ -4,6 +4,7 @@ Numbers are nats per token, tokens, seconds and bytes. The keys of the run's con
 record knows better (the rate that was resolved, the share that was served); those of its base model are `base_KEY`.
 """
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -87,9 +88,9 @@ def record_row(record: Mapping[str, Any]) -> Row:
     row["same_as_published"] = all(published) if published else None
     for key, value in config.items():
         if isinstance(value, Mapping):
-            row |= {f"{key}_{name}": inner for name, inner in value.items() if f"{key}_{name}" not in row}
+            row |= {f"{key}_{name}": _cell(inner) for name, inner in value.items() if f"{key}_{name}" not in row}
         elif key not in row:
-            row[key] = value
+            row[key] = _cell(value)
     return row
 
 
@@ -156,6 +157,11 @@ def fitted_rows(
         for key in [key for key in made if key not in described]:
             left_out.setdefault(f"trained with {made.pop(key)['method']}, which is not injection,", []).append(source_of[key])
     return list(made.values()), left_out
+
+
+def _cell(value: Any) -> Any:
+    """A value as one cell of a table holds it."""
+    return json.dumps(value) if isinstance(value, list | dict) else value
 
 
 def _total(sources: Iterable[Mapping[str, Any]], key: str) -> float:

@@ -13,8 +13,6 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 
 import argparse
 import json
-import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -171,56 +169,9 @@ def main() -> int:
         converged=bootstrap(dcpt, num_resamples=1000).share_converged,
     )
     record("twelve domains x two laws, intervals, overview figures", 10.0, timed(lambda: twelve_domains(), repeat=2))
-    with tempfile.TemporaryDirectory() as folder:
-        write_records(Path(folder), 10_000)
-        for what, goal, options in (
-            ("profiles", 2.0, ("--intervals", "profile", "--bootstrap", "0")),
-            ("1,000 resamples", 10.0, ("--intervals", "cluster", "--cluster", "run")),
-        ):
-            record(f"forget fit, 10,000 record files, {what}", goal, command_time("fit", folder, *options))
     if arguments.json:
         print(json.dumps(found))
     return 0
-
-
-def write_records(folder: Path, count: int) -> None:
-    """Run folders whose losses come from the forgetting law: 20 base models, any D, five shares."""
-    generator = np.random.default_rng(0)
-    sizes = np.exp(generator.uniform(np.log(1e6), np.log(1e9), 20))[generator.integers(0, 20, count)].round()
-    tokens = np.exp(generator.uniform(np.log(3e5), np.log(3e7), count)).round()
-    shares = generator.choice([0.0, 0.001, 0.005, 0.01, 0.05], count)
-    columns = {"N": sizes, "D": tokens, "p": shares, "L0": 8 - 0.25 * np.log(sizes)}
-    losses = noisy("bethune-forgetting", FORGETTING, columns).columns["loss"]
-    for i, (n, d, p, start, loss) in enumerate(
-        zip(*(values.tolist() for values in columns.values()), losses.tolist(), strict=True)
-    ):
-        content = {
-            "schema_version": 1,
-            "run_id": f"{i:012x}",
-            "init": f"{n:.0f}",
-            "status": "finished",
-            "backend": "cuda",
-            "num_params": int(n),
-            "data": {
-                "code": {"role": "target", "unique_tokens": d, "tokens_seen": 1e7 * (1 - p)},
-                "prose": {"role": "pretrain", "unique_tokens": 1e9, "tokens_seen": 1e7 * p},
-            },
-            "losses": {
-                "start": {"step": 0, "target_val": 4.0, "pretrain_val": start},
-                "best": {"step": 100, "target_val": 3.0, "pretrain_val": loss},
-                "end": {"step": 200, "target_val": 3.1, "pretrain_val": loss},
-            },
-        }
-        (folder / f"{i:05}").mkdir()
-        (folder / f"{i:05}" / "record.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
-
-
-def command_time(*arguments: str) -> tuple[float, float]:
-    """(processor, wall) seconds of a whole command, start-up included."""
-    began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, "-m", "mlx_forget", *arguments], check=True, capture_output=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime, time.perf_counter() - began
 
 
 def twelve_domains() -> None:

@@ -3,8 +3,9 @@
 The points are what Python's audit events and `os.fsync` say, so no code under test knows of them. At a point the process is
 
     kill    killed; what it has written so far stays
-    cut     killed as by a power cut: every file that was written and not synced since is torn in half
+    cut     killed as by a power cut: of every file, half of what was written and not synced since is lost
     full    told that the disk is full, at this point and at every later one that would take space
+    denied  told that the file system is read-only, from this point on
 """
 
 import contextlib
@@ -34,7 +35,7 @@ class Faults:
         self.at, self.kind = at, kind
         self.points: list[str] = []
         self._busy = False
-        self._synced: dict[int, int] = {}
+        self._synced: dict[int, tuple[int, int]] = {}
         self._before = {path.stat().st_ino: path.stat().st_mtime_ns for path in _files(folder)}
         self._fsync = os.fsync
 
@@ -48,7 +49,7 @@ class Faults:
             self._fsync(file)
             if path.startswith(self.folder) and os.path.isfile(path):
                 found = os.stat(path)
-                self._synced[found.st_ino] = found.st_mtime_ns
+                self._synced[found.st_ino] = (found.st_mtime_ns, found.st_size)
 
         os.fsync = fsync
 
@@ -73,6 +74,8 @@ class Faults:
         if self.kind == "full":
             if event in _TAKES_SPACE:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
+        elif self.kind == "denied":
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), name)
         elif len(self.points) == self.at:
             if self.kind == "cut":
                 self._tear()
@@ -83,9 +86,10 @@ class Faults:
         self._busy = True
         for path in _files(Path(self.folder)):
             found = path.stat()
-            whole = self._synced.get(found.st_ino) == found.st_mtime_ns or self._before.get(found.st_ino) == found.st_mtime_ns
-            if not whole:
-                os.truncate(path, found.st_size // 2)
+            synced, kept = self._synced.get(found.st_ino, (self._before.get(found.st_ino), 0))
+            if found.st_mtime_ns != synced:
+                # What was synced once stays, as in a file that grows.
+                os.truncate(path, min(found.st_size, kept + (found.st_size - kept) // 2))
 
 
 def _files(folder: Path) -> list[Path]:

@@ -198,7 +198,7 @@ def result_of(folder: Path) -> dict[str, object]:
     return made
 
 
-def shuffled(points: int, num: int, seed: int) -> list[int]:
+def shuffled(points: int, num: int, seed: str) -> list[int]:
     """Some of the points, from 1, in order; all of them where there are no more."""
     chosen = list(range(1, points + 1))
     return sorted(random.Random(seed).sample(chosen, min(num, points)))

@@ -1,5 +1,6 @@
 """Rows of every layout: no token lost or doubled, documents kept apart, exactly the labels that count."""
 
+import itertools
 from fractions import Fraction
 
 import numpy as np
@@ -182,3 +183,28 @@ def test_windows_average_over_the_labels_that_count(chats):
     apart = Windows.of("target", RowSubset.of_tokens(chats, 8, None, layout="documents"), 30)
     losses = Ramp().token_losses(apart.tokens, apart.segment)
     assert window_losses(Ramp(), apart).mean() == pytest.approx((losses * apart.loss_mask).sum() / apart.loss_mask.sum())
+
+
+@pytest.mark.parametrize("length", [3, 8])
+def test_long_documents_go_on_end_or_are_left_out(chats, text, length):
+    for split in (chats, text):
+        documents = [
+            (shard[a:b].astype(np.int32), split.loss_mask(number)[a:b])
+            for number, shard in enumerate(split.tokens)
+            for a, b in itertools.pairwise([*split.documents(number)[0].tolist(), len(shard)])
+        ]
+        kept = {
+            "truncated": [(tokens[:length], mask[:length]) for tokens, mask in documents],
+            "whole": [(tokens, mask) for tokens, mask in documents if len(tokens) <= length],
+        }
+        for layout, expected in kept.items():
+            expected = [one for one in expected if one[1].any()]
+            rows = Rows(split, length, layout)
+            assert rows.num_long == sum(len(tokens) > length for tokens, _ in documents) > 0
+            assert rows.num_rows == len(expected)
+            assert rows.num_useful(np.arange(rows.num_rows)).tolist() == [int(mask.sum()) for _, mask in expected]
+            tokens, mask = np.empty((rows.num_rows, length + 1), np.int32), np.empty((rows.num_rows, length), np.uint8)
+            rows.read(np.arange(rows.num_rows), tokens, mask)
+            for row, (own, learnt) in enumerate(expected):
+                assert tokens[row, 1 : 1 + len(own)].tolist() == own.tolist()
+                assert mask[row].tolist() == [*learnt.tolist(), *[0] * (length - len(own))]

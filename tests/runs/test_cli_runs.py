@@ -283,3 +283,19 @@ def test_an_unreadable_number_in_a_row_does_not_hide_the_others(run_forget, make
     assert code == 0, err
     assert len(out.splitlines()) == 3
     assert np.isnan(json.loads(run_forget("runs", "show", "fff", "--in", tmp_path, "--json")[1])["tokens_per_second"])
+
+
+def test_the_table_that_comes_with_the_package_is_what_was_published(run_forget, tmp_path):
+    from mlx_forget.resources import path
+    from mlx_forget.runs.export import read_export
+
+    rows = {(row["p_asked"], row["seed"]): row for row in read_export(path("runs", "figure1.parquet"))}
+    assert len(rows) == 14
+    for share, forgetting in (("0", 0.7836), ("0.1%", 0.9172), ("1%", 0.6145), ("5%", 0.5388)):
+        assert rows[(share, 0)]["forgetting_nats"] == pytest.approx(forgetting, abs=5e-5)
+    options = ("--law", "forgetting-fixed-n", "--fix", "beta=0", "--bootstrap", "0", "--json")
+    code, out, err = run_forget("fit", path("runs", "figure1.parquet"), *options)
+    assert code == 0, err
+    fit = json.loads(out)
+    assert fit["num_rows"] == 14
+    assert fit["params"]["A"]["value"] == pytest.approx(0.79, abs=0.01), "what is forgotten without injection"

@@ -178,6 +178,16 @@ def test_runs_that_no_law_describes_together_are_not_fitted(figure):
     assert make_report(figure, where="batch_size == 16").fits[0].uncertainty is not None
 
 
+def test_keys_that_hold_lists_and_mappings_are_cells_like_others(figure):
+    for number, path in enumerate(sorted(figure.glob("*/record.json"))):
+        record = json.loads(path.read_text())
+        record["config"] |= {"lora_target_modules": ["q", "v"], "base": {"iters": 2500, "replay_limits": {"a": number}}}
+        path.write_text(json.dumps(record))
+    report = make_report(figure)
+    assert report.fits[0].uncertainty is not None
+    assert '["q", "v"]' in render(report).replace("&#34;", '"')
+
+
 def test_what_is_amiss_is_said_first(figure, make_run):
     make_run(figure, "div", status="diverged")
     make_run(figure.parent / "elsewhere", "fig00", p="0", forgotten=3.8)

@@ -51,9 +51,11 @@ def open_batch(path: Path) -> pa.RecordBatch:
         UserError: no such file, or none that Arrow reads.
     """
     try:
-        return pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
-    except (pa.ArrowInvalid, OSError) as error:
-        reason = str(error).splitlines()[0]
+        batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+        batch.validate(full=True)
+        return batch
+    except (pa.ArrowException, OSError, IndexError, UnicodeDecodeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"Store file {path} cannot be read ({reason}): prepare the store again.") from None
 
 
@@ -64,7 +66,10 @@ def map_tokens(path: Path, num_tokens: int, dtype: np.dtype[Any]) -> tuple[npt.N
         UserError: it does not hold `num_tokens` of `dtype`.
     """
     batch = open_batch(path)
-    tokens: npt.NDArray[Any] = batch.column("token").to_numpy(zero_copy_only=True)
+    try:
+        tokens: npt.NDArray[Any] = batch.column("token").to_numpy(zero_copy_only=True)
+    except (KeyError, pa.ArrowException):
+        tokens = np.empty(0, dtype)
     if tokens.dtype != dtype or len(tokens) != num_tokens:
         raise UserError(f"Store file {path} does not hold what the manifest says: prepare the store again.")
     masked = "loss_mask" in batch.schema.names

@@ -67,7 +67,7 @@ def open_store(folder: Path | str, *, verify: bool = True) -> TokenStore:
         version = manifest["schema_version"]
     except FileNotFoundError:
         raise UserError(f"{folder} is not a token store: it has no {MANIFEST}. Make one with: forget prepare") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{folder / MANIFEST} is damaged: prepare the store again.") from None
     if not isinstance(version, int) or not 1 <= version <= SCHEMA_VERSION:
         raise UserError(

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from mlx_forget.errors import UserError
 from mlx_forget.pipeline.store.arrow_files import open_batch
 
 # Below this, a copy of each row costs less than one of all.
@@ -149,8 +150,24 @@ class Split:
 
     def _table(self, shard: int) -> pa.RecordBatch:
         if shard not in self._documents:
-            self._documents[shard] = open_batch(self.folder / self.shards[shard].documents)
+            self._documents[shard] = self._checked(open_batch(self.folder / self.shards[shard].documents), self.shards[shard])
         return self._documents[shard]
+
+    def _checked(self, documents: pa.RecordBatch, shard: Shard) -> pa.RecordBatch:
+        """The documents of a shard, which follow each other within it."""
+        names = set(documents.schema.names)
+        columns = [documents.column(name) for name in ("start", "num_bytes") if name in names]
+        ordered = False
+        if len(columns) == 2 and all(column.type == pa.int64() and not column.null_count for column in columns):
+            start = columns[0].to_numpy()
+            ordered = (len(start) == shard.num_documents and not len(start)) or bool(
+                start[0] == 0 and start[-1] < shard.num_tokens and (np.diff(start) >= 0).all() and len(start) == shard.num_documents
+            )
+        if not ordered:
+            raise UserError(
+                f"Store file {self.folder / shard.documents} does not hold what the manifest says: prepare the store again."
+            )
+        return documents
 
     def document(self, index: int) -> npt.NDArray[np.int32]:
         """The tokens of one document, without its EOS if it has one (samples are cut to length instead)."""

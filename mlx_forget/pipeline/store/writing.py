@@ -233,7 +233,7 @@ class StoreWriter:
             journal = json.loads((self._aside / _JOURNAL).read_text(encoding="utf-8"))
             same = self.key is not None and is_whole(journal) and journal["key"] == self._journal_key()
             found, self._masked = (journal["shards"], journal["masked"]) if same else ({}, False)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             found = {}
         for split, shards in found.items():
             whole = []

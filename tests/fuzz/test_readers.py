@@ -1,0 +1,222 @@
+"""Every reader of a file is given files that are almost right: it reads them, or says one sentence. No traceback, no hang.
+
+A good file of each kind is changed in a few places by hypothesis. What was ever found is kept in `finds` and tried first.
+`FUZZ_EXAMPLES` is the number of examples per reader (`make fuzz`: 10,000).
+"""
+
+import gzip
+import hashlib
+import json
+import os
+import resource
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+from mlx_forget.checkpoint import open_checkpoint
+from mlx_forget.config import TrainConfig, from_layers, read_yaml, to_yaml
+from mlx_forget.durable_files import sealed
+from mlx_forget.errors import UserError
+from mlx_forget.history import HistoryWriter, read_history
+from mlx_forget.pipeline.formats import BadInput
+from mlx_forget.pipeline.recipes import read_recipes
+from mlx_forget.pipeline.sources import read_documents
+from mlx_forget.pipeline.store import open_store
+from mlx_forget.pipeline.vocabularies import load_vocabulary
+from mlx_forget.records import read_record, write_record
+from mlx_forget.sweep import read_recipe
+from mlx_forget.tables import read_table
+
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "25"))
+FINDS = Path(__file__).parent / "finds"
+SAMPLE = Path(__file__).resolve().parents[1] / "pipeline" / "samples" / "store-v1"
+RECORDS = [{"text": f"note {i}, and more"} for i in range(9)]
+CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+ROW = {"step": 1, "tokens": 2, "target_val_windows": [1.0, 2.5], "batch_loss": 3.5}
+TRIED: Counter[str] = Counter()
+
+
+def documents(path: Path) -> object:
+    """Both ways with bad input: stop, and skip."""
+    list(read_documents(path, bad=BadInput(skip=True)))
+    return list(read_documents(path))
+
+
+def parquet(path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist(RECORDS), path)
+
+
+def arrow(path: Path) -> None:
+    table = pa.Table.from_pylist(RECORDS)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
+def zstd(path: Path) -> None:
+    with pa.CompressedOutputStream(pa.OSFile(str(path), "wb"), "zstd") as stream:
+        stream.write(lines())
+
+
+def lines() -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in [*RECORDS, CHAT]).encode()
+
+
+def history(path: Path) -> None:
+    with HistoryWriter(path) as writer:
+        for _ in range(3):
+            writer.append(ROW)
+
+
+def checkpoint(path: Path) -> None:
+    save_file({"a": np.zeros(3, np.float32)}, path.parent / "model.safetensors")
+    digest = hashlib.sha256((path.parent / "model.safetensors").read_bytes()).hexdigest()
+    path.write_text(json.dumps(sealed({"schema_version": 1, "run_id": "x", "files": {"model.safetensors": digest}})))
+
+
+def unsealed(path: Path) -> None:
+    """A manifest as earlier versions wrote it: nothing but the reader's own care protects it."""
+    for file in SAMPLE.iterdir():
+        shutil.copy(file, path.parent)
+
+
+def tokenizer_json(path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "</s>": 1, "a": 2, "b": 3}, unk_token="a"))
+    made.add_special_tokens(["<s>", "</s>"])
+    made.save(str(path))
+
+
+def configuration(path: Path) -> TrainConfig:
+    return from_layers(TrainConfig, read_yaml(path))
+
+
+Make, Read = Callable[[Path], object], Callable[[Path], object]
+# name of the file, how a good one is made, how it is read
+READERS: dict[str, tuple[str, Make, Read]] = {
+    "text": ("a.txt", lambda path: path.write_bytes("naïve words\n".encode() * 9), documents),
+    "JSON lines": ("a.jsonl", lambda path: path.write_bytes(lines()), documents),
+    "JSON": ("a.json", lambda path: path.write_text(json.dumps(RECORDS)), documents),
+    "gzip": ("a.jsonl.gz", lambda path: path.write_bytes(gzip.compress(lines(), mtime=0)), documents),
+    "zstd": ("a.jsonl.zst", zstd, documents),
+    "Parquet": ("a.parquet", parquet, documents),
+    "Arrow": ("a.arrow", arrow, documents),
+    "manifest": ("manifest.json", unsealed, lambda path: open_store(path.parent)),
+    "shard": ("train-00000.arrow", unsealed, lambda path: open_store(path.parent, verify=False).split("train").document(0)),
+    "tokenizer model": ("tokenizer.model", unsealed, load_vocabulary),
+    "tokenizer.json": ("tokenizer.json", tokenizer_json, load_vocabulary),
+    "checkpoint state": ("state.json", checkpoint, lambda path: open_checkpoint(path.parent)),
+    "record": ("record.json", lambda path: write_record(path.parent, {"schema_version": 1}), lambda path: read_record(path.parent)),
+    "history": ("history.arrows", history, read_history),
+    "configuration": ("config.yaml", lambda path: path.write_text(to_yaml(TrainConfig())), configuration),
+    "sweep recipe": ("r.yaml", lambda path: path.write_text("config: {iters: 8}\ngrid: {p: ['0', '1%']}\n"), read_recipe),
+    "corpus recipe": (
+        "pile.yaml",
+        lambda path: path.write_text(
+            "description: d\nrole: r\nid: o/n\nrevision: x\nlicence: l\nschema: {text: string}\n"
+            "files: {train: a/*.zst}\nsubsets: {one: {fields: {where: {a.b: c}}}, two: {num_bytes: 3}}\n"
+        ),
+        read_recipes,
+    ),
+    "table of runs": ("t.csv", lambda path: path.write_text("N,D,p,L0,loss\n1e6,2e6,0.01,3,3.2\n2e6,2e6,0,3,3.4\n"), read_table),
+}
+
+CHANGES = st.lists(
+    st.tuples(
+        st.sampled_from(["flip", "cut", "insert", "repeat", "swap"]),
+        st.floats(0, 1, exclude_max=True),
+        st.one_of(
+            st.binary(min_size=1, max_size=8),
+            st.sampled_from(
+                [
+                    b"\xff" * 8,
+                    b"\x00" * 8,
+                    b"-1",
+                    b"1e999",
+                    b"99999999999999999999",
+                    b"null",
+                    b"NaN",
+                    b"[" * 2000,
+                    b"{",
+                    b'"',
+                    b"..",
+                    b"\n",
+                    b"&a *a",
+                ]
+            ),
+        ),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+def changed(content: bytes, changes: list[tuple[str, float, bytes]]) -> bytes:
+    for how, where, what in changes:
+        at = int(where * (len(content) + 1))
+        if how == "flip" and at < len(content):
+            content = content[:at] + bytes([content[at] ^ (what[0] or 1)]) + content[at + 1 :]
+        elif how == "cut":
+            content = content[:at]
+        elif how == "insert":
+            content = content[:at] + what + content[at:]
+        elif how == "repeat":
+            content = content[:at] + content[at // 2 : at][:5000] + content[at:]
+        elif how == "swap":
+            content = content[:at] + what + content[at + len(what) :]
+    return content
+
+
+def try_reading(name: str, path: Path) -> None:
+    """A reader reads, or says one sentence."""
+    try:
+        READERS[name][2](path)
+    except UserError as error:
+        sentence = str(error)
+    else:
+        sentence = "read"
+    assert sentence.strip()
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_what_is_almost_right_is_read_or_refused(name, tmp_path):
+    path = tmp_path / READERS[name][0]
+    READERS[name][1](path)
+    good = path.read_bytes()
+    READERS[name][2](path)
+    for find in sorted(FINDS.glob(f"{name.replace(' ', '-')}-*")):
+        path.write_bytes(find.read_bytes())
+        try_reading(name, path)
+
+    # Nothing may ask for more memory than there is text to read.
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (6 << 30, before[1]))
+
+    @settings(
+        max_examples=EXAMPLES,
+        deadline=5000,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        derandomize=EXAMPLES < 1000,
+    )
+    @given(CHANGES)
+    def check(changes):
+        # A new file: what was read from the old one may still be mapped.
+        path.unlink()
+        path.write_bytes(changed(good, changes))
+        TRIED[name] += 1
+        try_reading(name, path)
+
+    try:
+        check()
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+    print(f"fuzz: {TRIED[name]:,} examples of {name}, tracebacks: none")
