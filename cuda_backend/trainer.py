@@ -440,7 +440,7 @@ class TorchTrainer(Trainer):
         # Weights in fp32, gradients and two moments of what is trained, before any activation.
         model, adapter = self.spec.model, self.spec.adapter
         trained = num_params(model) if adapter is None else num_trainable(linear_shapes(model), adapter)
-        need_gb = (4 * num_params(model) + 12 * trained) / 1e9
+        need_gb = (4 * num_params(model) + 12 * trained) / 1e9 / (self.group.size if self.spec.runtime.shard else 1)
         if need_gb > limit_gb:
             raise UserError(f"--memory-limit-gb {limit_gb:g}: the weights and their optimiser alone need {need_gb:.2f} GB.")
         total = torch.cuda.get_device_properties(self._torch_device).total_memory

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from mlx_forget.adapters import ATTENTION
-from mlx_forget.config import REFERENCE_LIVE, REPLAY_PRETRAIN, REPLAY_SELF
+from mlx_forget.config import REFERENCE_LIVE, REPLAY_PRETRAIN, REPLAY_SELF, TrainConfig
 from mlx_forget.errors import UserError
 from mlx_forget.history import read_history
 from mlx_forget.methods import METHODS
@@ -26,6 +26,8 @@ from mlx_forget.records import Run
 
 CSV_COLUMNS = ("method", "seed", "step", "learning_rate", "target_train_loss", "target_val_loss", "pretrain_val_loss")
 TOLERANCE = 0.01
+# Toward zero, where nobody says: not worth a word.
+_DECAY = TrainConfig.weight_decay
 
 _TEXTS = {
     "plain": "plain finetuning",
@@ -157,6 +159,9 @@ def describe(config: dict[str, Any], *, with_strength: bool = True) -> str:
         value = method.default if coefficient is None else coefficient
         equals = " " if method.strength == "factor" else " = "
         parts.append(f"{_SYMBOLS[method.strength]}{equals}{value:g}")
+    if method.make(0.0).decays_to_zero and config.get("weight_decay", _DECAY) != _DECAY:
+        parts.append(f"decay {config['weight_decay']:g}")
+    parts += [str(config[key]) for key, usual in (("optimizer", "adamw"), ("lr_schedule", None)) if config.get(key, usual) != usual]
     if config.get("reference_log_probs", REFERENCE_LIVE) != REFERENCE_LIVE:
         parts.append(f"log-probabilities {config['reference_log_probs']}")
     return ", ".join(parts)
@@ -176,7 +181,9 @@ def table(trajectories: Sequence[Trajectory], *, max_forgetting: float | None = 
     """
     if len({(t.label, t.seed) for t in trajectories}) != len(trajectories):
         raise UserError("Two runs have the same method and seed: a comparison of methods needs runs that differ in nothing else.")
-    plain = {t.seed: t for t in trajectories if t.method == "plain"}
+    # Of several plain runs, such as with other decays, the usual one.
+    usual_last = sorted(trajectories, key=lambda t: t.label == _TEXTS["plain"])
+    plain = {t.seed: t for t in usual_last if t.method == "plain"}
     lacking = sorted({t.seed for t in trajectories} - set(plain))
     if lacking:
         raise UserError(f"Seed {lacking[0]} has no run of method plain, with which the others are compared.")

@@ -61,6 +61,16 @@ def test_the_table_reads_both_ways_and_averages_seeds(tmp_path):
     assert "75.0%" in text
 
 
+def test_decays_are_told_apart_and_compared_with_usual_plain_finetuning(tmp_path):
+    write_run(tmp_path / "a", [(t, p + 1) for t, p in PLAIN], weight_decay=10.0)
+    write_run(tmp_path / "b", PLAIN, weight_decay=0.1)
+    write_run(tmp_path / "c", KEPT, method="anchored-adamw", coefficient=10.0, weight_decay=0.1)
+    rows = {row.label: row for row in table(load_trajectories(list(find_runs(tmp_path))))}
+    assert set(rows) == {"plain finetuning", "plain finetuning, decay 10", "anchored AdamW, λ = 10"}
+    assert rows["plain finetuning"].removed == 0
+    assert rows["anchored AdamW, λ = 10"].removed == pytest.approx(0.75)
+
+
 def test_methods_are_chosen_by_a_limit_of_forgetting(tmp_path, run_forget):
     write_run(tmp_path / "s" / "a", PLAIN)
     write_run(tmp_path / "s" / "b", KEPT, method="kl-replay", coefficient=3.0)
