@@ -94,9 +94,9 @@ def _train_stack(folders: "list[Path]", watch: "Watch") -> None:
     """Train the runs that a sweep has asked for in these folders as one."""
     import dataclasses
 
+    from mlx_forget.engines import REQUESTED
     from mlx_forget.plan import plan_run
     from mlx_forget.stacking import execute_stack
-    from mlx_forget.sweep import REQUESTED
 
     quiet = dataclasses.replace(watch, say=lambda sentence: None)
     plans = [
