@@ -28,6 +28,8 @@ from mlx_forget.watch import Watch
 FAILURE = "failure.json"
 
 _SECONDS_BETWEEN_LOOKS = 0.25
+# How often a run that another sweep trains is looked at.
+_SECONDS_BETWEEN_PROBES = 1.0
 # Folders of a run are looked into this often at most, so that hundreds of runs do not wear a network file system out.
 _FILES_PER_SECOND = 40
 # How often a run is taken up again that gets no further before its worker dies.
@@ -142,7 +144,7 @@ class _Dispatch:
     def _is_elsewhere(self, unit: _Unit) -> bool:
         """Whether another sweep trains some of it; looked at now and then, and again whenever it may start."""
         now = time.monotonic()
-        if any(job.state == "elsewhere" for job in unit.jobs) and now - unit.looked < 1:
+        if any(job.state == "elsewhere" for job in unit.jobs) and now - unit.looked < _SECONDS_BETWEEN_PROBES:
             return True
         unit.looked = now
         for job in unit.left:
