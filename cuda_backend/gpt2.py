@@ -16,6 +16,9 @@ from mlx_forget.ladder import LAYER_NORM_EPSILON, ModelSpec
 
 Weights = Mapping[str, Tensor]
 
+# Tied: the head is the token embedding.
+HEAD = "transformer.wte.weight"
+
 # Elements of one chunk of logits: on a CPU a chunk should stay in cache, on a GPU it should fill the device.
 _CHUNK_ELEMENTS_CPU = 1 << 21
 _CHUNK_ELEMENTS_GPU = 1 << 27
@@ -34,7 +37,7 @@ def hidden_states(
     Of a stack: [K * B, T, D] of int64[K, B, T].
     """
     x_BTD = _embed(weights, tokens_BT, segment_BT)
-    mask = None if segment_BT is None else _segment_mask(segment_BT)
+    mask = None if segment_BT is None else segment_mask(segment_BT)
     for i in range(spec.num_layers):
         if grad_checkpoint and torch.is_grad_enabled():
             x_BTD = checkpoint(block, weights, f"transformer.h.{i}.", spec, x_BTD, mask, use_reentrant=False)
@@ -168,7 +171,7 @@ def _embed(weights: Weights, tokens: Tensor, segment: Tensor | None = None) -> T
     if segment is None:
         placed = positions[..., None, : tokens.shape[-1], :]
     else:
-        placed = _rows_of(positions, _positions(segment).view(tokens.shape))
+        placed = _rows_of(positions, segment_positions(segment).view(tokens.shape))
     return (_rows_of(weights["transformer.wte.weight"], tokens) + placed).flatten(0, -3)
 
 
@@ -207,13 +210,14 @@ def _linear(x: Tensor, weights: Weights, name: str, bias: Tensor | None = None) 
     return product.view(*x.shape[:-1], weight.shape[-1])
 
 
-def _positions(segment_BT: Tensor) -> Tensor:
+def segment_positions(segment_BT: Tensor) -> Tensor:
     """Places int64[B, T] counted from the start of each segment."""
     place = torch.arange(segment_BT.shape[1], device=segment_BT.device)
     begins = F.pad(segment_BT[:, 1:] != segment_BT[:, :-1], (1, 0))
     return place - torch.where(begins, place, 0).cummax(1).values
 
 
-def _segment_mask(segment_BT: Tensor) -> Tensor:
+def segment_mask(segment_BT: Tensor) -> Tensor:
+    """Which key each query may see, bool[B, 1, T, T]: earlier ones of its segment."""
     same = segment_BT[:, None, :, None] == segment_BT[:, None, None, :]
     return same & torch.ones(segment_BT.shape[1], segment_BT.shape[1], dtype=torch.bool, device=same.device).tril()

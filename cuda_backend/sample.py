@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from cuda_backend.gpt2 import Weights, next_logits
+from cuda_backend.architectures import functions_of
+from cuda_backend.gpt2 import Weights
 from mlx_forget.ladder import ModelSpec
 
 
@@ -15,12 +16,13 @@ def sample(weights: Weights, spec: ModelSpec, prompts_BP: Tensor, u_BT: Tensor, 
     """
     B, P = prompts_BP.shape
     length = P + u_BT.shape[1]
-    dtype = weights["transformer.wte.weight"].dtype
+    functions = functions_of(spec)
+    dtype = weights[functions.HEAD].dtype
     cache = torch.empty(spec.num_layers, 2, B, spec.num_heads, length, spec.head_dim, dtype=dtype, device=u_BT.device)
     out = torch.empty(B, u_BT.shape[1], dtype=torch.int64, device=u_BT.device)
     token = prompts_BP[:, 0]
     for position in range(length - 1):
-        logits = next_logits(weights, spec, token, position, cache)
+        logits = functions.next_logits(weights, spec, token, position, cache)
         if position + 1 < P:
             token = prompts_BP[:, position + 1]
             continue

@@ -144,9 +144,11 @@ class TorchStack(Stack):
         for row, k in enumerate(self._rows):
             member = self._members[k]
             member._weights = {name: value.detach()[row].requires_grad_() for name, value in self._weights.items()}
-            member._exp_avg = {name: value[row] for name, value in exp_avg.items()}
-            member._exp_avg_sq = {name: value[row] for name, value in exp_avg_sq.items()}
-            member._steps = {name: self._steps[row, 0 if decays(name) else 1] for name in self._weights}
+            optimizer = copy.copy(self._single._optimizer)
+            optimizer.moments = {f"exp_avg.{name}": value[row] for name, value in exp_avg.items()}
+            optimizer.moments |= {f"exp_avg_sq.{name}": value[row] for name, value in exp_avg_sq.items()}
+            optimizer.steps = {name: self._steps[row, 0 if decays(name) else 1] for name in self._weights}
+            member._optimizer = optimizer
 
     def _views(self, array: Tensor) -> dict[str, Tensor]:
         """The columns of each parameter, [K, *shape]."""

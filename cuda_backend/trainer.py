@@ -1,5 +1,6 @@
 """The PyTorch trainer: CUDA where a GPU is, the CPU otherwise (announced)."""
 
+import math
 import os
 import resource
 import shutil
@@ -13,22 +14,26 @@ import numpy.typing as npt
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from cuda_backend import compare, gpt2
 from cuda_backend.allocator import keep_freed_memory
+from cuda_backend.architectures import functions_of
 from cuda_backend.distributed import TorchGroup, join, local_rank
+from cuda_backend.optimizer import make_optimizer
 from cuda_backend.reference import FusedKL, add_penalty_gradients, pull_to_reference
 from cuda_backend.sample import sample
+from cuda_backend.stored_reference import FusedStoredKL
 from mlx_forget.comparison import MEASURES, portions
 from mlx_forget.distributed import Group
-from mlx_forget.errors import UserError
-from mlx_forget.ladder import decays, initial_weights, num_params, param_shapes
+from mlx_forget.errors import OutOfMemory, UserError
+from mlx_forget.ladder import initial_weights, num_params, param_shapes
 from mlx_forget.methods import NUM_SOURCES, NUM_TERMS, TERM_REPLAY_KL, TERM_REPLAY_NTP, TERM_TASK
 from mlx_forget.trainer import (
     Batch,
     Capabilities,
     Comparison,
+    ModelSpec,
+    Precision,
     Stack,
     StepReading,
     StepResult,
@@ -76,6 +81,7 @@ class TorchTrainer(Trainer):
         if self._torch_device.type == "cpu" and runtime.memory_limit_gb is None:
             keep_freed_memory()
         self._dtype = torch.bfloat16 if runtime.precision == "bf16" else torch.float32
+        self._functions = functions_of(spec.model)
         self._chunk = gpt2.chunk_rows(spec.model.vocab_size, self._torch_device)
         self._portions = portions(
             spec.model,
@@ -85,14 +91,11 @@ class TorchTrainer(Trainer):
         )
         start = () if runtime.reads_only else initial_weights(spec.model, spec.seed)
         self._weights = {name: torch.from_numpy(value).to(self._torch_device).requires_grad_() for name, value in start}
-        self._decayed = [name for name in self._weights if decays(name)]
-        self._plain = [name for name in self._weights if not decays(name)]
-        self._exp_avg = {name: torch.zeros_like(value) for name, value in self._weights.items()}
-        self._exp_avg_sq = {name: torch.zeros_like(value) for name, value in self._weights.items()}
-        self._steps = {name: torch.zeros((), device=self._torch_device) for name in self._weights}
+        self._micro_batch_size = runtime.micro_batch_size
+        self._optimizer = make_optimizer(spec.optim, self._weights)
         self._reference: dict[str, Tensor] | None = None
         self._fisher: dict[str, Tensor] | None = None
-        self._hidden_states = self._maybe_compiled(gpt2.hidden_states)
+        self._hidden_states = self._maybe_compiled(self._functions.hidden_states)
 
     @classmethod
     def describe(cls) -> Capabilities:
@@ -134,19 +137,10 @@ class TorchTrainer(Trainer):
     def train_step(self, batch: Batch, learning_rate: float) -> StepResult:
         counts = self.group.all_sum(group_counts(batch, self.spec.method))
         token_weight, kl_weight = token_weights(batch, counts, self.spec.method), kl_weights(batch, counts, self.spec.method)
-        check_reference(self.spec.method, reference=self._reference is not None, fisher=self._fisher is not None)
-        group = torch.from_numpy(batch.term.astype(np.int64) * NUM_SOURCES + batch.source).to(self._torch_device)
-        kl_group = torch.from_numpy(batch.source.astype(np.int64) + TERM_REPLAY_KL * NUM_SOURCES).to(self._torch_device)
-        sums = torch.zeros(NUM_TERMS * NUM_SOURCES, device=self._torch_device)
-        # A rank may have no rows.
-        size = self.spec.runtime.micro_batch_size or max(1, len(batch.tokens))
-        for start in range(0, len(batch.tokens), size):
-            rows = slice(start, start + size)
-            nll, kl = self._accumulate_gradient(batch, rows, token_weight[rows], None if kl_weight is None else kl_weight[rows])
-            mask = torch.from_numpy(batch.loss_mask[rows]).to(self._torch_device)
-            sums.index_add_(0, group[rows], (nll * mask).sum(1))
-            if kl is not None:
-                sums.index_add_(0, kl_group[rows], (kl * mask).sum(1))
+        check_reference(
+            self.spec.method, reference=self._reference is not None or batch.reference is not None, fisher=self._fisher is not None
+        )
+        sums = self._gradients_that_fit(batch, token_weight, kl_weight)
         gradients = {name: torch.zeros_like(value) if value.grad is None else value.grad for name, value in self._weights.items()}
         if isinstance(self.group, TorchGroup):
             *summed, sums = self.group.sum_tensors([*gradients.values(), sums])
@@ -154,28 +148,82 @@ class TorchTrainer(Trainer):
         norm, skipped = self._update(gradients, learning_rate)
         return TorchStep(torch.cat([sums, torch.stack([norm, skipped])]), counts)
 
+    def _gradients_that_fit(
+        self, batch: Batch, token_weight: npt.NDArray[np.float32], kl_weight: npt.NDArray[np.float32] | None
+    ) -> Tensor:
+        """`_batch_gradients` in micro-batches that the device holds: where it runs out of memory, from then on in half as many rows."""
+        while True:
+            try:
+                return self._batch_gradients(batch, token_weight, kl_weight)
+            except torch.OutOfMemoryError as error:
+                rows = self._micro_batch_size or len(batch.tokens)
+                if rows <= 1:
+                    raise OutOfMemory(
+                        f"One row at a time is more than the device holds ({str(error).splitlines()[0]}): use --grad-checkpoint, "
+                        "--shard with more processes, or a smaller model."
+                    ) from None
+            # Here the error is gone, and with it the activations that its traceback held.
+            self._micro_batch_size = math.ceil(rows / 2)
+            for value in self._weights.values():
+                value.grad = None
+            if self._torch_device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _batch_gradients(
+        self, batch: Batch, token_weight: npt.NDArray[np.float32], kl_weight: npt.NDArray[np.float32] | None
+    ) -> Tensor:
+        """Add the gradients of all rows of this rank to those of the weights; returns the loss sums, float32[terms * sources]."""
+        group = self._on_device(batch.term.astype(np.int64) * NUM_SOURCES + batch.source)
+        kl_group = self._on_device(batch.source.astype(np.int64) + TERM_REPLAY_KL * NUM_SOURCES)
+        sums = torch.zeros(NUM_TERMS * NUM_SOURCES, device=self._torch_device)
+        # A rank may have no rows.
+        size = self._micro_batch_size or max(1, len(batch.tokens))
+        for start in range(0, len(batch.tokens), size):
+            rows = slice(start, start + size)
+            nll, kl = self._accumulate_gradient(batch, rows, token_weight[rows], None if kl_weight is None else kl_weight[rows])
+            mask = self._on_device(batch.loss_mask[rows])
+            sums.index_add_(0, group[rows], (nll * mask).sum(1))
+            if kl is not None:
+                sums.index_add_(0, kl_group[rows], (kl * mask).sum(1))
+        return sums
+
     def token_losses(self, tokens: npt.NDArray[np.int32], segment: npt.NDArray[np.int32] | None = None) -> npt.NDArray[np.float32]:
         losses = np.empty((len(tokens), tokens.shape[1] - 1), np.float32)
         for rows in self._eval_slices(tokens):
             inputs, labels = self._split(tokens[rows])
-            own = None if segment is None else torch.from_numpy(segment[rows]).to(self._torch_device)
+            own = None if segment is None else self._on_device(segment[rows])
             with torch.no_grad():
                 x = self._forward(self._weights, inputs, own)
-                nll = gpt2.token_nll(x, self._weights["transformer.wte.weight"], labels, self._chunk)
+                nll = gpt2.token_nll(x, self._weights[self._functions.HEAD], labels, self._chunk)
             losses[rows] = nll.view(inputs.shape).cpu().numpy()
         return losses
+
+    def log_probs(
+        self, tokens: npt.NDArray[np.int32], segment: npt.NDArray[np.int32] | None = None, *, from_reference: bool = False
+    ) -> npt.NDArray[np.float32]:
+        weights = self._reference if from_reference else self._weights
+        if weights is None:
+            raise UserError("Log-probabilities of the reference need one: call set_reference first.")
+        inputs, _ = self._split(tokens)
+        own = None if segment is None else torch.from_numpy(segment).to(self._torch_device)
+        with torch.no_grad():
+            x = self._forward(weights, inputs, own)
+            logits = (x @ weights[self._functions.HEAD].to(x.dtype).T).float()
+            logits.sub_(logits.logsumexp(1, keepdim=True))
+        return logits.view(*inputs.shape, -1).cpu().numpy()
 
     def compare(self, tokens: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8]) -> Comparison:
         if self._reference is None:
             raise UserError("compare needs a reference: call set_reference first.")
-        weights, reference, spec, sizes = self._weights, self._reference, self.spec.model, self._portions
-        heads = [own["transformer.wte.weight"] for own in (weights, reference)]
-        shared = gpt2.num_shared_blocks(weights, reference, spec)
+        reference = {name: value.float() for name, value in self._reference.items()}
+        weights, spec, sizes = self._weights, self.spec.model, self._portions
+        heads = [own[self._functions.HEAD] for own in (weights, reference)]
+        shared = self._functions.num_shared_blocks(weights, reference, spec)
         measures = np.zeros((len(MEASURES), len(tokens), tokens.shape[1] - 1), np.float32)
         for rows in self._eval_slices(tokens, sizes.num_tokens):
             inputs, labels = self._split(tokens[rows])
             with torch.no_grad(), self._autocast():
-                pair = gpt2.hidden_states_of_two(weights, reference, spec, inputs, shared=shared)
+                pair = self._functions.hidden_states_of_two(weights, reference, spec, inputs, shared=shared)
             x, ref_x = (states.flatten(0, 1).to(self._dtype) for states in pair)
             found = compare.measures(x, heads[0], ref_x, heads[1], labels, chunk=sizes.num_logits)
             measures[:, rows] = found.view(-1, *inputs.shape).cpu().numpy()
@@ -190,6 +238,8 @@ class TorchTrainer(Trainer):
             self._reference = {name: value.detach().clone() for name, value in self._weights.items()}
         else:
             self._reference = self._read_weights(reference)
+        if self._reference is not None and self.spec.method.anchor_precision == "bf16":
+            self._reference = {name: value.bfloat16() for name, value in self._reference.items()}
 
     def set_fisher(
         self, tokens: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8], segment: npt.NDArray[np.int32] | None = None
@@ -223,19 +273,11 @@ class TorchTrainer(Trainer):
             self._weights[name].data.copy_(value)
 
     def save_state(self, path: Path) -> None:
-        moments = {f"exp_avg.{name}": value for name, value in self._exp_avg.items()}
-        moments |= {f"exp_avg_sq.{name}": value for name, value in self._exp_avg_sq.items()}
-        save_file(moments | {"step": next(iter(self._steps.values())).reshape(1)}, path)
+        save_file(self._optimizer.state(), path)
 
     def load_state(self, path: Path) -> None:
-        state = load_file(path, device=str(self._torch_device))
-        wanted = {f"{kind}.{name}" for kind in ("exp_avg", "exp_avg_sq") for name in self._weights} | {"step"}
-        if set(state) != wanted:
-            raise UserError(f"{path} is not the training state of this model.")
-        for name in self._weights:
-            self._exp_avg[name].copy_(state[f"exp_avg.{name}"])
-            self._exp_avg_sq[name].copy_(state[f"exp_avg_sq.{name}"])
-            self._steps[name].copy_(state["step"][0])
+        if not self._optimizer.load(load_file(path, device=str(self._torch_device))):
+            raise UserError(f"{path} is not the training state of this model and optimiser.")
 
     def sample(
         self, prompts: npt.NDArray[np.int32], u: npt.NDArray[np.float64], *, temperature: float = 1.0, from_reference: bool = False
@@ -261,6 +303,21 @@ class TorchTrainer(Trainer):
     @classmethod
     def memory_bytes(cls) -> int | None:
         return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
+
+    @classmethod
+    def hardware(cls) -> str | None:
+        return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+    @classmethod
+    def kept_bytes(cls, model: ModelSpec, precision: Precision) -> int:
+        # Inputs of both norms in float32; queries, keys, values, mixture and both sides of the GELU in the type of products, what enters
+        # a product besides. Norms of queries and keys are float32 and keep their own.
+        per_width = {"gpt2": {"fp32": 64, "bf16": 36}, "qknorm": {"fp32": 76, "bf16": 50}}
+        return per_width[model.architecture][precision] * model.width
+
+    @property
+    def micro_batch_size(self) -> int | None:
+        return self._micro_batch_size
 
     def peak_memory_bytes(self) -> int:
         if self._torch_device.type == "cuda":
@@ -322,7 +379,8 @@ class TorchTrainer(Trainer):
     def _forward(self, weights: dict[str, Tensor], inputs: Tensor, segment: Tensor | None = None) -> Tensor:
         """Hidden states [N, D] without gradients, always eager: evaluation shapes vary."""
         with self._autocast():
-            return gpt2.hidden_states(weights, self.spec.model, inputs, segment).flatten(0, 1).to(self._dtype)
+            x: Tensor = self._functions.hidden_states(weights, self.spec.model, inputs, segment)
+            return x.flatten(0, 1).to(self._dtype)
 
     def _accumulate_gradient(
         self, batch: Batch, rows: slice, weight: npt.NDArray[np.float32], kl_weight: npt.NDArray[np.float32] | None
@@ -332,11 +390,11 @@ class TorchTrainer(Trainer):
         Returns their nll and their KL to the reference, float32[B, T]: 0 where a row has no such term, None where no row has.
         """
         inputs, labels = self._split(batch.tokens[rows])
-        segment = None if batch.segment is None else torch.from_numpy(batch.segment[rows]).to(self._torch_device)
+        segment = None if batch.segment is None else self._on_device(batch.segment[rows])
         with self._autocast():
             checkpointed = self.spec.runtime.grad_checkpoint
             x = self._hidden_states(self._weights, self.spec.model, inputs, segment, grad_checkpoint=checkpointed)
-        head, x = self._weights["transformer.wte.weight"], x.to(self._dtype)
+        head, x = self._weights[self._functions.HEAD], x.to(self._dtype)
         nll_rows, kl_rows = self._rows_of(np.asarray(batch.term[rows] != TERM_REPLAY_KL)), None
         if kl_weight is not None and kl_weight.any():
             kl_rows = self._rows_of(np.asarray(kl_weight.any(axis=1)))
@@ -344,12 +402,17 @@ class TorchTrainer(Trainer):
             x[nll_rows].flatten(0, 1),
             head,
             labels.view(inputs.shape)[nll_rows].flatten(),
-            torch.from_numpy(weight).to(self._torch_device)[nll_rows].flatten(),
+            self._on_device(weight)[nll_rows].flatten(),
             self._chunk,
         )
         kl_BT = None
-        if kl_rows is not None:
+        if kl_rows is not None and batch.reference is not None:
+            kl_objective, kl = self._stored_divergence(batch, rows.start, x[kl_rows].flatten(0, 1), head, kl_weight)
+            objective = objective + kl_objective
+            kl_BT = _in_rows(kl, kl_rows, inputs)
+        elif kl_rows is not None:
             assert self._reference is not None
+            assert kl_weight is not None
             with torch.no_grad(), self._autocast():
                 part = None if segment is None else segment[kl_rows]
                 ref_x = self._hidden_states(self._reference, self.spec.model, inputs[kl_rows], part).to(self._dtype)
@@ -357,8 +420,8 @@ class TorchTrainer(Trainer):
                 x[kl_rows].flatten(0, 1),
                 head,
                 ref_x.flatten(0, 1),
-                self._reference["transformer.wte.weight"],
-                torch.from_numpy(kl_weight).to(self._torch_device)[kl_rows].flatten(),
+                self._reference[self._functions.HEAD],
+                self._on_device(kl_weight)[kl_rows].flatten(),
                 self._chunk,
             )
             objective = objective + kl_objective
@@ -366,9 +429,25 @@ class TorchTrainer(Trainer):
         objective.backward()
         return _in_rows(nll, nll_rows, inputs), kl_BT
 
+    def _stored_divergence(
+        self, batch: Batch, first_row: int, x: Tensor, head: Tensor, kl_weight: npt.NDArray[np.float32] | None
+    ) -> tuple[Tensor, Tensor]:
+        """The weighted KL to what is kept of the reference, and the KL float32[n * T], of the hidden states of a micro-batch's KL rows."""
+        assert kl_weight is not None
+        chosen = np.flatnonzero(kl_weight.any(axis=1))
+        stored = batch.reference_of(first_row + chosen)
+        log_probs, top, tail = (
+            None if part is None else torch.from_numpy(part).to(self._torch_device).flatten(0, 1)
+            for part in (stored.log_probs, stored.top, stored.tail)
+        )
+        weight = torch.from_numpy(kl_weight[chosen]).to(self._torch_device).flatten()
+        top = None if top is None else top.long()
+        result: tuple[Tensor, Tensor] = FusedStoredKL.apply(x, head, log_probs, top, tail, weight, self._chunk)  # type: ignore[no-untyped-call]
+        return result
+
     def _rows_of(self, chosen: npt.NDArray[np.bool_]) -> slice | Tensor:
         """The chosen rows as an index; a slice, which copies nothing, where it is all of them."""
-        return slice(None) if chosen.all() else torch.from_numpy(np.flatnonzero(chosen)).to(self._torch_device)
+        return slice(None) if chosen.all() else self._on_device(np.flatnonzero(chosen))
 
     def _update(self, gradients: dict[str, Tensor], learning_rate: float) -> tuple[Tensor, Tensor]:
         """Clip, step and clear the gradients; returns (gradient norm, 1 if the step was masked), both on the device."""
@@ -378,39 +457,27 @@ class TorchTrainer(Trainer):
         norms = torch._foreach_norm(list(gradients.values()))
         norm = torch.linalg.vector_norm(torch.stack(norms))
         skipped = (~torch.isfinite(norm)).float()
-        # The fused kernel divides gradients by grad_scale and does nothing where found_inf is 1: clipping and masking cost no pass.
         limit = optim.max_grad_norm
         scale = torch.clamp(norm / limit, min=1.0) if limit > 0 else torch.ones_like(norm)
         if self._reference is not None and method.anchor_decay:
             pull_to_reference(self._weights, self._reference, method.anchor_decay, learning_rate, skipped)
-        for names, weight_decay in ((self._decayed, optim.weight_decay), (self._plain, 0.0)):
-            adamw(
-                [self._weights[name].detach() for name in names],
-                [gradients[name] for name in names],
-                [self._exp_avg[name] for name in names],
-                [self._exp_avg_sq[name] for name in names],
-                [],
-                [self._steps[name] for name in names],
-                fused=True,
-                grad_scale=scale,
-                found_inf=skipped,
-                amsgrad=False,
-                beta1=optim.beta1,
-                beta2=optim.beta2,
-                lr=learning_rate,
-                weight_decay=weight_decay,
-                eps=optim.epsilon,
-                maximize=False,
-            )
+        self._optimizer.step(self._weights, gradients, learning_rate, scale, skipped)
         for value in self._weights.values():
             value.grad = None
         return norm, skipped
+
+    def _on_device(self, array: npt.NDArray[np.generic]) -> Tensor:
+        """A copy on the device. From pinned memory a GPU fetches it while the host goes on; from pageable memory the host would wait."""
+        tensor = torch.from_numpy(array)
+        if self._torch_device.type != "cuda":
+            return tensor.to(self._torch_device)
+        return tensor.pin_memory().to(self._torch_device, non_blocking=True)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self._torch_device.type, dtype=torch.bfloat16, enabled=self._dtype == torch.bfloat16)
 
     def _split(self, tokens: npt.NDArray[np.int32]) -> tuple[Tensor, Tensor]:
-        on_device = torch.from_numpy(tokens).to(self._torch_device, non_blocking=True).long()
+        on_device = self._on_device(tokens).long()
         return on_device[:, :-1], on_device[:, 1:].reshape(-1)
 
     def _eval_slices(self, tokens: npt.NDArray[np.int32], num_tokens: int = _EVAL_TOKENS) -> list[slice]:

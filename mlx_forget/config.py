@@ -19,11 +19,12 @@ from typing import Any, Literal, TypeVar
 from mlx_forget.errors import UserError, unknown
 from mlx_forget.ladder import SIZES, ModelSpec, num_params
 from mlx_forget.methods import METHODS, MethodSpec, method_spec
+from mlx_forget.pipeline.reference_rows import parse_kind
 from mlx_forget.pipeline.rows import LAYOUTS
 from mlx_forget.pipeline.shares import describe_share, parse_stages
-from mlx_forget.schedule import Decay, Schedule
+from mlx_forget.schedule import DECAYS, Decay, Schedule
 from mlx_forget.token_counts import parse_tokens
-from mlx_forget.trainer import OptimSpec, Precision, RuntimeSpec
+from mlx_forget.trainer import Optimizer, OptimSpec, Precision, RuntimeSpec
 
 # A built-in corpus stands for the small set that a user has.
 BUILTIN_TARGET_TOKENS = 100_000
@@ -32,6 +33,7 @@ EVALUATIONS_PER_RUN = 20
 # What `replay_data` may be besides data.
 REPLAY_SELF, REPLAY_ONLINE, REPLAY_PRETRAIN = "self", "online", "pretrain"
 INJECTED_SHARE = "1%"
+REFERENCE_LIVE = "live"
 
 # Raised when the same configuration would give other numbers than before.
 SCIENCE_VERSION = 1
@@ -85,11 +87,31 @@ class TrainConfig:
         f"Where ntp-replay, kl-replay and ewc take rows from: {REPLAY_SELF} (sampled from the start model and kept), "
         f"{REPLAY_ONLINE} (sampled while training, never repeated), {REPLAY_PRETRAIN}, or data in the forms of --target, such as a store of forget replay.",
     )
+    anchor_precision: Precision = _key(
+        "fp32", "How methods that hold the weights near the start keep it: fp32, or bf16: half the memory."
+    )
     replay_rows: int | None = _key(None, "Replay rows added to each step; default: a quarter of --batch-size.")
     replay_tokens: int | None = _key(
         None, "Tokens to sample where replay_data is self; default: what the run needs, at most 2M, then they repeat."
     )
-    tokenizer: str | None = _key(None, "A tokenizer.model; default: the base's, else one trained on the built-in prose.")
+    reference_log_probs: str = _key(
+        REFERENCE_LIVE,
+        "Where kl-replay takes the start model's log-probabilities from: live (a forward pass every step), full (float16, kept beside the "
+        "replay store), or top-64 and the like (the likeliest tokens and the exact rest).",
+    )
+    replay_limits: Mapping[str, int] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Of a source of replay_data that is named here, only the first so many tokens are replayed.",
+            "science": False,
+            "aliases": (),
+            "cli": False,
+        },
+    )
+    tokenizer: str | None = _key(
+        None,
+        "A tokenizer.model or tokenizer.json, a folder or Hub id (hf:OWNER/NAME) that has one; default: the base's, else one trained on the built-in prose.",
+    )
     vocab_size: int = _key(2048, "Vocabulary of the built-in tokenizer.")
 
     iters: int = _key(600, "Optimiser steps.", aliases=("max_steps",))
@@ -104,11 +126,19 @@ class TrainConfig:
         None,
         "Peak rate; default: by size from scratch, and a fixed share of the base's peak when finetuning.",
     )
-    lr_schedule: Decay | None = _key(None, "cosine or constant; default: cosine from scratch, constant when finetuning.")
+    lr_schedule: Decay | None = _key(None, f"{', '.join(DECAYS)}; default: cosine from scratch, constant when finetuning.")
     warmup: float = _key(0.005, "Share of the steps that warm up.")
+    lr_final: float = _key(0.01, "Last rate over the peak, of every schedule but constant.")
+    lr_decay_share: float = _key(0.2, "Share of the steps in which wsd and infinite decay at the end.")
+    lr_cooldown_share: float = _key(0.25, "Share of the steps in which infinite falls to its plateau.")
+    lr_plateau: float = _key(0.5, "Rate of infinite's plateau over the peak.")
+    optimizer: Optimizer = _key("adamw", "adamw, or adafactor: its second moments of a matrix are a row and a column.")
     weight_decay: float = _key(0.1, "Decoupled decay of matrices and embeddings, multiplied by the rate.")
     beta1: float = _key(0.9, "AdamW's first decay.")
     beta2: float = _key(0.95, "AdamW's second decay.")
+    beta2_half_life_tokens: int | None = _key(
+        None, "Tokens after which a gradient counts half in AdamW's second moment, whatever the batch size; replaces --beta2."
+    )
     max_grad_norm: float = _key(5.0, "Clip the global gradient norm; 0: never.")
     seed: int = _key(0, "Orders the data; initialises a model from scratch.")
 
@@ -129,8 +159,11 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16"] = _machine("auto", "auto: bf16 where the hardware multiplies it fast, else fp32.")
     device: str | None = _machine(None, "Insist on a device such as cuda:1 or cpu.")
     compile: bool | None = _machine(None, "Compile the step; default: where it pays.")
-    micro_batch_size: int | None = _machine(None, "Rows per forward pass; the result is that of the whole batch.")
+    micro_batch_size: int | None = _machine(
+        None, "Rows per forward pass; the result is that of the whole batch. Default: as many as fit."
+    )
     grad_checkpoint: bool = _machine(False, "Recompute activations to save memory.", aliases=("gradient_checkpointing",))
+    shard: bool = _machine(False, "Share weights, gradients and moments among the processes of the run (PyTorch's FSDP2).")
     num_threads: int | None = _machine(None, "CPU threads.")
     memory_limit_gb: float | None = _machine(None, "Never use more memory than this.")
     steps_per_report: int = _machine(10, "Steps between progress reports.", aliases=("logging_steps",))
@@ -171,14 +204,26 @@ class TrainConfig:
             "memory_limit_gb",
             "replay_rows",
             "replay_tokens",
+            "beta2_half_life_tokens",
         ):
             if getattr(self, name) is not None:
                 _positive(name, getattr(self, name))
-        for name in ("warmup", "weight_decay", "max_grad_norm", "max_skipped", "seed"):
+        for name in ("weight_decay", "max_grad_norm", "max_skipped", "seed"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must not be negative, it is {getattr(self, name)}.")
+        for name in ("warmup", "lr_final", "lr_decay_share", "lr_cooldown_share", "lr_plateau"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} is a share, from 0 to 1, it is {getattr(self, name)}.")
+        if self.optimizer != "adamw" and self.beta2_half_life_tokens is not None:
+            raise UserError(f"--beta2-half-life-tokens is AdamW's: optimizer {self.optimizer!r} has no beta2.")
         if self.seed >= 2**63:
             raise UserError(f"seed must be below 2^63, it is {self.seed}.")
+        if self.max_forgetting is not None and self.pretrain is None:
+            raise UserError(
+                f"max_forgetting is {self.max_forgetting:g}, but there is no pretraining loss to hold it to: give --pretrain."
+            )
+        if self.reference_log_probs != REFERENCE_LIVE:
+            parse_kind(self.reference_log_probs)
         if self.rows not in LAYOUTS:
             raise unknown("rows", self.rows, LAYOUTS)
         if any(stage.first or stage.last for stage in stages) and self.pretrain is None:
@@ -189,10 +234,14 @@ class TrainConfig:
         return self.init == "scratch"
 
     def method_spec(self) -> MethodSpec:
-        return method_spec(self.method, self.coefficient)
+        spec = method_spec(self.method, self.coefficient)
+        if self.anchor_precision != "fp32" and not spec.has_anchor:
+            raise UserError(f"--anchor-precision {self.anchor_precision}: method {self.method!r} holds no anchor; leave it out.")
+        return dataclasses.replace(spec, anchor_precision=self.anchor_precision)
 
     def optim(self) -> OptimSpec:
         return OptimSpec(
+            name=self.optimizer,
             beta1=self.beta1,
             beta2=self.beta2,
             weight_decay=self.weight_decay if self.method_spec().decays_to_zero else 0.0,
@@ -206,6 +255,7 @@ class TrainConfig:
             compile=self.compile,
             micro_batch_size=self.micro_batch_size,
             grad_checkpoint=self.grad_checkpoint,
+            shard=self.shard,
             num_threads=self.num_threads,
             memory_limit_gb=self.memory_limit_gb,
         )
@@ -226,6 +276,7 @@ class TrainConfig:
             "compile",
             "micro_batch_size",
             "grad_checkpoint",
+            "shard",
             "num_threads",
             "memory_limit_gb",
             "steps_per_report",
@@ -282,11 +333,21 @@ def schedule(config: TrainConfig, spec: ModelSpec, base_peak: float | None) -> S
     elif config.is_pretraining:
         peak = default_peak(spec)
     elif base_peak is not None:
-        peak = base_peak * finetuning_ratio(spec) * factor
+        # Re-warming goes back to where pretraining had been.
+        peak = base_peak * (1 if config.lr_schedule == "rewarm" else finetuning_ratio(spec)) * factor
     else:
         raise UserError("The start checkpoint does not say its peak learning rate: give --learning-rate.")
     decay: Decay = config.lr_schedule or ("cosine" if config.is_pretraining else "constant")
-    return Schedule(peak=peak, num_steps=config.iters, decay=decay, warmup_fraction=config.warmup)
+    return Schedule(
+        peak=peak,
+        num_steps=config.iters,
+        decay=decay,
+        warmup_fraction=config.warmup,
+        final_fraction=config.lr_final,
+        decay_fraction=config.lr_decay_share,
+        cooldown_fraction=config.lr_cooldown_share,
+        plateau_fraction=config.lr_plateau,
+    )
 
 
 Config = TypeVar("Config")

@@ -16,11 +16,12 @@ from typing import Any
 
 from mlx_forget import records
 from mlx_forget.config import to_yaml
-from mlx_forget.engines import REQUESTED, STOPPED, Engine, Exit, Task
+from mlx_forget.engines import STOPPED, Engine, Exit, Task
 from mlx_forget.engines.child import last_line
 from mlx_forget.errors import Interrupted, UserError
 from mlx_forget.grid import Resources
 from mlx_forget.progress import PROGRESS_FILE
+from mlx_forget.records import REQUESTED
 from mlx_forget.run import is_held
 from mlx_forget.sweep import Job, Sweep
 from mlx_forget.watch import Watch

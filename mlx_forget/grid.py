@@ -6,6 +6,7 @@ arms: {plain: {method: plain}, ...}           # named variants; each is laid ove
 list: [{seed: 0, p: 0}, {seed: 1, p: 1%}]     # points given one by one
 zip: {model: [tiny, xl], resources.gpus: [1, 8]}    # axes that move together; or several such mappings, in a list
 grid: {p: [0, 1%], base.seed: [0, 1]}         # axes of which every combination is a run
+stages: [{target: code}, {target: math}]      # each starts from the one before (see `stages`); laid over config and arms
 smoke: {config: {...}, grid: {...}}           # laid over the above when FORGET_SCALE=smoke
 
 A key may be dotted: `base.seed` is the seed of the base model. `resources` says what a run may use and changes no run's name.
@@ -84,6 +85,7 @@ class Recipe:
     grid: Mapping[str, list[Any]]
     description: str = ""
     arms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    stages: tuple[Mapping[str, Any], ...] = ()
     zips: Sequence[Mapping[str, list[Any]]] = ()
     points: Sequence[Mapping[str, Any]] | None = None
 
@@ -127,15 +129,16 @@ def read_recipe(path: Path) -> Recipe:
         UserError: not a recipe, or unknown keys.
     """
     content = read_yaml(path)
-    known = {"name", "description", "config", "arms", "grid", "zip", "list", "smoke"}
+    known = {"name", "description", "config", "arms", "grid", "zip", "list", "stages", "smoke"}
     for key in content:
         if key not in known:
             raise unknown("recipe key", key, known)
-    smoke = content.get("smoke") or {}
+    smoke, scaled = content.get("smoke") or {}, set[str]()
     config, grid = dict(content.get("config") or {}), dict(content.get("grid") or {})
     if os.environ.get("FORGET_SCALE") == "smoke":
         config, grid = config | (smoke.get("config") or {}), grid | (smoke.get("grid") or {})
         content |= {key: smoke[key] for key in ("zip", "list") if key in smoke}
+        scaled = set(smoke.get("config") or {})
     zipped = content.get("zip") or []
     zips = [zipped] if isinstance(zipped, dict) else zipped
     if not isinstance(zips, list) or not all(isinstance(lists, dict) for lists in zips):
@@ -151,7 +154,12 @@ def read_recipe(path: Path) -> Recipe:
     for arm, values in arms.items():
         if not isinstance(values, dict):
             raise UserError(f"{path}: arm {arm!r} must be a mapping of keys to values.")
-    return Recipe(content.get("name", path.stem), config, grid, content.get("description", ""), arms, zips, points)
+    stages = content.get("stages") or []
+    if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
+        raise UserError(f"{path}: stages must be a list of mappings of keys to values.")
+    # What the smoke scale sets, no stage sets otherwise.
+    stages = [{key: value for key, value in stage.items() if key not in scaled} for stage in stages]
+    return Recipe(content.get("name", path.stem), config, grid, content.get("description", ""), arms, tuple(stages), zips, points)
 
 
 def flatten(values: Mapping[str, Any]) -> dict[str, Any]:

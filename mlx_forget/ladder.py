@@ -1,20 +1,28 @@
-"""The ladder of GPT-2-style models: sizes, parameter counts, FLOPs, and the one initialiser.
+"""The ladder of models: sizes, parameter counts, FLOPs, and the one initialiser.
 
-A rung varies two things only, depth and width; vocabulary and context come from the data. Weights are named as Hugging Face
-names GPT-2's, and every backend starts from the arrays made here, so a seed means the same model everywhere.
+A rung varies two things only, depth and width; vocabulary and context come from the data. There are two architectures: `gpt2`, whose
+weights are named as Hugging Face names GPT-2's, and `qknorm` of Marek et al. (2026), with names of its own. Every backend starts from the
+arrays made here, so a seed means the same model everywhere.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from mlx_forget.errors import UserError, unknown
 
+Architecture = Literal["gpt2", "qknorm"]
+
 LAYER_NORM_EPSILON = 1e-5
+RMS_NORM_EPSILON = 1e-6
+ROPE_BASE = 10_000.0
+QKNORM_HEAD = "decoder.embed_out.weight"
+# What `config.json` calls a checkpoint of the second architecture: no other tool has it.
+_QKNORM_TYPE = "mlx-forget-qknorm"
 # GPT-2's 0.02 at its own width of 768, scaled so that activations keep their size along the ladder.
 INIT_STD_AT_768 = 0.02
 
@@ -32,19 +40,31 @@ SIZES: dict[str, tuple[int, int]] = {
     "1.3m": (5, 128),
     "2.6m": (5, 192),
     "10m": (8, 320),
+    # Of Marek et al. (2026), named as they name them: 12 L D^2 + V D at vocabulary 4,096, one of the two embeddings counted.
+    "marek-6m": (6, 256),
+    "marek-12m": (6, 384),
+    "marek-21m": (6, 512),
+    "marek-32m": (6, 640),
+    "marek-46m": (6, 768),
+    "marek-205m": (16, 1024),
 }
+_QKNORM_PREFIXES = ("marek-", "qknorm-")
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The shape of a GPT-2-style decoder: learned positions, biases, tied head.
+    """The shape of a decoder.
+
+    `gpt2` has learned positions, biases, layer norms and a tied head; `qknorm` has rotary positions, no biases, root-mean-square norms
+    without parameters, normalised queries and keys, and a head of its own.
 
     Args:
         num_layers: number of blocks.
         width: the residual stream's width, a multiple of `num_heads`.
         num_heads: attention heads.
-        vocab_size: rows of the tied embedding matrix.
+        vocab_size: rows of the embedding matrix.
         context_length: longest input, in tokens.
+        architecture: which of the two.
     """
 
     num_layers: int
@@ -52,6 +72,7 @@ class ModelSpec:
     num_heads: int
     vocab_size: int
     context_length: int
+    architecture: Architecture = "gpt2"
 
     @property
     def head_dim(self) -> int:
@@ -59,28 +80,53 @@ class ModelSpec:
 
 
 def model_spec(name: str, vocab_size: int, context_length: int) -> ModelSpec:
-    """The spec of a ladder name (`small`, `0.65m`) or of a shape written `LAYERSxWIDTH` (`4x96`).
+    """The spec of a ladder name (`small`, `0.65m`, `marek-6m`) or of a shape written `LAYERSxWIDTH` (`4x96`, `qknorm-4x96`).
 
-    Heads are 64 wide from width 512 on and 32 wide below (16 where 32 does not divide the width).
+    Heads are 64 wide from width 512 on and 32 wide below (16 where 32 does not divide the width); of `qknorm`, 64 from width 256 on.
 
     Raises:
         UserError: unknown name, or a width that no head size divides.
     """
+    architecture: Architecture = "qknorm" if name.startswith(_QKNORM_PREFIXES) else "gpt2"
     if name in SIZES:
         num_layers, width = SIZES[name]
-    elif match := re.fullmatch(r"(\d+)x(\d+)", name):
+    elif match := re.fullmatch(r"(?:qknorm-)?(\d+)x(\d+)", name):
         num_layers, width = int(match[1]), int(match[2])
     else:
         raise unknown("model size", name, SIZES)
-    head_dim = next((h for h in ((64, 32, 16) if width >= 512 else (32, 16)) if width % h == 0), None)
+    wide = width >= (256 if architecture == "qknorm" else 512)
+    head_dim = next((h for h in ((64, 32, 16) if wide else (32, 16)) if width % h == 0), None)
     if num_layers < 1 or not width or head_dim is None:
         raise UserError(f"Model shape {name!r}: layers must be at least 1 and the width a multiple of 16.")
-    return ModelSpec(num_layers, width, width // head_dim, vocab_size, context_length)
+    return ModelSpec(num_layers, width, width // head_dim, vocab_size, context_length, architecture)
+
+
+def default_context(name: str) -> int:
+    """Tokens per row of a ladder model where nobody says: 128 for the laptop sizes, 1,024 for Bethune's, 256 for Marek's."""
+    spec = model_spec(name, 1, 1)
+    if spec.architecture == "qknorm":
+        return 256
+    return 1024 if spec.width >= 512 else 128
+
+
+def head_name(spec: ModelSpec) -> str:
+    """The output matrix [V, D]; in `gpt2` it is the token embedding."""
+    return QKNORM_HEAD if spec.architecture == "qknorm" else "transformer.wte.weight"
 
 
 def param_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter under its Hugging Face GPT-2 name; matrices are [in, out] as GPT-2's Conv1D stores them."""
+    """Shape of every parameter under its name, of `gpt2` in Hugging Face's; matrices are [in, out] as GPT-2's Conv1D stores them."""
     d = spec.width
+    if spec.architecture == "qknorm":
+        names: dict[str, tuple[int, ...]] = {"decoder.embed_in.weight": (spec.vocab_size, d)}
+        for i in range(spec.num_layers):
+            names |= {
+                f"decoder.h.{i}.attn.qkv.weight": (d, 3 * d),
+                f"decoder.h.{i}.attn.out.weight": (d, d),
+                f"decoder.h.{i}.mlp.up.weight": (d, 4 * d),
+                f"decoder.h.{i}.mlp.down.weight": (4 * d, d),
+            }
+        return names | {QKNORM_HEAD: (spec.vocab_size, d)}
     shapes: dict[str, tuple[int, ...]] = {
         "transformer.wte.weight": (spec.vocab_size, d),
         "transformer.wpe.weight": (spec.context_length, d),
@@ -105,13 +151,14 @@ def param_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 
 
 def num_params(spec: ModelSpec) -> int:
-    """All parameters, the tied embedding counted once: the N of the laws."""
+    """All parameters, a tied embedding counted once: the N of the laws."""
     return sum(int(np.prod(shape)) for shape in param_shapes(spec).values())
 
 
 def num_non_embedding_params(spec: ModelSpec) -> int:
-    """Parameters without the token and position embeddings."""
-    return num_params(spec) - (spec.vocab_size + spec.context_length) * spec.width
+    """Parameters without the token and position embeddings, and without an untied head."""
+    tables = 2 * spec.vocab_size if spec.architecture == "qknorm" else spec.vocab_size + spec.context_length
+    return num_params(spec) - tables * spec.width
 
 
 def train_flops_per_token(spec: ModelSpec) -> int:
@@ -135,10 +182,30 @@ def decays(name: str) -> bool:
     return name.endswith(".weight") and ".ln_" not in name
 
 
+def is_factored(shape: tuple[int, ...]) -> bool:
+    """Whether Adafactor keeps a row and a column of a parameter's second moments instead of all."""
+    return len(shape) == 2
+
+
+def moment_shapes(optimizer: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The state of an optimiser besides its step count: `MOMENT.PARAMETER` -> shape.
+
+    AdamW has `exp_avg` and `exp_avg_sq`; Adafactor has `exp_avg_sq_row` [R] and `exp_avg_sq_col` [C] of a matrix [R, C], and `exp_avg_sq`
+    of anything else.
+    """
+    if optimizer == "adamw":
+        return {f"{kind}.{name}": shape for kind in ("exp_avg", "exp_avg_sq") for name, shape in shapes.items()}
+    whole = {f"exp_avg_sq.{name}": shape for name, shape in shapes.items() if not is_factored(shape)}
+    rows = {f"exp_avg_sq_row.{name}": shape[:1] for name, shape in shapes.items() if is_factored(shape)}
+    columns = {f"exp_avg_sq_col.{name}": shape[1:] for name, shape in shapes.items() if is_factored(shape)}
+    return whole | rows | columns
+
+
 def initial_weights(spec: ModelSpec, seed: int) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
     """Yield (name, float32 array), one tensor at a time: norms one, biases zero, matrices normal.
 
-    The standard deviation is 0.02 sqrt(768 / width), divided by sqrt(2 L) in the residual projections (as GPT-2, at its width).
+    The standard deviation of `gpt2` is 0.02 sqrt(768 / width), divided by sqrt(2 L) in the residual projections (as GPT-2, at its width);
+    that of `qknorm` is one over the square root of a matrix's inputs, of an embedding's width (Marek et al. 2026).
 
     Each tensor draws from a counter-based generator keyed by (seed, its index), so its values depend on nothing else.
     """
@@ -149,13 +216,21 @@ def initial_weights(spec: ModelSpec, seed: int) -> Iterator[tuple[str, npt.NDArr
         elif name.endswith("bias"):
             yield name, np.zeros(shape, np.float32)
         else:
-            std = matrix_std / (2 * spec.num_layers) ** 0.5 if "c_proj" in name else matrix_std
+            if spec.architecture == "qknorm":
+                std = (shape[1] if "embed" in name else shape[0]) ** -0.5
+            else:
+                std = matrix_std / (2 * spec.num_layers) ** 0.5 if "c_proj" in name else matrix_std
             generator = np.random.Generator(np.random.Philox(key=[seed, index]))
             yield name, generator.standard_normal(shape, np.float32) * np.float32(std)
 
 
 def hf_config(spec: ModelSpec, *, bos_token_id: int, eos_token_id: int) -> dict[str, Any]:
-    """The `config.json` with which transformers loads a ladder checkpoint as `GPT2LMHeadModel`."""
+    """The `config.json` with which transformers loads a ladder checkpoint as `GPT2LMHeadModel`; `qknorm` is loaded by this tool alone."""
+    if spec.architecture == "qknorm":
+        sizes = {"n_layer": spec.num_layers, "n_embd": spec.width, "n_head": spec.num_heads}
+        places = {"vocab_size": spec.vocab_size, "n_positions": spec.context_length}
+        tokens = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
+        return {"model_type": _QKNORM_TYPE, **sizes, **places, **tokens, "tie_word_embeddings": False, "torch_dtype": "float32"}
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -187,7 +262,8 @@ def spec_from_hf_config(config: dict[str, Any]) -> ModelSpec:
         "activation_function": "gelu_new",
         "layer_norm_epsilon": LAYER_NORM_EPSILON,
     }
-    for key, wanted in fixed.items():
+    architecture: Architecture = "qknorm" if config.get("model_type") == _QKNORM_TYPE else "gpt2"
+    for key, wanted in fixed.items() if architecture == "gpt2" else ():
         if config.get(key) != wanted:
             raise UserError(f"Not a ladder checkpoint: config.json has {key}={config.get(key)!r}, the ladder needs {wanted!r}.")
     try:
@@ -197,6 +273,7 @@ def spec_from_hf_config(config: dict[str, Any]) -> ModelSpec:
             num_heads=int(config["n_head"]),
             vocab_size=int(config["vocab_size"]),
             context_length=int(config["n_positions"]),
+            architecture=architecture,
         )
     except KeyError as missing:
         raise UserError(f"Not a ladder checkpoint: config.json has no {missing.args[0]!r}.") from None

@@ -329,9 +329,12 @@ def _evaluate(run: RunState, trainer: Trainer) -> str | None:
     if not too_much and (run.best is None or losses["target_val"] < run.best["target_val"]):
         run.best = losses
         run.evaluations_since_best = 0
-        if trainer.group.rank == 0:
-            folder = run.folder / "checkpoints" / "best"
-            checkpoint.save_checkpoint(folder, trainer, run.model, run.tokenizer, run.checkpoint_state(), with_training_state=False)
+        with trainer.gathered(with_training_state=False):
+            if trainer.group.rank == 0:
+                folder = run.folder / "checkpoints" / "best"
+                checkpoint.save_checkpoint(
+                    folder, trainer, run.model, run.tokenizer, run.checkpoint_state(), with_training_state=False
+                )
     else:
         run.evaluations_since_best += 1
     run.observer.on_evaluation({**row, "best": run.best, "forgetting_nats": forgetting})
@@ -360,16 +363,17 @@ def _end(run: RunState, trainer: Trainer, status: Status, reason: str) -> None:
 
 def _save(run: RunState, trainer: Trainer) -> None:
     run.elapsed_seconds, run._clock = _elapsed(run), time.perf_counter()
-    if trainer.group.rank == 0:
-        folder = run.folder / "checkpoints"
-        checkpoint.save_checkpoint(
-            folder / "last",
-            trainer,
-            run.model,
-            run.tokenizer,
-            run.checkpoint_state(),
-            with_training_state=True,
-        )
+    with trainer.gathered(with_training_state=True):
+        if trainer.group.rank == 0:
+            folder = run.folder / "checkpoints"
+            checkpoint.save_checkpoint(
+                folder / "last",
+                trainer,
+                run.model,
+                run.tokenizer,
+                run.checkpoint_state(),
+                with_training_state=True,
+            )
     trainer.group.barrier()
     run._rate_mark = (run.step, time.perf_counter())
 

@@ -1,8 +1,9 @@
 """Methods against each other, from the runs of a sweep: how much of plain finetuning's forgetting each removes, and at what target loss.
 
 Two readings, because a run that learns less also forgets less: at the run's own minimum of the target validation loss, and, of all its
-evaluations whose target validation loss is within 1% of plain finetuning's minimum, at the one that has forgotten least. Seeds are
-averaged; the spread is the standard deviation over them.
+evaluations whose target validation loss is within 1% of plain finetuning's minimum, at the one that has forgotten least. With a limit of
+forgetting there is a third: of the evaluations under it, the one with the lowest target loss. Seeds are averaged; the spread is the
+standard deviation over them.
 """
 
 import csv
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_forget.config import REPLAY_PRETRAIN, REPLAY_SELF
+from mlx_forget.config import REFERENCE_LIVE, REPLAY_PRETRAIN, REPLAY_SELF
 from mlx_forget.errors import UserError
 from mlx_forget.history import read_history
 from mlx_forget.methods import METHODS
@@ -63,6 +64,10 @@ class Trajectory:
         reached = [row for row in self.rows if row["target_val_loss"] <= target_loss]
         return min(reached, key=self.forgetting) if reached else None
 
+    def best_under(self, limit: float) -> dict[str, Any]:
+        """Of the evaluations that have forgotten at most `limit` nats, which the start always has, the one with the lowest target loss."""
+        return min((row for row in self.rows if self.forgetting(row) <= limit), key=lambda row: float(row["target_val_loss"]))
+
 
 @dataclass(frozen=True)
 class Row:
@@ -74,6 +79,7 @@ class Row:
         removed: share of plain finetuning's forgetting at its minimum that is not there at this method's.
         removed_within: the same, at the evaluation within 1% of plain's minimum that has forgotten least; None where a seed has none.
         tokens_factor: tokens trained on per step over those of plain finetuning.
+        limit, step_under, target_under, target_under_sd: the limit of forgetting if one was given, and where its best evaluation is.
     """
 
     label: str
@@ -89,6 +95,10 @@ class Row:
     removed_sd: float | None
     removed_within: float | None
     tokens_factor: float
+    limit: float | None = None
+    step_under: float | None = None
+    target_under: float | None = None
+    target_under_sd: float | None = None
 
 
 def load_trajectories(runs: Sequence[Run], seed: int | None = None) -> list[Trajectory]:
@@ -126,11 +136,19 @@ def describe(config: dict[str, Any]) -> str:
         value = method.default if coefficient is None else coefficient
         equals = " " if method.strength == "factor" else " = "
         parts.append(f"{_SYMBOLS[method.strength]}{equals}{value:g}")
+    if config.get("reference_log_probs", REFERENCE_LIVE) != REFERENCE_LIVE:
+        parts.append(f"log-probabilities {config['reference_log_probs']}")
     return ", ".join(parts)
 
 
-def table(trajectories: Sequence[Trajectory]) -> list[Row]:
-    """One row per method.
+def common_limit(trajectories: Sequence[Trajectory]) -> float | None:
+    """The `max_forgetting` that every run was trained with, or None."""
+    limits = {t.record["config"].get("max_forgetting") for t in trajectories}
+    return limits.pop() if len(limits) == 1 else None
+
+
+def table(trajectories: Sequence[Trajectory], *, max_forgetting: float | None = None) -> list[Row]:
+    """One row per method; `max_forgetting` also reads each under a limit, in nats, by default the one all runs were trained with.
 
     Raises:
         UserError: two runs with one method and seed, or a seed without a plain run to compare with.
@@ -141,10 +159,12 @@ def table(trajectories: Sequence[Trajectory]) -> list[Row]:
     lacking = sorted({t.seed for t in trajectories} - set(plain))
     if lacking:
         raise UserError(f"Seed {lacking[0]} has no run of method plain, with which the others are compared.")
-    return [_row([t for t in trajectories if t.label == label], plain) for label in dict.fromkeys(t.label for t in trajectories)]
+    limit = common_limit(trajectories) if max_forgetting is None else max_forgetting
+    labels = dict.fromkeys(t.label for t in trajectories)
+    return [_row([t for t in trajectories if t.label == label], plain, limit) for label in labels]
 
 
-def _row(group: list[Trajectory], plain: dict[int, Trajectory]) -> Row:
+def _row(group: list[Trajectory], plain: dict[int, Trajectory], limit: float | None) -> Row:
     def over_seeds(measure: Callable[[Trajectory, Trajectory], float]) -> tuple[float, float | None]:
         values = [measure(t, plain[t.seed]) for t in group]
         return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
@@ -157,7 +177,13 @@ def _row(group: list[Trajectory], plain: dict[int, Trajectory]) -> Row:
     forgetting, forgetting_sd = over_seeds(lambda t, base: t.forgetting(t.best))
     removed, removed_sd = over_seeds(lambda t, base: 1 - t.forgetting(t.best) / base.forgetting(base.best))
     within, _ = over_seeds(removed_within)
+    under: dict[str, float | None] = {}
+    if limit is not None:
+        under["step_under"], _ = over_seeds(lambda t, base: t.best_under(limit)["step"])
+        under["target_under"], under["target_under_sd"] = over_seeds(lambda t, base: t.best_under(limit)["target_val_loss"])
     return Row(
+        limit=limit,
+        **under,
         label=group[0].label,
         method=group[0].method,
         seeds=[t.seed for t in group],
@@ -183,22 +209,31 @@ def _tokens_per_step(trajectory: Trajectory) -> float:
 
 def table_lines(rows: Sequence[Row]) -> list[str]:
     """The table as aligned text."""
-    width = max(len(row.label) for row in rows)
+    width, limit = max(len(row.label) for row in rows), rows[0].limit
+    under = "" if limit is None else f"  {f'under {limit:g} nats':>16}  {'at':>6}"
     lines = [
         f"{'method':<{width}}  {'seeds':>5}  {'minimum at':>10}  {'target val':>16}  {'to plain':>8}  {'forgetting (nats)':>18}  "
-        f"{'removed':>15}  {'removed within 1%':>17}  {'tokens':>6}"
+        f"{'removed':>15}  {'removed within 1%':>17}  {'tokens':>6}{under}"
     ]
     for row in rows:
         within = "" if row.removed_within is None else f"{row.removed_within:.1%}"
+        if row.target_under is not None:
+            under = f"  {row.target_under:>8.4f}{_spread(row.target_under_sd):>8}  {row.step_under:>6,.0f}"
         lines.append(
             f"{row.label:<{width}}  {len(row.seeds):>5}  {row.step:>10,.0f}  {row.target:>8.4f}{_spread(row.target_sd):>8}  "
             f"{row.target_excess:>+8.2%}  {row.forgetting:>+10.4f}{_spread(row.forgetting_sd):>8}  "
-            f"{row.removed:>8.1%}{'' if row.removed_sd is None else f'±{row.removed_sd:.1%}':>7}  {within:>17}  {row.tokens_factor:>5.2f}x"
+            f"{row.removed:>8.1%}{'' if row.removed_sd is None else f'±{row.removed_sd:.1%}':>7}  {within:>17}  {row.tokens_factor:>5.2f}x{under}"
         )
     lines.append(
         "Read at the minimum of each run's target validation loss. removed: share of plain finetuning's forgetting. removed within 1%: the "
         "same at the evaluation that has forgotten least of those within 1% of plain's minimum. ± is the standard deviation over seeds."
     )
+    if limit is not None:
+        chosen = min(rows, key=lambda row: math.inf if row.target_under is None else row.target_under)
+        lines.append(
+            f"under {limit:g} nats: the lowest target validation loss of the evaluations that have forgotten at most that. "
+            f"Lowest of all: {chosen.label}, {chosen.target_under:.4f}."
+        )
     return lines
 
 

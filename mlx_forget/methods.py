@@ -36,6 +36,7 @@ class MethodSpec:
             the diagonal of the Fisher information of one row.
         decays_to_zero: AdamW's own decay stays on.
         learning_rate_factor: what the learning rate is multiplied by.
+        anchor_precision: how the anchor is kept: `bf16` halves its memory and rounds it to 8 bits.
     """
 
     name: str = "injection"
@@ -47,6 +48,7 @@ class MethodSpec:
     ewc: float = 0.0
     decays_to_zero: bool = True
     learning_rate_factor: float = 1.0
+    anchor_precision: Literal["fp32", "bf16"] = "fp32"
 
     @property
     def has_kl(self) -> bool:

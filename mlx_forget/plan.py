@@ -7,10 +7,12 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from mlx_forget import checkpoint
+from mlx_forget import checkpoint, costs
 from mlx_forget.checkpoint import Checkpoint
 from mlx_forget.config import (
     BUILTIN_TARGET_TOKENS,
+    EVALUATIONS_PER_RUN,
+    REFERENCE_LIVE,
     REPLAY_ONLINE,
     REPLAY_PRETRAIN,
     REPLAY_SELF,
@@ -23,16 +25,18 @@ from mlx_forget.errors import UserError
 from mlx_forget.evaluate import Windows
 from mlx_forget.ladder import (
     ModelSpec,
+    default_context,
     model_spec,
     num_non_embedding_params,
     num_params,
     train_flops_per_token,
 )
-from mlx_forget.methods import METHODS
+from mlx_forget.methods import METHODS, TERM_REPLAY_KL
 from mlx_forget.pipeline.batches import BatchStream, Blend, RowSubset, Side
 from mlx_forget.pipeline.catalog import builtin_tokenizer, resolve_store
 from mlx_forget.pipeline.corpora import CORPORA, build_corpus, forget_home
 from mlx_forget.pipeline.mixture import Mixture
+from mlx_forget.pipeline.reference_rows import row_bytes
 from mlx_forget.pipeline.rows import Layout
 from mlx_forget.pipeline.shares import ShareSchedule, Stage, constant_share, parse_sources, parse_stages
 from mlx_forget.pipeline.store import TokenStore
@@ -40,6 +44,11 @@ from mlx_forget.pipeline.vocabularies import find_tokenizer, load_vocabulary, to
 from mlx_forget.schedule import Schedule
 from mlx_forget.trainer import Capabilities, Precision, choose_backend, join_group, load_backend
 from mlx_forget.watch import Watch
+
+# The Fisher information of EWC is measured on this many rows.
+FISHER_ROWS = 256
+# A run samples no more of its start model unless it is told to.
+MAX_SAMPLED_TOKENS = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,8 @@ class Plan:
         published: whether each built-in corpus is the one that published numbers were measured on.
         replay_fingerprint: of the store that replay rows come from, once it is there.
         group: the processes that train this run together.
+        micro_batch_size: rows per forward pass: as asked, or as many as the memory holds; None is all of a step.
+        num_devices: that it is planned for.
     """
 
     config: TrainConfig
@@ -71,6 +82,20 @@ class Plan:
     start: Checkpoint | None
     replay_fingerprint: str | None = None
     group: Group = ALONE
+    micro_batch_size: int | None = None
+    num_devices: int = 1
+
+    def step(self, num_devices: int | None = None) -> costs.Step:
+        """A training step on one of so many devices, by default of those that it is planned for."""
+        return _step(self.config, self.model, self.precision, self.stream.target.row_length, num_devices or self.num_devices)
+
+    def flops(self) -> float:
+        """Of all steps and evaluations; of the base model too, where that is still to be trained."""
+        evaluate = self.config.steps_per_eval or max(1, math.ceil(self.num_steps / EVALUATIONS_PER_RUN))
+        per_window = train_flops_per_token(self.model) * self.stream.target.row_length / 3
+        windows = {id(own): len(own.tokens) for own in self.windows if own is not None}
+        evaluations = (math.ceil(self.num_steps / evaluate) + 1) * sum(windows.values()) * per_window
+        return self.num_steps * self.step(1).flops + evaluations + (0 if self.base is None else self.base.flops())
 
     def summary(self) -> dict[str, Any]:
         """What the run will be and cost."""
@@ -88,14 +113,47 @@ class Plan:
             "num_pretrain_tokens": self.stream.tokens_before(self.num_steps)[1],
             "method": self.config.method,
             "num_replay_tokens": self.num_steps * replay_rows_per_step(self.config) * self.stream.target.row_length,
+            "kept_log_prob_bytes": self._kept_log_prob_bytes(),
             "unique_target_tokens": self.stream.target.num_tokens,
             "learning_rate": self.schedule.peak,
             "train_flops": tokens * train_flops_per_token(self.model),
+            **costs.summary(self.step(), load_backend(self.backend).kept_bytes, rows=self.micro_batch_size),
             "base": None if self.base is None else self.base.summary(),
         }
 
+    def _kept_log_prob_bytes(self) -> int:
+        """What the log-probabilities of the reference take beside the replay stores; 0 where they are computed live."""
+        config, length = self.config, self.stream.target.row_length
+        if config.reference_log_probs == REFERENCE_LIVE:
+            return 0
+        num_rows = 0
+        for name in stored_replay(config):
+            rows = self.stores[name].split("train").num_rows(length)
+            num_rows += min(rows, config.replay_limits.get(name, rows * length) // length)
+        if replay_name(config) == REPLAY_SELF:
+            num_rows = -(-sampled_tokens(config, self.num_steps, length) // length)
+        return num_rows * row_bytes(config.reference_log_probs, length, self.model.vocab_size)
 
-def plan_run(config: TrainConfig, *, folder: Path | None = None, watch: Watch | None = None) -> Plan:
+
+@dataclass(frozen=True)
+class Target:
+    """The devices that a run is planned for.
+
+    Args:
+        device: one by its data sheet; None is what this machine has.
+        num_devices: None is one for each process of this run.
+        must_fit: refuse a model of which not one row fits.
+    """
+
+    device: costs.Device | None = None
+    num_devices: int | None = None
+    must_fit: bool = True
+
+
+HERE = Target()
+
+
+def plan_run(config: TrainConfig, *, folder: Path | None = None, watch: Watch | None = None, target: Target = HERE) -> Plan:
     """Resolve and check a run. Corpora and files are tokenised here if they are not yet; nothing is trained.
 
     Where a launcher started several processes, they join here, and rank 0 prepares the data before the others look.
@@ -110,23 +168,25 @@ def plan_run(config: TrainConfig, *, folder: Path | None = None, watch: Watch | 
         watch.say(f"Backend {backend}: {reason}.")
     group = join_group(backend)
     with group.rank_zero_first():
-        return _plan(config, backend, group, folder, watch.of(group))
+        return _plan(config, backend, group, folder, watch.of(group), target)
 
 
-def _plan(config: TrainConfig, backend: str, group: Group, folder: Path | None, watch: Watch) -> Plan:
+def _plan(config: TrainConfig, backend: str, group: Group, folder: Path | None, watch: Watch, where: Target) -> Plan:
     capabilities = load_backend(backend).describe()
-    precision: Precision = config.precision if config.precision != "auto" else "bf16" if capabilities.fast_bf16 else "fp32"
+    fast_bf16 = capabilities.fast_bf16 or where.device is not None
+    precision: Precision = config.precision if config.precision != "auto" else "bf16" if fast_bf16 else "fp32"
+    num_devices = where.num_devices or group.size
     _check_method(config, backend, capabilities)
 
     base, start = None, None
     if config.init == "auto":
-        base = _plan(config.base_config(), backend, group, None, dataclasses.replace(watch, say=lambda sentence: None))
+        base = _plan(config.base_config(), backend, group, None, dataclasses.replace(watch, say=lambda sentence: None), where)
         base = dataclasses.replace(base, folder=forget_home() / "bases" / base.folder.name)
         tokenizer, model, base_peak, init = base.tokenizer, base.model, base.schedule.peak, base.run_id
     elif config.init == "scratch":
         tokenizer = _tokenizer_file(config, watch)
         vocab_size = load_vocabulary(tokenizer).vocab_size
-        model = model_spec(config.model, vocab_size, config.max_seq_length or _default_context(config.model))
+        model = model_spec(config.model, vocab_size, config.max_seq_length or default_context(config.model))
         base_peak, init = None, "scratch"
     else:
         start = checkpoint.find_checkpoint(Path(config.init).expanduser())
@@ -143,17 +203,30 @@ def _plan(config: TrainConfig, backend: str, group: Group, folder: Path | None, 
     if row_length > model.context_length:
         raise UserError(f"--max-seq-length {row_length} exceeds the model's context of {model.context_length} tokens.")
 
+    step = _step(config, model, precision, row_length, num_devices)
+    micro_batch_size = _rows_that_fit(config, step, backend, where)
     targets, pools, replays = sources_of(config.target), sources_of(config.pretrain), stored_replay(config)
     stores = {name: resolve_store(name, tokenizer, progress=watch.progress) for name in {**targets, **pools, **replays}}
     published = {name: _same_as_published(name, watch) for name in stores if name in CORPORA}
     if config.tokens_per_param is not None:
         num_tokens = config.tokens_per_param * num_params(model)
         config = dataclasses.replace(config, iters=math.ceil(num_tokens / (config.batch_size * row_length)), tokens_per_param=None)
+    if config.beta2_half_life_tokens is not None:
+        # The decay of one step, so that what counts of a gradient halves after so many tokens (Marek et al. 2025).
+        beta2 = 0.5 ** (config.batch_size * row_length / config.beta2_half_life_tokens)
+        config = dataclasses.replace(config, beta2=beta2, beta2_half_life_tokens=None)
     stream, windows, num_steps = _data(config, stores, row_length)
     rates = schedule(config, model, base_peak)
     data = {"target": identity_of(targets, stores), "pretrain": identity_of(pools, stores)}
     if replays:
         data["replay"] = identity_of(replays, stores)
+    for name in config.replay_limits:
+        if name not in replays:
+            raise UserError(
+                f"replay_limits names {name}, which is no source of replay_data ({', '.join(replays) or config.replay_data})."
+            )
+    if config.replay_limits:
+        data["replay_limits"] = ",".join(str(config.replay_limits.get(name, "all")) for name in replays)
     identifier = run_id(config, precision=precision, learning_rate=rates.peak, data=data, init=init)
     return Plan(
         config=config,
@@ -172,7 +245,50 @@ def _plan(config: TrainConfig, backend: str, group: Group, folder: Path | None, 
         base=base,
         start=start,
         group=group,
+        micro_batch_size=micro_batch_size,
+        num_devices=num_devices,
     )
+
+
+def _step(config: TrainConfig, model: ModelSpec, precision: Precision, row_length: int, num_devices: int) -> costs.Step:
+    replayed = replay_rows_per_step(config)
+    method = config.method_spec()
+    kl_rows = config.batch_size if method.kl_on_task else replayed if method.has_kl else 0
+    return costs.Step(
+        model=model,
+        optim=config.optim(),
+        method=method,
+        precision=precision,
+        rows=math.ceil((config.batch_size + replayed) / num_devices),
+        row_length=row_length,
+        grad_checkpoint=config.grad_checkpoint,
+        num_shards=num_devices if config.shard else 1,
+        num_devices=num_devices,
+        kl_rows=math.ceil(kl_rows / num_devices),
+    )
+
+
+def _rows_that_fit(config: TrainConfig, step: costs.Step, backend: str, where: Target) -> int | None:
+    """Rows per forward pass: as asked, or as many as the memory holds; None where that is all of a step.
+
+    Raises:
+        UserError: not one row fits, or processes are asked to share weights that cannot.
+    """
+    trainer = load_backend(backend)
+    if config.shard and not trainer.describe().shard:
+        raise UserError(f"Backend {backend!r} cannot share weights among processes: leave --shard out.")
+    available: float | None
+    if where.device is not None:
+        available, name = where.device.memory_bytes, where.device.name
+    else:
+        own = None if config.device == "cpu" else trainer.memory_bytes()
+        available, name = (own, "the device") if own is not None else (costs.host_memory_bytes(), "this machine")
+    if where.must_fit:
+        costs.refuse_what_cannot_fit(step, trainer.kept_bytes, available, name)
+    if config.micro_batch_size is not None or available is None:
+        return config.micro_batch_size
+    fitting = costs.fitting_rows(step, trainer.kept_bytes, available)
+    return None if fitting == step.rows else fitting
 
 
 def _data(
@@ -255,6 +371,13 @@ def _check_method(config: TrainConfig, backend: str, capabilities: Capabilities)
         raise UserError(
             "The Fisher information of ewc is measured before training: --replay-data online has no rows then; take self."
         )
+    if config.reference_log_probs != REFERENCE_LIVE and (
+        method.replay_term != TERM_REPLAY_KL or config.replay_data == REPLAY_ONLINE
+    ):
+        what = "online replay, whose rows never come again" if method.replay_term == TERM_REPLAY_KL else f"method {config.method!r}"
+        raise UserError(
+            f"reference_log_probs {config.reference_log_probs} keeps what kl-replay asks of stored rows, not of {what}: leave it live."
+        )
     if row.reads_replay and config.replay_data in (REPLAY_SELF, REPLAY_ONLINE) and not capabilities.sample:
         raise UserError(f"Backend {backend!r} cannot sample: give --replay-data.")
 
@@ -275,6 +398,14 @@ def stored_replay(config: TrainConfig) -> dict[str, Fraction]:
 def replay_rows_per_step(config: TrainConfig) -> int:
     """Rows that the method adds to each step."""
     return 0 if config.method_spec().replay_term is None else config.replay_rows or max(1, config.batch_size // 4)
+
+
+def sampled_tokens(config: TrainConfig, num_steps: int, length: int) -> int:
+    """Tokens that a run with `replay_data: self` samples of its start model."""
+    needed = (
+        num_steps * replay_rows_per_step(config) * length if config.method_spec().replay_term is not None else FISHER_ROWS * length
+    )
+    return config.replay_tokens or min(needed, MAX_SAMPLED_TOKENS)
 
 
 def sources_of(name: str | None) -> dict[str, Fraction]:
@@ -331,8 +462,3 @@ def _tokenizer_file(config: TrainConfig, watch: Watch) -> Path:
         if stored is not None and stored.is_file():
             return stored
     return builtin_tokenizer(config.vocab_size, progress=watch.progress)
-
-
-def _default_context(model: str) -> int:
-    """128 for the laptop sizes, 1,024 for the paper's."""
-    return 1024 if model_spec(model, 1, 1).width >= 512 else 128

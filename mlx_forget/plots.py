@@ -2,10 +2,13 @@
 
 import os
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_forget.figure1 import Curve
+from mlx_forget.history import read_history
+from mlx_forget.records import Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,6 +26,10 @@ _PANELS = (
 
 def draw_figure1(curves: Sequence[Curve], *, title: str) -> "Figure":
     """Three panels against the step: target validation, target train and pretraining loss, one line per p, the minimum marked."""
+    return _draw_panels(curves, [f"p = {curve.label}" for curve in curves], title=title)
+
+
+def _draw_panels(curves: Sequence[Curve], names: Sequence[str], *, title: str) -> "Figure":
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3.9), layout="constrained")
@@ -30,15 +37,15 @@ def draw_figure1(curves: Sequence[Curve], *, title: str) -> "Figure":
     for axis, (column, name) in zip(axes, _PANELS, strict=True):
         for number, curve in enumerate(curves):
             colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-            steps = [row["step"] for row in curve.rows]
+            shown = [row for row in curve.rows if row[column] is not None]
             axis.plot(
-                steps,
-                [row[column] for row in curve.rows],
+                [row["step"] for row in shown],
+                [row[column] for row in shown],
                 color=colour,
                 marker=marker,
                 markersize=3.5,
                 linewidth=1.4,
-                label=f"p = {curve.label}",
+                label=names[number],
             )
             axis.plot(
                 curve.at_best["step"],
@@ -60,6 +67,16 @@ def draw_figure1(curves: Sequence[Curve], *, title: str) -> "Figure":
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
     figure.suptitle(title, fontsize=11)
     return figure
+
+
+def draw_histories(runs: Sequence[Run]) -> "Figure":
+    """Runs side by side, in the panels of Figure 1: one line per run, its minimum marked, its beginning id as its name."""
+    curves = []
+    for run in runs:
+        rows = read_history(run.history).to_pylist()
+        best = next((i for i, row in enumerate(rows) if row["step"] == run.record["losses"]["best"]["step"]), 0)
+        curves.append(Curve(Fraction(0), run.record["run_id"][:12], run.record["seed"], run.record, rows, best))
+    return _draw_panels(curves, [curve.label for curve in curves], title="")
 
 
 def save_figure(figure: "Figure", path: Path) -> None:

@@ -14,6 +14,8 @@ SCHEMA_VERSION = 1
 RECORD = "record.json"
 HISTORY = "history.arrows"
 CONFIG = "config.yaml"
+# The configuration of a run in its folder, as a sweep asked for it.
+REQUESTED = "requested.yaml"
 
 _VERSIONED = ("mlx-forget", "numpy", "pyarrow", "sentencepiece", "torch", "mlx")
 

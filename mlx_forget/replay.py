@@ -166,6 +166,9 @@ class OnlineReplay:
         here = (step - first) * self.rows_per_step
         return self._cache[1][here : here + self.rows_per_step][rank::world_size], None, None
 
+    def read_reference(self, step: int, *, rank: int, world_size: int) -> None:
+        """Nothing is kept of rows that never come again."""
+
 
 def sample_store(
     trainer: Trainer,
@@ -197,7 +200,7 @@ def sample_store(
         "precision": precision,
     }
     part = folder.with_name(f".{folder.name}.samples")
-    with _alone(folder):
+    with alone(folder):
         if (folder / MANIFEST).is_file():
             return open_store(folder)
         _open_part(part, identity, say)
@@ -342,7 +345,7 @@ def _write_shard(path: Path, rows: Rows) -> None:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> Iterator[None]:
     """Hold the place of a store for this process, waiting for another; the lock goes with the process."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -1,30 +1,30 @@
 """The rows that a run replays: of a store, or written by its own start model."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mlx_forget import checkpoint
 from mlx_forget.config import (
+    REFERENCE_LIVE,
     REPLAY_ONLINE,
     REPLAY_SELF,
 )
 from mlx_forget.errors import UserError
+from mlx_forget.log_probs import BlendedLogProbs, LogProbs, divergence_of, keep_log_probs, kept_members
 from mlx_forget.pipeline.batches import Blend, ReplayRows, RowSubset, Side, read_masked
 from mlx_forget.pipeline.corpora import forget_home
 from mlx_forget.pipeline.rows import Layout
-from mlx_forget.pipeline.store import TokenStore
 from mlx_forget.pipeline.vocabularies import special_ids
-from mlx_forget.plan import Plan, identity_of, replay_name, replay_rows_per_step, stored_replay
+from mlx_forget.plan import FISHER_ROWS, Plan, identity_of, replay_name, replay_rows_per_step, sampled_tokens, stored_replay
 from mlx_forget.replay import OnlineReplay, SampleSpec, is_sampled, origin_note, sample_store
 from mlx_forget.trainer import Trainer
 from mlx_forget.watch import Watch
 
-# The Fisher information of EWC is measured on this many rows.
-FISHER_ROWS = 256
-# A run samples no more of its start model unless it is told to.
-MAX_SAMPLED_TOKENS = 2_000_000
+# Kept log-probabilities are compared with a live reference on this many rows at the end of a run.
+ROWS_COMPARED = 8
 
 
 def with_replay(plan: Plan, trainer: Trainer, watch: Watch) -> Plan:
@@ -44,8 +44,7 @@ def with_replay(plan: Plan, trainer: Trainer, watch: Watch) -> Plan:
         online = OnlineReplay(trainer, spec, rows_per_step, term)
         return dataclasses.replace(plan, stream=dataclasses.replace(plan.stream, replay=online))
     if name == REPLAY_SELF:
-        needed = plan.num_steps * rows_per_step * length if term is not None else FISHER_ROWS * length
-        num_tokens = config.replay_tokens or min(needed, MAX_SAMPLED_TOKENS)
+        num_tokens = sampled_tokens(config, plan.num_steps, length)
         spec = SampleSpec(num_tokens=num_tokens, length=length, seed=config.seed, bos_id=bos_id, eos_id=eos_id)
         weights = plan.start.state["files"][checkpoint.WEIGHTS][:16]
         store = sample_store(
@@ -67,19 +66,59 @@ def with_replay(plan: Plan, trainer: Trainer, watch: Watch) -> Plan:
             note = origin_note(plan.stores[source], plan.start)
             if note is not None:
                 watch.say(note)
-        members = tuple(_stored_rows(plan, plan.stores[source], length) for source in shares)
+        members = tuple(_stored_rows(plan, source, length) for source in shares)
         subset = members[0] if len(members) == 1 else Blend(members, tuple(shares.values()))
         fingerprint = identity_of(shares, plan.stores)
-    replay = None if term is None else ReplayRows(subset, rows_per_step, term, config.seed)
+    kept = None if config.reference_log_probs == REFERENCE_LIVE else _kept_log_probs(plan, trainer, subset, watch)
+    replay = None if term is None else ReplayRows(subset, rows_per_step, term, config.seed, kept)
     if config.method_spec().ewc:
         trainer.set_fisher(*_fisher_rows(subset))
     return dataclasses.replace(plan, stream=dataclasses.replace(plan.stream, replay=replay), replay_fingerprint=fingerprint)
 
 
-def _stored_rows(plan: Plan, store: TokenStore, length: int) -> RowSubset:
-    """The rows of a store as the run reads its other data; a model's own samples are whole rows, and every label of them counts."""
-    layout: Layout = "packed" if is_sampled(store) else plan.config.rows  # type: ignore[assignment]
-    return RowSubset.of_tokens(store.split("train"), length, None, layout=layout, mask_prompt=plan.config.mask_prompt)
+def _kept_log_probs(plan: Plan, trainer: Trainer, subset: Side, watch: Watch) -> LogProbs | BlendedLogProbs:
+    """What the start model says about the rows, from files beside their stores; the model, which is the start model, fills them."""
+    assert plan.start is not None
+    members = subset.members if isinstance(subset, Blend) else (subset,)
+    kept = []
+    for member in members:
+        kept.append(
+            keep_log_probs(
+                member,
+                trainer,
+                plan.start,
+                plan.config.reference_log_probs,
+                backend=plan.backend,
+                precision=plan.precision,
+                say=watch.say,
+                progress=watch.progress,
+                interrupted=watch.interrupted,
+            )
+        )
+    return kept_members(kept)
+
+
+def error_of_kept_log_probs(plan: Plan, trainer: Trainer) -> dict[str, Any] | None:
+    """How far what is kept of the reference is from the live one, when the run has ended; None where nothing is kept."""
+    replay = plan.stream.replay
+    if not isinstance(replay, ReplayRows) or not isinstance(replay.reference, LogProbs | BlendedLogProbs):
+        return None
+    assert plan.start is not None
+    members = replay.reference.members if isinstance(replay.reference, BlendedLogProbs) else (replay.reference,)
+    trainer.set_reference(plan.start.weights)
+    return {
+        "kind": plan.config.reference_log_probs,
+        "when_kept": {str(member.folder): member.measured for member in members},
+        "at_the_end": divergence_of(replay.reference, replay.subset, replay.subset.window_ids(ROWS_COMPARED), trainer),
+    }
+
+
+def _stored_rows(plan: Plan, source: str, length: int) -> RowSubset:
+    """The rows of a source as the run reads its other data; a model's own samples are whole rows, and every label of them counts."""
+    store, config = plan.stores[source], plan.config
+    layout: Layout = "packed" if is_sampled(store) else config.rows  # type: ignore[assignment]
+    limit = config.replay_limits.get(source)
+    return RowSubset.of_tokens(store.split("train"), length, limit, layout=layout, mask_prompt=config.mask_prompt)
 
 
 def _fisher_rows(subset: Side) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8], npt.NDArray[np.int32] | None]:

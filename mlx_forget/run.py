@@ -14,6 +14,7 @@ from mlx_forget import checkpoint, records
 from mlx_forget.checkpoint import Checkpoint
 from mlx_forget.config import (
     EVALUATIONS_PER_RUN,
+    REFERENCE_LIVE,
     SCIENCE_VERSION,
     TrainConfig,
     read_yaml,
@@ -30,7 +31,7 @@ from mlx_forget.ladder import (
 from mlx_forget.loop import Cadence, RunState, StopRules, drive
 from mlx_forget.pipeline.batches import Blend
 from mlx_forget.plan import Plan, identity_of, replay_name, sources_of
-from mlx_forget.replay_rows import with_replay
+from mlx_forget.replay_rows import error_of_kept_log_probs, with_replay
 from mlx_forget.trainer import Trainer, TrainerSpec, load_backend
 from mlx_forget.watch import Watch
 
@@ -100,7 +101,7 @@ def trainer_spec(plan: Plan) -> TrainerSpec:
         model=plan.model,
         optim=plan.config.optim(),
         method=plan.config.method_spec(),
-        runtime=plan.config.runtime(plan.precision),
+        runtime=dataclasses.replace(plan.config.runtime(plan.precision), micro_batch_size=plan.micro_batch_size),
         seed=plan.config.seed,
     )
 
@@ -111,7 +112,7 @@ def start_trainer(plan: Plan, trainer: Trainer, watch: Watch) -> Plan:
         return plan
     trainer.load(plan.start.weights)
     reference = plan.config.method_spec().reference
-    if reference is not None:
+    if reference is not None and plan.config.reference_log_probs == REFERENCE_LIVE:
         trainer.set_reference(reference)
     with plan.group.rank_zero_first():
         return with_replay(plan, trainer, watch)
@@ -246,6 +247,7 @@ def _record(plan: Plan, run: RunState, trainer: Trainer) -> dict[str, Any]:
         "wall_seconds": run.elapsed_seconds,
         "tokens_per_second": run.step * run.tokens_per_step / run.elapsed_seconds if run.elapsed_seconds else None,
         "peak_memory_bytes": trainer.peak_memory_bytes(),
+        "micro_batch_size": trainer.micro_batch_size,
         "num_resumes": run.num_resumes,
         "num_skipped": run.num_skipped,
         "p": {
@@ -255,11 +257,21 @@ def _record(plan: Plan, run: RunState, trainer: Trainer) -> dict[str, Any]:
         },
         "data": data,
         "losses": {"start": run.start, "best": best, "end": run.last},
+        "selection": _selection(config, run),
         "forgetting_nats": forgetting,
         "progress_lost": lost,
+        "reference_log_probs": error_of_kept_log_probs(plan, trainer),
         "pretrain_curve": run.curve if config.is_pretraining else None,
         "ended_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def _selection(config: TrainConfig, run: RunState) -> dict[str, Any]:
+    """What `best` is: the lowest target validation loss, among evaluations that have forgotten no more than the limit if there is one."""
+    limit, over = config.max_forgetting, None
+    if limit is not None and run.start is not None and run.last is not None and run.last["pretrain_val"] is not None:
+        over = run.last["step"] if run.last["pretrain_val"] - run.start["pretrain_val"] > limit else None
+    return {"measure": "target_val", "max_forgetting": limit, "over_the_limit_at": over}
 
 
 def _title(config: TrainConfig) -> str:

@@ -39,6 +39,10 @@ def obstacle(plan: Plan) -> str | None:
         return "a run on several devices does not stack"
     if method.reference is not None or method.replay_term is not None:
         return f"method {method.name!r} does not stack"
+    if plan.config.optimizer != "adamw":
+        return f"optimizer {plan.config.optimizer!r} does not stack"
+    if plan.model.architecture != "gpt2":
+        return f"architecture {plan.model.architecture!r} does not stack"
     return None
 
 

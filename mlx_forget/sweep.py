@@ -9,9 +9,11 @@ from typing import Any
 from mlx_forget.config import TrainConfig
 from mlx_forget.errors import UserError
 from mlx_forget.grid import Point, Recipe, Resources, title, varying
-from mlx_forget.plan import Plan, plan_run
+from mlx_forget.plan import HERE, Plan, Target, plan_run
 from mlx_forget.stacking import Wanted, group_runs
 from mlx_forget.watch import Watch
+
+NOTHING_ASKED = Resources()
 
 
 @dataclass(eq=False)
@@ -50,26 +52,42 @@ class Sweep:
     notes: list[str]
 
 
-def plan_sweep(recipe: Recipe, folder: Path, *, overrides: Mapping[str, Any] | None = None, watch: Watch | None = None) -> Sweep:
+def plan_sweep(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    resources: Resources = NOTHING_ASKED,
+    target: Target = HERE,
+    watch: Watch | None = None,
+) -> Sweep:
     """Resolve and check every run; each is trained alone until `stack_sweep` says otherwise.
+
+    Args:
+        resources: what runs may use, over what the recipe says.
+        target: the devices that it is planned for; how many a run has, its resources say.
 
     Raises:
         UserError: anything that cannot work, two runs with one id, or an axis that a shared base model cannot follow.
     """
+    assert not recipe.stages, "stages follow one another: plan_stages"
     jobs: dict[str, Job] = {}
     bases: dict[Path, Job] = {}
     for number, (point, here) in enumerate(titled_runs(recipe, overrides)):
-        plan = plan_run(point.config, watch=watch if number == 0 else Watch(progress=watch.progress) if watch else None)
+        asked = resources.over(point.resources)
+        here_or_there = dataclasses.replace(target, num_devices=asked.num_ranks) if asked.num_ranks > 1 else target
+        quiet = watch if number == 0 else Watch(progress=watch.progress) if watch else None
+        plan = plan_run(point.config, watch=quiet, target=here_or_there)
         plan = dataclasses.replace(plan, folder=folder / plan.folder.name)
         if plan.run_id in jobs:
             raise UserError(
                 f"Two runs of the grid are the same run, {plan.run_id}: {jobs[plan.run_id].title} and {here}. "
                 "Take one away, or let them differ in a key that changes the result."
             )
-        jobs[plan.run_id] = Job(plan, here, plan.folder / "log.txt", point.resources)
+        jobs[plan.run_id] = Job(plan, here, plan.folder / "log.txt", asked)
         if plan.base is not None:
-            base = bases.setdefault(plan.base.folder, _base_job(plan.base))
-            base.resources = _most(base.resources, point.resources)
+            base = bases.setdefault(plan.base.folder, base_job(plan.base))
+            base.resources = _most(base.resources, asked)
     runs = list(jobs.values())
     _check_tokenizers(runs)
     return Sweep(folder, runs, list(bases.values()), [[job] for job in runs], [])
@@ -100,7 +118,8 @@ def base_title(config: TrainConfig) -> str:
     return f"base {config.model}, seed {config.seed}"
 
 
-def _base_job(base: Plan) -> Job:
+def base_job(base: Plan) -> Job:
+    """The job that trains a base model."""
     return Job(base, base_title(base.config), base.folder / "log.txt")
 
 

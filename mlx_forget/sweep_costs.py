@@ -1,4 +1,4 @@
-"""What a sweep will cost before anything is spent: tokens, FLOPs, hours and disk of every run."""
+"""What a sweep will cost before anything is spent: tokens, FLOPs, hours and disk of every run, by the formulas of `costs`."""
 
 import math
 import shutil
@@ -8,17 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_forget import records
+from mlx_forget import costs, records
 from mlx_forget.config import EVALUATIONS_PER_RUN, TrainConfig
 from mlx_forget.errors import UserError
 from mlx_forget.grid import Recipe
-from mlx_forget.ladder import ModelSpec, model_spec, num_non_embedding_params, num_params, train_flops_per_token
+from mlx_forget.ladder import ModelSpec, default_context, model_spec, num_non_embedding_params, num_params, train_flops_per_token
 from mlx_forget.plan import plan_run
 from mlx_forget.sweep import Sweep, base_title, titled_runs
+from mlx_forget.trainer import Precision, load_backend
 from mlx_forget.watch import Watch
 
-# fp32 weights and two moments; one more copy stands aside while a checkpoint is written.
-_WEIGHT_BYTES, _STATE_BYTES = 4, 12
 # Tokenizer, configuration, log and record.
 _SMALL_FILES_BYTES = 300_000
 # Two window sets of float64 losses an evaluation.
@@ -31,25 +30,29 @@ class NotPreparedError(Exception):
 
 @dataclass(frozen=True)
 class Speed:
-    """FLOPs a second that runs get.
+    """What is known of how fast runs of a backend are.
 
     Args:
-        measured: (parameters, FLOPs a second) of finished runs, of the same backend.
-        given: what the user says, for every size.
+        measured: (parameters, FLOPs a second) of finished runs; 6 FLOPs a parameter and token.
+        device: one by its data sheet, where nothing was measured.
+        insist: take the device all the same.
     """
 
     measured: tuple[tuple[int, float], ...] = ()
-    given: float | None = None
+    device: costs.Device | None = None
+    insist: bool = False
 
-    def hours(self, size: int, flops: float) -> float | None:
-        """Hours of a run, by the measured run nearest in size; None where nothing is known."""
-        if self.given is not None:
-            return flops / self.given / 3600
-        if not self.measured:
-            return None
-        distance = min(abs(math.log(size / found)) for found, _ in self.measured)
-        nearest = [speed for found, speed in self.measured if abs(math.log(size / found)) <= distance + 0.01]
-        return flops / statistics.median(nearest) / 3600
+    def hours(self, model: ModelSpec, num_tokens: int, precision: Precision, *, num_devices: int) -> tuple[float | None, str]:
+        """Hours of a run and what they are taken from, the finished run nearest in size before a data sheet; None where nothing is."""
+        size = num_params(model)
+        if self.measured and not self.insist:
+            distance = min(abs(math.log(size / found)) for found, _ in self.measured)
+            nearest = [speed for found, speed in self.measured if abs(math.log(size / found)) <= distance + 0.01]
+            return 6.0 * size * num_tokens / statistics.median(nearest) / 3600, "as fast as finished runs of this size"
+        if self.device is None:
+            return None, "unknown before a run has ended here: add --on DEVICE"
+        rate = costs.Rate.assumed(self.device, precision, num_devices)
+        return num_tokens * train_flops_per_token(model) / rate.flops_per_second / 3600, rate.says
 
 
 def only_if_prepared(watch: Watch) -> Watch:
@@ -67,10 +70,11 @@ def only_if_prepared(watch: Watch) -> Watch:
     return Watch(say=watch.say, progress=refuse)
 
 
-def speed_of(backend: str, folders: Iterable[Path], given: float | None = None) -> Speed:
-    """How fast finished runs of a backend at or below some folders were.
+def speed_of(backend: str, folders: Iterable[Path], device: costs.Device | None = None) -> Speed:
+    """How fast the finished runs of a backend in some folders were; else the data sheet of this machine's device.
 
-    Their 6 FLOPs a parameter and token leave attention out, as does nobody's clock: hours are estimates.
+    Args:
+        device: to assume instead.
     """
     found = []
     for folder in folders:
@@ -81,24 +85,17 @@ def speed_of(backend: str, folders: Iterable[Path], given: float | None = None) 
                 continue
             if record and record["backend"] == backend and record["tokens_per_second"]:
                 found.append((record["num_params"], 6.0 * record["num_params"] * record["tokens_per_second"]))
-    return Speed(tuple(found), given)
+    return Speed(tuple(found), device or costs.device_like(load_backend(backend).hardware()), insist=device is not None)
 
 
 def planned_rows(sweep: Sweep, speed: Speed) -> list[dict[str, Any]]:
     """Every base model and run of a planned sweep with its cost and where it stands."""
     rows = []
     for job in (*sweep.bases, *sweep.jobs):
-        summary = job.plan.summary()
-        evaluations = job.plan.num_steps / (job.plan.config.steps_per_eval or max(1, job.plan.num_steps / EVALUATIONS_PER_RUN))
-        rows.append(
-            {
-                "title": job.title,
-                **summary,
-                "state": job.state,
-                "hours": speed.hours(summary["num_params"], summary["train_flops"]),
-                "disk_bytes": run_bytes(summary["num_params"], evaluations, job.plan.config.eval_rows),
-            }
-        )
+        plan, summary = job.plan, job.plan.summary()
+        hours, says = speed.hours(plan.model, summary["num_tokens"], plan.precision, num_devices=job.resources.num_ranks)
+        kept = summary["kept_disk_bytes"] + _beside_checkpoints(plan.config, plan.num_steps)
+        rows.append({"title": job.title, **summary, "kept_disk_bytes": kept, "state": job.state, "hours": hours, "rate": says})
     return rows
 
 
@@ -139,8 +136,7 @@ def _outline(config: TrainConfig, title: str, backend: str, speed: Speed) -> dic
     if config.stop_tokens is not None:
         steps = min(steps, config.stop_tokens // (config.batch_size * row_length))
     tokens = steps * config.batch_size * row_length
-    flops = tokens * train_flops_per_token(model)
-    evaluations = steps / (config.steps_per_eval or max(1, steps / EVALUATIONS_PER_RUN))
+    hours, says = speed.hours(model, tokens, "fp32" if config.precision == "auto" else config.precision, num_devices=1)
     return {
         "title": title,
         "backend": backend,
@@ -148,10 +144,12 @@ def _outline(config: TrainConfig, title: str, backend: str, speed: Speed) -> dic
         "num_non_embedding_params": num_non_embedding_params(model),
         "num_steps": steps,
         "num_tokens": tokens,
-        "train_flops": flops,
+        "train_flops": tokens * train_flops_per_token(model),
+        "disk_bytes": costs.disk_bytes(model, config.optim()),
+        "kept_disk_bytes": costs.kept_disk_bytes(model, config.optim()) + _beside_checkpoints(config, steps),
         "state": "waiting",
-        "hours": speed.hours(num_params(model), flops),
-        "disk_bytes": run_bytes(num_params(model), evaluations, config.eval_rows),
+        "hours": hours,
+        "rate": says,
     }
 
 
@@ -165,24 +163,20 @@ def _model(config: TrainConfig) -> ModelSpec:
         from mlx_forget.pipeline.vocabularies import find_tokenizer, load_vocabulary
 
         vocab_size = load_vocabulary(find_tokenizer(config.tokenizer)).vocab_size
-    context = config.max_seq_length or (1024 if model_spec(config.model, 1, 1).width >= 512 else 128)
-    return model_spec(config.model, vocab_size, context)
+    return model_spec(config.model, vocab_size, config.max_seq_length or default_context(config.model))
 
 
-def run_bytes(size: int, evaluations: float, eval_rows: int) -> int:
-    """What a finished run keeps on the disk: the last checkpoint with its state, the best weights, its history.
-
-    Args:
-        size: parameters.
-    """
-    return int((_STATE_BYTES + _WEIGHT_BYTES) * size + evaluations * eval_rows * _WINDOW_BYTES + _SMALL_FILES_BYTES)
+def _beside_checkpoints(config: TrainConfig, num_steps: int) -> int:
+    """Bytes of a run's history and small files."""
+    evaluations = num_steps / (config.steps_per_eval or max(1, num_steps / EVALUATIONS_PER_RUN))
+    return int(evaluations * config.eval_rows * _WINDOW_BYTES + _SMALL_FILES_BYTES)
 
 
 def disk_needed(rows: Sequence[Mapping[str, Any]], *, workers: int) -> int:
-    """Bytes that the rows which are not done will take, with the extra checkpoints of those that run at a time."""
+    """Bytes that the rows which are not done will take, with what those that run at a time need besides."""
     left = [row for row in rows if row["state"] != "done"]
-    largest = sorted((row["num_params"] for row in left), reverse=True)[:workers]
-    return sum(int(row["disk_bytes"]) for row in left) + sum(2 * _STATE_BYTES * int(size) for size in largest)
+    besides = sorted((max(0, row["disk_bytes"] - row["kept_disk_bytes"]) for row in left), reverse=True)[:workers]
+    return sum(int(row["kept_disk_bytes"]) for row in left) + sum(map(int, besides))
 
 
 def check_disk(folder: Path, needed: int) -> None:

@@ -13,7 +13,9 @@ import numpy as np
 from mlx_forget.errors import UserError, unknown
 from mlx_forget.laws.forms import COLUMNS
 from mlx_forget.laws.table import Table
-from mlx_forget.records import RECORD, SCHEMA_VERSION
+from mlx_forget.records import RECORD
+from mlx_forget.runs.index import read_index
+from mlx_forget.runs.rows import MARK, Row, fitted_rows
 
 READERS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".arrows", ".feather")
 # Columns that name things, whatever their names look like: a run id of digits is no number.
@@ -40,6 +42,8 @@ def read_table(path: str | os.PathLike[str], *, mapping: Mapping[str, str] | Non
         raise UserError(f"No table at {source}: give a CSV, Parquet, Arrow or JSONL file, or a folder of runs.")
     else:
         rows = _read_rows(source)
+        if rows and MARK in rows[0]:
+            rows, left_out = read_exported(source, rows, response=response)
     if not rows:
         raise UserError(f"{source} has no rows.")
     return replace(table_from_rows(rows, mapping=mapping), left_out=left_out)
@@ -105,7 +109,9 @@ def table_from_rows(rows: Sequence[Mapping[str, Any]], *, mapping: Mapping[str, 
     Raises:
         UserError: a mapped column does not exist, or a law column holds text.
     """
-    names = list(dict.fromkeys(name for row in rows for name in row if name))
+    first = rows[0].keys() if rows else ()
+    same = all(row.keys() == first for row in rows)
+    names = [name for name in (first if same else dict.fromkeys(name for row in rows for name in row)) if name]
     raw = {name: [row.get(name) for row in rows] for name in names}
     for law_column, source in (mapping or {}).items():
         if law_column not in COLUMNS and law_column not in names:
@@ -129,8 +135,7 @@ def table_from_rows(rows: Sequence[Mapping[str, Any]], *, mapping: Mapping[str, 
     for name, values in raw.items():
         if name in named:
             continue
-        is_plain = all(type(value) is float or type(value) is int for value in values)
-        numbers = values if is_plain else [_number(value) for value in values]
+        numbers = _numbers(values)
         if all(number is not None for number in numbers):
             columns[name] = np.asarray(numbers, dtype=np.float64)
         elif name in COLUMNS:
@@ -145,6 +150,15 @@ def table_from_rows(rows: Sequence[Mapping[str, Any]], *, mapping: Mapping[str, 
         else:
             labels[name] = np.asarray(["" if value is None else str(value) for value in values])
     return Table(columns, run=named.get("run"), base=named.get("base"), labels=labels)
+
+
+def _numbers(values: Sequence[Any]) -> Sequence[float | None]:
+    """The number in each cell, or None where there is text; what a column holds throughout is read once."""
+    if values.count(values[0]) == len(values):
+        return [_number(values[0])] * len(values)
+    if all(type(value) is float or type(value) is int for value in values):
+        return values
+    return [_number(value) for value in values]
 
 
 def _number(value: Any) -> float | None:
@@ -178,51 +192,41 @@ def parse_share(text: str) -> float:
 
 # ------------------------------------------------------------------------------------------------ our own runs
 
-# What the laws of forgetting describe: pretraining rows mixed in, or none, and nothing else that keeps the model where it was.
-_METHODS_OF_THE_LAWS = ("plain", "injection")
 
-
-def read_runs(folder: Path, *, response: str) -> tuple[list[dict[str, Any]], dict[str, tuple[str, ...]]]:
+def read_runs(folder: Path, *, response: str) -> tuple[list[Row], dict[str, tuple[str, ...]]]:
     """One row per run below a folder that can be fitted, and the others: {reason: record files}.
 
     Raises:
         UserError: there is no record, or no run that can be fitted.
     """
-    paths = record_files(folder)
-    if not paths:
+    index = read_index(folder)
+    if not index.num_records:
         raise UserError(f"No {RECORD} below {folder}: give a folder of finished runs, or a table file.")
-    rows, left_out = dict[tuple[Any, Any], dict[str, Any]](), dict[str, list[str]]()
-    folder_of: dict[tuple[Any, Any], str] = {}
-    for path in paths:
-        found = read_row(path, response=response)
-        if not isinstance(found, str) and (key := (found["run"], found["backend"])) not in rows:
-            rows[key], folder_of[key] = found, path
-        else:
-            left_out.setdefault(found if isinstance(found, str) else "copied from another folder", []).append(path)
-    described = [key for key, row in rows.items() if row["method"] in _METHODS_OF_THE_LAWS]
-    if described:
-        # Runs of one other method by themselves are a study of it; among these they would pass as runs without it.
-        for key in rows.keys() - set(described):
-            left_out.setdefault(f"trained with {rows[key]['method']}, which is not injection,", []).append(folder_of[key])
-            del rows[key]
-    reasons = {reason: tuple(sources) for reason, sources in left_out.items()}
+    rows, others = fitted_rows(((row["folder"], row) for row in index.rows), response=response)
+    left_out: dict[str, list[str]] = {}
+    for name, problem in index.problems.items():
+        left_out.setdefault(problem, []).append(name)
+    left_out |= others
+    reasons = {reason: tuple(str(folder / name / RECORD) for name in names) for reason, names in left_out.items()}
     if not rows:
-        raise UserError(f"None of the {len(paths)} runs below {folder} can be fitted: {'; '.join(describe_left_out(reasons))}.")
-    return list(rows.values()), reasons
+        raise UserError(
+            f"None of the {index.num_records} runs below {folder} can be fitted: {'; '.join(describe_left_out(reasons))}."
+        )
+    return rows, reasons
 
 
-def record_files(folder: Path) -> list[str]:
-    """The path of every record at or below a folder, sorted; a run folder's own folders are not searched."""
-    found, waiting = [], [str(folder)]
-    while waiting:
-        here = waiting.pop()
-        with os.scandir(here) as entries:
-            known = list(entries)
-        if any(entry.name == RECORD for entry in known):
-            found.append(os.path.join(here, RECORD))
-        else:
-            waiting.extend(entry.path for entry in known if entry.is_dir(follow_symlinks=False))
-    return sorted(found)
+def read_exported(source: Path, rows: Sequence[Row], *, response: str) -> tuple[list[Row], dict[str, tuple[str, ...]]]:
+    """The rows of a table that `forget runs export` wrote which can be fitted, and the others: {reason: runs}.
+
+    Raises:
+        UserError: no run of it can be fitted.
+    """
+    whole = [{key: None if value == "" else value for key, value in row.items()} for row in rows]
+    made, left_out = fitted_rows(((str(row["run"]), row) for row in whole), response=response)
+    reasons = {reason: tuple(names) for reason, names in left_out.items()}
+    if not made:
+        raise UserError(f"None of the {len(rows)} runs of {source} can be fitted: {'; '.join(describe_left_out(reasons))}.")
+    return made, reasons
 
 
 def describe_left_out(left_out: Mapping[str, Sequence[str]]) -> list[str]:
@@ -232,54 +236,3 @@ def describe_left_out(left_out: Mapping[str, Sequence[str]]) -> list[str]:
         shown = ", ".join(str(source) for source in sources[:3]) + (", ..." if len(sources) > 3 else "")
         phrases.append(f"{len(sources)} {reason} ({shown})")
     return phrases
-
-
-def read_row(path: str, *, response: str) -> dict[str, Any] | str:
-    """The law columns of a record, or why it cannot be fitted, as a phrase that follows its number."""
-    try:
-        with open(path, "rb", buffering=0) as file:
-            record = json.loads(file.read())
-        version = record["schema_version"]
-    except (ValueError, KeyError, TypeError, OSError):
-        return "damaged or not of this tool"
-    if version != SCHEMA_VERSION:
-        return f"of record schema {version}, where this release reads {SCHEMA_VERSION}"
-    try:
-        if record["status"] not in ("finished", "stopped"):
-            return str(record["status"])
-        if record.get("init") == "scratch" and response != "loss":
-            return "pretrained from scratch, where nothing could be forgotten"
-        row = record_row(record, response=response)
-    except (KeyError, TypeError, AttributeError, ValueError):
-        return "damaged or not of this tool"
-    missing = [name for name in ("N", "D", "loss", *(["L0"] if response == "pretraining" else [])) if row[name] is None]
-    return f"without {' and '.join(missing)}" if missing else row
-
-
-def record_row(record: Mapping[str, Any], *, response: str) -> dict[str, Any]:
-    """The law columns of one record: N, D (unique target tokens), p as served, L0, loss at the best target validation loss."""
-    sources: Mapping[str, Mapping[str, Any]] = record["data"]
-    target = {name: source for name, source in sources.items() if source["role"] == "target"}
-    replayed = [source for source in sources.values() if source["role"] in ("pretrain", "replay")]
-    seen = _total(sources.values(), "tokens_seen")
-    best, start = record["losses"]["best"], record["losses"].get("start") or {}
-    return {
-        "N": record["num_params"],
-        "D": _total(target.values(), "unique_tokens") or None,
-        "p": _total(replayed, "tokens_seen") / seen if seen else float("nan"),
-        "P": record.get("num_trainable_params", record["num_params"]),
-        "steps": best["step"],
-        "L0": start.get("pretrain_val"),
-        "L_ft": best["target_val"],
-        "loss": best["target_val"] if response == "target" else best["pretrain_val"],
-        "run": record["run_id"],
-        "base": record.get("init"),
-        "method": (record.get("method") or {}).get("name", "injection"),
-        "domain": "+".join(sorted(target)),
-        "backend": record.get("backend"),
-        "seed": record.get("seed"),
-    }
-
-
-def _total(sources: Iterable[Mapping[str, Any]], key: str) -> float:
-    return float(sum(source.get(key) or 0 for source in sources))

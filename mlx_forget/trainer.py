@@ -9,6 +9,7 @@ import importlib.util
 import platform
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -32,6 +33,8 @@ __all__ = [
     "Comparison",
     "ModelSpec",
     "OptimSpec",
+    "Optimizer",
+    "Precision",
     "RuntimeSpec",
     "Stack",
     "StackedBatch",
@@ -51,6 +54,7 @@ __all__ = [
 ]
 
 Precision = Literal["fp32", "bf16"]
+Optimizer = Literal["adamw", "adafactor"]
 
 
 @dataclass(frozen=True)
@@ -67,11 +71,15 @@ class AdapterSpec:
 
 @dataclass(frozen=True)
 class OptimSpec:
-    """AdamW with bias correction, epsilon outside the square root, decay multiplied by the learning rate, global-norm clipping.
+    """The optimiser: decoupled decay multiplied by the learning rate, and global-norm clipping, are those of both.
 
-    `ladder.decays` names the parameters that decay. `max_grad_norm` 0 switches clipping off.
+    `adamw` has bias correction and epsilon outside the square root. `adafactor` (Shazeer and Stern 2018) has no first moment; its decay
+    is 1 - t^-0.8, epsilon is 1e-30 within the mean of squares, an update is clipped to a root mean square of 1, and the rate is absolute:
+    neither relative to the weights' size nor to the step. `ladder.decays` names the parameters that decay. `max_grad_norm` 0 switches
+    clipping off.
     """
 
+    name: Optimizer = "adamw"
     beta1: float = 0.9
     beta2: float = 0.95
     epsilon: float = 1e-8
@@ -89,6 +97,7 @@ class RuntimeSpec:
         compile: None compiles where the backend finds that it pays.
         micro_batch_size: rows per forward pass; None is the whole batch. Gradients add up to those of the whole batch.
         grad_checkpoint: recompute block activations in the backward pass.
+        shard: share weights, gradients and moments among the processes of the run (capability `shard`).
         num_threads: CPU threads; None leaves the framework's choice.
         memory_limit_gb: refuse to grow beyond this.
         reads_only: for measuring: weights come from `load`, and neither gradients nor moments take memory.
@@ -99,6 +108,7 @@ class RuntimeSpec:
     compile: bool | None = None
     micro_batch_size: int | None = None
     grad_checkpoint: bool = False
+    shard: bool = False
     num_threads: int | None = None
     memory_limit_gb: float | None = None
     reads_only: bool = False
@@ -128,6 +138,7 @@ class Capabilities:
     sample: bool = False
     stack: bool = False
     distributed: bool = False
+    shard: bool = False
     bitwise_resume: bool = False
     fast_bf16: bool = False
     accelerator: bool = False
@@ -317,6 +328,15 @@ class Trainer(ABC):
         """
         raise UserError("This backend does not measure Fisher information: choose another method than ewc.")
 
+    def log_probs(
+        self, tokens: npt.NDArray[np.int32], segment: npt.NDArray[np.int32] | None = None, *, from_reference: bool = False
+    ) -> npt.NDArray[np.float32]:
+        """Log-probabilities of every next token, float32[B, T, V], of int32[B, T+1] rows, to be kept beside a replay store.
+
+        `from_reference` asks the frozen reference instead of the model. The caller asks for few rows at a time.
+        """
+        raise UserError("This backend does not give log-probabilities away: leave reference_log_probs live.")
+
     @abstractmethod
     def save(self, path: Path, *, trainable_only: bool = False) -> None:
         """Write the weights as safetensors in Hugging Face names, fp32."""
@@ -327,7 +347,7 @@ class Trainer(ABC):
 
     @abstractmethod
     def save_state(self, path: Path) -> None:
-        """Write the training state: `exp_avg.NAME`, `exp_avg_sq.NAME` in fp32 and `step`, in neutral names."""
+        """Write the training state in fp32 and neutral names: the moments as `ladder.moment_shapes` names them, and `step`."""
 
     @abstractmethod
     def load_state(self, path: Path) -> None:
@@ -350,6 +370,26 @@ class Trainer(ABC):
     def memory_bytes(cls) -> int | None:
         """What a run can use of the memory of a device of its own; None where it shares the host's."""
         return None
+
+    @classmethod
+    def hardware(cls) -> str | None:
+        """The name of the accelerator of this machine; None where there is none."""
+        return None
+
+    @classmethod
+    def kept_bytes(cls, model: ModelSpec, precision: Precision) -> int:
+        """What the gradient needs of one token in one block, in bytes: for estimates."""
+        return (84 if precision == "fp32" else 56) * model.width
+
+    @property
+    def micro_batch_size(self) -> int | None:
+        """Rows per forward pass as they are now; None is the whole batch."""
+        return None
+
+    @contextmanager
+    def gathered(self, *, with_training_state: bool) -> Iterator[None]:
+        """Every rank enters; within, rank 0 can save weights, and moments if they are asked for, of a model that ranks share."""
+        yield
 
     @abstractmethod
     def peak_memory_bytes(self) -> int:

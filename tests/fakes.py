@@ -27,6 +27,18 @@ NAME = "bigram.weight"
 RATE = 20
 
 
+def kept_probability(kept, own):
+    """The kept reference float64[n, T, V]; tokens that are not kept share its tail in the proportions of `own`."""
+    if kept.top is None:
+        return softmax(kept.log_probs.astype(np.float64))
+    rest = own.copy()
+    np.put_along_axis(rest, kept.top, 0, -1)
+    tail = np.exp(kept.tail.astype(np.float64))[..., None]
+    reference = rest / rest.sum(-1, keepdims=True) * tail
+    np.put_along_axis(reference, kept.top, np.exp(kept.log_probs.astype(np.float64)), -1)
+    return reference / reference.sum(-1, keepdims=True)
+
+
 class FakeStep(StepResult):
     def __init__(self, packed, counts):
         self.packed, self.counts = packed, counts
@@ -42,6 +54,7 @@ class BigramTrainer(Trainer):
         self.spec = spec
         size = spec.model.vocab_size
         self.weight = np.random.Generator(np.random.Philox(key=[spec.seed, 0])).normal(0, 0.02, (size, size))
+        assert spec.optim.name == "adamw"
         self.adamw = AdamW(spec.optim)
         self.adamw.m[NAME] = np.zeros_like(self.weight)
         self.adamw.v[NAME] = np.zeros_like(self.weight)
@@ -66,7 +79,8 @@ class BigramTrainer(Trainer):
 
     def train_step(self, batch, learning_rate):
         method = self.spec.method
-        check_reference(method, reference=self.reference is not None, fisher=self.fisher is not None)
+        kept = batch.reference
+        check_reference(method, reference=self.reference is not None or kept is not None, fisher=self.fisher is not None)
         counts = group_counts(batch, method)
         weights, kl_weight = token_weights(batch, counts, method).astype(np.float64), kl_weights(batch, counts, method)
         inputs, labels = batch.tokens[:, :-1], batch.tokens[:, 1:]
@@ -77,7 +91,11 @@ class BigramTrainer(Trainer):
         np.add.at(sums, (batch.term.astype(int) * NUM_SOURCES + batch.source)[own], (nll * batch.loss_mask).sum(1)[own])
         kl_gradient = 0
         if kl_weight is not None:
-            reference = softmax(self.reference[inputs])
+            if kept is None:
+                reference = softmax(self.reference[inputs])
+            else:
+                reference = probability.copy()
+                reference[batch.term == TERM_REPLAY_KL] = kept_probability(kept, probability[batch.term == TERM_REPLAY_KL])
             kl = (reference * (np.log(reference) - np.log(probability))).sum(-1)
             rows = kl_weight.any(1)
             np.add.at(sums, (TERM_REPLAY_KL * NUM_SOURCES + batch.source)[rows], (kl * batch.loss_mask).sum(1)[rows])
@@ -103,6 +121,10 @@ class BigramTrainer(Trainer):
     def token_losses(self, tokens, segment=None):
         probability = softmax(self.weight[tokens[:, :-1]])
         return -np.log(np.take_along_axis(probability, tokens[:, 1:, None], -1)[..., 0]).astype(np.float32)
+
+    def log_probs(self, tokens, segment=None, *, from_reference=False):
+        weight = self.reference if from_reference else self.weight
+        return np.log(softmax(weight[tokens[:, :-1]])).astype(np.float32)
 
     def compare(self, tokens, mask):
         if self.reference is None:

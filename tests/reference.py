@@ -1,4 +1,4 @@
-"""NumPy float64 references: GPT-2's forward pass and gradients, AdamW, clipping. Written for clarity, from the equations."""
+"""NumPy float64 references: GPT-2's forward pass and gradients, AdamW, Adafactor, clipping. Written for clarity, from the equations."""
 
 import numpy as np
 
@@ -126,6 +126,49 @@ class GPT2:
         return grads
 
 
+class QKNorm:
+    """Forward of the ladder's second architecture for one weight dict in float64 (PAPERS' description of Marek et al. 2026)."""
+
+    def __init__(self, weights, spec: ModelSpec):
+        self.w = {name: np.asarray(value, np.float64) for name, value in weights.items()}
+        self.spec = spec
+
+    @staticmethod
+    def norm(x):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+
+    def rotate(self, x, place):
+        """As complex numbers: entry i and entry i + E / 2 of a head turn by place * 10000^(-2i / E)."""
+        half = self.spec.head_dim // 2
+        turn = np.exp(1j * place[:, None, :, None] * 10_000.0 ** (-np.arange(half) / half))
+        turned = (x[..., :half] + 1j * x[..., half:]) * turn
+        return np.concatenate([turned.real, turned.imag], -1)
+
+    def logits(self, inputs, segment=None):
+        B, T = inputs.shape
+        H, hd = self.spec.num_heads, self.spec.head_dim
+        place = positions(inputs, segment)
+        x = self.w["decoder.embed_in.weight"][inputs]
+        allowed = np.tril(np.ones((T, T), bool))[None, None]
+        if segment is not None:
+            allowed = allowed & (segment[:, None, :, None] == segment[:, None, None, :])
+        for i in range(self.spec.num_layers):
+            p = f"decoder.h.{i}."
+            q, k, v = (
+                t.reshape(B, T, H, hd).transpose(0, 2, 1, 3) for t in np.split(self.norm(x) @ self.w[p + "attn.qkv.weight"], 3, -1)
+            )
+            q, k = (self.rotate(self.norm(t), place) for t in (q, k))
+            a = softmax(np.where(allowed, q @ k.transpose(0, 1, 3, 2) / np.sqrt(hd), -np.inf))
+            x = x + (a @ v).transpose(0, 2, 1, 3).reshape(B, T, -1) @ self.w[p + "attn.out.weight"]
+            x = x + gelu(self.norm(x) @ self.w[p + "mlp.up.weight"]) @ self.w[p + "mlp.down.weight"]
+        return self.norm(x) @ self.w["decoder.embed_out.weight"].T
+
+    def losses(self, tokens, segment=None):
+        """Next-token losses float64[B, T]."""
+        p = softmax(self.logits(tokens[:, :-1], segment))
+        return -np.log(np.take_along_axis(p, tokens[:, 1:, None].astype(int), -1)[..., 0])
+
+
 class AdamW:
     """AdamW with bias correction and global-norm clipping, float64, on a dict of arrays."""
 
@@ -148,3 +191,35 @@ class AdamW:
             decay = o.weight_decay if decays(name) else 0.0
             new[name] = w - learning_rate * decay * w - learning_rate * mhat / (np.sqrt(vhat) + o.epsilon)
         return new, norm
+
+
+class Adafactor:
+    """Adafactor of Shazeer and Stern (2018) without first moments, absolute rate, float64, on a dict of arrays."""
+
+    def __init__(self, optim: OptimSpec):
+        self.optim, self.moments, self.step = optim, {}, 0
+
+    def update(self, weights, grads, learning_rate, decays=decays):
+        """Returns the new weights and the gradient norm before clipping."""
+        o = self.optim
+        norm = np.sqrt(sum((g**2).sum() for g in grads.values()))
+        scale = max(1.0, norm / o.max_grad_norm) if o.max_grad_norm else 1.0
+        self.step += 1
+        rest = self.step**-0.8
+        new = {}
+        for name, w in weights.items():
+            g = grads[name] / scale
+            squares = g**2 + 1e-30
+            if w.ndim == 2:
+                row = self._mean("exp_avg_sq_row." + name, squares.mean(1), rest)
+                column = self._mean("exp_avg_sq_col." + name, squares.mean(0), rest)
+                update = g / np.sqrt(np.outer(row, column) / row.mean())
+            else:
+                update = g / np.sqrt(self._mean("exp_avg_sq." + name, squares, rest))
+            update = update / max(1.0, np.sqrt((update**2).mean()))
+            new[name] = w * (1 - learning_rate * (o.weight_decay if decays(name) else 0.0)) - learning_rate * update
+        return new, norm
+
+    def _mean(self, name, value, rest):
+        self.moments[name] = (1 - rest) * self.moments.get(name, 0) + rest * value
+        return self.moments[name]

@@ -57,6 +57,8 @@ def test_the_laws_need_numpy_and_scipy_only():
         "checkpoint",
         "history",
         "records",
+        "runs.rows",
+        "runs.index",
         "plan",
         "watch",
         "run",

@@ -61,6 +61,23 @@ def test_the_table_reads_both_ways_and_averages_seeds(tmp_path):
     assert "75.0%" in text
 
 
+def test_methods_are_chosen_by_a_limit_of_forgetting(tmp_path, run_forget):
+    write_run(tmp_path / "s" / "a", PLAIN)
+    write_run(tmp_path / "s" / "b", KEPT, method="kl-replay", coefficient=3.0)
+    rows = {row.method: row for row in table(load_trajectories(list(find_runs(tmp_path / "s"))), max_forgetting=0.07)}
+    assert (rows["plain"].target_under, rows["plain"].step_under) == (5.0, 0), "only the start is under the limit"
+    assert (rows["kl-replay"].target_under, rows["kl-replay"].step_under) == (4.03, 20), "its minimum, at step 30, is over it"
+    code, out, err = run_forget("plot", tmp_path / "s", "-o", tmp_path / "f", "--max-forgetting", "0.07")
+    assert code == 0, err
+    assert "Lowest of all: KL replay, self-generated, c = 3, 4.0300." in out
+    assert "under 0.07" not in run_forget("plot", tmp_path / "s", "-o", tmp_path / "f")[1]
+    for name in ("a", "b"):
+        path = tmp_path / "s" / name / "record.json"
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps(record | {"config": record["config"] | {"max_forgetting": 0.3}}))
+    assert "under 0.3 nats" in run_forget("plot", tmp_path / "s", "-o", tmp_path / "f")[1], "the runs' own limit"
+
+
 def test_what_cannot_be_compared_is_said(tmp_path):
     write_run(tmp_path / "a" / "b", KEPT, method="kl-replay")
     with pytest.raises(UserError, match="Seed 0 has no run of method plain"):

@@ -174,6 +174,7 @@ WRONG_TRAIN = [
     (["--method", "ntp-replay", "--replay-data", "pretrain", "--pretrain", "none"], "--pretrain is none"),
     (["--method", "ewc", "--replay-data", "online"], "measured before training"),
     (["--method", "kl-replay", "--replay-data", "nowhere.txt"], "no file or folder nowhere.txt"),
+    (["--method", "plain", "--pretrain", "none", "--init", "x", "--max-forgetting", "0.1"], "no pretraining loss to hold it to"),
     (["--method", "kl-replay", "--replay-rows", "0"], "replay_rows must be positive"),
     (["--method", "kl-replay", "--replay-tokens", "1.2.3K"], "300K or 2M"),
 ]
@@ -185,6 +186,22 @@ def test_wrong_methods_are_one_line_and_exit_code_2(run_forget, arguments, messa
     assert (code, out) == (2, "")
     assert message in " ".join(err.split())
     assert "Traceback" not in err
+
+
+def test_a_limit_of_forgetting_stops_chooses_and_is_shown(run_forget, tmp_path):
+    """What was over the limit is no candidate, and the record and the list say so."""
+    keys = {"method": "plain", "iters": 12, "learning_rate": 0.05}
+    free = execute(plan_run(config("fake", **keys), folder=tmp_path / "runs" / "free"))
+    assert free["selection"] == {"measure": "target_val", "max_forgetting": None, "over_the_limit_at": None}
+    limit = free["forgetting_nats"] / 3
+    held = execute(plan_run(config("fake", **keys, max_forgetting=limit), folder=tmp_path / "runs" / "held"))
+    assert held["status"] == "stopped"
+    assert held["selection"]["over_the_limit_at"] == held["losses"]["end"]["step"] > held["losses"]["best"]["step"]
+    assert held["forgetting_nats"] <= limit < free["forgetting_nats"]
+    _, out, _ = run_forget("runs", "list", tmp_path / "runs")
+    assert f"(of {limit:g})" in out
+    _, out, _ = run_forget("runs", "list", tmp_path / "runs", "--where", "max_forgetting > 0", "--json")
+    assert [row["run_id"] for row in json.loads(out)["runs"]] == [held["run_id"]]
 
 
 def test_numbers_of_tokens_may_have_a_unit():

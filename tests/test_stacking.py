@@ -54,6 +54,9 @@ def test_what_cannot_stack_falls_back_and_it_is_said(plan, monkeypatch):
     assert "Trained one by one: method 'anchored-adamw' does not stack." in said
     assert any(plans[2].run_id in sentence and "only one of its shape" in sentence for sentence in said)
     assert group_runs([plan("f"), plan("g", rows="documents")], 8)[0] == [[0], [1]]
+    fresh = {"init": "scratch", "pretrain": "none", "p": "0", "model": "qknorm-2x32"}
+    assert "optimizer 'adafactor' does not stack" in group_runs([plan("h", optimizer="adafactor")], 8)[1][0]
+    assert "architecture 'qknorm' does not stack" in group_runs([plan("i", **fresh)], 8)[1][0]
     monkeypatch.setattr(BigramTrainer, "describe", classmethod(lambda cls: trainer_module.Capabilities(("fp32",), (0, 1))))
     groups, said = group_runs(plans[:2], 8)
     assert groups == [[0], [1]]

@@ -1,15 +1,15 @@
-"""The audit as one self-contained HTML page: no script, no request, every text escaped by the template engine."""
+"""The audit as one self-contained HTML page."""
 
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from mlx_forget.audit import svg
 from mlx_forget.audit.groups import Division
 from mlx_forget.audit.measures import Calibration
 from mlx_forget.audit.run import Audit, TextAudit
 from mlx_forget.audit.verdict import verdict
+from mlx_forget.pages import svg
+from mlx_forget.pages.templates import render_page
 
 # A change of this many nats is shaded fully.
 _FULL_SHADE = 4.0
@@ -17,13 +17,6 @@ _FULL_SHADE = 4.0
 
 def render(audit: Audit) -> str:
     """The page."""
-    environment = Environment(
-        loader=PackageLoader("mlx_forget.audit", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     plots = {
         "summary": svg.intervals(
             [_interval(text.name, text.losses.forgetting) for text in audit.texts],
@@ -50,7 +43,7 @@ def render(audit: Audit) -> str:
             unit="percent of full rank, mean over matrices",
         ),
     }
-    return environment.get_template("page.html.jinja").render(audit=audit, plots=plots, verdict=verdict, shade=_shade)
+    return render_page("audit/page.html.jinja", audit=audit, plots=plots, verdict=verdict, shade=_shade)
 
 
 def _plots_of(text: TextAudit) -> dict[str, Any]:

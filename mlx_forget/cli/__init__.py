@@ -29,7 +29,7 @@ COMMANDS = {
         "Sample a model into a store, to replay when its pretraining data is not at hand.",
     ),
     "audit": ("mlx_forget.cli.audit", "What did a model forget? Two checkpoints in; a table, JSON and an HTML page out."),
-    "runs": ("mlx_forget.cli.runs", "List finished runs, or show one."),
+    "runs": ("mlx_forget.cli.runs", "List, show, compare, export, prune and verify runs."),
     "plot": (
         "mlx_forget.cli.plot",
         "Draw Figure 1, methods or learning rates from the runs of a sweep, and print what is read at the minimum.",

@@ -192,14 +192,14 @@ def _print_documents(folder: Path, split: str, num: int | None, *, as_json: bool
     import numpy as np
 
     from mlx_forget.pipeline.store import open_store
-    from mlx_forget.pipeline.vocabularies import load_vocabulary, tokenizer_in
+    from mlx_forget.pipeline.vocabularies import load_vocabulary, marked_text, tokenizer_in
 
     store = open_store(folder, verify=False)
     chosen = store.split(split)
     count = min(3 if num is None else num, chosen.num_documents)
     order = np.arange(count) if seed is None else np.random.default_rng(seed).choice(chosen.num_documents, count, replace=False)
     tokenizer = load_vocabulary(tokenizer_in(folder))
-    texts = [tokenizer.decode(chosen.document(int(index))) for index in order]
+    texts = [marked_text(tokenizer, chosen.document(int(index))) for index in order]
     if as_json:
         print(
             json.dumps(

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
-KINDS = ("figure1", "methods", "learning-rate")
+KINDS = ("figure1", "methods", "learning-rate", "stages")
 
 
 @app.command()
@@ -24,7 +24,15 @@ def plot(
     seed: Annotated[int | None, typer.Option(help="Which seed, if the sweep has several.")] = None,
     kind: Annotated[
         str | None,
-        typer.Option(help="figure1 (runs that differ in p), methods, or learning-rate. \\[default: what the runs differ in]"),
+        typer.Option(
+            help="figure1 (runs that differ in p), methods, learning-rate, or stages. \\[default: what the runs differ in]"
+        ),
+    ] = None,
+    max_forgetting: Annotated[
+        float | None,
+        typer.Option(
+            help="Methods: also read each at its best evaluation that forgot at most so many nats. \\[default: the runs' own]"
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the table as one JSON object.")] = False,
 ) -> None:
@@ -45,7 +53,7 @@ def plot(
     if not sweep.is_dir():
         raise UserError(f"There is no sweep folder {sweep}.")
     runs = list(find_runs(sweep))
-    chosen = kind or _kind_of(runs)
+    chosen = kind or ("stages" if (sweep / "stages.json").is_file() else _kind_of(runs))
     if chosen not in KINDS:
         raise unknown("kind of figure", chosen, KINDS)
     folder, stem = output or Path("figures"), name or sweep.name
@@ -54,7 +62,12 @@ def plot(
     except OSError as error:
         raise UserError(f"Cannot write to {folder}: {error.strerror}.") from None
     if chosen != "figure1":
-        (_plot_methods if chosen == "methods" else _plot_rates)(runs, folder / stem, seed, as_json=as_json)
+        if chosen == "stages":
+            _plot_stages(sweep, folder / stem, as_json=as_json)
+        elif chosen == "methods":
+            _plot_methods(runs, folder / stem, seed, max_forgetting, as_json=as_json)
+        else:
+            _plot_rates(runs, folder / stem, seed, as_json=as_json)
         Console(stderr=True).print(f"Wrote {folder / stem}.png, .pdf, .csv", highlight=False, soft_wrap=True)
         return
     curves = load_curves(runs, seed)
@@ -80,14 +93,14 @@ def plot(
     Console(stderr=True).print(f"Wrote {folder / stem}.png, .pdf, .csv", highlight=False, soft_wrap=True)
 
 
-def _plot_methods(runs: "list[Run]", stem: Path, seed: int | None, *, as_json: bool) -> None:
+def _plot_methods(runs: "list[Run]", stem: Path, seed: int | None, max_forgetting: float | None, *, as_json: bool) -> None:
     from mlx_forget.method_comparison import as_json as table_json
     from mlx_forget.method_comparison import load_trajectories, table, table_lines, write_csv
     from mlx_forget.method_plots import draw_methods
     from mlx_forget.plots import save_figure
 
     trajectories = load_trajectories(runs, seed)
-    rows = table(trajectories)
+    rows = table(trajectories, max_forgetting=max_forgetting)
     figure = draw_methods(trajectories, title=f"{_setting(trajectories)}, seed {trajectories[0].seed}")
     for suffix in (".png", ".pdf"):
         save_figure(figure, stem.with_name(stem.name + suffix))
@@ -114,6 +127,25 @@ def _plot_rates(runs: "list[Run]", stem: Path, seed: int | None, *, as_json: boo
         print(json.dumps({**points_as_json(found, level), "files": _files(stem)}))
     else:
         print("\n".join(point_lines(found, level)))
+
+
+def _plot_stages(sweep: Path, stem: Path, *, as_json: bool) -> None:
+    from mlx_forget.errors import UserError
+    from mlx_forget.loss_matrix import FILE, read_matrices, summary, table_lines, write_csv
+    from mlx_forget.plots import save_figure
+    from mlx_forget.stage_plots import draw_stages
+
+    matrices = read_matrices(sweep / FILE)
+    if not matrices:
+        raise UserError(f"{sweep} holds no finished stages ({FILE}): run a recipe with stages into it.")
+    figure = draw_stages(matrices, title=f"stages of {sweep.name}: {', '.join(matrices[0].columns[matrices[0].first_stage :])}")
+    for suffix in (".png", ".pdf"):
+        save_figure(figure, stem.with_name(stem.name + suffix))
+    write_csv(matrices, stem.with_name(f"{stem.name}.csv"))
+    if as_json:
+        print(json.dumps({"chains": [summary(matrix) for matrix in matrices], "files": _files(stem)}))
+    else:
+        print("\n".join(table_lines(matrices)))
 
 
 def _kind_of(runs: "list[Run]") -> str:

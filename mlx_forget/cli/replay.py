@@ -1,7 +1,7 @@
 """`forget replay`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,6 +22,13 @@ def replay(
     device: Annotated[str | None, typer.Option(help="Insist on a device such as cuda:1 or cpu.")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32 or bf16. \\[default: fp32]")] = None,
     num_threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    log_probs: Annotated[
+        str | None,
+        typer.Option(
+            help="Keep the model's log-probabilities beside the store, for KL replay: full (float16), or top-64 and the like. A store "
+            "that is there already is not sampled, only read."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the store's facts as one JSON object.")] = False,
 ) -> None:
     """Sample a model into a store, to replay when its pretraining data is not at hand.
@@ -37,6 +44,10 @@ def replay(
     from mlx_forget.cli.data import print_facts
     from mlx_forget.cli.signals import graceful_stop
     from mlx_forget.errors import UserError, unknown
+    from mlx_forget.log_probs import keep_log_probs
+    from mlx_forget.pipeline.batches import RowSubset
+    from mlx_forget.pipeline.reference_rows import parse_kind
+    from mlx_forget.pipeline.store import open_store
     from mlx_forget.pipeline.vocabularies import load_vocabulary
     from mlx_forget.progress import Preparation
     from mlx_forget.replay import SampleSpec, sample_store
@@ -48,7 +59,9 @@ def replay(
     def say(sentence: str) -> None:
         console.print(sentence, highlight=False, soft_wrap=True)
 
-    if output.exists():
+    if log_probs is not None:
+        parse_kind(log_probs)
+    if output.exists() and log_probs is None:
         raise UserError(f"{output} exists already: choose another place or remove it.")
     start = find_checkpoint(model.expanduser())
     shape, vocabulary = start.model_spec(), load_vocabulary(start.tokenizer)
@@ -77,19 +90,18 @@ def replay(
         say(note)
     trainer.load(start.weights)
     with graceful_stop(say) as interrupted:
-        store = sample_store(
-            trainer,
-            start,
-            output,
-            spec,
-            backend=name,
-            precision=runtime.precision,
-            say=say,
-            progress=Preparation(console),
-            interrupted=interrupted,
-        )
+        how: dict[str, Any] = {"backend": name, "precision": runtime.precision, "say": say, "progress": Preparation(console)}
+        how["interrupted"] = interrupted
+        is_there = output.exists()
+        store = open_store(output) if is_there else sample_store(trainer, start, output, spec, **how)
+        if store.tokenizer_hash != vocabulary.hash:
+            raise UserError(f"{output} was made with another tokenizer than {model}: its tokens mean something else to this model.")
+        if log_probs is not None:
+            # As `--replay-data` reads a sample, or a store in packed rows.
+            kept = keep_log_probs(RowSubset.of_tokens(store.split("train"), row, None), trainer, start, log_probs, **how)
+            say(f"Kept in {kept.folder}: {', '.join(f'{value:.3g} {name}' for name, value in kept.measured.items())}")
     print_facts(store, as_json=as_json)
-    if as_json:
+    if as_json or is_there:
         return
     entropy, repetition = store.provenance["entropy_nats"], store.provenance["repetition"]
     console.print(

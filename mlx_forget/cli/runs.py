@@ -1,62 +1,300 @@
-"""`forget runs`: finished runs."""
+"""`forget runs`: what many runs have left behind: list, show, compare, export, prune, verify."""
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import typer.core
 
-app = typer.Typer(no_args_is_help=True, help="List finished runs, or show one.")
+from mlx_forget.cli.answers import say
+
+if TYPE_CHECKING:
+    from mlx_forget.runs.index import RunIndex
+    from mlx_forget.runs.rows import Row
+
+# Folders and phrases that are shown of many.
+MOST_SHOWN = 5
+
+
+class ListByDefault(typer.core.TyperGroup):
+    """`forget runs [FOLDER]` is `forget runs list [FOLDER]`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args or (args[0] not in self.commands and args[0] not in ctx.help_option_names):
+            args = ["list", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(cls=ListByDefault, help="List, show, compare, export, prune and verify runs.")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Folder = Annotated[Path | None, typer.Argument(help="Where to look, at any depth. \\[default: runs]")]
+Within = Annotated[Path | None, typer.Option("--in", help="Where to look for a run id. \\[default: runs]")]
+Where = Annotated[str | None, typer.Option(help="Keep these runs, as in forget fit: 'N <= 3.4e8 and method == \"injection\"'.")]
+Status = Annotated[str | None, typer.Option(help="finished, stopped or diverged.")]
+Sort = Annotated[str | None, typer.Option(help="A column, such as forgetting_nats; -forgetting_nats puts the largest first.")]
 
 
 @app.command("list")
 def list_runs(
-    folder: Annotated[Path | None, typer.Argument(help="Where to look. \\[default: runs]")] = None,
-    as_json: AsJson = False,
+    folder: Folder = None, where: Where = None, status: Status = None, sort: Sort = None, as_json: AsJson = False
 ) -> None:
-    """List the finished runs at or below a folder.
+    """List the runs at or below a folder that have ended, and name those that have not.
 
-    Example: forget runs list runs
+    Example: forget runs list runs --where 'p > 0' --sort forgetting_nats
     """
-    from mlx_forget.errors import UserError
-    from mlx_forget.records import find_runs
-
-    root = folder or Path("runs")
-    if not root.is_dir():
-        raise UserError(f"There is no folder {root}.")
-    runs = list(find_runs(root))
+    index, rows = chosen(folder, where, status, sort)
     if as_json:
-        print(json.dumps({"runs": [{"folder": str(run.folder), **run.record} for run in runs]}))
+        print_json(index, rows)
         return
-    print(f"{'run':<14} {'status':<9} {'params':>12} {'p':>6} {'steps':>7} {'target val':>10} {'forgetting':>10}  folder")
-    for run in runs:
-        record = run.record
-        forgetting = "" if record["forgetting_nats"] is None else f"{record['forgetting_nats']:+.4f}"
-        print(
-            f"{record['run_id']:<14} {record['status']:<9} {record['num_params']:>12,} {record['config']['p']:>6} {record['num_steps']:>7,} "
-            f"{record['losses']['best']['target_val']:>10.4f} {forgetting:>10}  {run.folder}"
-        )
+    print_rows(index, rows)
+    say_others(index)
 
 
 @app.command()
-def show(folder: Annotated[Path, typer.Argument(help="A run folder.")], as_json: AsJson = False) -> None:
+def show(
+    run: Annotated[str, typer.Argument(help="A run folder, or the beginning of a run id.")],
+    within: Within = None,
+    as_json: AsJson = False,
+) -> None:
     """Everything a run's record says.
 
     Example: forget runs show runs/figure1/0123456789ab-cuda
     """
     import yaml
 
-    from mlx_forget.errors import UserError
-    from mlx_forget.progress import PROGRESS_FILE
-    from mlx_forget.records import read_record
+    from mlx_forget.runs.comparison import finished
+    from mlx_forget.runs.selection import find_run
 
-    record = read_record(folder)
-    if record is None:
-        begun = " It was begun: resume it with forget train." if (folder / PROGRESS_FILE).exists() else ""
-        raise UserError(f"{folder} holds no finished run.{begun}")
+    record = finished(find_run(run, folder=within))
     print(
         json.dumps(record) if as_json else yaml.safe_dump(record, sort_keys=False, allow_unicode=True),
         end="\n" if as_json else "",
     )
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="Run folders, or beginnings of run ids.")],
+    within: Within = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the histories into this file, such as compared.png or .pdf.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What runs were told differently, and their losses side by side; ± is one standard error, paired by evaluation window.
+
+    Example: forget runs compare 0123456789ab 456789abcdef
+    """
+    from mlx_forget.runs.comparison import as_json as comparison_json
+    from mlx_forget.runs.comparison import compare as compare_runs
+    from mlx_forget.runs.comparison import lines
+    from mlx_forget.runs.selection import find_run
+
+    made = compare_runs([find_run(run, folder=within) for run in runs])
+    content = comparison_json(made)
+    if plot is not None:
+        from mlx_forget.plots import draw_histories, save_figure
+
+        if plot.suffix not in (".png", ".pdf", ".svg"):
+            from mlx_forget.errors import unknown
+
+            raise unknown("figure format", plot.suffix or plot.name, (".png", ".pdf", ".svg"))
+        plot.parent.mkdir(parents=True, exist_ok=True)
+        save_figure(draw_histories(made.runs), plot)
+        say(f"wrote {plot}")
+    print(json.dumps(content) if as_json else "\n".join(lines(made)))
+
+
+@app.command()
+def export(
+    folder: Folder = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="A .parquet or .csv file. \\[default: runs.parquet]")
+    ] = None,
+    where: Where = None,
+    status: Status = None,
+    sort: Sort = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write runs as a table with the columns of the laws and where each number comes from; forget fit and forget report read it.
+
+    Example: forget runs export runs/figure1 -o figure1.parquet
+    """
+    from mlx_forget.records import installed_versions
+    from mlx_forget.runs.export import check_format
+    from mlx_forget.runs.export import export as write
+
+    path = output or Path("runs.parquet")
+    check_format(path)
+    index, rows = chosen(folder, where, status, sort)
+    provenance = {
+        "folder": str(index.root),
+        "where": where,
+        "status": status,
+        "num_runs": len(rows),
+        "left_out": index.problems,
+        "versions": installed_versions(),
+    }
+    columns = write(rows, path, provenance=provenance)
+    say_others(index)
+    say(f"wrote {path}: {len(rows):,} runs, {len(columns)} columns")
+    if as_json:
+        print(json.dumps({"file": str(path), "num_runs": len(rows), "columns": columns, **others(index)}))
+
+
+@app.command()
+def prune(
+    folder: Folder = None,
+    where: Where = None,
+    status: Status = None,
+    best_too: Annotated[
+        bool, typer.Option("--best-too", help="Remove checkpoints/best as well, which holds what was learnt.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove checkpoints of runs that have ended, all but the best ones; records and histories stay.
+
+    Says what would go and asks first. A run that another one started from keeps its checkpoints.
+
+    Example: forget runs prune runs --dry-run
+    """
+    import sys
+
+    from mlx_forget.runs.prune import find_prunable
+    from mlx_forget.runs.prune import prune as remove
+
+    index, rows = chosen(folder, where, status, None)
+    found = find_prunable(index, rows, best_too=best_too)
+    for path, size in found.checkpoints.items():
+        say(f"{size / 1e6:>10.1f} MB  {path}")
+    for path, reason in found.kept.items():
+        say(f"      kept: {path} ({reason})")
+    total = f"{len(found.checkpoints)} checkpoints, {found.num_bytes / 1e6:.1f} MB"
+    removed = bool(found.checkpoints) and not dry_run
+    if removed and not yes:
+        if sys.stdin.isatty() and not as_json:
+            removed = typer.confirm(f"Remove {total}?", err=True)
+        else:
+            removed = False
+            say("Nothing is removed without --yes where nobody can be asked.")
+    if removed:
+        remove(list(found.checkpoints))
+    say(f"{'Removed' if removed else 'Would remove' if found.checkpoints else 'Nothing to remove:'} {total}.")
+    if as_json:
+        print(
+            json.dumps(
+                {
+                    "checkpoints": [{"folder": str(path), "bytes": size} for path, size in found.checkpoints.items()],
+                    "bytes": found.num_bytes,
+                    "kept": {str(path): reason for path, reason in found.kept.items()},
+                    "removed": removed,
+                }
+            )
+        )
+
+
+@app.command()
+def verify(
+    folder: Folder = None,
+    hashes: Annotated[
+        bool, typer.Option("--hashes/--no-hashes", help="Check the files of checkpoints against their checksums.")
+    ] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Check records, histories and checkpoints; exit code 1 where something is wrong.
+
+    Runs that were only begun are named and otherwise left alone.
+
+    Example: forget runs verify runs
+    """
+    from mlx_forget.errors import RunFailed
+    from mlx_forget.runs.verify import describe_begun, verify_runs
+
+    index = read(folder)
+    problems = verify_runs(index, hashes=hashes)
+    begun = {name: describe_begun(index.root / name) for name in index.begun}
+    if as_json:
+        print(json.dumps({"num_runs": index.num_records, "problems": problems, "begun": begun}))
+    else:
+        for name, phrases in problems.items():
+            for phrase in phrases:
+                print(f"{index.root / name}: {phrase}")
+        for name, phrase in begun.items():
+            print(f"{index.root / name}: {phrase}")
+    good = f"{index.num_records - len(problems):,} of {index.num_records:,} runs are whole"
+    if problems:
+        raise RunFailed(f"{good}; something is wrong with {', '.join(_few(list(problems)))}.")
+    say(f"{good}.")
+
+
+# ------------------------------------------------------------------------------------------------ what they share
+
+
+def read(folder: Path | None) -> "RunIndex":
+    from mlx_forget.runs.index import read_index
+    from mlx_forget.runs.selection import DEFAULT_FOLDER
+
+    return read_index(folder or DEFAULT_FOLDER)
+
+
+def chosen(folder: Path | None, where: str | None, status: str | None, sort: str | None) -> "tuple[RunIndex, list[Row]]":
+    from mlx_forget.runs.selection import select
+
+    index = read(folder)
+    return index, select(index.rows, where=where, status=status, sort=sort)
+
+
+def print_rows(index: "RunIndex", rows: "list[Row]") -> None:
+    """One line per run."""
+    print(
+        f"{'run':<14} {'status':<9} {'params':>12} {'tokens':>11} {'p':>6} {'method':<14} {'seed':>4} {'steps':>7} {'target val':>10} "
+        f"{'forgetting':>17}  folder"
+    )
+    for row in rows:
+        tokens = "" if row["D"] is None else f"{row['D']:,.0f}"
+        loss = "" if row["L_ft"] is None else f"{row['L_ft']:.4f}"
+        forgetting = "" if row["forgetting_nats"] is None else f"{row['forgetting_nats']:+.4f}"
+        if row.get("max_forgetting") is not None:
+            forgetting += f" (of {row['max_forgetting']:g})"
+        print(
+            f"{row['run']:<14} {row['status']:<9} {row['N']:>12,} {tokens:>11} {row['p_asked']!s:>6} {row['method']:<14} {row['seed']!s:>4} "
+            f"{row['num_steps']:>7,} {loss:>10} {forgetting:>17}  {index.folder_of(row)}"
+        )
+
+
+def print_json(index: "RunIndex", rows: "list[Row]") -> None:
+    """The records themselves, which are JSON already and were read once: they are passed on, not parsed again."""
+    from mlx_forget.records import RECORD
+
+    whole = []
+    for row in rows:
+        folder = index.folder_of(row)
+        text = (folder / RECORD).read_text(encoding="utf-8").replace("\n", "").strip()
+        whole.append(f'{{"folder": {json.dumps(str(folder))}, {text.removeprefix("{").lstrip()}')
+    print(f'{{"runs": [{", ".join(whole)}], {json.dumps(others(index)).removeprefix("{")}')
+
+
+def others(index: "RunIndex") -> dict[str, Any]:
+    """What is in a folder besides runs that have ended, for --json."""
+    return {
+        "left_out": {str(index.root / name): problem for name, problem in index.problems.items()},
+        "begun": [str(index.root / name) for name in index.begun],
+    }
+
+
+def say_others(index: "RunIndex") -> None:
+    """Name what is in a folder besides runs that have ended."""
+    reasons: dict[str, list[str]] = {}
+    for name, problem in index.problems.items():
+        reasons.setdefault(problem, []).append(str(index.root / name))
+    for reason, names in reasons.items():
+        say(f"left out: {len(names)} {reason} ({', '.join(_few(names))})")
+    if index.begun:
+        names = [str(index.root / name) for name in index.begun]
+        say(f"begun, without a record yet: {len(names)} ({', '.join(_few(names))})")
+
+
+def _few(names: list[str]) -> list[str]:
+    return names[:MOST_SHOWN] + ["..."] * (len(names) > MOST_SHOWN)

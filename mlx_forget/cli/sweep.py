@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from mlx_forget.costs import Device
     from mlx_forget.engines import Demand
     from mlx_forget.grid import Recipe
     from mlx_forget.plan import Plan
@@ -66,12 +67,9 @@ def sweep(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print every run and its cost; prepare nothing, train nothing.")
     ] = False,
-    speed: Annotated[
-        float | None,
-        typer.Option(
-            "--flops-per-second",
-            help="What a run gets, for the hours of --dry-run. \\[default: as finished runs of this sweep got]",
-        ),
+    on: Annotated[
+        str | None,
+        typer.Option(help="With --dry-run: the device to assume for the hours, such as h100. \\[default: as finished runs were]"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as one JSON object.")] = False,
 ) -> None:
@@ -81,10 +79,13 @@ def sweep(
     """
     from rich.console import Console
 
+    from mlx_forget.cli.signals import graceful_stop
+    from mlx_forget.costs import device_named
     from mlx_forget.dispatch import look_back, unfinished_strangers
     from mlx_forget.engines import Demand
-    from mlx_forget.engines.processes import num_workers
+    from mlx_forget.errors import UserError
     from mlx_forget.grid import Resources, read_recipe
+    from mlx_forget.plan import Target
     from mlx_forget.progress import Preparation
     from mlx_forget.resources import recipe as find_recipe
     from mlx_forget.sweep import plan_sweep, stack_sweep
@@ -96,6 +97,9 @@ def sweep(
     def say(sentence: str) -> None:
         console.print(sentence, highlight=False, soft_wrap=True, markup=False)
 
+    if on is not None and not dry_run:
+        raise UserError("--on is for --dry-run: add it, or leave --on out.")
+    device = None if on is None else device_named(on)
     name = engine or "processes"
     read = read_recipe(find_recipe(recipe))
     folder = output or Path("runs") / read.name
@@ -110,18 +114,27 @@ def sweep(
         settings=_pairs("--slurm", slurm or []),
         say=say,
     )
-    try:
-        planned = plan_sweep(read, folder, overrides=overrides, watch=only_if_prepared(watch) if dry_run else watch)
-    except NotPreparedError as reason:
-        _print_outline(read, folder, overrides, speed, f"Not prepared yet: {reason}.", workers=workers or 1, as_json=as_json)
+    if read.stages:
+        from mlx_forget.cli.stages import sweep_stages
+
+        how: dict[str, Any] = {"wanted": wanted, "retry_failed": retry_failed, "dry_run": dry_run, "as_json": as_json}
+        sweep_stages(read, overrides, name, demand, watch, console, **how)
         return
-    demand = _with_gpus(demand, planned.jobs[0].plan)
-    side_by_side = workers or (min(num_workers(demand), len(planned.jobs)) if name == "processes" else 1)
+    try:
+        # A login node need not hold what the machines of a cluster will.
+        target = Target(device=device, must_fit=name in ("processes", "in-process"))
+        quiet = only_if_prepared(watch) if dry_run else watch
+        planned = plan_sweep(read, folder, overrides=overrides, resources=demand.resources, target=target, watch=quiet)
+    except NotPreparedError as reason:
+        _print_outline(read, folder, overrides, device, f"Not prepared yet: {reason}.", workers=workers or 1, as_json=as_json)
+        return
+    demand = on_this_machine(demand, name, planned.jobs[0].plan, len(planned.jobs))
+    side_by_side = demand.workers or 1
     planned = stack_sweep(planned, wanted, num_processes=side_by_side)
     for job in (*planned.bases, *planned.jobs):
         look_back(job, retry=False)
     bases = sorted({base.plan.folder.parent for base in planned.bases})
-    rows = planned_rows(planned, speed_of(planned.jobs[0].plan.backend, [folder, *bases], speed))
+    rows = planned_rows(planned, speed_of(planned.jobs[0].plan.backend, [folder, *bases], device))
     needs = [
         (place, disk_needed([row for row in rows if Path(row["folder"]).parent == place], workers=side_by_side))
         for place in (*bases, folder)
@@ -142,17 +155,18 @@ def sweep(
     strangers = unfinished_strangers(planned)
     if strangers:
         say(f"Left alone, unfinished runs that are not of this sweep: {', '.join(path.name for path in strangers)}")
-    if name == "processes":
-        demand = dataclasses.replace(demand, workers=side_by_side)
-    done = _train(name, demand, planned, watch, console, retry_failed=retry_failed)
-    _report(folder, done, say, as_json=as_json)
+    with graceful_stop(say) as interrupted:
+        watch = dataclasses.replace(watch, interrupted=interrupted)
+        done = train_runs(name, demand, planned, watch, console, retry_failed=retry_failed)
+    report(folder, done, say, as_json=as_json)
 
 
-def _train(name: str, demand: "Demand", planned: "Sweep", watch: "Watch", console: "Console", *, retry_failed: bool) -> "list[Job]":
-    """Carry the sweep out, shown as a live table on a terminal and in lines elsewhere."""
+def train_runs(
+    name: str, demand: "Demand", planned: "Sweep", watch: "Watch", console: "Console", *, retry_failed: bool
+) -> "list[Job]":
+    """Train the runs of a sweep on an engine, shown as a live table on a terminal and in lines elsewhere."""
     from rich.live import Live
 
-    from mlx_forget.cli.signals import graceful_stop
     from mlx_forget.cli.sweep_view import SweepView
     from mlx_forget.dispatch import execute_sweep
     from mlx_forget.engines import open_engine
@@ -163,19 +177,18 @@ def _train(name: str, demand: "Demand", planned: "Sweep", watch: "Watch", consol
     def observer(title: str, folder: Path) -> RunProgress:
         return RunProgress(console, title, folder)
 
-    with graceful_stop(watch.say) as interrupted:
-        watch = dataclasses.replace(watch, interrupted=interrupted, observer=observer)
-        engine = open_engine(name, demand, watch)
-        if engine.speaks or not console.is_terminal:
-            return execute_sweep(planned, engine, retry_failed=retry_failed, on_change=view.lines, watch=watch)
-        with Live(console=console, refresh_per_second=4, transient=True) as live:
-            return execute_sweep(
-                planned, engine, retry_failed=retry_failed, on_change=lambda jobs: live.update(view.table(jobs)), watch=watch
-            )
+    watch = dataclasses.replace(watch, observer=observer)
+    engine = open_engine(name, demand, watch)
+    if engine.speaks or not console.is_terminal:
+        return execute_sweep(planned, engine, retry_failed=retry_failed, on_change=view.lines, watch=watch)
+    with Live(console=console, refresh_per_second=4, transient=True) as live:
+        return execute_sweep(
+            planned, engine, retry_failed=retry_failed, on_change=lambda jobs: live.update(view.table(jobs)), watch=watch
+        )
 
 
-def _report(folder: Path, done: "list[Job]", say: "Callable[[str], None]", *, as_json: bool) -> None:
-    """Say how the sweep ended.
+def report(folder: Path, done: "list[Job]", say: "Callable[[str], None]", *, as_json: bool, **more: Any) -> None:
+    """Say how the runs of a sweep ended.
 
     Raises:
         RunFailed: runs failed, now or before.
@@ -193,7 +206,7 @@ def _report(folder: Path, done: "list[Job]", say: "Callable[[str], None]", *, as
             }
             for job in done
         ]
-        print(json.dumps({"folder": str(folder), "runs": rows}))
+        print(json.dumps({"folder": str(folder), "runs": rows, **more}))
     failed = [job for job in done if job.state == "failed"]
     blocked = sum(job.state == "blocked" for job in done)
     say(f"{sum(job.state == 'done' for job in done)} of {len(done)} runs done: {folder}")
@@ -208,7 +221,7 @@ def _print_outline(
     recipe: "Recipe",
     folder: Path,
     overrides: dict[str, Any],
-    speed: float | None,
+    device: "Device | None",
     note: str,
     *,
     workers: int,
@@ -221,24 +234,27 @@ def _print_outline(
 
     configs = recipe.configs(overrides)
     backend = configs[0].backend if configs[0].backend != "auto" else choose_backend()[0]
-    rows = outlined_rows(recipe, overrides, backend, speed_of(backend, [folder], speed))
+    rows = outlined_rows(recipe, overrides, backend, speed_of(backend, [folder], device))
     notes = [f"{note} Ids are pending where they depend on it, and so is what stacks."]
     print_plan(str(folder), rows, [], notes, workers=workers, disk_bytes=disk_needed(rows, workers=workers), as_json=as_json)
 
 
-def _with_gpus(demand: "Demand", plan: "Plan") -> "Demand":
-    """A demand with what the backend says of this machine."""
+def on_this_machine(demand: "Demand", name: str, plan: "Plan", num_runs: int) -> "Demand":
+    """A demand with what the backend says of this machine, and how many runs a pool of processes trains side by side."""
+    from mlx_forget.engines.processes import num_workers
     from mlx_forget.trainer import load_backend
 
     capabilities = load_backend(plan.backend).describe()
-    # A run that insists on a device of its own is not confined to another.
-    gpus = capabilities.gpus if plan.config.device is None else ()
-    return dataclasses.replace(
+    demand = dataclasses.replace(
         demand,
         uses_gpu=plan.config.device != "cpu" and capabilities.accelerator,
-        gpus=gpus,
+        # A run that insists on a device of its own is not confined to another.
+        gpus=capabilities.gpus if plan.config.device is None else (),
         gpu_variable=capabilities.gpu_variable,
     )
+    if name != "processes" or demand.workers is not None:
+        return demand
+    return dataclasses.replace(demand, workers=min(num_workers(demand), num_runs))
 
 
 def _parse(settings: list[str]) -> dict[str, Any]:

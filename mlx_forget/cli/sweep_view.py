@@ -116,7 +116,7 @@ def print_plan(
         print(
             f"{row['run_id'] or 'pending':<12}  {row['title']:<{width}} {row['num_params']:>13,} parameters {row['num_steps']:>7,} steps "
             f"{row['num_tokens']:>13,} tokens {row['train_flops']:.2e} FLOPs {hours_text(row['hours']):>9} "
-            f"{size_text(row['disk_bytes']):>8}{state}"
+            f"{size_text(row['kept_disk_bytes']):>8}{state}"
         )
     print(
         f"{len(rows)} runs, {totals['num_tokens']:,} tokens, {totals['train_flops']:.2e} FLOPs, "

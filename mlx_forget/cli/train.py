@@ -11,6 +11,8 @@ from mlx_forget.cli.options import given, with_options
 from mlx_forget.config import TrainConfig, from_layers, read_yaml, scale_defaults
 
 if TYPE_CHECKING:
+    from mlx_forget.costs import Device, Rate
+    from mlx_forget.plan import Plan
     from mlx_forget.watch import Watch
 
 app = typer.Typer()
@@ -26,6 +28,15 @@ def train(
         typer.Option("--resume/--no-resume", help="Insist on a checkpoint to go on from, or refuse one."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would run, train nothing.")] = False,
+    measure: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --dry-run: train this many steps from fresh weights to tell the hours; 50 will do."),
+    ] = None,
+    on: Annotated[
+        str | None,
+        typer.Option(help="With --dry-run: the device to assume for the hours, such as h100. \\[default: this machine's]"),
+    ] = None,
+    devices: Annotated[int | None, typer.Option(min=1, help="With --dry-run: how many of them. \\[default: 1]")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record (or the dry run) as one JSON object.")] = False,
     stack_with: Annotated[
         list[Path] | None, typer.Option(hidden=True, help="Run folders of a sweep to train as one with this run.")
@@ -42,7 +53,10 @@ def train(
     import os
 
     from mlx_forget.cli.signals import graceful_stop
-    from mlx_forget.plan import plan_run
+    from mlx_forget.costs import device_named
+    from mlx_forget.errors import UserError
+    from mlx_forget.measure import measured_rate
+    from mlx_forget.plan import Target, plan_run
     from mlx_forget.progress import SUPERVISOR, Preparation, RunProgress, supervisor
     from mlx_forget.progress import console as make_console
     from mlx_forget.run import execute
@@ -53,6 +67,13 @@ def train(
     # A sweep asks for complete configurations: nothing is laid under them.
     supervised = SUPERVISOR in os.environ
     resolved = from_layers(TrainConfig, {} if supervised else scale_defaults(), from_file, given(values))
+
+    if not dry_run and (measure, on, devices) != (None, None, None):
+        raise UserError("--measure, --on and --devices are for --dry-run: add it, or leave them out.")
+    if on is not None and measure is not None:
+        raise UserError("--measure times this machine, --on assumes another: give one of them.")
+
+    device = None if on is None else device_named(on)
 
     watched: list[RunProgress] = []
 
@@ -69,10 +90,12 @@ def train(
             assert output is not None
             _train_stack([output, *stack_with], watch)
             return
-        plan = plan_run(resolved, folder=output, watch=watch)
+        target = Target(device=device, num_devices=devices)
+        plan = plan_run(resolved, folder=output, watch=watch, target=target)
         if dry_run:
+            rate = None if measure is None else measured_rate(plan, measure, watch)
             if plan.group.rank == 0:
-                _print_plan(plan.summary(), as_json=as_json)
+                _print_plan(_with_cost(plan, rate, device), as_json=as_json)
             return
         try:
             # The runs of a sweep that was killed may still be writing their last checkpoint.
@@ -94,8 +117,8 @@ def _train_stack(folders: "list[Path]", watch: "Watch") -> None:
     """Train the runs that a sweep has asked for in these folders as one."""
     import dataclasses
 
-    from mlx_forget.engines import REQUESTED
     from mlx_forget.plan import plan_run
+    from mlx_forget.records import REQUESTED
     from mlx_forget.stacking import execute_stack
 
     quiet = dataclasses.replace(watch, say=lambda sentence: None)
@@ -106,10 +129,29 @@ def _train_stack(folders: "list[Path]", watch: "Watch") -> None:
     execute_stack(plans, watch=watch, wait=True)
 
 
+def _with_cost(plan: "Plan", rate: "Rate | None", device: "Device | None") -> dict[str, Any]:
+    """The summary of a plan, with hours and what they are taken from; null where nothing is known."""
+    from mlx_forget.costs import Rate, device_like
+    from mlx_forget.trainer import load_backend
+
+    device = device or device_like(load_backend(plan.backend).hardware())
+    if rate is None and device is not None:
+        rate = Rate.assumed(device, plan.precision, plan.num_devices)
+    hours = None if rate is None else plan.flops() / rate.flops_per_second / 3600
+    return {
+        **plan.summary(),
+        "num_devices": plan.num_devices,
+        "hours": hours,
+        "rate": None if rate is None else rate.says,
+    }
+
+
 def _print_plan(summary: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(summary))
         return
+    from mlx_forget.costs import in_words
+
     base = summary["base"]
     if base is not None:
         print(
@@ -123,7 +165,17 @@ def _print_plan(summary: dict[str, Any], *, as_json: bool) -> None:
     print(
         f"tokens     {summary['num_tokens']:,}, of them {summary['num_pretrain_tokens']:,} injected; {summary['unique_target_tokens']:,} unique"
     )
+    if summary["kept_log_prob_bytes"]:
+        print(f"log-probs  {summary['kept_log_prob_bytes'] / 1e9:.3g} GB beside the replay data")
     print(f"compute    {summary['train_flops']:.3g} FLOPs")
+    rows = summary["micro_batch_size"]
+    pieces = "" if rows is None else f", {rows} rows at a time"
+    print(f"memory     about {in_words(summary['memory_bytes_per_device'])} on each of {summary['num_devices']}{pieces}")
+    print(f"disk       up to {summary['disk_bytes'] / 1e9:.3g} GB of checkpoints at once")
+    if summary["hours"] is None:
+        print("hours      unknown on this device: add --measure 50, or --on DEVICE")
+    else:
+        print(f"hours      about {summary['hours']:.3g} ({summary['rate']})")
 
 
 def _print_record(record: dict[str, Any]) -> None:

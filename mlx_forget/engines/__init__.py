@@ -16,8 +16,6 @@ from mlx_forget.errors import UserError, unknown
 from mlx_forget.grid import Resources
 from mlx_forget.watch import Watch
 
-# The configuration of a run in its folder, as the sweep asked for it.
-REQUESTED = "requested.yaml"
 # Exit codes of a run that was asked to stop and has a checkpoint.
 STOPPED = (130, 143)
 
@@ -59,7 +57,7 @@ class Demand:
     Args:
         folder: of the sweep, where an engine may keep what it needs.
         workers: tasks at a time; None is as many as the engine sees fit.
-        resources: what a run may use where the recipe does not say; None leaves it to the engine.
+        resources: what a run may use, over what its recipe asks for; None leaves it to the recipe, then to the engine.
         address: of a cluster that runs already.
         settings: keys of the scheduler behind the engine.
         uses_gpu: whether the sweep's backend trains on GPUs where there are any.

@@ -8,8 +8,9 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from mlx_forget.engines import REQUESTED, Task
+from mlx_forget.engines import Task
 from mlx_forget.progress import SUPERVISOR
+from mlx_forget.records import REQUESTED
 
 # A large checkpoint takes its time; torchrun's own patience is 30 s.
 _SECONDS_TO_STOP = 600

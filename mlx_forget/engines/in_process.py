@@ -5,11 +5,12 @@ from collections import deque
 from collections.abc import Sequence
 
 from mlx_forget.config import TrainConfig, from_layers, read_yaml
-from mlx_forget.engines import REQUESTED, Demand, Engine, Exit, Task
+from mlx_forget.engines import Demand, Engine, Exit, Task
 from mlx_forget.engines.processes import num_cores
 from mlx_forget.errors import Interrupted, RunFailed, UserError, exit_code
 from mlx_forget.grid import Resources
 from mlx_forget.plan import plan_run
+from mlx_forget.records import REQUESTED
 from mlx_forget.run import execute
 from mlx_forget.stacking import execute_stack
 from mlx_forget.watch import Watch
@@ -27,7 +28,7 @@ class InProcessEngine(Engine):
         self._waiting: deque[Task] = deque()
 
     def resources(self, asked: Resources, *, num_tasks: int) -> Resources:
-        found = asked.over(self._demand.resources).over(Resources(threads=num_cores(), ranks=1))
+        found = self._demand.resources.over(asked).over(Resources(threads=num_cores(), ranks=1))
         if found.num_ranks > 1:
             raise UserError("Engine 'in-process' trains a run in one process: choose --engine processes for several GPUs a run.")
         return found

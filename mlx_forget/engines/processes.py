@@ -27,11 +27,12 @@ class ProcessEngine(Engine):
         count = len(demand.gpus)
         # More workers than GPUs share them, unless the recipe or the command says how.
         share = min(1.0, count / self._workers) if demand.uses_gpu and count else 0.0
-        threads = demand.resources.threads or max(1, num_cores() // self._workers)
+        threads = max(1, num_cores() // self._workers)
         # Fewer tasks than workers leave nobody's threads idle: a single base model gets all of them.
         threads = max(threads, self._workers * threads // min(self._workers, num_tasks))
-        found = asked.over(Resources(threads=threads)).over(demand.resources).over(Resources(gpus=share))
-        if (found.gpus or 0) > count and (count or asked.over(demand.resources).gpus):
+        asked = demand.resources.over(asked)
+        found = asked.over(Resources(threads=threads, gpus=share))
+        if (found.gpus or 0) > count and (count or asked.gpus):
             raise UserError(f"A run asks for {found.gpus:g} GPUs, and this machine has {count} that a run can be confined to.")
         return found
 

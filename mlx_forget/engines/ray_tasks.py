@@ -69,7 +69,7 @@ class RayEngine(ClusterEngine[Any]):
 
     def resources(self, asked: Resources, *, num_tasks: int) -> Resources:
         default = Resources(threads=1, gpus=1.0 if self._total.get("GPU", 0) else 0.0)
-        found = asked.over(self._demand.resources).over(default)
+        found = self._demand.resources.over(asked).over(default)
         cpus, gpus = float((found.threads or 1) * found.num_ranks), found.gpus or 0.0
         for name, wanted, unit in (("CPU", cpus, "CPUs"), ("GPU", gpus, "GPUs")):
             if wanted > self._total.get(name, 0):

@@ -80,7 +80,7 @@ class SlurmEngine(ClusterEngine[Any]):
         return executor
 
     def resources(self, asked: Resources, *, num_tasks: int) -> Resources:
-        found = asked.over(self._demand.resources).over(Resources(threads=1, gpus=0.0))
+        found = self._demand.resources.over(asked).over(Resources(threads=1, gpus=0.0))
         if found.gpus and found.gpus < 1:
             raise UserError(f"Slurm gives whole GPUs, and a run asks for {found.gpus:g}.")
         return found

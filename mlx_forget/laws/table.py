@@ -33,6 +33,8 @@ USUAL_NAMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 # With more of the rows than this below their L0, there is no forgetting to fit.
 MOST_BELOW = 0.8
+# Names of columns in a message.
+MOST_LISTED = 24
 # Below these, a count is almost surely in thousands, millions or billions.
 SMALLEST = {"N": 3e4, "D": 2e3, "P": 500.0}
 
@@ -131,12 +133,17 @@ class Table:
 def missing_column(name: str, table: Table) -> UserError:
     """The error for a column that the table does not have: which exist, and the nearest."""
     known = [*table.columns, *table.labels]
+    shown = _listed(known)
     nearest = [column for column in known if column.lower() == name.lower()][:1]
     nearest = nearest or [column for usual in USUAL_NAMES.get(name, ()) for column in known if usual in column.lower()][:1]
     nearest = nearest or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     way_out = f" Is it {nearest[0]!r}? Then add --map {name}={nearest[0]}." if nearest else f" Name it with --map {name}=COLUMN."
     meaning = f" ({COLUMNS[name]})" if name in COLUMNS else ""
-    return UserError(f"The table has no numeric column {name!r}{meaning}; it has {', '.join(known) or 'none'}.{way_out}")
+    return UserError(f"The table has no numeric column {name!r}{meaning}; it has {shown or 'none'}.{way_out}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:MOST_LISTED]) + ", ..." * (len(names) > MOST_LISTED)
 
 
 def _mask(node: ast.expr, table: Table, expression: str) -> npt.NDArray[np.bool_]:
@@ -170,7 +177,7 @@ def _operand(node: ast.expr, table: Table, expression: str) -> npt.NDArray[np.ge
             return text
         if node.id in table.columns:
             return table.columns[node.id]
-        known = ", ".join((*table.columns, *table.labels))
+        known = _listed([*table.columns, *table.labels])
         raise UserError(
             f"The condition {expression!r} names {node.id!r}, which is no column ({known}): write text in quotes, as in 'domain == \"{node.id}\"'."
         )

@@ -7,7 +7,7 @@ Shapes: B rows, T tokens, D width, H heads, V vocabulary, N = B * T. A stack of 
 dimension K; tokens are then [K, B, T], the rows of all members go through the blocks as [K * B, T, D], and products are batched.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -15,11 +15,15 @@ import mlx.core as mx
 from mlx_forget.ladder import LAYER_NORM_EPSILON, ModelSpec
 from mlx_forget.mlx_backend.operators import Operators
 from mlx_forget.mlx_backend.reference import kl_divergence
+from mlx_forget.mlx_backend.stored_reference import stored_kl_divergence
 
 Weights = Mapping[str, mx.array]
 # What the KL term of some rows needs, as a tree of arrays that compiled functions take: `nll_rows` int32[n] and `kl_rows` int32[k],
-# `kl_weight` float32[k, T], and `reference`, the weights of the frozen model.
+# `kl_weight` float32[k, T], and `reference`, the weights of the frozen model, or `stored`, what is kept of it.
 KLTerm = dict[str, Any]
+
+# Tied: the head is the token embedding.
+HEAD = "transformer.wte.weight"
 
 # Elements of one chunk of logits: on a CPU a chunk should stay in cache, on a GPU it should fill the device.
 _CHUNK_ELEMENTS_CPU = 1 << 21
@@ -30,7 +34,7 @@ def hidden_states(
     weights: Weights, spec: ModelSpec, tokens_BT: mx.array, segment_BT: mx.array | None = None, *, operators: Operators
 ) -> mx.array:
     """Final hidden states float32[B, T, D] of int32[B, T] tokens; segments, where given, are as if each were alone."""
-    x_BTD, allowed = _embed(weights, tokens_BT, segment_BT), _segment_mask(segment_BT)
+    x_BTD, allowed = _embed(weights, tokens_BT, segment_BT), segment_mask(segment_BT)
     for i in range(spec.num_layers):
         x_BTD, _ = block(_of_block(weights, i), spec, x_BTD, allowed, operators)
     return _norm(x_BTD, weights, "transformer.ln_f")
@@ -86,7 +90,7 @@ def gradients(
     does not have, the losses are those of its `nll_rows`, followed by the KL of its `kl_rows`, float32[n + k, T], and the gradients
     those of both terms.
     """
-    allowed = _segment_mask(segment_BT)
+    allowed = segment_mask(segment_BT)
     x_BTD = _embed(weights, tokens_BT, segment_BT)
     inputs: list[mx.array] = []
     saved: list[Any] = []
@@ -97,12 +101,13 @@ def gradients(
     head = weights["transformer.wte.weight"]
     members = head.shape[:-2]
     final = _norm(x_BTD, weights, "transformer.ln_f")
-    if penalty is None:
-        losses, grad_final, grad_head = _cross_entropy_of_rows(final, head, labels_BT, weight_BT, chunk, operators)
-    else:
-        losses, grad_final, grad_head = _two_terms(
-            final, spec, head, tokens_BT, labels_BT, weight_BT, segment_BT, penalty, chunk, operators
-        )
+
+    def states_of(reference: Weights, tokens: mx.array, segment: mx.array | None) -> mx.array:
+        return hidden_states(reference, spec, tokens, segment, operators=operators)
+
+    losses, grad_final, grad_head = objective(
+        final, head, HEAD, tokens_BT, labels_BT, weight_BT, segment_BT, penalty, chunk, operators, states_of
+    )
     grads: dict[str, mx.array] = {}
     grad = _norm_gradient(grad_final.reshape(x_BTD.shape), x_BTD, weights, "transformer.ln_f", grads, "")
     for i in reversed(range(spec.num_layers)):
@@ -111,14 +116,14 @@ def gradients(
             # Without the dependency, nothing would stop the evaluation from computing every block again at once.
             _, kept = block(own, spec, mx.depends([inputs[i]], [grad])[0], allowed, operators)
         grad = _block_gradient(grad, inputs.pop(), kept, own, operators, grads, prefix)
-    grads["transformer.wte.weight"] = _add_rows(grad_head, tokens_BT, grad)
+    grads["transformer.wte.weight"] = add_rows(grad_head, tokens_BT, grad)
     if segment_BT is None:
         positions = grad.reshape(*tokens_BT.shape, spec.width).sum(axis=-3)
         unused = mx.zeros((*members, spec.context_length - positions.shape[-2], spec.width))
         grads["transformer.wpe.weight"] = mx.concatenate([positions, unused], axis=-2)
     else:
         unused = mx.zeros((*members, spec.context_length, spec.width))
-        grads["transformer.wpe.weight"] = _add_rows(unused, _positions(segment_BT), grad)
+        grads["transformer.wpe.weight"] = add_rows(unused, segment_positions(segment_BT), grad)
     return losses, {name: grads[name] for name in weights}
 
 
@@ -134,42 +139,46 @@ def _cross_entropy_of_rows(
     return nll.reshape(labels_BT.shape), grad.reshape(final_BTD.shape), grad_head
 
 
-def _two_terms(
+def objective(
     final_BTD: mx.array,
-    spec: ModelSpec,
     head: mx.array,
+    head_name: str,
     tokens_BT: mx.array,
     labels_BT: mx.array,
     weight_BT: mx.array,
     segment_BT: mx.array | None,
-    penalty: KLTerm,
+    penalty: KLTerm | None,
     chunk: int,
     operators: Operators,
+    states_of: Callable[[Weights, mx.array, mx.array | None], mx.array],
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Next-token losses of some rows, then the KL of some rows, float32[n + k, T], and the gradients of both weighted sums."""
+    """The losses that `gradients` returns, and the gradients of their weighted sum for final hidden states and head.
+
+    `states_of` gives the final hidden states of the frozen model on some rows of tokens and segments.
+    """
+    if penalty is None:
+        return _cross_entropy_of_rows(final_BTD, head, labels_BT, weight_BT, chunk, operators)
     losses, grad_final, grad_head = [], mx.zeros_like(final_BTD), mx.zeros_like(head)
     rows = penalty["nll_rows"]
     if rows.size:
         nll, grad, part = _cross_entropy_of_rows(final_BTD[rows], head, labels_BT[rows], weight_BT[rows], chunk, operators)
         losses.append(nll)
         grad_final, grad_head = grad_final.at[rows].add(grad), grad_head + part
-    rows, reference = penalty["kl_rows"], penalty["reference"]
+    rows = penalty["kl_rows"]
     if rows.size:
-        segment = None if segment_BT is None else segment_BT[rows]
-        ref_final = hidden_states(reference, spec, tokens_BT[rows], segment, operators=operators)
-        flat = (-1, spec.width)
-        kl, grad, part = kl_divergence(
-            final_BTD[rows].reshape(flat),
-            head,
-            ref_final.reshape(flat),
-            reference["transformer.wte.weight"],
-            penalty["kl_weight"].reshape(-1),
-            chunk=chunk,
-            operators=operators,
-        )
+        x, weight = final_BTD[rows].reshape(-1, final_BTD.shape[-1]), penalty["kl_weight"].reshape(-1)
+        if "stored" in penalty:
+            stored = {name: value.reshape(len(x), *value.shape[2:]) for name, value in penalty["stored"].items()}
+            kl, grad, part = stored_kl_divergence(x, head, stored, weight, chunk=chunk, operators=operators)
+        else:
+            reference = penalty["reference"]
+            ref_final = states_of(reference, tokens_BT[rows], None if segment_BT is None else segment_BT[rows])
+            ref_x, ref_head = ref_final.reshape(x.shape), reference[head_name]
+            kl, grad, part = kl_divergence(x, head, ref_x, ref_head, weight, chunk=chunk, operators=operators)
         losses.append(kl.reshape(len(rows), -1))
         grad_final, grad_head = grad_final.at[rows].add(grad.reshape(len(rows), *final_BTD.shape[1:])), grad_head + part
-    return mx.concatenate(losses), grad_final, grad_head
+    # Rows of the KL term whose labels are all masked are of neither kind.
+    return mx.concatenate(losses) if losses else mx.zeros((0, labels_BT.shape[1])), grad_final, grad_head
 
 
 def block(
@@ -266,7 +275,7 @@ def cross_entropy(
     """
     narrow, narrow_head = x.astype(operators.dtype), head.astype(operators.dtype)
     # The label's part of the gradient, -weight * one_hot(label), never meets the logits: it is a gather and a scatter.
-    grad_head = _add_rows(mx.zeros_like(head), labels, -weight[..., None] * x)
+    grad_head = add_rows(mx.zeros_like(head), labels, -weight[..., None] * x)
     nlls, grads = [], []
     for start in range(0, x.shape[-2], chunk):
         stop = start + chunk
@@ -317,7 +326,7 @@ def _rows(table: mx.array, index: mx.array) -> mx.array:
     return table[index] if table.ndim == 2 else table.reshape(-1, table.shape[-1])[_offset(table, index)]
 
 
-def _add_rows(table: mx.array, index: mx.array, values: mx.array) -> mx.array:
+def add_rows(table: mx.array, index: mx.array, values: mx.array) -> mx.array:
     """The table with values added at the rows that `_rows` reads; values are [..., D] in the order of the index."""
     flat = table.reshape(-1, table.shape[-1])
     index = index if table.ndim == 2 else _offset(table, index)
@@ -336,7 +345,7 @@ def _embed(weights: Weights, tokens_BT: mx.array, segment_BT: mx.array | None = 
     if segment_BT is None:
         placed = positions[..., None, : tokens_BT.shape[-1], :]
     else:
-        placed = _rows(positions, _positions(segment_BT))
+        placed = _rows(positions, segment_positions(segment_BT))
     return (_rows(table, tokens_BT) + placed).reshape(-1, tokens_BT.shape[-1], table.shape[-1])
 
 
@@ -384,14 +393,14 @@ def _norm_gradient(grad: mx.array, x: mx.array, weights: Weights, name: str, gra
     return grad_x
 
 
-def _positions(segment_BT: mx.array) -> mx.array:
+def segment_positions(segment_BT: mx.array) -> mx.array:
     """Places int32[..., T] counted from the start of each segment."""
     place = mx.arange(segment_BT.shape[-1], dtype=mx.int32)
     begins = mx.pad(segment_BT[..., 1:] != segment_BT[..., :-1], [(0, 0)] * (segment_BT.ndim - 1) + [(1, 0)])
     return place - mx.cummax(mx.where(begins, place, 0), axis=-1)
 
 
-def _segment_mask(segment_BT: mx.array | None) -> mx.array | None:
+def segment_mask(segment_BT: mx.array | None) -> mx.array | None:
     if segment_BT is None:
         return None
     segment_BT = segment_BT.reshape(-1, segment_BT.shape[-1])

@@ -5,7 +5,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_forget.ladder import ModelSpec
-from mlx_forget.mlx_backend.gpt2 import Weights, next_logits
+from mlx_forget.mlx_backend.architectures import functions_of
+from mlx_forget.mlx_backend.gpt2 import Weights
 from mlx_forget.mlx_backend.operators import Operators
 
 
@@ -30,7 +31,7 @@ def sample(
     out = np.empty(u_BT.shape, np.int32)
     token = prompts_BP[:, 0]
     for position in range(length - 1):
-        logits = next_logits(weights, spec, mx.array(token), position, cache, operators)
+        logits = functions_of(spec).next_logits(weights, spec, mx.array(token), position, cache, operators)
         if position + 1 < P:
             mx.eval(cache)
             token = prompts_BP[:, position + 1]

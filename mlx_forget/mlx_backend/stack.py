@@ -12,7 +12,7 @@ import numpy as np
 
 from mlx_forget.ladder import initial_weights
 from mlx_forget.methods import NUM_SOURCES, NUM_TERMS
-from mlx_forget.mlx_backend import adamw
+from mlx_forget.mlx_backend import optimizer
 from mlx_forget.mlx_backend.trainer import SUMS, Arrays, MLXStep, MLXTrainer
 from mlx_forget.trainer import Batch, Stack, StackedBatch, StepResult, Trainer, TrainerSpec
 
@@ -43,9 +43,9 @@ class MLXStack(Stack):
             own = {name: value[row] for name, value in gradients.items()}
             sums = own.pop(SUMS)
             rate = mx.array(learning_rates[k], dtype=mx.float32)
-            scalars, member._step, outcome = adamw.step_scalars(member._step, own, rate, single._hyper)
-            state = single._update(member._weights, member._exp_avg, member._exp_avg_sq, own, scalars)
-            member._weights, member._exp_avg, member._exp_avg_sq = state
+            scalars, member._step, outcome = optimizer.step_scalars(member._step, own, rate, single._hyper)
+            state = single._update(member._weights, member._moments, own, scalars)
+            member._weights, member._moments = state
             packed = mx.concatenate([sums, outcome])
             pending.extend([*state, member._step, packed])
             results[k] = MLXStep(packed, batch.counts[row])

@@ -19,7 +19,8 @@ from mlx_forget.distributed import Group
 from mlx_forget.errors import OutOfMemory, UserError
 from mlx_forget.ladder import initial_weights, num_params, param_shapes
 from mlx_forget.methods import NUM_SOURCES, NUM_TERMS, TERM_REPLAY_KL, TERM_REPLAY_NTP, TERM_TASK
-from mlx_forget.mlx_backend import BLAS_NOTE, adamw, compare, gpt2
+from mlx_forget.mlx_backend import BLAS_NOTE, compare, gpt2, optimizer
+from mlx_forget.mlx_backend.architectures import functions_of
 from mlx_forget.mlx_backend.distributed import MLXGroup, join, num_local_ranks
 from mlx_forget.mlx_backend.operators import operators
 from mlx_forget.mlx_backend.reference import penalty_gradients, pull_to_reference
@@ -29,6 +30,8 @@ from mlx_forget.trainer import (
     Batch,
     Capabilities,
     Comparison,
+    ModelSpec,
+    Precision,
     Stack,
     StepReading,
     StepResult,
@@ -80,6 +83,7 @@ class MLXTrainer(Trainer):
         self._operators = operators(dtype=dtype, on_cpu=self._on_cpu, fused=can_compile)
         if can_compile and self._on_cpu:
             compile_loops()
+        self._functions = functions_of(spec.model)
         self._chunk = gpt2.chunk_rows(spec.model.vocab_size, on_cpu=self._on_cpu)
         self._portions = portions(
             spec.model,
@@ -89,10 +93,9 @@ class MLXTrainer(Trainer):
         )
         start = () if runtime.reads_only else initial_weights(spec.model, spec.seed)
         self._weights = {name: mx.array(value) for name, value in start}
-        self._exp_avg = {name: mx.zeros_like(value) for name, value in self._weights.items()}
-        self._exp_avg_sq = {name: mx.zeros_like(value) for name, value in self._weights.items()}
+        self._moments = optimizer.initial_moments(spec.optim, self._weights)
         self._step = mx.array(0.0)
-        self._hyper = adamw.hyperparameters(spec.optim)
+        self._hyper = optimizer.hyperparameters(spec.optim)
         self._reference: Arrays | None = None
         self._fisher: Arrays | None = None
         method = spec.method
@@ -104,7 +107,9 @@ class MLXTrainer(Trainer):
         whole = can_compile and (not self._on_cpu or runtime.compile is True)
         self._gradient = self._traced(self._batch_gradient, compiled=whole)
         self._nll = self._traced(self._batch_nll, compiled=whole)
-        self._update = self._traced(adamw.update, compiled=can_compile)
+        # Adafactor's loops are many and run over rows and columns: compiling them takes half a minute and gains little on a CPU.
+        fusing = can_compile and (not self._on_cpu or spec.optim.name == "adamw")
+        self._update = self._traced(optimizer.update_of(spec.optim), compiled=fusing)
 
     @classmethod
     def describe(cls) -> Capabilities:
@@ -144,7 +149,9 @@ class MLXTrainer(Trainer):
 
     def train_step(self, batch: Batch, learning_rate: float) -> StepResult:
         method = self.spec.method
-        check_reference(self.spec.method, reference=self._reference is not None, fisher=self._fisher is not None)
+        check_reference(
+            self.spec.method, reference=self._reference is not None or batch.reference is not None, fisher=self._fisher is not None
+        )
         counts = self.group.all_sum(group_counts(batch, method))
         token_weight, kl_weight = token_weights(batch, counts, method), kl_weights(batch, counts, method)
         groups = np.eye(NUM_TERMS * NUM_SOURCES, dtype=np.float32)[batch.term.astype(np.int64) * NUM_SOURCES + batch.source]
@@ -160,7 +167,7 @@ class MLXTrainer(Trainer):
                 mx.array(batch.loss_mask[rows]),
                 mx.array(groups[rows]),
                 None if batch.segment is None else mx.array(batch.segment[rows]),
-                self._kl_terms(batch.term[rows], batch.source[rows], None if kl_weight is None else kl_weight[rows]),
+                self._kl_terms(batch, rows, None if kl_weight is None else kl_weight[rows]),
             )
             total = part if total is None else {name: value + part[name] for name, value in total.items()}
             if size < len(batch.tokens):
@@ -172,12 +179,12 @@ class MLXTrainer(Trainer):
         rate = mx.array(learning_rate, dtype=mx.float32)
         if self._reference is not None and (method.l2_sp or method.ewc):
             gradients = penalty_gradients(self._weights, gradients, self._reference, self._fisher, self._strengths)
-        scalars, self._step, outcome = adamw.step_scalars(self._step, gradients, rate, self._hyper)
+        scalars, self._step, outcome = optimizer.step_scalars(self._step, gradients, rate, self._hyper)
         weights = self._weights
         if self._reference is not None and method.anchor_decay:
             weights = pull_to_reference(weights, self._reference, rate, self._strengths["anchor_decay"], scalars["finite"])
-        state = self._update(weights, self._exp_avg, self._exp_avg_sq, gradients, scalars)
-        self._weights, self._exp_avg, self._exp_avg_sq = state
+        state = self._update(weights, self._moments, gradients, scalars)
+        self._weights, self._moments = state
         packed = mx.concatenate([sums, outcome])
         # One step runs while the host prepares the next; more would only hold memory.
         mx.eval(self._in_flight)
@@ -193,13 +200,26 @@ class MLXTrainer(Trainer):
             losses[rows] = np.array(self._nll(self._weights, mx.array(tokens[rows]), own))
         return losses
 
+    def log_probs(
+        self, tokens: npt.NDArray[np.int32], segment: npt.NDArray[np.int32] | None = None, *, from_reference: bool = False
+    ) -> npt.NDArray[np.float32]:
+        weights = self._reference if from_reference else self._weights
+        if weights is None:
+            raise UserError("Log-probabilities of the reference need one: call set_reference first.")
+        own = None if segment is None else mx.array(segment)
+        x = self._functions.hidden_states(weights, self.spec.model, mx.array(tokens[:, :-1]), own, operators=self._operators)
+        head = weights[self._functions.HEAD].astype(self._operators.dtype)
+        logits = self._operators.matmul(x.astype(self._operators.dtype), head.T).astype(mx.float32)
+        return np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+
     def compare(self, tokens: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8]) -> Comparison:
         if self._reference is None:
             raise UserError("compare needs a reference: call set_reference first.")
-        shared = gpt2.num_shared_blocks(self._weights, self._reference, self.spec.model)
+        reference = {name: value.astype(mx.float32) for name, value in self._reference.items()}
+        shared = self._functions.num_shared_blocks(self._weights, reference, self.spec.model)
         measures = np.zeros((len(MEASURES), len(tokens), tokens.shape[1] - 1), np.float32)
         for rows in self._eval_slices(tokens, self._portions.num_tokens):
-            measures[:, rows] = np.array(self._measures(self._reference, mx.array(tokens[rows]), shared))
+            measures[:, rows] = np.array(self._measures(reference, mx.array(tokens[rows]), shared))
         return Comparison(*(measures * mask))
 
     def set_reference(self, reference: Literal["start", "adapters_off"] | Path | None) -> None:
@@ -212,6 +232,8 @@ class MLXTrainer(Trainer):
             self._reference = dict(self._weights)
         else:
             self._reference = self._read_weights(reference)
+        if self._reference is not None and self.spec.method.anchor_precision == "bf16":
+            self._reference = {name: value.astype(mx.bfloat16) for name, value in self._reference.items()}
 
     def set_fisher(
         self, tokens: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8], segment: npt.NDArray[np.int32] | None = None
@@ -220,7 +242,7 @@ class MLXTrainer(Trainer):
         for row in range(len(tokens)):
             one = slice(row, row + 1)
             weight = mx.array(mask[one].astype(np.float32))
-            _, gradients = gpt2.gradients(
+            _, gradients = self._functions.gradients(
                 self._weights,
                 self.spec.model,
                 mx.array(tokens[one, :-1]),
@@ -242,19 +264,16 @@ class MLXTrainer(Trainer):
         self._weights = self._read_weights(path)
 
     def save_state(self, path: Path) -> None:
-        moments = {f"exp_avg.{name}": value for name, value in self._exp_avg.items()}
-        moments |= {f"exp_avg_sq.{name}": value for name, value in self._exp_avg_sq.items()}
-        save_file(_to_numpy(moments | {"step": self._step.reshape(1)}), path)
+        save_file(_to_numpy(self._moments | {"step": self._step.reshape(1)}), path)
 
     def load_state(self, path: Path) -> None:
         state = _read(path)
-        wanted = {f"{kind}.{name}" for kind in ("exp_avg", "exp_avg_sq") for name in self._weights} | {"step"}
-        if set(state) != wanted:
-            raise UserError(f"{path} is not the training state of this model.")
-        self._exp_avg = {name: state[f"exp_avg.{name}"] for name in self._weights}
-        self._exp_avg_sq = {name: state[f"exp_avg_sq.{name}"] for name in self._weights}
+        shapes = {name: value.shape for name, value in self._moments.items()}
+        if {name: value.shape for name, value in state.items() if name != "step"} != shapes or "step" not in state:
+            raise UserError(f"{path} is not the training state of this model and optimiser.")
+        self._moments = {name: state[name] for name in shapes}
         self._step = state["step"][0]
-        mx.eval(self._exp_avg, self._exp_avg_sq, self._step)
+        mx.eval(self._moments, self._step)
 
     def sample(
         self, prompts: npt.NDArray[np.int32], u: npt.NDArray[np.float64], *, temperature: float = 1.0, from_reference: bool = False
@@ -271,6 +290,18 @@ class MLXTrainer(Trainer):
     def memory_bytes(cls) -> int | None:
         size = _device_info().get("max_recommended_working_set_size") if _gpu_available() else None
         return None if size is None else int(size)
+
+    @classmethod
+    def kept_bytes(cls, model: ModelSpec, precision: Precision) -> int:
+        # The gradient that is written out keeps both norms in float32 too, and the inner derivative of the GELU. A CPU attends in float32
+        # and keeps its weights.
+        per_width = {"gpt2": {"fp32": 80, "bf16": 56}, "qknorm": {"fp32": 112, "bf16": 76}}
+        attended = 0 if _gpu_available() else 4 * model.num_heads * model.context_length
+        return per_width[model.architecture][precision] * model.width + attended
+
+    @property
+    def micro_batch_size(self) -> int | None:
+        return self.spec.runtime.micro_batch_size
 
     def peak_memory_bytes(self) -> int:
         if not self._on_cpu:
@@ -368,7 +399,7 @@ class MLXTrainer(Trainer):
         for number, rows in enumerate(_shares(tokens.shape[-2], len(self._streams))):
             kl_term = None if kl_terms is None else kl_terms[number]
             with mx.stream(self._streams[number]):
-                losses, gradients = gpt2.gradients(
+                losses, gradients = self._functions.gradients(
                     weights,
                     self.spec.model,
                     tokens[..., rows, :-1],
@@ -392,10 +423,9 @@ class MLXTrainer(Trainer):
             total = {name: value + part[name] for name, value in total.items()}
         return total
 
-    def _kl_terms(
-        self, term: npt.NDArray[np.uint8], source: npt.NDArray[np.uint8], kl_weight: npt.NDArray[np.float32] | None
-    ) -> "list[gpt2.KLTerm] | None":
+    def _kl_terms(self, batch: Batch, part: slice, kl_weight: npt.NDArray[np.float32] | None) -> "list[gpt2.KLTerm] | None":
         """What each thread's share of some rows needs for their KL term; None where no row has one."""
+        term, source = batch.term[part], batch.source[part]
         if kl_weight is None and not (term == TERM_REPLAY_KL).any():
             return None
         weight = np.zeros((len(term), 0), np.float32) if kl_weight is None else kl_weight
@@ -403,13 +433,19 @@ class MLXTrainer(Trainer):
         for rows in _shares(len(term), len(self._streams)):
             kl_rows = np.flatnonzero(weight[rows].any(axis=1))
             groups = TERM_REPLAY_KL * NUM_SOURCES + source[rows][kl_rows].astype(np.int64)
+            if batch.reference is None:
+                reference: dict[str, Any] = {"reference": self._reference}
+            else:
+                kept = batch.reference_of(part.start + rows.start + kl_rows)
+                arrays = {"log_probs": kept.log_probs, "top": kept.top, "tail": kept.tail}
+                reference = {"stored": {name: mx.array(value) for name, value in arrays.items() if value is not None}}
             terms.append(
                 {
                     "nll_rows": mx.array(np.flatnonzero(term[rows] != TERM_REPLAY_KL).astype(np.int32)),
                     "kl_rows": mx.array(kl_rows.astype(np.int32)),
                     "kl_groups": mx.array(np.eye(NUM_TERMS * NUM_SOURCES, dtype=np.float32)[groups]),
                     "kl_weight": mx.array(weight[rows][kl_rows]),
-                    "reference": self._reference,
+                    **reference,
                 }
             )
         return terms
@@ -425,11 +461,11 @@ class MLXTrainer(Trainer):
         for stream, rows in zip(self._streams, _shares(len(tokens), len(self._streams)), strict=False):
             with mx.stream(stream):
                 own = None if segment is None else segment[rows]
-                x = gpt2.hidden_states(weights, self.spec.model, tokens[rows, :-1], own, operators=self._operators)
+                x = self._functions.hidden_states(weights, self.spec.model, tokens[rows, :-1], own, operators=self._operators)
                 parts.append(
                     gpt2.token_nll(
                         x.reshape(-1, x.shape[-1]),
-                        weights["transformer.wte.weight"],
+                        weights[self._functions.HEAD],
                         tokens[rows, 1:].reshape(-1),
                         chunk=self._chunk,
                         operators=self._operators,
@@ -443,11 +479,11 @@ class MLXTrainer(Trainer):
         streams = self._streams[: max(1, self._portions.num_logits // _LEAST_LOGITS)]
         for stream, rows in zip(streams, _shares(len(tokens), len(streams)), strict=False):
             with mx.stream(stream):
-                pair = gpt2.hidden_states_of_two(
+                pair = self._functions.hidden_states_of_two(
                     self._weights, reference, self.spec.model, tokens[rows, :-1], shared=shared, operators=self._operators
                 )
                 x, ref_x = (states.reshape(-1, states.shape[-1]) for states in pair)
-                head, ref_head = (own["transformer.wte.weight"] for own in (self._weights, reference))
+                head, ref_head = (own[self._functions.HEAD] for own in (self._weights, reference))
                 found = compare.measures(
                     x,
                     head,

@@ -13,7 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_forget.ladder import ModelSpec, initial_weights
-from mlx_forget.mlx_backend import adamw, gpt2
+from mlx_forget.mlx_backend import gpt2, optimizer
 from mlx_forget.mlx_backend.operators import operators
 from mlx_forget.trainer import OptimSpec
 
@@ -31,7 +31,8 @@ def compile_loops() -> None:
         tokens = mx.zeros((2, _SPEC.context_length), mx.int32)
         share = mx.ones(tokens.shape)
         _, gradients = gpt2.gradients(weights, _SPEC, tokens, tokens, share, chunk=64, operators=ops)
-        hyper = adamw.hyperparameters(OptimSpec())
-        scalars, _, _ = adamw.step_scalars(mx.array(0.0), gradients, mx.array(1e-3), hyper)
-        zeros = {name: mx.zeros_like(value) for name, value in weights.items()}
-        mx.eval(mx.compile(adamw.update)(weights, zeros, zeros, gradients, scalars))
+        optim = OptimSpec()
+        hyper = optimizer.hyperparameters(optim)
+        scalars, _, _ = optimizer.step_scalars(mx.array(0.0), gradients, mx.array(1e-3), hyper)
+        moments = optimizer.initial_moments(optim, weights)
+        mx.eval(mx.compile(optimizer.update_of(optim))(weights, moments, gradients, scalars))

@@ -1,6 +1,6 @@
 """Batch k of a run, computed directly: mixture positions to rows of memory-mapped splits to NumPy arrays."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from typing import Protocol
@@ -10,12 +10,16 @@ import numpy.typing as npt
 
 from mlx_forget.errors import UserError
 from mlx_forget.pipeline.mixture import Member, Mixture, draw, permute, stream_key
+from mlx_forget.pipeline.reference_rows import ReferenceRows
 from mlx_forget.pipeline.rows import Layout, Rows, check_not_empty
 from mlx_forget.pipeline.shares import Split as ShareSplit
 from mlx_forget.pipeline.store import Split
 
 _STREAM_SUBSET, _STREAM_REPLAY = 5, 6
-_ROWS_PLANNED_AHEAD = 4096
+_ROWS_PLANNED_AHEAD = 16384
+_TOKENS_READ_AHEAD = 1 << 18
+# The number of the KL term in `Batch.term`.
+_TERM_KL = 2
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class Batch:
         segment: int32[B, T], document numbers that attention must not cross and within which positions count from 0, or None.
         term: uint8[B], the objective's term: 0 task, 1 next-token replay, 2 KL replay.
         source: uint8[B], 0 target, 1 pretraining or replay data.
+        reference: what the frozen reference says about the rows of term 2, in their order, where it is kept; None computes it.
     """
 
     tokens: npt.NDArray[np.int32]
@@ -35,6 +40,12 @@ class Batch:
     segment: npt.NDArray[np.int32] | None
     term: npt.NDArray[np.uint8]
     source: npt.NDArray[np.uint8]
+    reference: ReferenceRows | None = None
+
+    def reference_of(self, rows: npt.NDArray[np.int64]) -> ReferenceRows:
+        """What is kept of the reference for some rows of term 2, by their numbers in the batch, int64[n]."""
+        assert self.reference is not None
+        return self.reference.rows((np.cumsum(self.term == _TERM_KL) - 1)[rows])
 
 
 @dataclass(frozen=True)
@@ -227,6 +238,15 @@ class ReplaySource(Protocol):
     def read(self, step: int, *, rank: int, world_size: int) -> MaskedRows:
         """The rows of a step that belong to `rank`."""
 
+    def read_reference(self, step: int, *, rank: int, world_size: int) -> ReferenceRows | None:
+        """What is kept of the reference for those rows, or None."""
+
+
+class KeptReference(Protocol):
+    """What a frozen reference says about the rows of a side, by their numbers."""
+
+    def read(self, index: npt.NDArray[np.int64]) -> ReferenceRows: ...
+
 
 @dataclass(frozen=True)
 class ReplayRows:
@@ -237,12 +257,14 @@ class ReplayRows:
             by its share, and has epochs of its own.
         rows_per_step, term: as `ReplaySource` says.
         seed: orders the pool.
+        reference: what is kept of the frozen reference for the rows of the pool, or None.
     """
 
     subset: Side
     rows_per_step: int
     term: int
     seed: int
+    reference: KeptReference | None = None
 
     def tokens_before(self, step: int) -> tuple[int, int]:
         rows = self._rows(np.arange(step * self.rows_per_step, dtype=np.int64))
@@ -250,8 +272,15 @@ class ReplayRows:
         return int(useful[rows].sum()), int(useful[np.unique(rows)].sum())
 
     def read(self, step: int, *, rank: int, world_size: int) -> MaskedRows:
-        position = np.arange(step * self.rows_per_step, (step + 1) * self.rows_per_step, dtype=np.int64)[rank::world_size]
-        return read_masked(self.subset, self._rows(position))
+        return read_masked(self.subset, self._rows(self._positions(step)[rank::world_size]))
+
+    def read_reference(self, step: int, *, rank: int, world_size: int) -> ReferenceRows | None:
+        if self.reference is None:
+            return None
+        return self.reference.read(self._rows(self._positions(step)[rank::world_size]))
+
+    def _positions(self, step: int) -> npt.NDArray[np.int64]:
+        return np.arange(step * self.rows_per_step, (step + 1) * self.rows_per_step, dtype=np.int64)
 
     def _rows(self, position: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         members = self.subset.mixture_members() if isinstance(self.subset, Blend) else ()
@@ -279,6 +308,7 @@ class BatchStream:
     replay: ReplaySource | None = None
     _planned: tuple[int, npt.NDArray[np.uint8], npt.NDArray[np.int64]] | None = field(default=None, init=False, repr=False)
     _ahead: int = field(default=1, init=False, repr=False)
+    _block: "_Block | None" = field(default=None, init=False, repr=False)
     _useful_before: dict[int, tuple[int, int]] = field(default_factory=lambda: {0: (0, 0)}, init=False, repr=False)
 
     def batch(self, step: int, *, rank: int = 0, world_size: int = 1) -> Batch:
@@ -286,20 +316,46 @@ class BatchStream:
         batch = self._mixed(step, rank, world_size)
         if self.replay is None:
             return batch
-        return _with_replay(batch, self.replay.read(step, rank=rank, world_size=world_size), self.replay.term)
+        share = {"rank": rank, "world_size": world_size}
+        batch = _with_replay(batch, self.replay.read(step, **share), self.replay.term)
+        kept = self.replay.read_reference(step, **share)
+        return batch if kept is None else replace(batch, reference=kept)
 
     def _mixed(self, step: int, rank: int, world_size: int) -> Batch:
-        """The rows of the mixture."""
-        source, rows = self._plan(step)
-        source, rows = source[rank::world_size], rows[rank::world_size]
-        num, length = len(rows), self.target.row_length
+        """The rows of the mixture. Each batch of a block is handed out once: whoever takes it may write into it."""
+        block = self._block
+        if block is None or block.next_step != step or block.sharing != (rank, world_size):
+            block = self._read_block(step, rank, world_size)
+        num = block.num_rows
+        here = slice(block.served * num, (block.served + 1) * num)
+        block.served += 1
+        block.next_step += 1
+        self._block = block if block.served < block.num_steps else None
+        return Batch(
+            tokens=block.tokens[here],
+            loss_mask=block.loss_mask[here],
+            segment=None if block.segment is None else block.segment[here],
+            term=np.zeros(num, np.uint8),
+            source=block.source[here],
+        )
+
+    def _read_block(self, step: int, rank: int, world_size: int) -> "_Block":
+        """The rows of a rank in this and, where it follows the one before, some more steps: much of a read's cost is per call."""
+        sources, rows = self._plan(step)
+        length = self.target.row_length
+        per_step = len(range(rank, self.batch_size, world_size))
+        num_steps = min(len(rows) // self.batch_size, max(1, _TOKENS_READ_AHEAD // max(1, per_step * length)))
+        shape = (num_steps, self.batch_size)
+        source = sources[: num_steps * self.batch_size].reshape(shape)[:, rank::world_size].flatten()
+        rows = rows[: num_steps * self.batch_size].reshape(shape)[:, rank::world_size].reshape(-1)
+        num = len(rows)
         tokens = np.empty((num, length + 1), np.int32)
         loss_mask = np.empty((num, length), np.uint8) if self._is_masked else np.ones((num, length), np.uint8)
         segment = np.empty((num, length), np.int32) if self._has_segments else None
         mask = loss_mask if self._is_masked else None
         injected = source.nonzero()[0]
         if len(injected) and self.pretrain is not None:
-            # The side with more rows fills the batch, and the other its places: fewer rows are copied twice.
+            # The side with more rows fills the block, and the other its places: fewer rows are copied twice.
             sides = (self.target, self.pretrain)
             places = [(source == 0).nonzero()[0], injected]
             large = int(len(injected) > num - len(injected))
@@ -310,7 +366,7 @@ class BatchStream:
                 _read_some(sides[1 - large], rows[small], small, tokens, mask, segment)
         elif num:
             self.target.read_placed(rows, tokens, mask, segment)
-        return Batch(tokens=tokens, loss_mask=loss_mask, segment=segment, term=np.zeros(num, np.uint8), source=source)
+        return _Block(step, (rank, world_size), num_steps, per_step, tokens, loss_mask, segment, source)
 
     def tokens_of_sources(self, step: int) -> tuple[list[int], list[int]]:
         """Labels that counted in the first `step` steps: of each target source, of each pretraining source."""
@@ -355,7 +411,7 @@ class BatchStream:
         return self.target.is_masked or (self.pretrain is not None and self.pretrain.is_masked)
 
     def _plan(self, step: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-        """Source and place of each row of a batch; many batches are planned at once, because a plan's cost is mostly per call."""
+        """Source and place of each row of a batch and of some after it: many are planned at once, because a plan's cost is mostly per call."""
         if self._planned is None or not self._planned[0] <= step < self._planned[0] + len(self._planned[1]) // self.batch_size:
             # One batch where a run begins or resumes, which then comes at once, and more as it goes on from there.
             follows = self._planned is not None and step == self._planned[0] + len(self._planned[1]) // self.batch_size
@@ -369,8 +425,23 @@ class BatchStream:
                 placed[injected] = self.pretrain.place(rows[injected])
             self._planned = (step, source, placed)
         first, source, rows = self._planned
-        here = slice((step - first) * self.batch_size, (step - first + 1) * self.batch_size)
-        return source[here], rows[here]
+        start = (step - first) * self.batch_size
+        return source[start:], rows[start:]
+
+
+@dataclass
+class _Block:
+    """The rows of some steps that were read at once, `num_rows` each, of which `served` were handed out."""
+
+    next_step: int
+    sharing: tuple[int, int]
+    num_steps: int
+    num_rows: int
+    tokens: npt.NDArray[np.int32]
+    loss_mask: npt.NDArray[np.uint8]
+    segment: npt.NDArray[np.int32] | None
+    source: npt.NDArray[np.uint8]
+    served: int = 0
 
 
 def _with_replay(batch: Batch, replayed: MaskedRows, term: int) -> Batch:

@@ -10,7 +10,8 @@ from typing import Literal
 
 from mlx_forget.errors import UserError, unknown
 from mlx_forget.pipeline import hub, recipes, sources
-from mlx_forget.pipeline.conversations import Content
+from mlx_forget.pipeline.chat_template import ChatTemplate
+from mlx_forget.pipeline.conversations import Content, Conversation
 from mlx_forget.pipeline.corpora import CORPORA, BuiltCorpus, build_corpus, forget_home, read_documents
 from mlx_forget.pipeline.filters import Filter, HeldOut
 from mlx_forget.pipeline.formats import BadInput
@@ -81,7 +82,9 @@ def resolve_store(name: str, tokenizer_file: Path, *, progress: Progress = silen
         return store
     named = documents_of(name, progress=progress)
     stem = "".join(c if c.isalnum() or c in "-_." else "-" for c in path.stem)
-    folder = forget_home() / "stores" / f"{stem}-{named.key[:16]}-{vocabulary.hash[:16]}"
+    template = vocabulary.chat_template
+    written = vocabulary.hash[:16] + (f"-{template.hash[:8]}" if template is not None else "")
+    folder = forget_home() / "stores" / f"{stem}-{named.key[:16]}-{written}"
     if (folder / MANIFEST).is_file():
         return open_store(folder)
     try:
@@ -193,8 +196,11 @@ def write_store(
         num_workers: processes that tokenise; None is every core.
     """
     source = "; ".join(one.source for one in named)
+    template: ChatTemplate | None = None
 
     def open_writer(vocabulary: Vocabulary) -> StoreWriter:
+        nonlocal template
+        template = vocabulary.chat_template
         return StoreWriter(
             folder=folder,
             tokenizer_file=tokenizer_file,
@@ -204,7 +210,7 @@ def write_store(
             eos_id=vocabulary.eos_id,
             source=source,
             sources=tuple(one.source for one in named) if len(named) > 1 else (),
-            key=" ".join(one.key for one in named),
+            key=" ".join([*(one.key for one in named), *([template.hash] if template is not None else [])]),
             wait=wait,
         )
 
@@ -214,7 +220,7 @@ def write_store(
         return writer.close(skipped=skipped, part=part and (*part, " ".join(one.whole for one in named)))
 
     return tokenise(
-        _documents(named),
+        _documents(named, lambda: template),
         open_writer,
         tokenizer_file,
         activity=f"tokenising {source}",
@@ -240,9 +246,17 @@ def held_out_of(name: str, tokenizer_file: Path | None = None, *, progress: Prog
     return HeldOut(content if isinstance(content, str) else content.text for content in contents)
 
 
-def _documents(named: list[NamedDocuments]) -> Iterator[Document]:
+def _documents(named: list[NamedDocuments], template_of: Callable[[], ChatTemplate | None]) -> Iterator[Document]:
+    """All documents, without conversations that the tokenizer's chat template refuses: it is known when the first one is asked for."""
+    template = template_of()
     for number, one in enumerate(named):
         for split, content in one.read():
+            if template is not None and isinstance(content, Conversation):
+                try:
+                    template.text(content.messages)
+                except UserError as error:
+                    one.bad.report(one.source, str(error).rstrip("."), kind="refused by the chat template")
+                    continue
             yield Document(split, content, number)
 
 

@@ -2,20 +2,21 @@
 
 A conversation becomes `[INST] question [/INST] answer </s> [INST] ...`; the marks are the vocabulary's own ids where it has them. The
 answers and the `</s>` that ends each of them are learnt, in every turn; questions and marks are not. A system text stands before the
-first question.
+first question. A tokenizer with a chat template writes the messages in its own way instead (`chat_template.py`).
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Role = Literal["user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
+Message = tuple[Role, str]
 
-_ROLES: Mapping[str, str] = {
+_ROLES: Mapping[str, Role] = {
     "user": "user",
     "human": "user",
-    "tool": "user",
-    "function": "user",
+    "tool": "tool",
+    "function": "tool",
     "assistant": "assistant",
     "gpt": "assistant",
     "model": "assistant",
@@ -26,9 +27,29 @@ _ROLES: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns in their order, (role, text) each."""
+    """Messages in their order, (role, text) each."""
 
-    turns: tuple[tuple[Role, str], ...]
+    messages: tuple[Message, ...]
+
+    @property
+    def turns(self) -> tuple[tuple[Literal["user", "assistant"], str], ...]:
+        """Questions and answers: the system text and what stands between two answers are part of a question."""
+        system = "\n\n".join(text for role, text in self.messages if role == "system" and text)
+        turns: list[tuple[Literal["user", "assistant"], str]] = []
+        for role, text in self.messages:
+            if role == "system":
+                continue
+            if role == "assistant":
+                turns.append((role, text))
+            elif turns and turns[-1][0] == "user":
+                turns[-1] = ("user", f"{turns[-1][1]}\n\n{text}")
+            else:
+                turns.append(("user", text))
+        if system and turns and turns[0][0] == "user":
+            turns[0] = ("user", f"{system}\n\n{turns[0][1]}")
+        elif system:
+            turns.insert(0, ("user", system))
+        return tuple(turns)
 
     @property
     def text(self) -> str:
@@ -83,10 +104,9 @@ def content_of(record: Any, fields: Fields) -> Content | None:
     prompt, completion = _get(record, fields.prompt), _get(record, fields.completion)
     if prompt is not None and completion is not None:
         system = _get(record, fields.system) if fields.system else None
-        return _with_system(
-            _string(system, "system") if system else "",
-            (("user", _string(prompt, fields.prompt)), ("assistant", _string(completion, fields.completion))),
-        )
+        asked: Message = ("user", _string(prompt, fields.prompt))
+        answered: Message = ("assistant", _string(completion, fields.completion))
+        return _checked(("system", _string(system, "system")), asked, answered) if system else _checked(asked, answered)
     found = ", ".join(str(key) for key in list(record)[:8]) or "nothing"
     raise ValueError(
         f'expected one JSON object with a "{fields.text}" key, or "{fields.prompt}" and "{fields.completion}", '
@@ -97,36 +117,25 @@ def content_of(record: Any, fields: Fields) -> Content | None:
 def _conversation(messages: Any, name: str) -> Conversation:
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise ValueError(f'"{name}" must be a list of messages')
-    system: list[str] = []
-    turns: list[tuple[Role, str]] = []
+    said: list[Message] = []
     for message in messages:
-        said = isinstance(message, Mapping) and (
+        found = isinstance(message, Mapping) and (
             message.get("role", message.get("from")),
             message.get("content", message.get("value")),
         )
-        if not said or said[0] is None:
+        if not found or found[0] is None:
             raise ValueError(f'each of "{name}" must have "role" and "content" (or "from" and "value")')
-        role = _ROLES.get(str(said[0]))
+        role = _ROLES.get(str(found[0]))
         if role is None:
-            raise ValueError(f'"{name}" has the unknown role {str(said[0])!r}; known: {", ".join(_ROLES)}')
-        text = _string(said[1], "content")
-        if role == "system":
-            system.append(text)
-        elif turns and turns[-1][0] == role == "user":
-            turns[-1] = ("user", f"{turns[-1][1]}\n\n{text}")
-        else:
-            turns.append(("assistant" if role == "assistant" else "user", text))
-    return _with_system("\n\n".join(filter(None, system)), tuple(turns))
+            raise ValueError(f'"{name}" has the unknown role {str(found[0])!r}; known: {", ".join(_ROLES)}')
+        said.append((role, _string(found[1], "content")))
+    return _checked(*said)
 
 
-def _with_system(system: str, turns: tuple[tuple[Role, str], ...]) -> Conversation:
-    if system and turns and turns[0][0] == "user":
-        turns = (("user", f"{system}\n\n{turns[0][1]}"), *turns[1:])
-    elif system:
-        turns = (("user", system), *turns)
-    if all(role == "user" or not text for role, text in turns):
+def _checked(*messages: Message) -> Conversation:
+    if all(role != "assistant" or not text for role, text in messages):
         raise ValueError("it has no answer to learn")
-    return Conversation(turns)
+    return Conversation(messages)
 
 
 def _get(record: Mapping[str, Any], name: str) -> Any:

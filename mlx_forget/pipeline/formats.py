@@ -224,7 +224,7 @@ def _json_records(handle: io.BufferedReader, file: Path, bad: BadInput) -> Itera
         if not line.endswith(b"\n") and len(line) == _MOST_BYTES_PER_LINE:
             while (rest := handle.readline(_BLOCK)) and not rest.endswith(b"\n"):
                 pass
-            reason = f"a line is longer than {_MOST_BYTES_PER_LINE // 10**6} MB"
+            reason = f"a line is longer than {_MOST_BYTES_PER_LINE // 10**6} MB: cut its document into several"
             bad.report(f"{file}, line {number}", reason, excerpt=line[:_EXCERPT].decode("utf-8", "replace"), kind="line too long")
             continue
         if line.isspace():

@@ -167,5 +167,6 @@ def check_not_empty(rows: Rows) -> None:
     if rows.num_rows < 1:
         raise UserError(
             f"The {rows.split.name} split of {rows.split.folder.name} is smaller than one row of {rows.length} tokens"
-            + (" that has a token to learn." if rows.layout == "padded" else ".")
+            + (" that has a token to learn" if rows.layout == "padded" else "")
+            + ": give more text, or a shorter --max-seq-length."
         )

@@ -4,7 +4,6 @@ This process reads, filters and splits; workers tokenise blocks of documents; th
 a kill the same call reads again, which is fast, and tokenises from the last whole shard on.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import NamedTuple, Protocol
 
 from mlx_forget.errors import UserError
 from mlx_forget.pipeline.conversations import Content, Conversation
-from mlx_forget.pipeline.encoding import Encoded, encode, unpack
+from mlx_forget.pipeline.encoding import Encoded, encode, pack_contents, unpack
 from mlx_forget.pipeline.store import StoreWriter, TokenStore
 from mlx_forget.pipeline.vocabularies import Vocabulary, load_vocabulary
 from mlx_forget.pipeline.workers import ordered_map
@@ -124,8 +123,7 @@ def _by_workers(blocks: Iterator[_Block], tokenizer_file: Path, num_workers: int
     def questions() -> Iterator[bytes]:
         for block in blocks:
             asked.append([(split, source, size, "") for split, source, size, _ in block])
-            plain = [content.turns if isinstance(content, Conversation) else content for *_, content in block]
-            yield json.dumps(plain, ensure_ascii=False).encode()
+            yield pack_contents([content for *_, content in block])
 
     entry = "mlx_forget.pipeline.encoding:worker"
     setup = str(tokenizer_file.absolute()).encode()

@@ -59,6 +59,8 @@ class Tokenizer:
     bos_id, eos_id = BOS, EOS
     inst_ids: tuple[int, ...] = (INST,)
     end_inst_ids: tuple[int, ...] = (END_INST,)
+    # Conversations are written with the marks above.
+    chat_template = None
 
     def __init__(self, model: bytes) -> None:
         self._model = model
@@ -91,8 +93,9 @@ class Tokenizer:
             _check_scalars(text)
             parts.extend(text.split(_SPACE))
             ends.append(len(parts))
-        encoded: list[list[int]] = self._processor.encode(parts, out_type=int, num_threads=num_threads or os.cpu_count() or 1)
-        ids = [np.array(part, np.int32) for part in encoded]
+        # As arrays: lists of Python integers would take a third as long again.
+        threads = num_threads or os.cpu_count() or 1
+        ids: list[NDArray[np.int32]] = self._processor.encode(parts, out_type="numpy", num_threads=threads)
         return [_join(ids[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer[Any]]) -> str:
@@ -107,6 +110,10 @@ class Tokenizer:
             if not 0 <= i < len(table):
                 raise UserError(f"Token id {i} is outside the vocabulary of {len(table)}.")
         return b"".join([table[i] for i in values]).decode("utf-8", errors="replace")
+
+    def piece(self, index: int) -> str:
+        """The name of an id."""
+        return str(self._processor.id_to_piece(index))
 
     @property
     def piece_bytes(self) -> tuple[bytes, ...]:

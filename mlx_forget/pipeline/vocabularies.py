@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_forget.errors import UserError
+from mlx_forget.pipeline.chat_template import TEMPLATE_FILE, ChatTemplate
 from mlx_forget.pipeline.tokenizer import Tokenizer
 
 SENTENCEPIECE_FILE = "tokenizer.model"
@@ -59,6 +60,10 @@ class Vocabulary(Protocol):
     end_inst_ids: tuple[int, ...]
 
     @property
+    def chat_template(self) -> ChatTemplate | None:
+        """How conversations are written instead, where the tokenizer says so."""
+
+    @property
     def piece_bytes(self) -> tuple[bytes, ...]: ...
 
     def encode(self, text: str) -> NDArray[np.int32]:
@@ -68,12 +73,17 @@ class Vocabulary(Protocol):
         """Ids int32[T] of each text, without special ones."""
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer[Any]]) -> str:
-        """The text of ids."""
+        """The text of ids, without special ones."""
+
+    def piece(self, index: int) -> str:
+        """The name of an id."""
 
 
 @final
 class SentencePieceVocabulary:
     """A SentencePiece model that was not trained here: its own special ids, its own way with spaces."""
+
+    chat_template: ChatTemplate | None = None
 
     def __init__(self, model: bytes) -> None:
         import sentencepiece
@@ -101,11 +111,15 @@ class SentencePieceVocabulary:
         return self.encode_batch([text], num_threads=1)[0]
 
     def encode_batch(self, texts: Sequence[str], *, num_threads: int | None = None) -> list[NDArray[np.int32]]:
-        encoded = self._processor.encode(list(texts), out_type=int, num_threads=num_threads or os.cpu_count() or 1)
-        return [np.array(ids, np.int32) for ids in encoded]
+        threads = num_threads or os.cpu_count() or 1
+        ids: list[NDArray[np.int32]] = self._processor.encode(list(texts), out_type="numpy", num_threads=threads)
+        return ids
 
     def decode(self, ids: Sequence[int] | NDArray[np.integer[Any]]) -> str:
         return str(self._processor.decode([int(i) for i in ids]))
+
+    def piece(self, index: int) -> str:
+        return str(self._processor.id_to_piece(index))
 
 
 @final
@@ -132,10 +146,11 @@ class JsonVocabulary:
         self.vocab_size = max(self._encoder.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.eos_id = self._id(_special_token(folder, "eos_token"), _KNOWN_EOS, "ends")
         self.bos_id = self._id(_special_token(folder, "bos_token"), _KNOWN_BOS, "begins", otherwise=self.eos_id)
-        self.special_tokens = {"bos_token": self._piece(self.bos_id), "eos_token": self._piece(self.eos_id)}
+        self.special_tokens = {"bos_token": self.piece(self.bos_id), "eos_token": self.piece(self.eos_id)}
         self.hash = hashlib.sha256(content + json.dumps(self.special_tokens).encode()).hexdigest()
         self.inst_ids, self.end_inst_ids = self._marks("[INST]"), self._marks("[/INST]")
         self._decoders = _decoders(json.loads(content).get("decoder"))
+        self.chat_template = ChatTemplate.find(content, folder)
 
     @property
     def piece_bytes(self) -> tuple[bytes, ...]:
@@ -171,7 +186,7 @@ class JsonVocabulary:
             return otherwise
         raise UserError(f"It does not say which id {what} a document: give the folder that also holds its tokenizer_config.json.")
 
-    def _piece(self, index: int) -> str:
+    def piece(self, index: int) -> str:
         return str(self._encoder.id_to_token(index))
 
     def _marks(self, text: str) -> tuple[int, ...]:
@@ -202,6 +217,19 @@ def load_vocabulary(path: Path) -> Vocabulary:
         raise UserError(f"Cannot use the tokenizer {path}: {error}") from None
 
 
+def marked_text(vocabulary: Vocabulary, ids: NDArray[np.integer[Any]]) -> str:
+    """The text of ids with special ones by their names, such as the marks between the turns of a conversation."""
+    silent = np.array([not piece for piece in vocabulary.piece_bytes])
+    parts: list[str] = []
+    start = 0
+    for place in [*silent[ids].nonzero()[0].tolist(), len(ids)]:
+        parts.append(vocabulary.decode(ids[start:place]))
+        if place < len(ids):
+            parts.append(vocabulary.piece(int(ids[place])))
+        start = place + 1
+    return "".join(parts)
+
+
 def file_name(tokenizer: Path) -> str:
     """The name that a tokenizer file has in a store or checkpoint."""
     with tokenizer.open("rb") as file:
@@ -227,6 +255,8 @@ def copy_tokenizer(tokenizer: Path, folder: Path) -> None:
         vocabulary = load_vocabulary(tokenizer)
         assert isinstance(vocabulary, JsonVocabulary)
         config = {**vocabulary.special_tokens, "tokenizer_class": "PreTrainedTokenizerFast"}
+        if vocabulary.chat_template is not None:
+            config = {**vocabulary.chat_template.special_tokens, **config, "chat_template": vocabulary.chat_template.source}
         (folder / _CONFIG_FILES[0]).write_text(json.dumps(config, indent=1), encoding="utf-8")
 
 
@@ -287,7 +317,7 @@ def _download(identifier: str, revision: str | None) -> Path:
         ) from None
     found = {}
     problem: Exception | None = None
-    for name in (*_CONFIG_FILES, JSON_FILE, SENTENCEPIECE_FILE):
+    for name in (*_CONFIG_FILES, TEMPLATE_FILE, JSON_FILE, SENTENCEPIECE_FILE):
         if name == SENTENCEPIECE_FILE and JSON_FILE in found:
             break
         try:

@@ -16,10 +16,12 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import IO, final
 
-from mlx_forget.errors import RunFailed
+from mlx_forget.errors import RunFailed, UserError
 
 # Questions that wait or are worked on, per worker: one more than is needed to keep it busy.
 _IN_FLIGHT = 2
+# How an answer begins, and how the sentence of a UserError does.
+_ANSWERED, _REFUSED = b"+", b"-"
 
 
 def ordered_map(questions: Iterable[bytes], entry: str, *, num_workers: int, setup: bytes = b"") -> Iterator[bytes]:
@@ -32,6 +34,7 @@ def ordered_map(questions: Iterable[bytes], entry: str, *, num_workers: int, set
 
     Raises:
         RunFailed: a worker died.
+        UserError: what the function raised as one.
     """
     workers = [_Worker(entry, setup) for _ in range(num_workers)]
     try:
@@ -84,7 +87,9 @@ class _Worker:
             raise RunFailed(
                 "A worker process died; was there too little memory? The same command goes on from the last whole shard."
             )
-        return frame
+        if frame[:1] == _REFUSED:
+            raise UserError(frame[1:].decode())
+        return frame[1:]
 
     def close(self) -> None:
         self._process.kill()
@@ -133,4 +138,8 @@ def serve() -> None:
     module, _, name = entry.decode().partition(":")
     work: Callable[[bytes], bytes] = getattr(import_module(module), name)(setup)
     while (question := read_frame(questions)) is not None:
-        write_frame(answers, work(question))
+        try:
+            answer = _ANSWERED + work(question)
+        except UserError as error:
+            answer = _REFUSED + str(error).encode()
+        write_frame(answers, answer)

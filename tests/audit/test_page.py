@@ -9,13 +9,13 @@ from html.parser import HTMLParser
 
 import pytest
 
-from mlx_forget.audit import svg
 from mlx_forget.audit.config import AuditConfig
 from mlx_forget.audit.extremes import Document
 from mlx_forget.audit.page import render
 from mlx_forget.audit.run import execute_audit, plan_audit
 from mlx_forget.audit.statistics import Estimate
 from mlx_forget.audit.verdict import verdict
+from mlx_forget.pages import svg
 from mlx_forget.trainer import available_backends
 
 ATTACK = """</span><script>alert("x")</script><img src=x onerror='y'>&lt;"""

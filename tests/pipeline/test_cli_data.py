@@ -42,6 +42,16 @@ def test_prepare_counts_what_it_skips(run_forget, tmp_path, chats):
     assert sum(row["num_documents"] for row in stats["splits"].values()) == 400
 
 
+def test_a_sample_of_conversations_shows_who_says_what(run_forget, tmp_path, chats):
+    run_forget("prepare", chats, "-o", tmp_path / "s", "--prompt-column", "q", "--completion-column", "a")
+    code, out, _ = run_forget("data", "sample", tmp_path / "s", "-n", "1", "--json")
+    text = json.loads(out)["documents"][0]["text"]
+    number = text.split()[2]
+    assert code == 0
+    assert text == f"[INST]What is {number} and {number}?[/INST]It is {2 * int(number)}."
+    assert text in run_forget("data", "sample", tmp_path / "s", "-n", "1")[1]
+
+
 def test_where_filters_and_lengths_are_options(run_forget, tmp_path, chats):
     options = ("--text-column", "a", "--where", "kind=sum", "--min-chars", "9", "--dedup", "--json")
     code, out, err = run_forget("prepare", chats, "-o", tmp_path / "s", *options)

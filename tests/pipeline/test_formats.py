@@ -230,14 +230,16 @@ TURNS = (("user", "Be brief.\n\nHi"), ("assistant", "Hello"), ("user", "And?"), 
 )
 def test_conversations_keep_their_turns(tmp_path, record, fields):
     (tmp_path / "a.jsonl").write_text(json.dumps(record))
-    assert [content for _, content in read_documents(tmp_path / "a.jsonl", Reading(fields=fields))] == [Conversation(TURNS)]
+    assert [content.turns for _, content in read_documents(tmp_path / "a.jsonl", Reading(fields=fields))] == [TURNS]
 
 
 def test_a_prompt_and_its_completion_are_a_conversation_of_two_turns(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"s": "Be kind.", "q": "Hi", "a": "Hello"}))
     fields = Fields(prompt="q", completion="a", system="s")
     (found,) = [content for _, content in read_documents(tmp_path / "a.jsonl", Reading(fields=fields))]
-    assert found == Conversation((("user", "Be kind.\n\nHi"), ("assistant", "Hello")))
+    assert found == Conversation((("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello")))
+    assert found.turns == (("user", "Be kind.\n\nHi"), ("assistant", "Hello"))
+    assert found.text == "Be kind.\n\nHi\nHello"
 
 
 @pytest.mark.parametrize(

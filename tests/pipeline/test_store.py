@@ -143,6 +143,20 @@ def test_batches_do_not_depend_on_the_order_in_which_they_are_asked(tmp_path):
     assert all(np.array_equal(a, b) for a, b in zip(forward, backward, strict=True))
 
 
+def test_a_batch_that_was_written_into_changes_no_other(tmp_path):
+    stream, fresh = stream_of(tmp_path / "a", "30%"), stream_of(tmp_path / "b", "30%")
+    for step in [*range(20), 7, 8, 8, 9, 10, 3]:
+        batch = stream.batch(step)
+        # Every batch is computed anew by a stream that has served no other.
+        fresh._planned = fresh._block = None
+        wanted = fresh.batch(step)
+        assert np.array_equal(batch.tokens, wanted.tokens)
+        assert np.array_equal(batch.loss_mask, wanted.loss_mask)
+        assert np.array_equal(batch.source, wanted.source)
+        assert all(array.flags.c_contiguous and array.flags.writeable for array in (batch.tokens, batch.loss_mask))
+        batch.tokens[:] = batch.loss_mask[:] = batch.source[:] = 0
+
+
 def test_smaller_target_subsets_are_prefixes_of_larger_ones(tmp_path):
     split = make_store(tmp_path / "store", [list(range(3, 200))] * 20).split("train")
     rows = []

@@ -1,0 +1,231 @@
+"""The ladder's second architecture in MLX, with its gradient written out: norms without parameters, normalised queries and keys, rotary
+positions, untied head.
+
+As Marek et al. (2026) train it. Its functions are named as those of `gpt2`, so that either can stand in a trainer.
+
+Shapes: B rows, T tokens, D width, H heads, E head size, V vocabulary.
+"""
+
+import math
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_forget.ladder import QKNORM_HEAD, RMS_NORM_EPSILON, ROPE_BASE, ModelSpec
+from mlx_forget.mlx_backend.gpt2 import KLTerm, Weights, add_rows, objective, segment_mask, segment_positions
+from mlx_forget.mlx_backend.operators import Operators
+
+HEAD = QKNORM_HEAD
+_EMBEDDING = "decoder.embed_in.weight"
+
+Angles = tuple[mx.array, mx.array]
+
+
+def hidden_states(
+    weights: Weights, spec: ModelSpec, tokens_BT: mx.array, segment_BT: mx.array | None = None, *, operators: Operators
+) -> mx.array:
+    """Final hidden states float32[B, T, D] of int32[B, T] tokens; segments, where given, are as if each were alone."""
+    angles, allowed = _angles(spec, tokens_BT, segment_BT), segment_mask(segment_BT)
+    return _norm(_through_blocks(weights[_EMBEDDING][tokens_BT], weights, spec, range(spec.num_layers), angles, allowed, operators))
+
+
+def hidden_states_of_two(
+    weights: Weights, reference: Weights, spec: ModelSpec, tokens_BT: mx.array, *, shared: int, operators: Operators
+) -> tuple[mx.array, mx.array]:
+    """Final hidden states float32[B, T, D] of two models; the first `shared` blocks are those of both and computed once."""
+    angles, both = _angles(spec, tokens_BT, None), range(max(0, shared))
+    start = None if shared < 0 else _through_blocks(weights[_EMBEDDING][tokens_BT], weights, spec, both, angles, None, operators)
+    states = []
+    for own in (weights, reference):
+        x_BTD = own[_EMBEDDING][tokens_BT] if start is None else start
+        states.append(_norm(_through_blocks(x_BTD, own, spec, range(len(both), spec.num_layers), angles, None, operators)))
+    return states[0], states[1]
+
+
+def num_shared_blocks(weights: Weights, reference: Weights, spec: ModelSpec) -> int:
+    """How many of the first blocks are the same in two models; -1 where the embeddings already differ."""
+
+    def same(prefix: str) -> bool:
+        return all(mx.array_equal(value, reference[name]).item() for name, value in weights.items() if name.startswith(prefix))
+
+    if not same(_EMBEDDING):
+        return -1
+    return next((i for i in range(spec.num_layers) if not same(f"decoder.h.{i}.")), spec.num_layers)
+
+
+def _through_blocks(
+    x_BTD: mx.array,
+    weights: Weights,
+    spec: ModelSpec,
+    blocks: range,
+    angles: Angles,
+    allowed: mx.array | None,
+    operators: Operators,
+) -> mx.array:
+    for i in blocks:
+        x_BTD, _ = block(weights, f"decoder.h.{i}.", spec, x_BTD, angles, allowed, operators)
+    return x_BTD
+
+
+def gradients(
+    weights: Weights,
+    spec: ModelSpec,
+    tokens_BT: mx.array,
+    labels_BT: mx.array,
+    weight_BT: mx.array,
+    segment_BT: mx.array | None = None,
+    *,
+    chunk: int,
+    operators: Operators,
+    grad_checkpoint: bool = False,
+    penalty: KLTerm | None = None,
+) -> tuple[mx.array, dict[str, mx.array]]:
+    """Next-token losses and gradients as those of `gpt2.gradients`; this architecture does not stack."""
+    angles, allowed = _angles(spec, tokens_BT, segment_BT), segment_mask(segment_BT)
+    x_BTD = weights[_EMBEDDING][tokens_BT]
+    inputs: list[mx.array] = []
+    saved: list[Any] = []
+    for i in range(spec.num_layers):
+        inputs.append(x_BTD)
+        x_BTD, kept = block(weights, f"decoder.h.{i}.", spec, x_BTD, angles, allowed, operators)
+        saved.append(None if grad_checkpoint else kept)
+
+    def states_of(reference: Weights, tokens: mx.array, segment: mx.array | None) -> mx.array:
+        return hidden_states(reference, spec, tokens, segment, operators=operators)
+
+    losses, grad_final, grad_head = objective(
+        _norm(x_BTD), weights[HEAD], HEAD, tokens_BT, labels_BT, weight_BT, segment_BT, penalty, chunk, operators, states_of
+    )
+    grads = {HEAD: grad_head}
+    grad = _norm_gradient(grad_final.reshape(x_BTD.shape), x_BTD)
+    for i in reversed(range(spec.num_layers)):
+        prefix, kept = f"decoder.h.{i}.", saved.pop()
+        if grad_checkpoint:
+            # Without the dependency, nothing would stop the evaluation from computing every block again at once.
+            _, kept = block(weights, prefix, spec, mx.depends([inputs[i]], [grad])[0], angles, allowed, operators)
+        grad = _block_gradient(grad, inputs.pop(), kept, weights, prefix, angles, operators, grads)
+    grads[_EMBEDDING] = add_rows(mx.zeros_like(weights[_EMBEDDING]), tokens_BT, grad)
+    return losses, {name: grads[name] for name in weights}
+
+
+def block(
+    weights: Weights, prefix: str, spec: ModelSpec, x_BTD: mx.array, angles: Angles, allowed: mx.array | None, operators: Operators
+) -> tuple[mx.array, Any]:
+    """One pre-norm block, and what its gradient needs. The residual stream stays float32."""
+    B, T, D = x_BTD.shape
+    normed = _norm(x_BTD)
+    qkv = _product(normed, weights[prefix + "attn.qkv.weight"], operators)
+    q, k, v = qkv.reshape(B, T, 3, spec.num_heads, spec.head_dim).transpose(2, 0, 3, 1, 4)
+    turned_q, turned_k = (_turned(part, *angles).astype(operators.dtype) for part in (q, k))
+    mixed_BHTE, saved = operators.attention(turned_q, turned_k, v, allowed)
+    mixed = mixed_BHTE.transpose(0, 2, 1, 3).reshape(B, T, D)
+    middle = x_BTD + _product(mixed, weights[prefix + "attn.out.weight"], operators)
+    normed_middle = _norm(middle)
+    expanded = _product(normed_middle, weights[prefix + "mlp.up.weight"], operators)
+    activated, gelu_saved = operators.gelu(expanded)
+    out = middle + _product(activated, weights[prefix + "mlp.down.weight"], operators)
+    return out, (normed, q, k, saved, mixed, middle, normed_middle, expanded, gelu_saved, activated)
+
+
+def _block_gradient(
+    grad: mx.array,
+    x: mx.array,
+    kept: Any,
+    weights: Weights,
+    prefix: str,
+    angles: Angles,
+    operators: Operators,
+    grads: dict[str, mx.array],
+) -> mx.array:
+    """The gradient of a block's input from that of its output, both float32[B, T, D]; those of its weights go into `grads`."""
+    normed, q, k, saved, mixed, middle, normed_middle, expanded, gelu_saved, activated = kept
+    B, T, D = x.shape
+
+    def back(grad: mx.array, x: mx.array, name: str) -> mx.array:
+        result, grads[prefix + name] = _product_gradient(grad, x, weights[prefix + name], operators)
+        return result
+
+    inner = operators.gelu_gradient(expanded, gelu_saved, back(grad, activated, "mlp.down.weight"))
+    grad = grad + _norm_gradient(back(inner, normed_middle, "mlp.up.weight"), middle)
+    inner = back(grad, mixed, "attn.out.weight")
+    heads = inner.astype(mixed.dtype).reshape(B, T, q.shape[1], -1).transpose(0, 2, 1, 3)
+    grad_q, grad_k, grad_v = operators.attention_gradient(saved, heads)
+    parts = [_turned_gradient(part, own, angles) for part, own in ((grad_q, q), (grad_k, k))]
+    stacked = mx.stack([*parts, grad_v.astype(mx.float32)])
+    inner = stacked.transpose(1, 3, 0, 2, 4).reshape(B, T, 3 * D)
+    return grad + _norm_gradient(back(inner, normed, "attn.qkv.weight"), x)
+
+
+def next_logits(
+    weights: Weights, spec: ModelSpec, token_B: mx.array, position: int, cache: list[mx.array], operators: Operators
+) -> mx.array:
+    """Logits float32[B, V] after one more token.
+
+    `cache` holds rotated keys, and values, of each layer, [2, B, H, T, E], and is written at `position`.
+    """
+    B = len(token_B)
+    x_BD = weights[_EMBEDDING][token_B]
+    angles = _cos_and_sin(spec, mx.array([[position]]))
+    for i in range(spec.num_layers):
+        prefix = f"decoder.h.{i}."
+        qkv = _product(_norm(x_BD), weights[prefix + "attn.qkv.weight"], operators)
+        q, k, v = qkv.reshape(B, 3, spec.num_heads, 1, spec.head_dim).swapaxes(0, 1)
+        q, k = (_turned(part, *angles).astype(operators.dtype) for part in (q, k))
+        cache[i][:, :, :, position : position + 1] = mx.stack([k, v])
+        keys, values = cache[i][:, :, :, : position + 1]
+        scores = (q.astype(mx.float32) * spec.head_dim**-0.5) @ keys.astype(mx.float32).swapaxes(-1, -2)
+        exponentials = operators.exp_below(scores, scores.max(axis=-1, keepdims=True))
+        mixed = (exponentials / exponentials.sum(axis=-1, keepdims=True)).astype(values.dtype) @ values
+        x_BD = x_BD + _product(mixed.reshape(B, -1), weights[prefix + "attn.out.weight"], operators)
+        activated, _ = operators.gelu(_product(_norm(x_BD), weights[prefix + "mlp.up.weight"], operators))
+        x_BD = x_BD + _product(activated, weights[prefix + "mlp.down.weight"], operators)
+    return _product(_norm(x_BD), weights[HEAD].T, operators).astype(mx.float32)
+
+
+def _norm(x: mx.array) -> mx.array:
+    """Root-mean-square norm without parameters, float32."""
+    return mx.fast.rms_norm(x.astype(mx.float32), None, RMS_NORM_EPSILON)
+
+
+def _norm_gradient(grad: mx.array, x: mx.array) -> mx.array:
+    _, (grad_x,) = mx.vjp(_norm, [x], [grad])
+    return grad_x
+
+
+def _turned(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+    """Queries or keys normalised, then rotated: the pairs are an entry of the first half and its fellow of the second; float32."""
+    first, second = mx.split(_norm(x), 2, axis=-1)
+    return mx.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def _turned_gradient(grad: mx.array, x: mx.array, angles: Angles) -> mx.array:
+    """A rotation's gradient is the rotation back."""
+    cos, sin = angles
+    first, second = mx.split(grad.astype(mx.float32), 2, axis=-1)
+    back = mx.concatenate([first * cos + second * sin, second * cos - first * sin], axis=-1)
+    return _norm_gradient(back, x.astype(mx.float32))
+
+
+def _product(x: mx.array, weight: mx.array, operators: Operators) -> mx.array:
+    flat = x.reshape(-1, x.shape[-1]).astype(operators.dtype)
+    return operators.matmul(flat, weight.astype(operators.dtype)).reshape(*x.shape[:-1], weight.shape[-1])
+
+
+def _product_gradient(grad: mx.array, x: mx.array, weight: mx.array, operators: Operators) -> tuple[mx.array, mx.array]:
+    """float32 gradients of the input and of the weight of a product."""
+    narrow = grad.reshape(-1, grad.shape[-1]).astype(operators.dtype)
+    flat = x.reshape(-1, x.shape[-1]).astype(operators.dtype)
+    grad_x = operators.matmul(narrow, weight.astype(operators.dtype).T).astype(mx.float32)
+    return grad_x.reshape(x.shape), operators.matmul(flat.T, narrow).astype(mx.float32)
+
+
+def _angles(spec: ModelSpec, tokens_BT: mx.array, segment_BT: mx.array | None) -> Angles:
+    return _cos_and_sin(spec, mx.arange(tokens_BT.shape[1])[None] if segment_BT is None else segment_positions(segment_BT))
+
+
+def _cos_and_sin(spec: ModelSpec, place_BT: mx.array) -> Angles:
+    """Cosines and sines float32[B or 1, 1, T, E / 2] of the angles at int32 places."""
+    half = spec.head_dim // 2
+    frequency = mx.exp(mx.arange(half, dtype=mx.float32) * (-math.log(ROPE_BASE) / half))
+    angle = place_BT[:, None, :, None].astype(mx.float32) * frequency
+    return mx.cos(angle), mx.sin(angle)

@@ -1,0 +1,292 @@
+"""Writing a store: shards that are filled, what survives a kill, and the last rename."""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mlx_forget.errors import UserError
+from mlx_forget.pipeline.store.arrow_files import sha256_of, write_batch
+from mlx_forget.pipeline.store.manifest import write_manifest
+from mlx_forget.pipeline.store.reading import TokenStore, open_store
+from mlx_forget.pipeline.vocabularies import copy_tokenizer
+
+TOKENS_PER_SHARD = 1 << 26
+_JOURNAL = "journal.json"
+
+
+class _Buffer:
+    """The shard that is being filled."""
+
+    def __init__(self, size: int, dtype: np.dtype[Any]) -> None:
+        # The system gives memory to these pages when they are written.
+        self.tokens = np.empty(size, dtype)
+        self.loss_mask = np.empty(size, np.uint8)
+        self.used = 0
+        self.columns = (array("q"), array("q"), array("H"))
+
+    def __len__(self) -> int:
+        return len(self.columns[0])
+
+    def append(
+        self,
+        tokens: npt.NDArray[np.integer[Any]],
+        last: Sequence[int],
+        loss_mask: npt.NDArray[np.uint8] | None,
+        num_bytes: int,
+        source: int,
+    ) -> None:
+        middle = self.used + len(tokens)
+        end = middle + len(last)
+        self.tokens[self.used : middle] = tokens
+        self.tokens[middle:end] = last
+        self.loss_mask[self.used : end] = 1 if loss_mask is None else loss_mask
+        for column, value in zip(self.columns, (self.used, num_bytes, source), strict=True):
+            column.append(value)
+        self.used = end
+
+
+@dataclass
+class StoreWriter:
+    """Writes a store beside its place and moves it there when it is whole.
+
+    Args:
+        folder: where the store will be; must not exist.
+        tokenizer_file: copied into the store.
+        tokenizer_hash, vocab_size, bos_id, eos_id: of that tokenizer.
+        source: what the tokens are made from, in words.
+        sources: the names of the sources, where there are several.
+        provenance: how generated tokens were made, for the manifest; the fingerprint covers content only.
+        key: what the documents are a function of; with it, an interrupted writer is continued (see `num_written`).
+        wait: wait for another process that writes the same store, instead of refusing.
+
+    Raises:
+        UserError: the store exists, cannot be written, or is being written.
+    """
+
+    folder: Path
+    tokenizer_file: Path
+    tokenizer_hash: str
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    source: str
+    tokens_per_shard: int = TOKENS_PER_SHARD
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    sources: tuple[str, ...] = ()
+    key: str | None = None
+    wait: bool = False
+    _buffers: dict[str, _Buffer] = field(default_factory=dict, init=False)
+    _shards: dict[str, list[dict[str, Any]]] = field(default_factory=dict, init=False)
+    _lock: int | None = field(default=None, init=False)
+    _masked: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        self._refuse_existing()
+        self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
+        name = f".{self.folder.name}.part" if self.key is not None else f".{self.folder.name}.{os.getpid()}.part"
+        self._aside = self.folder.with_name(name)
+        try:
+            if self.key is None:
+                shutil.rmtree(self._aside, ignore_errors=True)
+                self._aside.mkdir(parents=True)
+            else:
+                self._continue()
+            copy_tokenizer(self.tokenizer_file, self._aside)
+        except OSError as error:
+            self.release()
+            raise self._refusal(error) from None
+
+    @property
+    def num_written(self) -> dict[str, int]:
+        """Documents in whole shards by split: the first ones that an interrupted writer was given, which must not be given again."""
+        return {split: sum(shard["num_documents"] for shard in shards) for split, shards in self._shards.items()}
+
+    @property
+    def num_documents(self) -> int:
+        """Documents so far, in whole shards and in those being filled."""
+        return sum(self.num_written.values()) + sum(len(buffer) for buffer in self._buffers.values())
+
+    def add(
+        self,
+        split: str,
+        tokens: npt.NDArray[np.integer[Any]],
+        num_bytes: int,
+        *,
+        loss_mask: npt.NDArray[np.uint8] | None = None,
+        source: int = 0,
+        end: bool = True,
+    ) -> None:
+        """Append one document.
+
+        Args:
+            tokens: int[num_tokens], without EOS.
+            num_bytes: UTF-8 bytes that it came from.
+            loss_mask: uint8[num_tokens + 1], 1 for tokens to learn, EOS included; None is all of them.
+            source: its place in `sources`.
+            end: whether EOS follows; a sample of fixed length stays a row of that length.
+        """
+        last = [self.eos_id] if end else []
+        size = len(tokens) + len(last)
+        buffer = self._buffers.get(split)
+        if buffer is not None and buffer.used + size > self.tokens_per_shard:
+            self._flush(split)
+        if split not in self._buffers or len(self._buffers[split].tokens) < size:
+            self._buffers[split] = _Buffer(max(size, self.tokens_per_shard), self.dtype)
+        self._buffers[split].append(tokens, last, loss_mask, num_bytes, source)
+
+    def close(self, *, skipped: Mapping[str, int] | None = None, part: tuple[int, int, str] | None = None) -> TokenStore:
+        """Write what is left, then the manifest, and move the store to its place.
+
+        Args:
+            skipped: for the manifest: what could not be read or was left out, by reason.
+            part: for the manifest: (i, n, key of the whole) where this is one part of several.
+        """
+        for split in list(self._buffers):
+            self._flush(split)
+        content = {
+            "tokenizer_hash": self.tokenizer_hash,
+            "vocab_size": self.vocab_size,
+            "bos_id": self.bos_id,
+            "eos_id": self.eos_id,
+            "dtype": self.dtype.name,
+            "source": self.source,
+            "splits": self._shards,
+        }
+        more = {
+            "sources": list(self.sources),
+            "skipped": dict(skipped or {}),
+            "part": part and list(part),
+            "provenance": dict(self.provenance),
+        }
+        version = 2 if self.sources or self._masked else 1
+        write_manifest(self._aside, content | {name: value for name, value in more.items() if value}, version=version)
+        (self._aside / _JOURNAL).unlink(missing_ok=True)
+        self._refuse_existing()
+        os.rename(self._aside, self.folder)
+        self.release()
+        return open_store(self.folder, verify=False)
+
+    def discard(self) -> None:
+        """Remove what was written so far."""
+        shutil.rmtree(self._aside, ignore_errors=True)
+        self.release()
+
+    def abandon(self) -> None:
+        """Stop: what a later writer can go on from stays, anything else goes."""
+        if self.key is None or not self._shards:
+            self.discard()
+        else:
+            self.release()
+
+    def release(self) -> None:
+        """Let other processes write this store."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _refuse_existing(self) -> None:
+        if self.folder.exists():
+            raise UserError(f"{self.folder} exists already: choose another place or remove it.")
+
+    def _continue(self) -> None:
+        """Take the folder aside for this process, with the whole shards of an earlier one that had the same key."""
+        self._acquire()
+        try:
+            journal = json.loads((self._aside / _JOURNAL).read_text(encoding="utf-8"))
+            same = journal["key"] == self._journal_key()
+            found, self._masked = (journal["shards"], journal["masked"]) if same else ({}, False)
+        except (OSError, ValueError, KeyError, TypeError):
+            found = {}
+        for split, shards in found.items():
+            whole = []
+            for shard in shards:
+                pairs = [(shard["tokens"], shard["tokens_sha256"]), (shard["documents"], shard["documents_sha256"])]
+                if not all((self._aside / name).is_file() and sha256_of(self._aside / name) == wanted for name, wanted in pairs):
+                    break
+                whole.append(shard)
+            if whole:
+                self._shards[split] = whole
+        kept = {shard[kind] for shards in self._shards.values() for shard in shards for kind in ("tokens", "documents")}
+        for path in self._aside.iterdir():
+            if path.name not in kept:
+                path.unlink()
+        self._write_journal()
+
+    def _acquire(self) -> None:
+        """Lock the folder aside; the kernel frees the lock of a process that dies."""
+        while True:
+            self._aside.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self._aside, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if self.wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                os.close(lock)
+                raise UserError(f"Another process is writing {self.folder}: wait for it, or choose another place.") from None
+            try:
+                same = os.stat(self._aside).st_ino == os.fstat(lock).st_ino
+            except FileNotFoundError:
+                same = False
+            if same:
+                self._lock = lock
+                return
+            # Whoever held it has moved it to its place, or away.
+            os.close(lock)
+            self._refuse_existing()
+
+    def _journal_key(self) -> list[Any]:
+        return [self.key, self.tokenizer_hash, self.tokens_per_shard, list(self.sources)]
+
+    def _write_journal(self) -> None:
+        part = self._aside / f"{_JOURNAL}.part"
+        with part.open("w", encoding="utf-8") as file:
+            json.dump({"key": self._journal_key(), "masked": self._masked, "shards": self._shards}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, self._aside / _JOURNAL)
+
+    def _flush(self, split: str) -> None:
+        buffer = self._buffers.pop(split)
+        if not len(buffer):
+            return
+        tokens: dict[str, npt.NDArray[Any]] = {"token": buffer.tokens[: buffer.used]}
+        has_loss_mask = not buffer.loss_mask[: buffer.used].all()
+        if has_loss_mask:
+            tokens["loss_mask"] = buffer.loss_mask[: buffer.used]
+        start, num_bytes, source = (np.array(column) for column in buffer.columns)
+        documents: dict[str, npt.NDArray[Any]] = {"start": start, "num_bytes": num_bytes}
+        if self.sources:
+            documents["source"] = source
+        stem = f"{split}-{len(self._shards.get(split, [])):05d}"
+        names = {"tokens": f"{stem}.arrow", "documents": f"{stem}.documents.arrow"}
+        metadata = {"tokenizer_hash": self.tokenizer_hash, "split": split}
+        try:
+            write_batch(self._aside / names["tokens"], tokens, metadata)
+            write_batch(self._aside / names["documents"], documents, metadata)
+            shard = {
+                **names,
+                "num_tokens": buffer.used,
+                "num_documents": len(buffer),
+                "tokens_sha256": sha256_of(self._aside / names["tokens"]),
+                "documents_sha256": sha256_of(self._aside / names["documents"]),
+            }
+            self._shards.setdefault(split, []).append(shard)
+            self._masked = self._masked or has_loss_mask
+            if self.key is not None:
+                self._write_journal()
+        except OSError as error:
+            raise self._refusal(error) from None
+
+    def _refusal(self, error: OSError) -> UserError:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left" in str(error)
+        reason = "the disk is full: free some space, and the same command goes on" if full else error.strerror or str(error)
+        return UserError(f"Cannot write {self.folder}: {reason}.")

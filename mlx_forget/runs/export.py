@@ -1,0 +1,78 @@
+"""Tables of runs for other tools: the law columns, every other column of a row, and where each run lies."""
+
+import csv
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_forget.errors import UserError, unknown
+from mlx_forget.runs.rows import LAW_COLUMNS, MARK, Row
+from mlx_forget.runs.selection import columns_of
+
+FORMATS = (".parquet", ".csv")
+
+
+def check_format(path: Path) -> None:
+    """Refuse a file that cannot be written.
+
+    Raises:
+        UserError: neither Parquet nor CSV, or no such folder.
+    """
+    if path.suffix.lower() not in FORMATS:
+        raise unknown("table format", path.suffix or path.name, FORMATS)
+    if path.is_dir() or not os.access(_existing(path.parent), os.W_OK):
+        raise UserError(f"Cannot write {path}.")
+
+
+def export(rows: Sequence[Row], path: Path, *, provenance: dict[str, Any]) -> list[str]:
+    """Write rows, one per run, aside first; `forget fit` reads the file as it reads the folders themselves.
+
+    Args:
+        path: ends in .parquet or .csv.
+        provenance: what a reader should know; in the metadata of a Parquet file under `mlx_forget`, and beside a CSV nowhere.
+
+    Returns:
+        The columns: the law columns first.
+
+    Raises:
+        UserError: there are no rows, or the file cannot be written.
+    """
+    if not rows:
+        raise UserError("No run is left to export: loosen --where or --status.")
+    check_format(path)
+    rest = [name for name in columns_of(rows) if name not in LAW_COLUMNS and name not in ("folder", MARK)]
+    names = [*LAW_COLUMNS, *rest, "folder", MARK]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.part")
+    if path.suffix.lower() == ".csv":
+        with aside.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(names)
+            writer.writerows([row.get(name) for name in names] for row in rows)
+    else:
+        _write_parquet(rows, names, aside, provenance)
+    os.replace(aside, path)
+    return names
+
+
+def _write_parquet(rows: Sequence[Row], names: Sequence[str], path: Path, provenance: dict[str, Any]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    columns = {}
+    for name in names:
+        values = [row.get(name) for row in rows]
+        try:
+            columns[name] = pa.array(values)
+        except (pa.ArrowInvalid, pa.ArrowTypeError):
+            columns[name] = pa.array([None if value is None else str(value) for value in values])
+    table = pa.table(columns).replace_schema_metadata({"mlx_forget": json.dumps(provenance)})
+    pyarrow.parquet.write_table(table, path)
+
+
+def _existing(folder: Path) -> Path:
+    while not folder.exists():
+        folder = folder.parent
+    return folder
