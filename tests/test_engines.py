@@ -140,7 +140,8 @@ def interrupt(process, folder, number, count):
     assert process.poll() is None, process.communicate()[1]
     process.send_signal(number)
     _, err = process.communicate(timeout=120)
-    wait_until(lambda: not any(is_held(path) for path in Path(folder).glob("*-bigram")))
+    # Jobs of a cluster outlive a killed sweep until its lease lapses.
+    wait_until(lambda: not any(is_held(path) for path in Path(folder).glob("*-bigram")), 300)
     return err
 
 
@@ -222,6 +223,29 @@ def test_a_worker_whose_sweep_is_gone_ends_its_run_with_a_checkpoint(bigram, tmp
     log = (folder / "log.txt").read_text()
     assert "the same command goes on from there" in log, log
     assert (folder / "checkpoints" / "last" / "state.json").exists()
+
+
+@pytest.mark.full
+@needs_submitit
+def test_a_preempted_job_writes_a_checkpoint_and_comes_back(bigram, tmp_path):
+    import submitit
+
+    from mlx_forget.engines.slurm_arrays import AttendedJob
+
+    sweep = sweep_of(tmp_path / "s", {"p": ["0"]}, iters=100_000)
+    folder = sweep.jobs[0].plan.folder
+    holder = Leaseholder(sweep.folder, {})
+    executor = submitit.AutoExecutor(folder=tmp_path / "jobs", cluster="local")
+    executor.update_parameters(timeout_min=60)
+    job = executor.submit(AttendedJob(), task_of(sweep, sweep.jobs[0]), holder.lease)
+    wait_until((folder / "progress.json").exists)
+    # The signal of Slurm before a job's time is up, to the process that attends to the run.
+    (mark,) = (holder.lease.folder / "attended").iterdir()
+    os.kill(int(mark.read_text().split()[1]), signal.SIGUSR2)
+    wait_until(lambda: "Resuming at step" in (folder / "log.txt").read_text())
+    holder.stop()
+    assert job.result() == 143
+    holder.close()
 
 
 def test_a_worker_that_does_not_see_the_sweeps_folder_says_so(tmp_path, monkeypatch):
