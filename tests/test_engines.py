@@ -50,8 +50,12 @@ def bigram(monkeypatch, child_path):
     monkeypatch.setenv("PYTHONPATH", child_path)
 
 
-def sweep_of(folder, grid, **config):
-    return plan_sweep(Recipe("r", CONFIG | config, grid), folder)
+def sweep_of(folder, grid, zips=(), **config):
+    return plan_sweep(Recipe("r", CONFIG | config, grid, zips=zips), folder)
+
+
+# Three runs, two of them long enough to be caught.
+THREE = [{"p": ["0", "1%", "5%"], "iters": [12, 250, 250]}]
 
 
 def kill_worker(sweep):
@@ -90,15 +94,15 @@ def wait_until(condition, seconds=60):
 
 
 @pytest.fixture(scope="module")
-def four(tmp_path_factory, child_path):
-    """The records of four runs trained in this process, one of them long enough to be caught."""
+def three(tmp_path_factory, child_path):
+    """The records of the three runs, trained in this process."""
     patch = pytest.MonkeyPatch()
     patch.setitem(trainer_module.BACKENDS, "bigram", trainer_module.Backend("tests.fakes:BigramTrainer", "numpy", "nothing"))
-    folder = tmp_path_factory.mktemp("four")
-    sweep = sweep_of(folder, {"p": ["0", "5%"], "iters": [12, 250]})
+    folder = tmp_path_factory.mktemp("three")
+    sweep = sweep_of(folder, {}, THREE)
     execute_sweep(sweep, open_engine("in-process", Demand(folder), Watch()))
     patch.undo()
-    assert len(records(folder)) == 4
+    assert len(records(folder)) == 3
     return records(folder)
 
 
@@ -110,9 +114,9 @@ def four(tmp_path_factory, child_path):
         pytest.param("slurm", {"cluster": "local"}, marks=needs_submitit),
     ],
 )
-def test_a_worker_is_killed_and_every_run_ends_once_with_the_same_record(bigram, four, tmp_path, engine, settings):
+def test_a_worker_is_killed_and_every_run_ends_once_with_the_same_record(bigram, three, tmp_path, engine, settings):
     said = []
-    sweep = sweep_of(tmp_path / "s", {"p": ["0", "5%"], "iters": [12, 250]})
+    sweep = sweep_of(tmp_path / "s", {}, THREE)
     demand = Demand(sweep.folder, workers=2, settings=settings, say=said.append)
     watch = Watch(say=said.append)
     kill, killed = kill_worker(sweep)
@@ -120,7 +124,7 @@ def test_a_worker_is_killed_and_every_run_ends_once_with_the_same_record(bigram,
     assert {job.state for job in jobs} == {"done"}, [(job.title, job.reason) for job in jobs]
     assert killed
     assert any("It is taken up again." in sentence for sentence in said)
-    assert records(sweep.folder) == four
+    assert records(sweep.folder) == three
     assert not list(sweep.folder.glob(".sweep-*"))
 
 
@@ -135,8 +139,12 @@ def write_recipe(folder, grid):
 
 
 def interrupt(process, folder, number, count):
-    """Signal a sweep once it has so many records; wait until nothing of it runs any more."""
-    wait_until(lambda: len(records(folder)) >= count or process.poll() is not None, 300)
+    """Signal a sweep once it has so many records and trains others; wait until nothing of it runs any more."""
+
+    def at_work():
+        return len(records(folder)) >= count and any(is_held(path) for path in Path(folder).glob("*-bigram"))
+
+    wait_until(lambda: at_work() or process.poll() is not None, 300)
     assert process.poll() is None, process.communicate()[1]
     process.send_signal(number)
     _, err = process.communicate(timeout=120)

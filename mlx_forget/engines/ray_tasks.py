@@ -29,6 +29,8 @@ class RayEngine(ClusterEngine[Any]):
 
     def __init__(self, demand: Demand, watch: Watch, *, seconds_to_lapse: float = SECONDS_TO_LAPSE) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Ray's own niceness of 15 leaves runs next to nothing on a machine that does anything else.
+        os.environ.setdefault("RAY_worker_niceness", "0")
         # Ray would warn of it, and for runs without GPUs none must be visible.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
         import ray
