@@ -18,7 +18,7 @@ OUTPUT ?= runs/$(RECIPE)-seed$(SEED)
 SETTINGS = --set seed=$(SEED) --set backend=$(BACKEND) $(if $(SIZE),--set model=$(SIZE)) $(if $(DATA),--set target=$(DATA)) $(if $(PRETRAIN),--set pretrain=$(PRETRAIN))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint type test test-full bench parity coverage pages reproduce-figure1 reproduce-laws reproduce-replay reproduce-toy clean
+.PHONY: help setup lint type test test-full bench parity coverage docs pages reproduce-figure1 reproduce-laws reproduce-replay reproduce-toy clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-20s %s\n", $$1, $$2}'
@@ -53,6 +53,10 @@ parity: setup  ## measure how far the two backends differ and write the table in
 
 coverage: setup  ## do the laws' 95% intervals cover? 2,000 simulations a scenario; about half an hour
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/laws/coverage.py
+
+docs: setup  ## the documentation site, complete without a network: build/site/index.html
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 pages: setup  ## open the pages of docs/ in a headless browser, and keep pictures in build/pages
 	$(BIN)/python -m tests.check_pages build/pages

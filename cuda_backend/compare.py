@@ -25,11 +25,11 @@ def measures(x: Tensor, head: Tensor, ref_x: Tensor, ref_head: Tensor, labels: T
     out = torch.empty(len(MEASURES), len(labels), device=x.device)
     for start in range(0, len(labels), chunk):
         rows = slice(start, start + chunk)
-        out[:, rows] = _of_logits((x[rows] @ head.T).float(), (ref_x[rows] @ ref_head.T).float(), labels[rows, None])
+        out[:, rows] = of_logits((x[rows] @ head.T).float(), (ref_x[rows] @ ref_head.T).float(), labels[rows, None])
     return out
 
 
-def _of_logits(logits: Tensor, ref_logits: Tensor, label: Tensor) -> Tensor:
+def of_logits(logits: Tensor, ref_logits: Tensor, label: Tensor) -> Tensor:
     """The measures of one chunk of logits float32[n, V] and labels int64[n, 1]; the logits of the model are overwritten."""
     ref_best = ref_logits.argmax(1, keepdim=True)
     ref_top, top = ref_logits.gather(1, ref_best), logits.amax(1, keepdim=True)

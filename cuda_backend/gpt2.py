@@ -12,12 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from cuda_backend import lora
+from mlx_forget.adapters import A
 from mlx_forget.ladder import LAYER_NORM_EPSILON, ModelSpec
 
 Weights = Mapping[str, Tensor]
 
 # Tied: the head is the token embedding.
 HEAD = "transformer.wte.weight"
+BLOCK = "transformer.h.{}."
 
 # Elements of one chunk of logits: on a CPU a chunk should stay in cache, on a GPU it should fill the device.
 _CHUNK_ELEMENTS_CPU = 1 << 21
@@ -36,13 +39,22 @@ def hidden_states(
 
     Of a stack: [K * B, T, D] of int64[K, B, T].
     """
-    x_BTD = _embed(weights, tokens_BT, segment_BT)
-    mask = None if segment_BT is None else segment_mask(segment_BT)
+    x_BTD, context = begin(weights, spec, tokens_BT, segment_BT)
     for i in range(spec.num_layers):
         if grad_checkpoint and torch.is_grad_enabled():
-            x_BTD = checkpoint(block, weights, f"transformer.h.{i}.", spec, x_BTD, mask, use_reentrant=False)
+            x_BTD = checkpoint(block, weights, BLOCK.format(i), spec, x_BTD, *context, use_reentrant=False)
         else:
-            x_BTD = block(weights, f"transformer.h.{i}.", spec, x_BTD, mask)
+            x_BTD = block(weights, BLOCK.format(i), spec, x_BTD, *context)
+    return finish(weights, x_BTD)
+
+
+def begin(weights: Weights, spec: ModelSpec, tokens_BT: Tensor, segment_BT: Tensor | None) -> tuple[Tensor, tuple[Tensor | None]]:
+    """What enters the first block, and what every block is given besides."""
+    return _embed(weights, tokens_BT, segment_BT), (None if segment_BT is None else segment_mask(segment_BT),)
+
+
+def finish(weights: Weights, x_BTD: Tensor) -> Tensor:
+    """Final hidden states from what leaves the last block."""
     return _norm(x_BTD, weights, "transformer.ln_f")
 
 
@@ -63,7 +75,8 @@ def num_shared_blocks(weights: Weights, reference: Weights, spec: ModelSpec) -> 
     """How many of the first blocks are the same in two models; -1 where the embeddings already differ."""
 
     def same(prefix: str) -> bool:
-        return all(torch.equal(value, reference[name]) for name, value in weights.items() if name.startswith(prefix))
+        own = [(value, reference.get(name)) for name, value in weights.items() if name.startswith(prefix)]
+        return all(other is not None and (other is value or torch.equal(value, other)) for value, other in own)
 
     if not (same("transformer.wpe.") and same("transformer.wte.")):
         return -1
@@ -125,7 +138,7 @@ class FusedCrossEntropy(torch.autograd.Function):
         nll = torch.empty(labels.shape, dtype=torch.float32, device=x.device)
         # Zeros laid out as a whole: the head of a stack has gaps between its members.
         grad_x, grad_head = torch.empty_like(x), torch.zeros(head.shape, dtype=torch.float32, device=head.device)
-        compute_head = head.to(x.dtype)
+        compute_head, trains_head = head.to(x.dtype), ctx.needs_input_grad[1]
         add_product = grad_head.addmm_ if head.dim() == 2 else grad_head.baddbmm_
         for start in range(0, labels.shape[-1], chunk):
             stop = start + chunk
@@ -134,6 +147,8 @@ class FusedCrossEntropy(torch.autograd.Function):
             # weight * (softmax - one-hot), in one pass over the chunk.
             grad_logits = exponentials.mul_(share / total).scatter_add_(-1, label, -share).to(x.dtype)
             torch.matmul(grad_logits, compute_head, out=grad_x[..., start:stop, :])
+            if not trains_head:
+                continue
             if x.dtype == torch.float32:
                 add_product(grad_logits.mT, part)
             else:
@@ -203,7 +218,9 @@ def _without_key_gradient(bias: Tensor) -> Tensor:
 
 def _linear(x: Tensor, weights: Weights, name: str, bias: Tensor | None = None) -> Tensor:
     weight, bias = weights[name + ".weight"], weights[name + ".bias"] if bias is None else bias
-    if weight.dim() == 2:
+    if name + A in weights:
+        product = lora.linear(x.reshape(-1, x.shape[-1]), weights, name, bias)
+    elif weight.dim() == 2:
         product = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight)
     else:
         product = torch.baddbmm(bias[:, None], x.reshape(len(weight), -1, x.shape[-1]), weight)

@@ -40,6 +40,10 @@ class Optimizer(ABC):
         """Moments and step count, as a checkpoint has them."""
         return self.moments | {"step": next(iter(self.steps.values())).reshape(1)}
 
+    def num_steps(self) -> int:
+        """Updates so far."""
+        return int(next(iter(self.steps.values())).item())
+
     def load(self, state: Tensors) -> bool:
         """Go on from a state; False, and nothing is changed, where it is that of other weights or another optimiser."""
         shapes = {name: value.shape for name, value in self.moments.items()}

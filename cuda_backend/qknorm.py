@@ -12,12 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from cuda_backend import lora
 from cuda_backend.gpt2 import segment_mask, segment_positions
+from mlx_forget.adapters import A
 from mlx_forget.ladder import QKNORM_HEAD, RMS_NORM_EPSILON, ROPE_BASE, ModelSpec
 
 Weights = Mapping[str, Tensor]
 
 HEAD = QKNORM_HEAD
+BLOCK = "decoder.h.{}."
 _EMBEDDING = "decoder.embed_in.weight"
 
 
@@ -30,14 +33,25 @@ def hidden_states(
     grad_checkpoint: bool = False,
 ) -> Tensor:
     """Final hidden states [B, T, D] of int64[B, T] tokens; segments, where given, are as if each were alone."""
-    x_BTD = F.embedding(tokens_BT, weights[_EMBEDDING])
-    mask = None if segment_BT is None else segment_mask(segment_BT)
-    angles = _angles(spec, tokens_BT, segment_BT)
+    x_BTD, context = begin(weights, spec, tokens_BT, segment_BT)
     for i in range(spec.num_layers):
         if grad_checkpoint and torch.is_grad_enabled():
-            x_BTD = checkpoint(block, weights, f"decoder.h.{i}.", spec, x_BTD, angles, mask, use_reentrant=False)
+            x_BTD = checkpoint(block, weights, BLOCK.format(i), spec, x_BTD, *context, use_reentrant=False)
         else:
-            x_BTD = block(weights, f"decoder.h.{i}.", spec, x_BTD, angles, mask)
+            x_BTD = block(weights, BLOCK.format(i), spec, x_BTD, *context)
+    return finish(weights, x_BTD)
+
+
+def begin(
+    weights: Weights, spec: ModelSpec, tokens_BT: Tensor, segment_BT: Tensor | None
+) -> tuple[Tensor, tuple[tuple[Tensor, Tensor], Tensor | None]]:
+    """What enters the first block, and what every block is given besides."""
+    mask = None if segment_BT is None else segment_mask(segment_BT)
+    return F.embedding(tokens_BT, weights[_EMBEDDING]), (_angles(spec, tokens_BT, segment_BT), mask)
+
+
+def finish(weights: Weights, x_BTD: Tensor) -> Tensor:
+    """Final hidden states from what leaves the last block; the norm has no weights."""
     return _norm(x_BTD)
 
 
@@ -59,7 +73,8 @@ def num_shared_blocks(weights: Weights, reference: Weights, spec: ModelSpec) -> 
     """How many of the first blocks are the same in two models; -1 where the embeddings already differ."""
 
     def same(prefix: str) -> bool:
-        return all(torch.equal(value, reference[name]) for name, value in weights.items() if name.startswith(prefix))
+        own = [(value, reference.get(name)) for name, value in weights.items() if name.startswith(prefix)]
+        return all(other is not None and (other is value or torch.equal(value, other)) for value, other in own)
 
     if not same(_EMBEDDING):
         return -1
@@ -77,11 +92,11 @@ def block(
 ) -> Tensor:
     """One pre-norm block."""
     B, T, D = x_BTD.shape
-    qkv = _norm(x_BTD) @ weights[prefix + "attn.qkv.weight"]
+    qkv = _linear(_norm(x_BTD), weights, prefix + "attn.qkv")
     q, k, v = (part.view(B, T, spec.num_heads, spec.head_dim).transpose(1, 2) for part in qkv.chunk(3, dim=2))
     q, k = (_rotate(_norm(part), angles).to(v.dtype) for part in (q, k))
     mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-    x_BTD = x_BTD + mixed.transpose(1, 2).reshape(B, T, D) @ weights[prefix + "attn.out.weight"]
+    x_BTD = x_BTD + _linear(mixed.transpose(1, 2).reshape(B, T, D), weights, prefix + "attn.out")
     return x_BTD + _mlp(_norm(x_BTD), weights, prefix)
 
 
@@ -93,20 +108,26 @@ def next_logits(weights: Weights, spec: ModelSpec, token_B: Tensor, position: in
     angles = _cos_and_sin(spec, place)
     for i in range(spec.num_layers):
         prefix = f"decoder.h.{i}."
-        qkv = _norm(x_BD).to(dtype) @ weights[prefix + "attn.qkv.weight"]
+        qkv = _linear(_norm(x_BD).to(dtype), weights, prefix + "attn.qkv")
         q, k, v = (part.view(len(token_B), spec.num_heads, 1, spec.head_dim) for part in qkv.chunk(3, dim=1))
         q, k = (_rotate(_norm(part), angles).to(dtype) for part in (q, k))
         cache[i, 0, :, :, position] = k[:, :, 0]
         cache[i, 1, :, :, position] = v[:, :, 0]
         past = cache[i, :, :, :, : position + 1]
         mixed = F.scaled_dot_product_attention(q, past[0], past[1])
-        x_BD = x_BD + mixed.reshape(len(token_B), -1) @ weights[prefix + "attn.out.weight"]
+        x_BD = x_BD + _linear(mixed.reshape(len(token_B), -1), weights, prefix + "attn.out")
         x_BD = x_BD + _mlp(_norm(x_BD).to(dtype), weights, prefix)
     return (_norm(x_BD).to(dtype) @ weights[HEAD].T).float()
 
 
 def _mlp(x: Tensor, weights: Weights, prefix: str) -> Tensor:
-    return F.gelu(x @ weights[prefix + "mlp.up.weight"], approximate="tanh") @ weights[prefix + "mlp.down.weight"]
+    return _linear(F.gelu(_linear(x, weights, prefix + "mlp.up"), approximate="tanh"), weights, prefix + "mlp.down")
+
+
+def _linear(x: Tensor, weights: Weights, name: str) -> Tensor:
+    if name + A not in weights:
+        return x @ weights[name + ".weight"]
+    return lora.linear(x.reshape(-1, x.shape[-1]), weights, name).view(*x.shape[:-1], -1)
 
 
 def _norm(x: Tensor) -> Tensor:

@@ -37,6 +37,8 @@ class FusedKL(torch.autograd.Function):
             kl[rows] = (ref_logits.sub_(logits).mul_(reference).sum(1, keepdim=True) - ref_total + total)[:, 0]
             grad_logits = logits.sub_(total).exp_().sub_(reference).mul_(weight[rows, None]).to(x.dtype)
             torch.mm(grad_logits, compute_head, out=grad_x[rows])
+            if not ctx.needs_input_grad[1]:
+                continue
             if x.dtype == torch.float32:
                 grad_head.addmm_(grad_logits.T, x[rows])
             else:

@@ -26,10 +26,15 @@ def sample(weights: Weights, spec: ModelSpec, prompts_BP: Tensor, u_BT: Tensor, 
         if position + 1 < P:
             token = prompts_BP[:, position + 1]
             continue
-        scaled = logits / temperature
-        # Sums of probabilities but for a factor, which the uniforms take up.
-        cumulative = scaled.sub_(scaled.amax(-1, keepdim=True)).exp_().cumsum(-1, dtype=torch.float64)
-        u = u_BT[:, position + 1 - P, None] * cumulative[:, -1:]
-        token = torch.searchsorted(cumulative, u, right=True)[:, 0].clamp_(max=spec.vocab_size - 1)
+        token = draw(logits, u_BT[:, position + 1 - P], temperature)
         out[:, position + 1 - P] = token
     return out
+
+
+def draw(logits_BV: Tensor, u_B: Tensor, temperature: float) -> Tensor:
+    """The next token of each row, int64[B], from float32 logits and uniforms float64[B]."""
+    scaled = logits_BV / temperature
+    # Sums of probabilities but for a factor, which the uniforms take up.
+    cumulative = scaled.sub_(scaled.amax(-1, keepdim=True)).exp_().cumsum(-1, dtype=torch.float64)
+    u = u_B[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, u, right=True)[:, 0].clamp_(max=logits_BV.shape[-1] - 1)

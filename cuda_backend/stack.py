@@ -15,8 +15,8 @@ from torch.optim.adamw import adamw
 
 from cuda_backend import gpt2
 from cuda_backend.trainer import TorchStep, TorchTrainer
-from mlx_forget.errors import OutOfMemory
-from mlx_forget.ladder import decays, initial_weights, param_shapes
+from mlx_forget.errors import OutOfMemory, UserError
+from mlx_forget.ladder import ModelSpec, decays, initial_weights, param_shapes
 from mlx_forget.methods import NUM_SOURCES, NUM_TERMS
 from mlx_forget.trainer import Batch, Stack, StackedBatch, StepResult, Trainer, TrainerSpec
 
@@ -25,6 +25,8 @@ class TorchStack(Stack):
     """K ladder models on one device."""
 
     def __init__(self, spec: TrainerSpec, seeds: Sequence[int]) -> None:
+        if not isinstance(spec.model, ModelSpec):
+            raise UserError(f"{spec.model.architecture} does not stack: start its runs one by one.")
         self._spec = spec
         self._single = TorchTrainer(spec)
         self._device = self._single._torch_device
@@ -79,7 +81,6 @@ class TorchStack(Stack):
         with single._autocast():
             x = single._hidden_states(
                 self._weights,
-                self._spec.model,
                 inputs,
                 None if batch.segment is None else self._on_device(batch.segment).flatten(0, 1),
                 grad_checkpoint=self._spec.runtime.grad_checkpoint,

@@ -5,7 +5,8 @@ import os
 import resource
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -15,19 +16,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cuda_backend import compare, gpt2
+from cuda_backend import compare, gpt2, lora, losses
 from cuda_backend.allocator import keep_freed_memory
-from cuda_backend.architectures import functions_of
+from cuda_backend.decoder import Ladder, build_decoder
 from cuda_backend.distributed import TorchGroup, join, local_rank
 from cuda_backend.optimizer import make_optimizer
-from cuda_backend.reference import FusedKL, add_penalty_gradients, pull_to_reference
-from cuda_backend.sample import sample
+from cuda_backend.reference import add_penalty_gradients, pull_to_reference
+from cuda_backend.sharded import Shards
 from cuda_backend.stored_reference import FusedStoredKL
+from mlx_forget.adapters import file_name, initial_adapters, is_adapter, num_trainable, parameter_name, parameter_shapes
 from mlx_forget.comparison import MEASURES, portions
 from mlx_forget.distributed import Group
 from mlx_forget.errors import OutOfMemory, UserError
-from mlx_forget.ladder import initial_weights, num_params, param_shapes
+from mlx_forget.ladder import initial_weights, linear_shapes, num_params, outputs_first
 from mlx_forget.methods import NUM_SOURCES, NUM_TERMS, TERM_REPLAY_KL, TERM_REPLAY_NTP, TERM_TASK
+from mlx_forget.pretrained import PretrainedSpec, names_in_files, weight_files
 from mlx_forget.trainer import (
     Batch,
     Capabilities,
@@ -61,12 +64,10 @@ class TorchStep(StepResult):
 
 
 class TorchTrainer(Trainer):
-    """GPT-2 with AdamW on one device, or on one device of each process of a run."""
+    """A model with AdamW on one device, or on one device of each process of a run."""
 
     def __init__(self, spec: TrainerSpec) -> None:
         runtime = spec.runtime
-        if spec.adapter is not None:
-            raise UserError("The ladder trains all its weights: adapters need a Hugging Face model.")
         self.spec = spec
         self._notes: list[str] = []
         self.group = join()
@@ -81,7 +82,6 @@ class TorchTrainer(Trainer):
         if self._torch_device.type == "cpu" and runtime.memory_limit_gb is None:
             keep_freed_memory()
         self._dtype = torch.bfloat16 if runtime.precision == "bf16" else torch.float32
-        self._functions = functions_of(spec.model)
         self._chunk = gpt2.chunk_rows(spec.model.vocab_size, self._torch_device)
         self._portions = portions(
             spec.model,
@@ -89,23 +89,37 @@ class TorchTrainer(Trainer):
             limit_gb=runtime.memory_limit_gb if runtime.reads_only else None,
             used_bytes=self.used_memory_bytes(),
         )
-        start = () if runtime.reads_only else initial_weights(spec.model, spec.seed)
-        self._weights = {name: torch.from_numpy(value).to(self._torch_device).requires_grad_() for name, value in start}
+        self._outputs_first = outputs_first(spec.model)
+        self._shards, self._gathered = self._make_shards(), dict[str, Tensor]()
+        self._decoder = build_decoder(spec.model, self._torch_device, reads_only=runtime.reads_only)
+        if self._shards is None:
+            self._weights = {} if runtime.reads_only else dict(self._decoder.start_weights(spec.seed))
+            self._add_adapters()
+            for name in self._trained:
+                self._weights[name].requires_grad_()
+        else:
+            self._weights = self._shards.weights
+        self._num_calls = 0
         self._micro_batch_size = runtime.micro_batch_size
-        self._optimizer = make_optimizer(spec.optim, self._weights)
+        self._optimizer = make_optimizer(spec.optim, self._trained_weights())
         self._reference: dict[str, Tensor] | None = None
         self._fisher: dict[str, Tensor] | None = None
-        self._hidden_states = self._maybe_compiled(self._functions.hidden_states)
+        # What transformers builds branches on Python values; it is not compiled.
+        run = self._decoder.hidden_states
+        self._hidden_states = self._maybe_compiled(run) if isinstance(self._decoder, Ladder) else run
 
     @classmethod
     def describe(cls) -> Capabilities:
         return Capabilities(
             precisions=("fp32", "bf16"),
             terms=(TERM_TASK, TERM_REPLAY_NTP, TERM_REPLAY_KL),
+            adapters=("lora", "dora"),
             anchor=True,
             fisher=True,
             sample=True,
             distributed=True,
+            shard=True,
+            document_masks=True,
             stack=True,
             bitwise_resume=not torch.cuda.is_available(),
             accelerator=torch.cuda.is_available(),
@@ -141,12 +155,19 @@ class TorchTrainer(Trainer):
             self.spec.method, reference=self._reference is not None or batch.reference is not None, fisher=self._fisher is not None
         )
         sums = self._gradients_that_fit(batch, token_weight, kl_weight)
-        gradients = {name: torch.zeros_like(value) if value.grad is None else value.grad for name, value in self._weights.items()}
-        if isinstance(self.group, TorchGroup):
-            *summed, sums = self.group.sum_tensors([*gradients.values(), sums])
+        if self._shards is not None:
+            gradients = self._shards.gradients()
+            (sums,) = self._summed([sums])
+        else:
+            gradients = {n: torch.zeros_like(v) if v.grad is None else v.grad for n, v in self._trained_weights().items()}
+            *summed, sums = self._summed([*gradients.values(), sums])
             gradients = dict(zip(gradients, summed, strict=True))
         norm, skipped = self._update(gradients, learning_rate)
+        self._num_calls += 1
         return TorchStep(torch.cat([sums, torch.stack([norm, skipped])]), counts)
+
+    def _summed(self, tensors: list[Tensor]) -> list[Tensor]:
+        return self.group.sum_tensors(tensors) if isinstance(self.group, TorchGroup) else tensors
 
     def _gradients_that_fit(
         self, batch: Batch, token_weight: npt.NDArray[np.float32], kl_weight: npt.NDArray[np.float32] | None
@@ -157,15 +178,16 @@ class TorchTrainer(Trainer):
                 return self._batch_gradients(batch, token_weight, kl_weight)
             except torch.OutOfMemoryError as error:
                 rows = self._micro_batch_size or len(batch.tokens)
-                if rows <= 1:
+                # Processes that share weights take each pass together: none can take more of them than the others.
+                if rows <= 1 or self._shards is not None:
                     raise OutOfMemory(
-                        f"One row at a time is more than the device holds ({str(error).splitlines()[0]}): use --grad-checkpoint, "
-                        "--shard with more processes, or a smaller model."
+                        f"{rows} row{'s' * (rows > 1)} at a time is more than the device holds ({str(error).splitlines()[0]}): "
+                        "lower --micro-batch-size, or use --grad-checkpoint, --shard with more processes, or a smaller model."
                     ) from None
             # Here the error is gone, and with it the activations that its traceback held.
             self._micro_batch_size = math.ceil(rows / 2)
-            for value in self._weights.values():
-                value.grad = None
+            for name in self._trained:
+                self._weights[name].grad = None
             if self._torch_device.type == "cuda":
                 torch.cuda.empty_cache()
 
@@ -177,9 +199,15 @@ class TorchTrainer(Trainer):
         kl_group = self._on_device(batch.source.astype(np.int64) + TERM_REPLAY_KL * NUM_SOURCES)
         sums = torch.zeros(NUM_TERMS * NUM_SOURCES, device=self._torch_device)
         # A rank may have no rows.
-        size = self._micro_batch_size or max(1, len(batch.tokens))
-        for start in range(0, len(batch.tokens), size):
+        num_rows = len(batch.tokens) if self._shards is None else self._shards.largest(len(batch.tokens))
+        size = self._micro_batch_size or max(1, num_rows)
+        for start in range(0, num_rows, size):
             rows = slice(start, start + size)
+            if self._shards is not None and start >= len(batch.tokens):
+                self._shards.loss(*self._one_token(), segment=None)
+                continue
+            if self.spec.adapter is not None and self.spec.adapter.dropout:
+                lora.seed_dropout(self.spec.seed, self._num_calls, start, self.group.rank)
             nll, kl = self._accumulate_gradient(batch, rows, token_weight[rows], None if kl_weight is None else kl_weight[rows])
             mask = self._on_device(batch.loss_mask[rows])
             sums.index_add_(0, group[rows], (nll * mask).sum(1))
@@ -188,19 +216,28 @@ class TorchTrainer(Trainer):
         return sums
 
     def token_losses(self, tokens: npt.NDArray[np.int32], segment: npt.NDArray[np.int32] | None = None) -> npt.NDArray[np.float32]:
-        losses = np.empty((len(tokens), tokens.shape[1] - 1), np.float32)
-        for rows in self._eval_slices(tokens):
+        found = np.empty((len(tokens), tokens.shape[1] - 1), np.float32)
+        weights, slices = self._folded(), self._eval_slices(tokens)
+        for rows in slices:
             inputs, labels = self._split(tokens[rows])
             own = None if segment is None else self._on_device(segment[rows])
+            if self._shards is not None:
+                found[rows] = self._shards.token_nll(inputs, labels, own).view(inputs.shape).cpu().numpy()
+                continue
             with torch.no_grad():
-                x = self._forward(self._weights, inputs, own)
-                nll = gpt2.token_nll(x, self._weights[self._functions.HEAD], labels, self._chunk)
-            losses[rows] = nll.view(inputs.shape).cpu().numpy()
-        return losses
+                x = self._forward(weights, inputs, own)
+                nll = losses.token_nll(x, self._decoder.head(weights), labels, self._chunk)
+            found[rows] = nll.view(inputs.shape).cpu().numpy()
+        if self._shards is not None:
+            inputs, labels, _ = self._one_token()
+            for _ in range(self._shards.largest(len(slices)) - len(slices)):
+                self._shards.token_nll(inputs, labels, None)
+        return found
 
     def log_probs(
         self, tokens: npt.NDArray[np.int32], segment: npt.NDArray[np.int32] | None = None, *, from_reference: bool = False
     ) -> npt.NDArray[np.float32]:
+        self._refuse_shards("Reading whole distributions")
         weights = self._reference if from_reference else self._weights
         if weights is None:
             raise UserError("Log-probabilities of the reference need one: call set_reference first.")
@@ -208,24 +245,26 @@ class TorchTrainer(Trainer):
         own = None if segment is None else torch.from_numpy(segment).to(self._torch_device)
         with torch.no_grad():
             x = self._forward(weights, inputs, own)
-            logits = (x @ weights[self._functions.HEAD].to(x.dtype).T).float()
+            head = self._decoder.head(weights)
+            logits = (x if head is None else x @ head.to(x.dtype).T).float()
             logits.sub_(logits.logsumexp(1, keepdim=True))
         return logits.view(*inputs.shape, -1).cpu().numpy()
 
     def compare(self, tokens: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8]) -> Comparison:
+        self._refuse_shards("Comparing two models")
         if self._reference is None:
             raise UserError("compare needs a reference: call set_reference first.")
         reference = {name: value.float() for name, value in self._reference.items()}
-        weights, spec, sizes = self._weights, self.spec.model, self._portions
-        heads = [own[self._functions.HEAD] for own in (weights, reference)]
-        shared = self._functions.num_shared_blocks(weights, reference, spec)
+        weights, sizes = self._folded(), self._portions
+        heads = [self._decoder.head(own) for own in (weights, reference)]
+        shared = self._decoder.num_shared_blocks(weights, reference)
         measures = np.zeros((len(MEASURES), len(tokens), tokens.shape[1] - 1), np.float32)
         for rows in self._eval_slices(tokens, sizes.num_tokens):
             inputs, labels = self._split(tokens[rows])
             with torch.no_grad(), self._autocast():
-                pair = self._functions.hidden_states_of_two(weights, reference, spec, inputs, shared=shared)
+                pair = self._decoder.hidden_states_of_two(weights, reference, inputs, shared=shared)
             x, ref_x = (states.flatten(0, 1).to(self._dtype) for states in pair)
-            found = compare.measures(x, heads[0], ref_x, heads[1], labels, chunk=sizes.num_logits)
+            found = losses.measures(x, heads[0], ref_x, heads[1], labels, chunk=sizes.num_logits)
             measures[:, rows] = found.view(-1, *inputs.shape).cpu().numpy()
         return Comparison(*(measures * mask))
 
@@ -233,9 +272,14 @@ class TorchTrainer(Trainer):
         if reference is None:
             self._reference = None
         elif reference == "adapters_off":
-            raise UserError("The reference 'adapters_off' needs adapters, and this model has none.")
+            if self.spec.adapter is None:
+                raise UserError("The reference 'adapters_off' needs adapters, and this model has none.")
+            self._reference = {name: value for name, value in self._weights.items() if not is_adapter(name)}
         elif reference == "start":
-            self._reference = {name: value.detach().clone() for name, value in self._weights.items()}
+            # What is frozen is not copied.
+            trained = set(self._trained)
+            now = {name: value.detach().clone() if name in trained else value for name, value in self._weights.items()}
+            self._reference = lora.folded(now, self.spec.adapter, outputs_first=self._outputs_first)
         else:
             self._reference = self._read_weights(reference)
         if self._reference is not None and self.spec.method.anchor_precision == "bf16":
@@ -244,6 +288,9 @@ class TorchTrainer(Trainer):
     def set_fisher(
         self, tokens: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8], segment: npt.NDArray[np.int32] | None = None
     ) -> None:
+        self._refuse_shards("Measuring Fisher information")
+        if self.spec.adapter is not None:
+            raise UserError("Fisher information is measured of models without adapters.")
         fisher = {name: torch.zeros_like(value) for name, value in self._weights.items()}
         zeros = np.zeros(1, np.uint8)
         for row in range(len(tokens)):
@@ -257,47 +304,75 @@ class TorchTrainer(Trainer):
                 value.grad = None
         self._fisher = fisher
 
+    @contextmanager
+    def gathered(self, *, with_training_state: bool) -> Iterator[None]:
+        if self._shards is None:
+            yield
+            return
+        self._gathered = self._shards.whole(self._weights | (self._optimizer.moments if with_training_state else {}))
+        try:
+            yield
+        finally:
+            self._gathered = {}
+
     def save(self, path: Path, *, trainable_only: bool = False) -> None:
-        save_file(
-            {name: value.detach().contiguous() for name, value in self._weights.items()},
-            path,
-            metadata={"format": "pt"},
-        )
+        adapter = self.spec.adapter
+        weights = self._weights if self._shards is None else {name: self._gathered[name] for name in self._weights}
+        if trainable_only and adapter is not None:
+            weights = {file_name(name): weights[name] for name in self._trained}
+        elif adapter is not None:
+            weights = dict(lora.whole(weights, adapter, outputs_first=self._outputs_first))
+        save_file({name: value.detach().contiguous() for name, value in weights.items()}, path, metadata={"format": "pt"})
 
     def load(self, path: Path) -> None:
-        weights = self._read_weights(path)
+        weights = self._read_weights(path, or_adapters=True)
         if self.spec.runtime.reads_only:
             self._weights = weights
             return
+        adapters_alone = any(map(is_adapter, weights))
+        if self.spec.adapter is not None and not adapters_alone:
+            weights |= self._initial_adapters()
         for name, value in weights.items():
             self._weights[name].data.copy_(value)
+        if not adapters_alone:
+            lora.restart_magnitudes(self._weights, outputs_first=self._outputs_first)
 
     def save_state(self, path: Path) -> None:
-        save_file(self._optimizer.state(), path)
+        state = self._optimizer.state()
+        save_file(state if self._shards is None else state | {name: self._gathered[name] for name in self._optimizer.moments}, path)
 
     def load_state(self, path: Path) -> None:
-        if not self._optimizer.load(load_file(path, device=str(self._torch_device))):
+        if self._shards is None:
+            state = load_file(path, device=str(self._torch_device))
+        else:
+            state = self._shards.read(path, {name: name.split(".", 1)[1] for name in self._optimizer.moments}) or {}
+        if not self._optimizer.load(state):
             raise UserError(f"{path} is not the training state of this model and optimiser.")
+        self._num_calls = self._optimizer.num_steps()
 
     def sample(
         self, prompts: npt.NDArray[np.int32], u: npt.NDArray[np.float64], *, temperature: float = 1.0, from_reference: bool = False
     ) -> npt.NDArray[np.int32]:
-        weights = self._reference if from_reference else self._weights
+        self._refuse_shards("Sampling")
+        weights = self._reference if from_reference else self._folded()
         if weights is None:
             raise UserError("Sampling the reference needs one: call set_reference first.")
         # The last token is never an input.
         if prompts.shape[1] + u.shape[1] - 1 > self.spec.model.context_length:
             raise UserError(f"Prompt and sample together exceed the context of {self.spec.model.context_length} tokens.")
         try:
-            out = sample(
-                {name: value.detach().to(self._dtype) for name, value in weights.items()},
-                self.spec.model,
+            out = self._decoder.sample(
+                weights,
                 torch.from_numpy(prompts.astype(np.int64)).to(self._torch_device),
                 torch.from_numpy(u).to(self._torch_device),
                 temperature,
+                self._dtype,
             )
-        except torch.OutOfMemoryError as error:
-            raise MemoryError(f"sampling {len(prompts)} rows") from error
+        except RuntimeError as error:
+            # On a CPU it is no OutOfMemoryError.
+            if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+                raise MemoryError(f"sampling {len(prompts)} rows") from error
+            raise
         return out.cpu().numpy().astype(np.int32)
 
     @classmethod
@@ -309,7 +384,9 @@ class TorchTrainer(Trainer):
         return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
     @classmethod
-    def kept_bytes(cls, model: ModelSpec, precision: Precision) -> int:
+    def kept_bytes(cls, model: ModelSpec | PretrainedSpec, precision: Precision) -> int:
+        if isinstance(model, PretrainedSpec):
+            return model.kept_bytes(precision)
         # Inputs of both norms in float32; queries, keys, values, mixture and both sides of the GELU in the type of products, what enters
         # a product besides. Norms of queries and keys are float32 and keep their own.
         per_width = {"gpt2": {"fp32": 64, "bf16": 36}, "qknorm": {"fp32": 76, "bf16": 50}}
@@ -359,12 +436,43 @@ class TorchTrainer(Trainer):
     def _limit_memory(self, limit_gb: float) -> None:
         if self._torch_device.type != "cuda":
             raise UserError("PyTorch cannot limit its memory on a CPU: leave --memory-limit-gb out.")
-        # Weights, gradients and two moments in fp32, before any activation.
-        need_gb = 16 * num_params(self.spec.model) / 1e9
+        # Weights in fp32, gradients and two moments of what is trained, before any activation.
+        model, adapter = self.spec.model, self.spec.adapter
+        trained = num_params(model) if adapter is None else num_trainable(linear_shapes(model), adapter)
+        need_gb = (4 * num_params(model) + 12 * trained) / 1e9
         if need_gb > limit_gb:
             raise UserError(f"--memory-limit-gb {limit_gb:g}: the weights and their optimiser alone need {need_gb:.2f} GB.")
         total = torch.cuda.get_device_properties(self._torch_device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit_gb * 1e9 / total), self._torch_device)
+
+    def _make_shards(self) -> Shards | None:
+        """This process's part of the model, where the processes of the run share one."""
+        spec, runtime = self.spec, self.spec.runtime
+        if not runtime.shard or runtime.reads_only:
+            return None
+        if self.group.size == 1:
+            self._notes.append("One process has nobody to share weights with: --shard does nothing.")
+            return None
+        if not isinstance(spec.model, ModelSpec):
+            raise UserError("--shard knows the models of the ladder: leave it out for a checkpoint of another tool.")
+        if spec.method.has_kl or spec.method.ewc:
+            raise UserError(f"Method {spec.method.name!r} reads a whole second model: it does not go with --shard.")
+        if spec.adapter is not None:
+            raise UserError("Adapters are small, and their base is not sharded: leave --shard out.")
+        if spec.optim.name != "adamw":
+            raise UserError(f"Optimizer {spec.optim.name!r} needs whole matrices: --shard takes adamw.")
+        options = {"grad_checkpoint": runtime.grad_checkpoint}
+        start = initial_weights(spec.model, spec.seed)
+        return Shards(spec.model, start, self._torch_device, self._dtype, self._chunk, self._maybe_compiled, **options)
+
+    def _refuse_shards(self, what: str) -> None:
+        if self._shards is not None:
+            raise UserError(f"{what} needs a whole model on a device: leave --shard out.")
+
+    def _one_token(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs, labels and a weight of 0 for a pass that a process takes for the others' sake."""
+        token = torch.zeros(1, 1, dtype=torch.int64, device=self._torch_device)
+        return token, token[0], torch.zeros(1, device=self._torch_device)
 
     def _maybe_compiled(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         on_gpu = self._torch_device.type == "cuda"
@@ -379,8 +487,7 @@ class TorchTrainer(Trainer):
     def _forward(self, weights: dict[str, Tensor], inputs: Tensor, segment: Tensor | None = None) -> Tensor:
         """Hidden states [N, D] without gradients, always eager: evaluation shapes vary."""
         with self._autocast():
-            x: Tensor = self._functions.hidden_states(weights, self.spec.model, inputs, segment)
-            return x.flatten(0, 1).to(self._dtype)
+            return self._decoder.hidden_states(weights, inputs, segment).flatten(0, 1).to(self._dtype)
 
     def _accumulate_gradient(
         self, batch: Batch, rows: slice, weight: npt.NDArray[np.float32], kl_weight: npt.NDArray[np.float32] | None
@@ -391,14 +498,17 @@ class TorchTrainer(Trainer):
         """
         inputs, labels = self._split(batch.tokens[rows])
         segment = None if batch.segment is None else self._on_device(batch.segment[rows])
+        if self._shards is not None:
+            return self._shards.loss(inputs, labels, self._on_device(weight).flatten(), segment).view(inputs.shape), None
         with self._autocast():
             checkpointed = self.spec.runtime.grad_checkpoint
-            x = self._hidden_states(self._weights, self.spec.model, inputs, segment, grad_checkpoint=checkpointed)
-        head, x = self._weights[self._functions.HEAD], x.to(self._dtype)
+            weights = self._folded(training=True)
+            x = self._hidden_states(weights, inputs, segment, grad_checkpoint=checkpointed)
+        head, x = self._decoder.head(weights), x.to(self._dtype)
         nll_rows, kl_rows = self._rows_of(np.asarray(batch.term[rows] != TERM_REPLAY_KL)), None
         if kl_weight is not None and kl_weight.any():
             kl_rows = self._rows_of(np.asarray(kl_weight.any(axis=1)))
-        objective, nll = gpt2.FusedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        objective, nll = losses.cross_entropy(
             x[nll_rows].flatten(0, 1),
             head,
             labels.view(inputs.shape)[nll_rows].flatten(),
@@ -415,22 +525,22 @@ class TorchTrainer(Trainer):
             assert kl_weight is not None
             with torch.no_grad(), self._autocast():
                 part = None if segment is None else segment[kl_rows]
-                ref_x = self._hidden_states(self._reference, self.spec.model, inputs[kl_rows], part).to(self._dtype)
-            kl_objective, kl = FusedKL.apply(  # type: ignore[no-untyped-call]
+                ref_x = self._hidden_states(self._reference, inputs[kl_rows], part).to(self._dtype)
+            kl_objective, kl = losses.kl_divergence(
                 x[kl_rows].flatten(0, 1),
                 head,
                 ref_x.flatten(0, 1),
-                self._reference[self._functions.HEAD],
+                self._decoder.head(self._reference),
                 self._on_device(kl_weight)[kl_rows].flatten(),
                 self._chunk,
             )
             objective = objective + kl_objective
             kl_BT = _in_rows(kl, kl_rows, inputs)
-        objective.backward()
+        objective.backward()  # type: ignore[no-untyped-call]
         return _in_rows(nll, nll_rows, inputs), kl_BT
 
     def _stored_divergence(
-        self, batch: Batch, first_row: int, x: Tensor, head: Tensor, kl_weight: npt.NDArray[np.float32] | None
+        self, batch: Batch, first_row: int, x: Tensor, head: Tensor | None, kl_weight: npt.NDArray[np.float32] | None
     ) -> tuple[Tensor, Tensor]:
         """The weighted KL to what is kept of the reference, and the KL float32[n * T], of the hidden states of a micro-batch's KL rows."""
         assert kl_weight is not None
@@ -442,6 +552,8 @@ class TorchTrainer(Trainer):
         )
         weight = torch.from_numpy(kl_weight[chosen]).to(self._torch_device).flatten()
         top = None if top is None else top.long()
+        if head is None:
+            raise UserError("Log-probabilities are not kept for a model that caps its logits: leave reference_log_probs live.")
         result: tuple[Tensor, Tensor] = FusedStoredKL.apply(x, head, log_probs, top, tail, weight, self._chunk)  # type: ignore[no-untyped-call]
         return result
 
@@ -454,15 +566,17 @@ class TorchTrainer(Trainer):
         optim, method = self.spec.optim, self.spec.method
         if self._reference is not None and (method.l2_sp or method.ewc):
             add_penalty_gradients(method, self._weights, gradients, self._reference, self._fisher)
-        norms = torch._foreach_norm(list(gradients.values()))
-        norm = torch.linalg.vector_norm(torch.stack(norms))
+        if self._shards is None:
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(gradients.values()))))
+        else:
+            norm = self._shards.norm(gradients)
         skipped = (~torch.isfinite(norm)).float()
         limit = optim.max_grad_norm
         scale = torch.clamp(norm / limit, min=1.0) if limit > 0 else torch.ones_like(norm)
         if self._reference is not None and method.anchor_decay:
             pull_to_reference(self._weights, self._reference, method.anchor_decay, learning_rate, skipped)
-        self._optimizer.step(self._weights, gradients, learning_rate, scale, skipped)
-        for value in self._weights.values():
+        self._optimizer.step(self._trained_weights(), gradients, learning_rate, scale, skipped)
+        for value in self._trained_weights().values() if self._shards is None else self._shards.parameters():
             value.grad = None
         return norm, skipped
 
@@ -484,13 +598,48 @@ class TorchTrainer(Trainer):
         size = max(1, num_tokens // (tokens.shape[1] - 1))
         return [slice(start, start + size) for start in range(0, len(tokens), size)]
 
-    def _read_weights(self, path: Path) -> dict[str, Tensor]:
-        weights = load_file(path, device=str(self._torch_device))
-        weights.pop("lm_head.weight", None)
-        shapes = {name: tuple(value.shape) for name, value in weights.items()}
-        if shapes != param_shapes(self.spec.model):
+    def _add_adapters(self) -> None:
+        """New adapters on the weights, where the spec has some."""
+        if self.spec.adapter is not None and not self.spec.runtime.reads_only:
+            shapes = parameter_shapes(linear_shapes(self.spec.model), self.spec.adapter)
+            self._weights |= {name: torch.empty(shape, device=self._torch_device) for name, shape in shapes.items()}
+            self._weights |= self._initial_adapters()
+            lora.restart_magnitudes(self._weights, outputs_first=self._outputs_first)
+
+    def _initial_adapters(self) -> dict[str, Tensor]:
+        assert self.spec.adapter is not None
+        start = initial_adapters(linear_shapes(self.spec.model), self.spec.adapter, self.spec.seed)
+        return {name: torch.from_numpy(value).to(self._torch_device) for name, value in start}
+
+    @property
+    def _trained(self) -> list[str]:
+        """The names of what a step changes."""
+        return [name for name in self._weights if self.spec.adapter is None or is_adapter(name)]
+
+    def _trained_weights(self) -> dict[str, Tensor]:
+        return {name: self._weights[name] for name in self._trained}
+
+    def _folded(self, *, training: bool = False) -> dict[str, Tensor]:
+        """The weights as the model reads them."""
+        return lora.folded(self._weights, self.spec.adapter, training=training, outputs_first=self._outputs_first)
+
+    def _read_weights(self, path: Path, *, or_adapters: bool = False) -> dict[str, Tensor]:
+        if self._shards is not None:
+            parts = self._shards.read(path, {name: name for name in self._weights})
+            if not parts:
+                raise UserError(f"{path} does not hold the weights of this model: names or shapes differ.")
+            return parts
+        weights: dict[str, Tensor] = {}
+        wanted: Mapping[str, tuple[int, ...]] = self._decoder.shapes
+        for file in weight_files(path):
+            stored = load_file(file, device=str(self._torch_device))
+            if or_adapters and self.spec.adapter is not None and any(map(is_adapter, map(parameter_name, stored))):
+                stored = {parameter_name(name): value for name, value in stored.items()}
+                wanted = parameter_shapes(linear_shapes(self.spec.model), self.spec.adapter)
+            weights |= {name: stored[old].float() for old, name in names_in_files(stored, wanted).items()}
+        if {name: tuple(value.shape) for name, value in weights.items()} != wanted:
             raise UserError(f"{path} does not hold the weights of this model: names or shapes differ.")
-        return {name: value.float() for name, value in weights.items()}
+        return weights
 
 
 def _in_rows(values: Tensor, rows: slice | Tensor, inputs: Tensor) -> Tensor:

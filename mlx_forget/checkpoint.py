@@ -4,6 +4,9 @@
     checkpoints/previous/  the one before, kept until the run ends
     checkpoints/best/      the weights at the lowest target validation loss; no training state
 
+A run that trains adapters saves them alone, as adapter_model.safetensors with peft's adapter_config.json, and once more in mlx-lm/ for
+mlx-lm; `state.json` names the base that they belong to, and `fuse` makes a whole checkpoint of both.
+
 `state.json` lists the checksum of every other file. A checkpoint is written beside its place and renamed, so a kill at any moment
 leaves `last` or `previous` whole.
 """
@@ -16,16 +19,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_forget import adapters, pretrained
 from mlx_forget.errors import UserError
-from mlx_forget.ladder import ModelSpec, hf_config, spec_from_hf_config
-from mlx_forget.pipeline.vocabularies import copy_tokenizer, special_ids, tokenizer_in
-from mlx_forget.trainer import Trainer
+from mlx_forget.ladder import ModelSpec, hf_config, linear_shapes, spec_from_hf_config
+from mlx_forget.pipeline.vocabularies import JSON_FILE, SENTENCEPIECE_FILE, copy_tokenizer, special_ids, tokenizer_in
+from mlx_forget.pretrained import (
+    PretrainedSpec,
+    find_pretrained,
+    older_keys,
+    read_config,
+    read_pretrained,
+    refuse_pickles,
+    weights_sha256,
+)
+from mlx_forget.trainer import AdapterSpec, Trainer
 
 SCHEMA_VERSION = 1
-WEIGHTS = "model.safetensors"
+CONFIG, WEIGHTS = pretrained.CONFIG, pretrained.WEIGHTS
 TRAINING_STATE = "training_state.safetensors"
-CONFIG = "config.json"
 STATE = "state.json"
+GENERATION_CONFIG = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -41,8 +54,17 @@ class Checkpoint:
     state: dict[str, Any]
 
     @property
+    def adapter(self) -> AdapterSpec | None:
+        """What it holds instead of whole weights, if it does."""
+        return adapter_of(self.state)
+
+    @property
     def weights(self) -> Path:
-        return self.folder / WEIGHTS
+        """The weights that its run trained: those of a whole model (the folder where they are in several files), or adapters."""
+        if self.adapter is not None:
+            return self.folder / adapters.WEIGHTS
+        single = self.folder / WEIGHTS
+        return single if single.is_file() else self.folder
 
     @property
     def training_state(self) -> Path:
@@ -52,15 +74,30 @@ class Checkpoint:
     def tokenizer(self) -> Path:
         return tokenizer_in(self.folder)
 
-    def model_spec(self) -> ModelSpec:
-        """The model's shape, from `config.json`."""
-        return spec_from_hf_config(json.loads((self.folder / CONFIG).read_text(encoding="utf-8")))
+    @property
+    def is_own(self) -> bool:
+        """Whether this tool wrote it."""
+        return "schema_version" in self.state
+
+    def model_spec(self) -> ModelSpec | PretrainedSpec:
+        """The model's shape: a rung of the ladder where it is one, whoever wrote it, else what it is."""
+        config = read_config(self.folder)
+        try:
+            return spec_from_hf_config(config)
+        except UserError:
+            return read_pretrained(self.folder, trust_remote_code=bool(self.state.get("trust_remote_code")))
+
+
+def adapter_of(state: dict[str, Any]) -> AdapterSpec | None:
+    """The adapters that a run's state speaks of, or None."""
+    given = state.get("adapter")
+    return None if given is None else AdapterSpec(**{**given, "target_modules": tuple(given["target_modules"])})
 
 
 def save_checkpoint(
     folder: Path,
     trainer: Trainer,
-    model: ModelSpec,
+    model: ModelSpec | PretrainedSpec,
     tokenizer: Path,
     state: dict[str, Any],
     *,
@@ -70,17 +107,25 @@ def save_checkpoint(
     aside = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    trainer.save(aside / WEIGHTS)
+    adapter = adapter_of(state)
+    trainer.save(aside / (WEIGHTS if adapter is None else adapters.WEIGHTS), trainable_only=adapter is not None)
     if with_training_state:
         trainer.save_state(aside / TRAINING_STATE)
     copy_tokenizer(tokenizer, aside)
-    bos_id, eos_id = special_ids(tokenizer)
-    (aside / CONFIG).write_text(json.dumps(hf_config(model, bos_token_id=bos_id, eos_token_id=eos_id), indent=1), encoding="utf-8")
-    files = {path.name: _sha256(path) for path in sorted(aside.iterdir())}
-    content = {"schema_version": SCHEMA_VERSION, **state, "files": files}
-    (aside / STATE).write_text(json.dumps(content, indent=1), encoding="utf-8")
-    for path in aside.iterdir():
-        _sync(path)
+    config = _config_of(model, tokenizer)
+    (aside / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
+    if isinstance(model, PretrainedSpec) and (model.folder / GENERATION_CONFIG).is_file():
+        shutil.copyfile(model.folder / GENERATION_CONFIG, aside / GENERATION_CONFIG)
+    if adapter is not None:
+        adapters.write_configs(
+            aside,
+            adapter,
+            linear_shapes(model),
+            base=state["base"]["folder"],
+            num_layers=model.num_layers,
+            model_type=config["model_type"],
+        )
+    seal(aside, state)
     old = folder.with_name("previous" if with_training_state else f".{folder.name}.old")
     if folder.exists():
         _remove(old)
@@ -89,6 +134,24 @@ def save_checkpoint(
     _sync(folder.parent)
     if not with_training_state:
         _remove(old)
+
+
+def _config_of(model: ModelSpec | PretrainedSpec, tokenizer: Path) -> dict[str, Any]:
+    """`config.json` of a checkpoint: the ladder's own, or that of the start with the type of the weights as they are saved."""
+    if isinstance(model, PretrainedSpec):
+        config = {key: value for key, value in older_keys(read_config(model.folder)).items() if key != "dtype"}
+        return config | {"torch_dtype": "float32"}
+    bos_id, eos_id = special_ids(tokenizer)
+    return hf_config(model, bos_token_id=bos_id, eos_token_id=eos_id)
+
+
+def seal(folder: Path, state: dict[str, Any]) -> None:
+    """Write `state.json` with the checksums of everything else in a checkpoint's folder, and make sure that all is on disk."""
+    files = {str(path.relative_to(folder)): _sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    content = {"schema_version": SCHEMA_VERSION, **state, "files": files}
+    (folder / STATE).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    for path in [*folder.rglob("*")]:
+        _sync(path)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -118,18 +181,42 @@ def places(path: Path) -> tuple[Path, ...]:
     return path, path / "checkpoints" / "last", path / "last"
 
 
-def find_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint that a user means by a folder: itself, or the last one of a run folder.
+def find_checkpoint(name: str | Path, *, trust_remote_code: bool = False) -> Checkpoint:
+    """The checkpoint that a user means: a folder of this tool, the last one of a run folder, or a Hugging Face folder or Hub id.
 
     Raises:
         UserError: none there, or damaged.
     """
+    path = Path(name).expanduser()
     for candidate in places(path):
         if (candidate / STATE).exists():
             return open_checkpoint(candidate)
+    found = find_pretrained(str(name), trust_remote_code=trust_remote_code)
+    if found is not None:
+        return _of_another_tool(str(name), found, trust_remote_code=trust_remote_code)
     if path.exists():
-        raise UserError(f"{path} holds no checkpoint: give a run folder or one of its checkpoints/last or checkpoints/best.")
+        refuse_pickles(path)
+        raise UserError(
+            f"{path} holds no checkpoint: give a run folder, one of its checkpoints/last or checkpoints/best, or a Hugging Face folder."
+        )
     raise UserError(f"There is no checkpoint at {path}.")
+
+
+def _of_another_tool(name: str, folder: Path, *, trust_remote_code: bool) -> Checkpoint:
+    """A checkpoint whose state is no more than what its files say."""
+    read_pretrained(folder, trust_remote_code=trust_remote_code)
+    digest = weights_sha256(folder)
+    state = {
+        "run_id": f"{Path(name).name}-{digest[:12]}",
+        "files": {WEIGHTS: digest},
+        "is_pretraining": False,
+        "curve": [],
+        "trust_remote_code": trust_remote_code,
+    }
+    checkpoint = Checkpoint(folder, state)
+    if not checkpoint.tokenizer.is_file():
+        raise UserError(f"{folder} has no {JSON_FILE} and no {SENTENCEPIECE_FILE}: copy its tokenizer's files there.")
+    return checkpoint
 
 
 def latest_checkpoint(folder: Path) -> tuple[Checkpoint | None, str | None]:

@@ -7,7 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_forget.errors import UserError
-from mlx_forget.ladder import ModelSpec, num_params
+from mlx_forget.ladder import ModelSpec, default_row_length, num_params
+from mlx_forget.pretrained import PretrainedSpec
 
 Floats = npt.NDArray[np.float32]
 
@@ -59,7 +60,7 @@ class Portions:
     num_logits: int
 
 
-def portions(spec: ModelSpec, most: Portions, *, limit_gb: float | None, used_bytes: int) -> Portions:
+def portions(spec: ModelSpec | PretrainedSpec, most: Portions, *, limit_gb: float | None, used_bytes: int) -> Portions:
     """At most `most`, and so little that a comparison stays below a memory limit.
 
     Args:
@@ -72,11 +73,12 @@ def portions(spec: ModelSpec, most: Portions, *, limit_gb: float | None, used_by
     if limit_gb is None:
         return most
     # Of a block at its widest: the residual stream, its norm, queries, keys, values and both sides of the GELU; scores of attention.
-    per_token = 4 * (20 * spec.width + 2 * spec.num_heads * spec.context_length)
+    row = default_row_length(spec)
+    per_token = 4 * (20 * spec.width + 2 * spec.num_heads * row)
     # Logits of both models, their exponentials, and one product of them.
     per_logits = 4 * 5 * spec.vocab_size
     weights = 2 * 4 * num_params(spec)
-    need = used_bytes + weights + per_token * spec.context_length + per_logits * _LEAST_CHUNK
+    need = used_bytes + weights + per_token * row + per_logits * _LEAST_CHUNK
     limit = limit_gb * _GIGABYTE
     if need > limit:
         raise UserError(
@@ -85,6 +87,6 @@ def portions(spec: ModelSpec, most: Portions, *, limit_gb: float | None, used_by
         )
     free = limit - used_bytes - weights
     return Portions(
-        num_tokens=min(most.num_tokens, max(spec.context_length, int(free / 2 / per_token))),
+        num_tokens=min(most.num_tokens, max(row, int(free / 2 / per_token))),
         num_logits=min(most.num_logits, max(_LEAST_CHUNK, int(free / 2 / per_logits))),
     )

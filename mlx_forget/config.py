@@ -16,15 +16,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from mlx_forget.adapters import ALL_LINEAR, ATTENTION
 from mlx_forget.errors import UserError, unknown
-from mlx_forget.ladder import SIZES, ModelSpec, num_params
+from mlx_forget.ladder import SIZES, ModelSpec, is_ladder_name, num_params
 from mlx_forget.methods import METHODS, MethodSpec, method_spec
 from mlx_forget.pipeline.reference_rows import parse_kind
 from mlx_forget.pipeline.rows import LAYOUTS
 from mlx_forget.pipeline.shares import describe_share, parse_stages
+from mlx_forget.pretrained import PretrainedSpec
 from mlx_forget.schedule import DECAYS, Decay, Schedule
 from mlx_forget.token_counts import parse_tokens
-from mlx_forget.trainer import Optimizer, OptimSpec, Precision, RuntimeSpec
+from mlx_forget.trainer import AdapterSpec, Optimizer, OptimSpec, Precision, RuntimeSpec
 
 # A built-in corpus stands for the small set that a user has.
 BUILTIN_TARGET_TOKENS = 100_000
@@ -52,11 +54,16 @@ class TrainConfig:
     """Every key of `forget train`, in the order of `--help`."""
 
     backend: str = _machine("auto", "mlx, cuda (PyTorch, also on a CPU) or auto.")
-    model: str = _key("0.65m", f"Ladder size ({', '.join(SIZES)}) or LAYERSxWIDTH.")
+    model: str = _key(
+        "0.65m",
+        f"Ladder size ({', '.join(SIZES)}), LAYERSxWIDTH, or a checkpoint to finetune: a Hugging Face folder or id[@revision].",
+    )
     init: str = _key(
         "auto",
-        "Start weights: a run or checkpoint folder, scratch, or auto: the base model of `base`, trained once and kept.",
+        "Start weights: a run, checkpoint or Hugging Face folder or id, scratch, or auto: those of a checkpoint that is --model, else the "
+        "base model of `base`, trained once and kept.",
     )
+    trust_remote_code: bool = _machine(False, "Run the Python code that comes with a checkpoint.")
     target: str = _key(
         "code",
         "What to learn: a built-in corpus, a recipe, a store, a file, a folder or a Hub id; or several: NAME=70%,NAME=30%.",
@@ -94,6 +101,25 @@ class TrainConfig:
     replay_tokens: int | None = _key(
         None, "Tokens to sample where replay_data is self; default: what the run needs, at most 2M, then they repeat."
     )
+    fine_tune_type: Literal["full", "lora", "dora"] = _key(
+        "full", "full: train every weight; lora, dora: freeze them and train low-rank adapters, which are all that is saved."
+    )
+    lora_rank: int = _key(8, "Rank of the adapters.", aliases=("lora_r", "rank"))
+    lora_alpha: float = _key(16.0, "What the adapters' product is multiplied by, together with --lora-scaling.")
+    lora_scaling: Literal["alpha/r", "alpha/sqrt(r)", "none"] = _key(
+        "alpha/r", "alpha/r; alpha/sqrt(r), which is rsLoRA; or none, which is 1."
+    )
+    lora_dropout: float = _key(0.0, "Share of an adapter's inputs that a step leaves out.")
+    lora_target_modules: str = _key(
+        ATTENTION,
+        f"What gets an adapter: {ATTENTION}, {ALL_LINEAR}, or names of modules such as attn.c_attn,mlp.c_fc.",
+        aliases=("lora_target", "target_modules"),
+    )
+    compare_to_start: bool = _key(
+        False,
+        "Compare with the start model at every evaluation: cross-entropy to its distribution (the forgetting L_f of Kalajdzievski 2024), KL "
+        "and agreement on the pretraining windows.",
+    )
     reference_log_probs: str = _key(
         REFERENCE_LIVE,
         "Where kl-replay takes the start model's log-probabilities from: live (a forward pass every step), full (float16, kept beside the "
@@ -119,12 +145,12 @@ class TrainConfig:
     batch_size: int = _key(16, "Rows per step, over all devices.")
     max_seq_length: int | None = _key(
         None,
-        "Tokens per row; default: the base's context, 128 for laptop sizes, 1024 above.",
+        "Tokens per row; default: the base's context (of a Hugging Face checkpoint at most 2048), 128 for laptop sizes, 1024 above.",
         aliases=("sequence_len",),
     )
     learning_rate: float | None = _key(
         None,
-        "Peak rate; default: by size from scratch, and a fixed share of the base's peak when finetuning.",
+        "Peak rate; default: by size from scratch, a fixed share of the base's peak when finetuning, 1e-5 for checkpoints of other tools.",
     )
     lr_schedule: Decay | None = _key(None, f"{', '.join(DECAYS)}; default: cosine from scratch, constant when finetuning.")
     warmup: float = _key(0.005, "Share of the steps that warm up.")
@@ -167,6 +193,9 @@ class TrainConfig:
     num_threads: int | None = _machine(None, "CPU threads.")
     memory_limit_gb: float | None = _machine(None, "Never use more memory than this.")
     steps_per_report: int = _machine(10, "Steps between progress reports.", aliases=("logging_steps",))
+    log_to: Literal["tensorboard", "wandb"] | None = _machine(
+        None, "Write losses for tensorboard or wandb (offline) too, into the run folder.", aliases=("report_to",)
+    )
     save_every: int | None = _machine(None, "Steps between checkpoints; default: at every evaluation.", aliases=("save_steps",))
 
     base: Mapping[str, Any] = field(
@@ -185,7 +214,16 @@ class TrainConfig:
             injects = self.method == "injection" and not self.is_pretraining
             object.__setattr__(self, "p", INJECTED_SHARE if injects else "0")
         stages = parse_stages(self.p)
-        for name in ("iters", "batch_size", "eval_rows", "pretrain_epochs", "steps_per_report", "vocab_size"):
+        for name in (
+            "iters",
+            "batch_size",
+            "eval_rows",
+            "pretrain_epochs",
+            "steps_per_report",
+            "vocab_size",
+            "lora_rank",
+            "lora_alpha",
+        ):
             _positive(name, getattr(self, name))
         for name in (
             "target_tokens",
@@ -211,6 +249,10 @@ class TrainConfig:
         for name in ("weight_decay", "max_grad_norm", "max_skipped", "seed"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must not be negative, it is {getattr(self, name)}.")
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"lora_dropout must be at least 0 and below 1, it is {self.lora_dropout:g}.")
+        if self.fine_tune_type == "full" and (idle := [f.name for f in _lora_fields() if getattr(self, f.name) != f.default]):
+            raise UserError(f"{idle[0]} is given, but --fine-tune-type is full and has no adapters: give lora or dora.")
         for name in ("warmup", "lr_final", "lr_decay_share", "lr_cooldown_share", "lr_plateau"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is a share, from 0 to 1, it is {getattr(self, name)}.")
@@ -233,11 +275,31 @@ class TrainConfig:
     def is_pretraining(self) -> bool:
         return self.init == "scratch"
 
+    @property
+    def start_name(self) -> str | None:
+        """The checkpoint to start from, as the user named it; None where the model is trained here first."""
+        if self.init not in ("auto", "scratch"):
+            return self.init
+        return None if is_ladder_name(self.model) else self.model
+
     def method_spec(self) -> MethodSpec:
         spec = method_spec(self.method, self.coefficient)
         if self.anchor_precision != "fp32" and not spec.has_anchor:
             raise UserError(f"--anchor-precision {self.anchor_precision}: method {self.method!r} holds no anchor; leave it out.")
         return dataclasses.replace(spec, anchor_precision=self.anchor_precision)
+
+    def adapter(self) -> AdapterSpec | None:
+        """The adapters that are trained, or None where every weight is."""
+        if self.fine_tune_type == "full":
+            return None
+        return AdapterSpec(
+            kind=self.fine_tune_type,
+            rank=self.lora_rank,
+            alpha=self.lora_alpha,
+            scaling=self.lora_scaling,
+            dropout=self.lora_dropout,
+            target_modules=tuple(name.strip() for name in self.lora_target_modules.split(",")),
+        )
 
     def optim(self) -> OptimSpec:
         return OptimSpec(
@@ -311,18 +373,24 @@ def scale_defaults() -> dict[str, Any]:
     return SMOKE if os.environ.get("FORGET_SCALE") == "smoke" else {}
 
 
-def default_peak(spec: ModelSpec) -> float:
+def default_peak(spec: ModelSpec | PretrainedSpec) -> float:
     """Peak pretraining rate by size, our choice (the paper's are not known): 3e-3 at 0.65M parameters, falling as N^-0.3."""
     return 3e-3 * math.pow(num_params(spec) / 656_448, -0.3)
 
 
-def finetuning_ratio(spec: ModelSpec) -> float:
+def finetuning_ratio(spec: ModelSpec | PretrainedSpec) -> float:
     """Finetuning rate over pretraining peak: the paper's 1/30; 1/5 for models of at most 20M parameters, which run far fewer steps."""
     return 1 / 5 if num_params(spec) <= 20_000_000 else 1 / 30
 
 
-def schedule(config: TrainConfig, spec: ModelSpec, base_peak: float | None) -> Schedule:
+def schedule(
+    config: TrainConfig, spec: ModelSpec | PretrainedSpec, base_peak: float | None, *, default_peak_rate: float | None = None
+) -> Schedule:
     """The learning-rate schedule of a run.
+
+    Args:
+        base_peak: of the pretraining run behind the start weights.
+        default_peak_rate: for start weights that have no such run.
 
     Raises:
         UserError: a finetune whose start checkpoint does not say its peak rate, without a rate of its own.
@@ -335,6 +403,8 @@ def schedule(config: TrainConfig, spec: ModelSpec, base_peak: float | None) -> S
     elif base_peak is not None:
         # Re-warming goes back to where pretraining had been.
         peak = base_peak * (1 if config.lr_schedule == "rewarm" else finetuning_ratio(spec)) * factor
+    elif default_peak_rate is not None:
+        peak = default_peak_rate * factor
     else:
         raise UserError("The start checkpoint does not say its peak learning rate: give --learning-rate.")
     decay: Decay = config.lr_schedule or ("cosine" if config.is_pretraining else "constant")
@@ -426,6 +496,9 @@ def science(config: TrainConfig) -> dict[str, Any]:
         default = {} if f.name == "base" else f.default
         if f.name == "replay_data" and value not in (REPLAY_SELF, REPLAY_ONLINE, REPLAY_PRETRAIN):
             continue
+        # Start weights are known by their hash, wherever they lie.
+        if f.name == "model" and not is_ladder_name(value):
+            continue
         if f.metadata["science"] and value != default and f.name not in ("base", "init", "target", "pretrain", "tokenizer"):
             given[f.name] = value
     return given | {"p": describe_share(config.p)}
@@ -450,6 +523,10 @@ def run_id(
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
+def _lora_fields() -> "list[dataclasses.Field[Any]]":
+    return [f for f in dataclasses.fields(TrainConfig) if f.name.startswith("lora_")]
+
+
 def _positive(name: str, value: float) -> None:
     if not (value > 0 and math.isfinite(value)):
         raise UserError(f"{name} must be positive and finite, it is {value}.")
@@ -471,6 +548,8 @@ def _convert(name: str, value: Any, wanted: Any) -> Any:
         return dict(value)
     if wanted is int and name.endswith("_tokens") and str(value).strip()[-1:].upper() in ("K", "M", "B"):
         return parse_tokens(str(value))
+    if wanted is str and isinstance(value, list):
+        return ",".join(map(str, value))
     try:
         if wanted is bool:
             if isinstance(value, str):

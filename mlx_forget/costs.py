@@ -5,10 +5,12 @@ import os
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from mlx_forget.adapters import parameter_shapes
 from mlx_forget.errors import UserError, unknown
-from mlx_forget.ladder import ModelSpec, moment_shapes, num_params, param_shapes, train_flops_per_token
+from mlx_forget.ladder import ModelSpec, linear_shapes, moment_shapes, num_params, param_shapes, train_flops_per_token
 from mlx_forget.methods import MethodSpec
-from mlx_forget.trainer import OptimSpec, Precision
+from mlx_forget.pretrained import PretrainedSpec
+from mlx_forget.trainer import AdapterSpec, OptimSpec, Precision
 
 # Of a device's memory: the rest is left to the framework, to fragments and to evaluations.
 USABLE_SHARE = 0.9
@@ -66,7 +68,7 @@ def device_like(name: str | None) -> Device | None:
 class KeptBytes(Protocol):
     """What a backend keeps of one token in one block for the gradient, in bytes."""
 
-    def __call__(self, model: ModelSpec, precision: Precision) -> int: ...
+    def __call__(self, model: ModelSpec | PretrainedSpec, precision: Precision) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,10 @@ class Step:
         row_length: tokens of a row.
         num_shards: devices that share weights, gradients and moments.
         kl_rows: rows of a step whose reference distribution is computed too.
+        adapter: what is trained on a frozen base; None trains every weight.
     """
 
-    model: ModelSpec
+    model: ModelSpec | PretrainedSpec
     optim: OptimSpec
     method: MethodSpec
     precision: Precision
@@ -90,12 +93,23 @@ class Step:
     num_shards: int = 1
     num_devices: int = 1
     kl_rows: int = 0
+    adapter: AdapterSpec | None = None
+
+    @property
+    def trained(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every parameter that a step changes."""
+        return param_shapes(self.model) if self.adapter is None else parameter_shapes(linear_shapes(self.model), self.adapter)
 
     @property
     def flops(self) -> float:
-        """Of a step on this device: 6 per matrix weight and token plus attention, a third of that for a frozen reference."""
-        rows = self.rows + _FORWARD_SHARE * self.kl_rows
-        return rows * self.row_length * train_flops_per_token(self.model)
+        """Of a step on this device: 6 per matrix weight and token plus attention, a third of that for a frozen reference.
+
+        The weights under adapters have no gradient of their own, which is another third.
+        """
+        share = 1 if self.adapter is None else 1 - _FORWARD_SHARE
+        rows = share * self.rows + _FORWARD_SHARE * self.kl_rows
+        attended = self.row_length if isinstance(self.model, PretrainedSpec) else None
+        return rows * self.row_length * train_flops_per_token(self.model, attended)
 
 
 def memory_bytes(step: Step, kept_bytes: KeptBytes, *, rows: int | None = None) -> dict[str, int]:
@@ -108,11 +122,13 @@ def memory_bytes(step: Step, kept_bytes: KeptBytes, *, rows: int | None = None) 
         rows: of a forward pass; None is all rows of the step.
     """
     model, shards = step.model, step.num_shards
-    weights = 4 * num_params(model)
-    sizes = {name: math.prod(shape) for name, shape in param_shapes(model).items()}
-    moments = 4 * sum(math.prod(shape) for shape in moment_shapes(step.optim.name, param_shapes(model)).values())
+    sizes = {name: math.prod(shape) for name, shape in step.trained.items()}
+    gradients = 4 * sum(sizes.values())
+    weights = 4 * num_params(model) + (0 if step.adapter is None else gradients)
+    moments = 4 * sum(math.prod(shape) for shape in moment_shapes(step.optim.name, step.trained).values())
     anchors = 2 if step.method.anchor_precision == "bf16" else 4
-    reference = 0 if step.method.reference is None else anchors * num_params(model)
+    # Under adapters, the base is the reference.
+    reference = 0 if step.method.reference is None or step.adapter is not None else anchors * num_params(model)
     if step.method.ewc:
         reference += weights
     tokens = (step.rows if rows is None else rows) * step.row_length
@@ -121,9 +137,9 @@ def memory_bytes(step: Step, kept_bytes: KeptBytes, *, rows: int | None = None) 
     blocks = model.num_layers * width + kept if step.grad_checkpoint else model.num_layers * kept
     chunk = min(tokens * model.vocab_size, _CHUNK_ELEMENTS)
     # The final states, their gradient and that of the head; what the largest parameter needs beside itself in a step.
-    head = 4 * model.vocab_size * model.width + 4 * width * tokens
+    head = (4 * model.vocab_size * model.width if step.adapter is None else 0) + 4 * width * tokens
     narrow = 2 * num_params(model) if step.precision == "bf16" else 0
-    message = weights if step.num_devices > 1 and shards == 1 else 0
+    message = gradients if step.num_devices > 1 and shards == 1 else 0
     if shards > 1:
         # One block and the embeddings at a time are whole, the next one is on its way.
         largest = max(12 * model.width**2, model.vocab_size * model.width)
@@ -132,7 +148,7 @@ def memory_bytes(step: Step, kept_bytes: KeptBytes, *, rows: int | None = None) 
         message += 3 * 4 * max(sizes.values())
     parts = {
         "weights": weights // shards,
-        "gradients": weights // shards + message,
+        "gradients": gradients // shards + message,
         "moments": moments // shards,
         "reference": reference // shards,
         "copies": narrow,
@@ -152,18 +168,23 @@ def fitting_rows(step: Step, kept_bytes: KeptBytes, available_bytes: float) -> i
     return rows
 
 
-def disk_bytes(model: ModelSpec, optim: OptimSpec) -> int:
+def disk_bytes(step: Step) -> int:
     """The most that the checkpoints of a run take at once: the last, the one before and one being written, and two of the best."""
-    weights = 4 * num_params(model)
-    moments = 4 * sum(math.prod(shape) for shape in moment_shapes(optim.name, param_shapes(model)).values())
+    weights, moments = _saved_bytes(step)
     return 3 * (weights + moments) + 2 * weights
 
 
-def kept_disk_bytes(model: ModelSpec, optim: OptimSpec) -> int:
+def kept_disk_bytes(step: Step) -> int:
     """What a run that has ended keeps: the last checkpoint with its moments, and the best weights."""
-    weights = 4 * num_params(model)
-    moments = 4 * sum(math.prod(shape) for shape in moment_shapes(optim.name, param_shapes(model)).values())
+    weights, moments = _saved_bytes(step)
     return 2 * weights + moments
+
+
+def _saved_bytes(step: Step) -> tuple[int, int]:
+    """Weights and moments of a checkpoint. Of adapters there are two copies in each, one for peft and one for mlx-lm."""
+    weights = (1 if step.adapter is None else 2) * 4 * sum(math.prod(shape) for shape in step.trained.values())
+    moments = 4 * sum(math.prod(shape) for shape in moment_shapes(step.optim.name, step.trained).values())
+    return weights, moments
 
 
 def host_memory_bytes() -> int | None:
@@ -190,6 +211,10 @@ def refuse_what_cannot_fit(step: Step, kept_bytes: KeptBytes, available_bytes: f
         lean = replace(step, optim=replace(step.optim, name="adafactor"), grad_checkpoint=True)
         if fitting_rows(lean, kept_bytes, available_bytes) is not None:
             ways.append("--optimizer adafactor --grad-checkpoint")
+    if step.adapter is None and not step.method.has_anchor:
+        small = replace(step, adapter=AdapterSpec(), grad_checkpoint=True)
+        if fitting_rows(small, kept_bytes, available_bytes) is not None:
+            ways.append("--fine-tune-type lora --grad-checkpoint")
     for count in (2, 4, 8, 16, 32, 64):
         shared = replace(step, num_shards=count, num_devices=count, grad_checkpoint=True)
         if count > step.num_shards and fitting_rows(shared, kept_bytes, available_bytes) is not None:
@@ -231,7 +256,7 @@ def summary(step: Step, kept_bytes: KeptBytes, *, rows: int | None) -> dict[str,
     """The keys that a dry run adds: memory of one device by kind and disk, at most at once and in the end, in bytes."""
     return {
         "memory_bytes_per_device": memory_bytes(step, kept_bytes, rows=rows),
-        "disk_bytes": disk_bytes(step.model, step.optim),
-        "kept_disk_bytes": kept_disk_bytes(step.model, step.optim),
+        "disk_bytes": disk_bytes(step),
+        "kept_disk_bytes": kept_disk_bytes(step),
         "micro_batch_size": rows,
     }

@@ -5,6 +5,7 @@ Rank 0 alone locks, prepares, writes and speaks; the others wait, and read what 
 """
 
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -73,8 +74,11 @@ class Group(ABC):
         except RuntimeError as error:
             if self.size == 1 or isinstance(error, RunFailed):
                 raise
-            reason = str(error).strip().splitlines()[0]
-            raise RunFailed(f"Another process of this run has ended ({reason}): the same command goes on.") from error
+            # Without the place in the framework's source before it and the advice after it.
+            reason = re.sub(r"^\[[^]]*\]\s*", "", str(error).strip().splitlines()[0]).split(". ")[0].rstrip(".")
+            raise RunFailed(
+                f"Another process of this run has ended ({reason}): the same command goes on from the last checkpoint."
+            ) from error
 
     @contextmanager
     def rank_zero_first(self) -> Iterator[None]:

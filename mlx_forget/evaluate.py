@@ -56,7 +56,8 @@ def window_losses(trainer: Trainer, windows: Windows) -> Losses:
     """
     losses = np.zeros(len(windows.tokens))
     mine = slice(trainer.group.rank, None, trainer.group.size)
-    if len(windows.tokens[mine]):
+    # Ranks that share one model read together, those without a window too.
+    if len(windows.tokens[mine]) or trainer.group.size > 1:
         segment = None if windows.segment is None else windows.segment[mine]
         token_losses = trainer.token_losses(windows.tokens[mine], segment)
         if windows.loss_mask is None:
@@ -65,6 +66,32 @@ def window_losses(trainer: Trainer, windows: Windows) -> Losses:
             counted = windows.loss_mask.sum() / len(windows.tokens)
             losses[mine] = (token_losses * windows.loss_mask[mine]).sum(axis=1, dtype=np.float64) / counted
     return trainer.group.all_sum(losses)
+
+
+# Columns of the history, with the measure of `Comparison` behind each.
+START_MEASURES = {
+    "forgetting_ce": "soft_ce",
+    "forgetting_ce_hard": "hard_ce",
+    "forgetting_kl": "kl",
+    "start_agreement": "agreement",
+}
+
+
+def compare_with_start(trainer: Trainer, windows: Windows) -> dict[str, float]:
+    """Means over the tokens of some windows of what a model says against its reference, the start model; ranks share the work.
+
+    `forgetting_ce` is the cross-entropy of the model to the start model's distribution, the forgetting L_f of Kalajdzievski 2024, and
+    `forgetting_ce_hard` that to its most likely token; `forgetting_kl` is the first without the start model's own entropy. Nats per token.
+    """
+    mine = slice(trainer.group.rank, None, trainer.group.size)
+    tokens = windows.tokens[mine]
+    mask = np.ones((len(tokens), tokens.shape[1] - 1), np.uint8) if windows.loss_mask is None else windows.loss_mask[mine]
+    sums = np.zeros(1 + len(START_MEASURES))
+    if len(tokens):
+        found = trainer.compare(tokens, mask)
+        sums[:] = mask.sum(), *(getattr(found, name).sum(dtype=np.float64) for name in START_MEASURES.values())
+    count, *totals = trainer.group.all_sum(sums)
+    return {column: float(total / count) for column, total in zip(START_MEASURES, totals, strict=True)}
 
 
 def estimate(losses: Losses) -> Estimate:

@@ -2,7 +2,8 @@
 
 Losses are nats per token. `target_train_loss` and the two validation losses are read on frozen windows at that step; `batch_loss` is
 the mean over the target rows of the batches since the row before. `*_windows` hold the mean loss of every window, so that any two
-evaluations can be compared window by window.
+evaluations can be compared window by window. The columns about the start model (see `evaluate.compare_with_start`) are null where a
+run was not asked for them.
 """
 
 import os
@@ -30,13 +31,17 @@ SCHEMA = pa.schema(
         ("num_skipped", pa.int64()),
         ("tokens_per_second", pa.float64()),
         ("wall_seconds", pa.float64()),
+        ("forgetting_ce", pa.float64()),
+        ("forgetting_ce_hard", pa.float64()),
+        ("forgetting_kl", pa.float64()),
+        ("start_agreement", pa.float64()),
     ],
     metadata={"schema_version": "1"},
 )
 
 
 def read_history(path: Path) -> pa.Table:
-    """The rows of a history file; an unfinished last row is left out."""
+    """The rows of a history file; an unfinished last row is left out, and a column that an older release did not write is null."""
     batches: list[pa.RecordBatch] = []
     try:
         with pa.OSFile(str(path)) as file, pa.ipc.open_stream(file) as reader:
@@ -45,7 +50,13 @@ def read_history(path: Path) -> pa.Table:
     except (StopIteration, pa.ArrowInvalid, OSError):
         # The stream of a killed or running writer ends without a mark, possibly within a row.
         pass
-    return pa.Table.from_batches(batches, SCHEMA)
+    if not batches:
+        return SCHEMA.empty_table()
+    table = pa.Table.from_batches(batches)
+    columns = [
+        table[name] if name in table.column_names else pa.nulls(len(table), SCHEMA.field(name).type) for name in SCHEMA.names
+    ]
+    return pa.table(columns, schema=SCHEMA)
 
 
 class HistoryWriter:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_forget.errors import UserError, unknown
+from mlx_forget.pretrained import DEFAULT_ROW_LENGTH, PretrainedSpec
 
 Architecture = Literal["gpt2", "qknorm"]
 
@@ -26,6 +27,8 @@ _QKNORM_TYPE = "mlx-forget-qknorm"
 # GPT-2's 0.02 at its own width of 768, scaled so that activations keep their size along the ladder.
 INIT_STD_AT_768 = 0.02
 
+_IN_BLOCK = re.compile(r"\.(h|layers|blocks)\.\d+\.")
+_SHAPE = r"(?:qknorm-)?(\d+)x(\d+)"
 # name -> (num_layers, width). The first five carry the paper's names and reproduce its parameter counts.
 SIZES: dict[str, tuple[int, int]] = {
     "tiny": (8, 512),
@@ -90,7 +93,7 @@ def model_spec(name: str, vocab_size: int, context_length: int) -> ModelSpec:
     architecture: Architecture = "qknorm" if name.startswith(_QKNORM_PREFIXES) else "gpt2"
     if name in SIZES:
         num_layers, width = SIZES[name]
-    elif match := re.fullmatch(r"(?:qknorm-)?(\d+)x(\d+)", name):
+    elif match := re.fullmatch(_SHAPE, name):
         num_layers, width = int(match[1]), int(match[2])
     else:
         raise unknown("model size", name, SIZES)
@@ -114,8 +117,16 @@ def head_name(spec: ModelSpec) -> str:
     return QKNORM_HEAD if spec.architecture == "qknorm" else "transformer.wte.weight"
 
 
-def param_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter under its name, of `gpt2` in Hugging Face's; matrices are [in, out] as GPT-2's Conv1D stores them."""
+def is_ladder_name(name: str) -> bool:
+    """Whether `model_spec` takes a name; any other stands for a checkpoint."""
+    return name in SIZES or re.fullmatch(_SHAPE, name) is not None
+
+
+def param_shapes(spec: ModelSpec | PretrainedSpec) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter under its name, of all but `qknorm` in Hugging Face's; GPT-2's matrices are [in, out] as its Conv1D stores
+    them."""
+    if isinstance(spec, PretrainedSpec):
+        return dict(spec.shapes)
     d = spec.width
     if spec.architecture == "qknorm":
         names: dict[str, tuple[int, ...]] = {"decoder.embed_in.weight": (spec.vocab_size, d)}
@@ -150,21 +161,53 @@ def param_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     return shapes | {"transformer.ln_f.weight": (d,), "transformer.ln_f.bias": (d,)}
 
 
-def num_params(spec: ModelSpec) -> int:
+def linear_shapes(spec: ModelSpec | PretrainedSpec) -> dict[str, tuple[int, int]]:
+    """{module: (in, out)} of every linear map in the blocks: what adapters can sit on."""
+    shapes = param_shapes(spec)
+    maps = {
+        name.removesuffix(".weight"): shape
+        for name, shape in shapes.items()
+        if _IN_BLOCK.search(name) and name.endswith(".weight") and len(shape) == 2
+    }
+    if outputs_first(spec):
+        return {name: (shape[1], shape[0]) for name, shape in maps.items()}
+    return {name: (shape[0], shape[1]) for name, shape in maps.items()}
+
+
+def outputs_first(spec: ModelSpec | PretrainedSpec) -> bool:
+    """Whether matrices are stored [out, in], as all but GPT-2's are."""
+    return isinstance(spec, PretrainedSpec) and spec.model_type != "gpt2"
+
+
+def num_params(spec: ModelSpec | PretrainedSpec) -> int:
     """All parameters, a tied embedding counted once: the N of the laws."""
+    if isinstance(spec, PretrainedSpec):
+        return spec.num_params
     return sum(int(np.prod(shape)) for shape in param_shapes(spec).values())
 
 
-def num_non_embedding_params(spec: ModelSpec) -> int:
+def num_non_embedding_params(spec: ModelSpec | PretrainedSpec) -> int:
     """Parameters without the token and position embeddings, and without an untied head."""
+    if isinstance(spec, PretrainedSpec):
+        return spec.num_non_embedding_params
     tables = 2 * spec.vocab_size if spec.architecture == "qknorm" else spec.vocab_size + spec.context_length
     return num_params(spec) - tables * spec.width
 
 
-def train_flops_per_token(spec: ModelSpec) -> int:
-    """FLOPs of one training token: 6 per matrix weight (the head's product included) plus 12 L T d for attention."""
+def default_row_length(spec: ModelSpec | PretrainedSpec) -> int:
+    """Tokens per row where nobody says: the context, but of checkpoints of other tools at most 2,048."""
+    if isinstance(spec, PretrainedSpec):
+        return min(spec.context_length, DEFAULT_ROW_LENGTH)
+    return spec.context_length
+
+
+def train_flops_per_token(spec: ModelSpec | PretrainedSpec, row_length: int | None = None) -> int:
+    """FLOPs of one training token: 6 per matrix weight (the head's product included) plus 12 L T d for attention.
+
+    T is `row_length`, by default the context.
+    """
     matrices = num_non_embedding_params(spec) + spec.vocab_size * spec.width
-    return 6 * matrices + 12 * spec.num_layers * spec.context_length * spec.width
+    return 6 * matrices + 12 * spec.num_layers * (row_length or spec.context_length) * spec.width
 
 
 def train_bytes(spec: ModelSpec, num_tokens: int) -> int:
@@ -178,8 +221,10 @@ def train_bytes(spec: ModelSpec, num_tokens: int) -> int:
 
 
 def decays(name: str) -> bool:
-    """Whether weight decay applies to a parameter: to matrices and both embeddings, never to biases and norms."""
-    return name.endswith(".weight") and ".ln_" not in name
+    """Whether weight decay applies to a parameter: to matrices, both embeddings and the factors of adapters, never to biases, norms and
+    magnitudes."""
+    module = name.removesuffix(".weight").rsplit(".", 1)[-1]
+    return name.endswith(".weight") and not module.startswith("ln_") and "norm" not in module and "magnitude" not in module
 
 
 def is_factored(shape: tuple[int, ...]) -> bool:
@@ -257,14 +302,21 @@ def spec_from_hf_config(config: dict[str, Any]) -> ModelSpec:
     Raises:
         UserError: the configuration is not a GPT-2 that the ladder can hold.
     """
+    # What transformers leaves out of a configuration is at its default, and the ladder's choices are GPT-2's.
     fixed = {
-        "model_type": "gpt2",
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": LAYER_NORM_EPSILON,
+        "model_type": ("gpt2",),
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+        "layer_norm_epsilon": (LAYER_NORM_EPSILON,),
+        "n_inner": (None, 4 * int(config.get("n_embd") or 0)),
+        "tie_word_embeddings": (True,),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
     }
     architecture: Architecture = "qknorm" if config.get("model_type") == _QKNORM_TYPE else "gpt2"
-    for key, wanted in fixed.items() if architecture == "gpt2" else ():
-        if config.get(key) != wanted:
+    for key, allowed in fixed.items() if architecture == "gpt2" else ():
+        wanted = allowed[0]
+        if config.get(key, wanted if key not in ("model_type", "activation_function") else None) not in allowed:
             raise UserError(f"Not a ladder checkpoint: config.json has {key}={config.get(key)!r}, the ladder needs {wanted!r}.")
     try:
         return ModelSpec(

@@ -15,11 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_forget import checkpoint
-from mlx_forget.evaluate import Windows, window_losses
+from mlx_forget.evaluate import Windows, compare_with_start, window_losses
 from mlx_forget.history import HistoryWriter
 from mlx_forget.ladder import ModelSpec
 from mlx_forget.methods import SOURCE_TARGET, TERM_TASK
 from mlx_forget.pipeline.batches import BatchStream
+from mlx_forget.pretrained import PretrainedSpec
 from mlx_forget.records import HISTORY
 from mlx_forget.schedule import Schedule
 from mlx_forget.trainer import Stack, StepResult, Trainer
@@ -88,11 +89,12 @@ class RunState:
         stream: batches by step.
         target_train, target_val, pretrain_val: frozen windows; `pretrain_val` None measures no forgetting. A pretraining run
             passes the same object as target_val and pretrain_val.
+        compares_with_start: read the pretraining windows against the trainer's reference, the start model, at every evaluation.
         identity: written into every checkpoint, such as the run's id.
     """
 
     folder: Path
-    model: ModelSpec
+    model: ModelSpec | PretrainedSpec
     tokenizer: Path
     schedule: Schedule
     stream: BatchStream
@@ -102,6 +104,7 @@ class RunState:
     cadence: Cadence
     stop: StopRules
     observer: Observer
+    compares_with_start: bool = False
     identity: dict[str, Any] = field(default_factory=dict)
 
     step: int = 0
@@ -310,6 +313,10 @@ def _evaluate(run: RunState, trainer: Trainer) -> str | None:
         "wall_seconds": _elapsed(run),
     }
     run.interval_sums = np.zeros(2)
+    against_start: dict[str, float] = {}
+    if run.compares_with_start and run.pretrain_val is not None:
+        against_start = compare_with_start(trainer, run.pretrain_val)
+    row |= against_start
     if trainer.group.rank == 0:
         run.history.append(row)
     losses = {
@@ -317,6 +324,7 @@ def _evaluate(run: RunState, trainer: Trainer) -> str | None:
         "target_train": row["target_train_loss"],
         "target_val": row["target_val_loss"],
         "pretrain_val": row["pretrain_val_loss"],
+        **against_start,
     }
     run.last = losses
     if run.start is None:

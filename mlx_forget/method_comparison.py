@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_forget.adapters import ATTENTION
 from mlx_forget.config import REFERENCE_LIVE, REPLAY_PRETRAIN, REPLAY_SELF
 from mlx_forget.errors import UserError
 from mlx_forget.history import read_history
@@ -113,12 +114,27 @@ def load_trajectories(runs: Sequence[Run], seed: int | None = None) -> list[Traj
         if record["forgetting_nats"] is None or (seed is not None and record["seed"] != seed):
             continue
         rows = read_history(run.history).to_pylist()
-        found.append(Trajectory(describe(record["config"]), record["config"]["method"], record["seed"], record, rows))
+        found.append(Trajectory(describe(record["config"]), _method(record["config"]), record["seed"], record, rows))
     if not found:
         raise UserError("There are no finished finetuning runs here that measured a pretraining loss.")
-    names = list(METHODS)
+    # Adapters by themselves come after plain finetuning.
+    names = ["plain", "lora", "dora", *(name for name in METHODS if name != "plain")]
     found.sort(key=lambda t: (names.index(t.method), t.record["config"].get("replay_data") != REPLAY_SELF, t.label, t.seed))
     return found
+
+
+def _method(config: dict[str, Any]) -> str:
+    """What a run is compared as: its method, or its adapters where they are all that differs from plain finetuning."""
+    kind = config.get("fine_tune_type", "full")
+    return str(kind) if kind != "full" and config["method"] == "plain" else str(config["method"])
+
+
+def _adapters(config: dict[str, Any]) -> str:
+    kind = {"lora": "LoRA", "dora": "DoRA"}[config["fine_tune_type"]]
+    scaling = {"alpha/r": "α/r", "alpha/sqrt(r)": "α/√r", "none": "unscaled"}[config["lora_scaling"]]
+    alpha = "" if config["lora_scaling"] == "none" else f", α = {config['lora_alpha']:g}"
+    modules = "" if config["lora_target_modules"] == ATTENTION else f", {config['lora_target_modules']}"
+    return f"{kind} r = {config['lora_rank']}{modules}, {scaling}{alpha}"
 
 
 def describe(config: dict[str, Any]) -> str:
@@ -127,6 +143,10 @@ def describe(config: dict[str, Any]) -> str:
     method = METHODS[name]
     coefficient = config.get("coefficient")
     parts = [_TEXTS[name]]
+    if config.get("fine_tune_type", "full") != "full":
+        parts = [_adapters(config)] if name == "plain" else [f"{_adapters(config)}: {_TEXTS[name]}"]
+        # Adapters are compared at rates of their own.
+        parts += [f"rate {config['learning_rate']:g}"] if config.get("learning_rate") else []
     if method.reads_replay and name != "ewc":
         data = config["replay_data"]
         parts.append({REPLAY_SELF: "self-generated", REPLAY_PRETRAIN: "real data"}.get(data, str(data)))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_forget import checkpoint, costs
+from mlx_forget.adapters import num_trainable
 from mlx_forget.checkpoint import Checkpoint
 from mlx_forget.config import (
     BUILTIN_TARGET_TOKENS,
@@ -23,9 +24,12 @@ from mlx_forget.config import (
 from mlx_forget.distributed import ALONE, Group
 from mlx_forget.errors import UserError
 from mlx_forget.evaluate import Windows
+from mlx_forget.fuse import whole_checkpoint
 from mlx_forget.ladder import (
     ModelSpec,
     default_context,
+    default_row_length,
+    linear_shapes,
     model_spec,
     num_non_embedding_params,
     num_params,
@@ -41,7 +45,10 @@ from mlx_forget.pipeline.rows import Layout
 from mlx_forget.pipeline.shares import ShareSchedule, Stage, constant_share, parse_sources, parse_stages
 from mlx_forget.pipeline.store import TokenStore
 from mlx_forget.pipeline.vocabularies import find_tokenizer, load_vocabulary, tokenizer_in
+from mlx_forget.pretrained import LEARNING_RATE, PretrainedSpec
 from mlx_forget.schedule import Schedule
+from mlx_forget.start import differences, find_start, fit_to_start
+from mlx_forget.tracking import check_sink
 from mlx_forget.trainer import Capabilities, Precision, choose_backend, join_group, load_backend
 from mlx_forget.watch import Watch
 
@@ -68,7 +75,7 @@ class Plan:
     config: TrainConfig
     backend: str
     precision: Precision
-    model: ModelSpec
+    model: ModelSpec | PretrainedSpec
     schedule: Schedule
     stream: BatchStream
     windows: tuple[Windows, Windows, Windows | None]
@@ -97,6 +104,17 @@ class Plan:
         evaluations = (math.ceil(self.num_steps / evaluate) + 1) * sum(windows.values()) * per_window
         return self.num_steps * self.step(1).flops + evaluations + (0 if self.base is None else self.base.flops())
 
+    @property
+    def _attended(self) -> int | None:
+        """Tokens that attention runs over where that is not the model's context."""
+        return self.stream.target.row_length if isinstance(self.model, PretrainedSpec) else None
+
+    @property
+    def num_trainable_params(self) -> int:
+        """Parameters that the run changes: all, or those of its adapters."""
+        adapter = self.config.adapter()
+        return num_params(self.model) if adapter is None else num_trainable(linear_shapes(self.model), adapter)
+
     def summary(self) -> dict[str, Any]:
         """What the run will be and cost."""
         tokens = self.num_steps * self.stream.batch_size * self.stream.target.row_length
@@ -105,8 +123,9 @@ class Plan:
             "folder": str(self.folder),
             "backend": self.backend,
             "precision": self.precision,
-            "model": dataclasses.asdict(self.model),
+            "model": self.model.summary() if isinstance(self.model, PretrainedSpec) else dataclasses.asdict(self.model),
             "num_params": num_params(self.model),
+            "num_trainable_params": self.num_trainable_params,
             "num_non_embedding_params": num_non_embedding_params(self.model),
             "num_steps": self.num_steps,
             "num_tokens": tokens,
@@ -116,7 +135,7 @@ class Plan:
             "kept_log_prob_bytes": self._kept_log_prob_bytes(),
             "unique_target_tokens": self.stream.target.num_tokens,
             "learning_rate": self.schedule.peak,
-            "train_flops": tokens * train_flops_per_token(self.model),
+            "train_flops": tokens * train_flops_per_token(self.model, self._attended),
             **costs.summary(self.step(), load_backend(self.backend).kept_bytes, rows=self.micro_batch_size),
             "base": None if self.base is None else self.base.summary(),
         }
@@ -177,9 +196,12 @@ def _plan(config: TrainConfig, backend: str, group: Group, folder: Path | None, 
     precision: Precision = config.precision if config.precision != "auto" else "bf16" if fast_bf16 else "fp32"
     num_devices = where.num_devices or group.size
     _check_method(config, backend, capabilities)
+    check_sink(config.log_to)
 
-    base, start = None, None
-    if config.init == "auto":
+    base, start, default_rate = None, None, None
+    if config.init == "scratch" and config.start_name is not None:
+        model_spec(config.model, 1, 1)
+    if config.start_name is None and config.init == "auto":
         base = _plan(config.base_config(), backend, group, None, dataclasses.replace(watch, say=lambda sentence: None), where)
         base = dataclasses.replace(base, folder=forget_home() / "bases" / base.folder.name)
         tokenizer, model, base_peak, init = base.tokenizer, base.model, base.schedule.peak, base.run_id
@@ -189,17 +211,21 @@ def _plan(config: TrainConfig, backend: str, group: Group, folder: Path | None, 
         model = model_spec(config.model, vocab_size, config.max_seq_length or default_context(config.model))
         base_peak, init = None, "scratch"
     else:
-        start = checkpoint.find_checkpoint(Path(config.init).expanduser())
+        start = whole_checkpoint(find_start(config))
         tokenizer, model = start.tokenizer, start.model_spec()
+        default_rate = None if start.is_own else LEARNING_RATE
+        config = fit_to_start(config, start, model, capabilities, watch)
         base_peak, init = start.state.get("peak_learning_rate"), start.state["files"][checkpoint.WEIGHTS]
         if (
             config.tokenizer is not None
             and load_vocabulary(find_tokenizer(config.tokenizer)).hash != load_vocabulary(tokenizer).hash
         ):
             raise UserError(
-                f"--tokenizer {config.tokenizer} is not the tokenizer that {config.init} was trained with: leave it out."
+                f"--tokenizer {config.tokenizer} is not the tokenizer that {config.start_name} was trained with: leave it out."
             )
-    row_length = config.max_seq_length or model.context_length
+    if (adapter := config.adapter()) is not None:
+        num_trainable(linear_shapes(model), adapter)
+    row_length = config.max_seq_length or default_row_length(model)
     if row_length > model.context_length:
         raise UserError(f"--max-seq-length {row_length} exceeds the model's context of {model.context_length} tokens.")
 
@@ -207,6 +233,10 @@ def _plan(config: TrainConfig, backend: str, group: Group, folder: Path | None, 
     micro_batch_size = _rows_that_fit(config, step, backend, where)
     targets, pools, replays = sources_of(config.target), sources_of(config.pretrain), stored_replay(config)
     stores = {name: resolve_store(name, tokenizer, progress=watch.progress) for name in {**targets, **pools, **replays}}
+    if start is not None:
+        vocabulary = load_vocabulary(tokenizer)
+        for sentence in (said for name, store in stores.items() for said in differences(name, store, vocabulary)):
+            watch.say(sentence)
     published = {name: _same_as_published(name, watch) for name in stores if name in CORPORA}
     if config.tokens_per_param is not None:
         num_tokens = config.tokens_per_param * num_params(model)
@@ -216,7 +246,9 @@ def _plan(config: TrainConfig, backend: str, group: Group, folder: Path | None, 
         beta2 = 0.5 ** (config.batch_size * row_length / config.beta2_half_life_tokens)
         config = dataclasses.replace(config, beta2=beta2, beta2_half_life_tokens=None)
     stream, windows, num_steps = _data(config, stores, row_length)
-    rates = schedule(config, model, base_peak)
+    if config.compare_to_start and windows[2] is not None and windows[2].segment is not None:
+        raise UserError("--compare-to-start reads rows without document masks: give --rows packed or padded.")
+    rates = schedule(config, model, base_peak, default_peak_rate=default_rate)
     data = {"target": identity_of(targets, stores), "pretrain": identity_of(pools, stores)}
     if replays:
         data["replay"] = identity_of(replays, stores)
@@ -250,7 +282,9 @@ def _plan(config: TrainConfig, backend: str, group: Group, folder: Path | None, 
     )
 
 
-def _step(config: TrainConfig, model: ModelSpec, precision: Precision, row_length: int, num_devices: int) -> costs.Step:
+def _step(
+    config: TrainConfig, model: ModelSpec | PretrainedSpec, precision: Precision, row_length: int, num_devices: int
+) -> costs.Step:
     replayed = replay_rows_per_step(config)
     method = config.method_spec()
     kl_rows = config.batch_size if method.kl_on_task else replayed if method.has_kl else 0
@@ -265,6 +299,7 @@ def _step(config: TrainConfig, model: ModelSpec, precision: Precision, row_lengt
         num_shards=num_devices if config.shard else 1,
         num_devices=num_devices,
         kl_rows=math.ceil(kl_rows / num_devices),
+        adapter=config.adapter(),
     )
 
 
@@ -361,6 +396,12 @@ def _check_method(config: TrainConfig, backend: str, capabilities: Capabilities)
     if lacking or (method.has_anchor and not capabilities.anchor) or (method.ewc and not capabilities.fisher):
         raise UserError(f"Backend {backend!r} does not have what method {config.method!r} needs.")
     row = METHODS[config.method]
+    if config.fine_tune_type != "full":
+        _check_adapters(config, backend, capabilities)
+    if config.compare_to_start and (config.is_pretraining or config.pretrain is None):
+        raise UserError(
+            "--compare-to-start reads the pretraining windows of a finetune: give --init and --pretrain, or leave it out."
+        )
     if config.is_pretraining and (method.reference is not None or row.reads_replay):
         raise UserError(f"Method {config.method!r} keeps what a start model knows, and init: scratch has none: give --init.")
     if row.reads_replay and config.replay_data == REPLAY_PRETRAIN and config.pretrain is None:
@@ -380,6 +421,23 @@ def _check_method(config: TrainConfig, backend: str, capabilities: Capabilities)
         )
     if row.reads_replay and config.replay_data in (REPLAY_SELF, REPLAY_ONLINE) and not capabilities.sample:
         raise UserError(f"Backend {backend!r} cannot sample: give --replay-data.")
+
+
+def _check_adapters(config: TrainConfig, backend: str, capabilities: Capabilities) -> None:
+    """Refuse adapters where they cannot be, or where the method is about the weights that they freeze."""
+    if config.fine_tune_type not in capabilities.adapters:
+        raise UserError(f"Backend {backend!r} has no {config.fine_tune_type}: leave --fine-tune-type out.")
+    if config.is_pretraining:
+        raise UserError(
+            f"--fine-tune-type {config.fine_tune_type} freezes the start weights, and init: scratch has none: give --init."
+        )
+    if config.shard:
+        raise UserError("--shard shares what is trained, and adapters are small: leave it out.")
+    if config.method_spec().has_anchor:
+        raise UserError(
+            f"Method {config.method!r} holds every weight near its start, where adapters freeze them: take kl-replay, ntp-replay, lwf or "
+            "injection, or --fine-tune-type full."
+        )
 
 
 def replay_name(config: TrainConfig) -> str | None:

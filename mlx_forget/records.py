@@ -61,8 +61,9 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     return record
 
 
-def find_runs(folder: Path) -> Iterator[Run]:
+def find_runs(folder: Path | str) -> Iterator[Run]:
     """Every finished run at or below a folder, in the order of their names; unfinished ones are passed over."""
+    folder = Path(folder)
     for path in sorted([folder, *folder.glob("*"), *folder.glob("*/*")]):
         if (path / RECORD).is_file():
             record = read_record(path)

@@ -100,6 +100,13 @@ def uniforms(seed: int, first_row: int, num_rows: int, length: int) -> npt.NDArr
     return out
 
 
+@dataclass
+class RowsAtOnce:
+    """How many rows a device samples at once; what has once not fitted is not tried again."""
+
+    count: int
+
+
 def sample_rows(
     trainer: Trainer,
     spec: SampleSpec,
@@ -108,16 +115,18 @@ def sample_rows(
     *,
     from_reference: bool = False,
     say: Callable[[str], None] = lambda sentence: None,
+    at_once: RowsAtOnce | None = None,
 ) -> Rows:
     """Rows first_row, first_row + 1, ... of a sample of the model or of its reference, int32[num_rows, length], without BOS.
 
-    A batch that does not fit into memory is halved, and that is said.
+    A batch that does not fit into memory is halved, and that is said; `at_once` remembers it from call to call.
     """
+    at_once = at_once or RowsAtOnce(spec.batch_size)
     out = np.empty((num_rows, spec.length), np.int32)
     out[:, : len(spec.prompt)] = spec.prompt
-    start, size = 0, spec.batch_size
+    start = 0
     while start < num_rows:
-        count = min(size, num_rows - start)
+        count = min(at_once.count, num_rows - start)
         prompts = np.tile(np.array([spec.bos_id, *spec.prompt], np.int32), (count, 1))
         u = uniforms(spec.seed, first_row + start, count, spec.length - len(spec.prompt))
         try:
@@ -126,8 +135,8 @@ def sample_rows(
         except MemoryError:
             if count == 1:
                 raise UserError("One row does not fit into memory: sample on another device, or a shorter --length.") from None
-            size = count // 2
-            say(f"{count} rows at once do not fit into memory: sampling {size}.")
+            at_once.count = count // 2
+            say(f"{count} rows at once do not fit into memory: sampling {at_once.count}.")
             continue
         start += count
     return out
@@ -143,12 +152,17 @@ class OnlineReplay:
         trainer: with a reference.
         spec: `num_tokens` is not used.
         rows_per_step, term: as `ReplaySource` says.
+        vocab_size: of the model.
+        say: hears of rows that do not fit into memory, and of a first batch that is noise or has collapsed.
     """
 
     trainer: Trainer
     spec: SampleSpec
     rows_per_step: int
     term: int
+    vocab_size: int
+    say: Callable[[str], None] = lambda sentence: None
+    _at_once: RowsAtOnce | None = field(default=None, init=False, repr=False)
     _cache: tuple[int, Rows] | None = field(default=None, init=False, repr=False)
 
     def tokens_before(self, step: int) -> tuple[int, int]:
@@ -161,10 +175,28 @@ class OnlineReplay:
         steps = max(1, self.spec.batch_size // self.rows_per_step)
         first = step // steps * steps
         if self._cache is None or self._cache[0] != first:
-            rows = sample_rows(self.trainer, self.spec, first * self.rows_per_step, steps * self.rows_per_step, from_reference=True)
+            is_first, self._at_once = self._at_once is None, self._at_once or RowsAtOnce(self.spec.batch_size)
+            rows = sample_rows(
+                self.trainer,
+                self.spec,
+                first * self.rows_per_step,
+                steps * self.rows_per_step,
+                from_reference=True,
+                say=self.say,
+                at_once=self._at_once,
+            )
             self._cache = (first, _after_bos(rows, self.spec.bos_id))
+            if is_first:
+                self._judge(self._cache[1])
         here = (step - first) * self.rows_per_step
         return self._cache[1][here : here + self.rows_per_step][rank::world_size], None, None
+
+    def _judge(self, rows: Rows) -> None:
+        """Say it when the rows are noise or have collapsed."""
+        entropy = self.trainer.compare(rows, np.ones((len(rows), self.spec.length), np.uint8)).ref_nll.mean(dtype=np.float64)
+        measures = {"entropy_nats": float(entropy), "repetition": _mean_repetition(rows)}
+        for problem in _problems(measures, self.vocab_size):
+            self.say(problem)
 
     def read_reference(self, step: int, *, rank: int, world_size: int) -> None:
         """Nothing is kept of rows that never come again."""
@@ -199,9 +231,10 @@ def sample_store(
         "backend": backend,
         "precision": precision,
     }
-    part = folder.with_name(f".{folder.name}.samples")
+    part = samples_of(folder)
     with alone(folder):
         if (folder / MANIFEST).is_file():
+            shutil.rmtree(part, ignore_errors=True)
             return open_store(folder)
         _open_part(part, identity, say)
         shards: list[tuple[SplitName, int, int]] = [
@@ -212,6 +245,10 @@ def sample_store(
         total, done = sum(rows for _, _, rows in shards), 0
         activity = f"sampling {total * spec.length:,} tokens of {start.state['run_id']}"
         rows_of: dict[SplitName, list[Rows]] = {"train": [], "validation": []}
+        at_once = RowsAtOnce(spec.batch_size)
+        note = start_note(start, spec)
+        if note is not None:
+            say(note)
         for split, number, rows in shards:
             if interrupted():
                 sentence = f"interrupted after {done * spec.length:,} tokens; the same command goes on from there"
@@ -220,7 +257,7 @@ def sample_store(
             sampled = _sampled_shard(part / f"{split}-{number:05d}.npy", (rows, spec.length), vocab_size)
             if sampled is None:
                 progress(activity, done / total)
-                sampled = sample_rows(trainer, spec, first, rows, say=say)
+                sampled = sample_rows(trainer, spec, first, rows, say=say, at_once=at_once)
                 _write_shard(part / f"{split}-{number:05d}.npy", sampled)
             rows_of[split].append(sampled)
             done += rows
@@ -228,9 +265,22 @@ def sample_store(
         for problem in _problems(measures, vocab_size):
             say(problem)
         store = _write_store(folder, start.tokenizer, spec, rows_of, identity | measures)
-        shutil.rmtree(part)
+        shutil.rmtree(part, ignore_errors=True)
         progress(activity, 1.0)
         return store
+
+
+def samples_of(folder: Path) -> Path:
+    """Where the rows of a store are until it is whole."""
+    return folder.with_name(f".{folder.name}.samples")
+
+
+def start_note(start: Checkpoint, spec: SampleSpec) -> str | None:
+    """A sentence if the tokenizer has no token of its own for the beginning of a document: what rows are sampled after."""
+    if spec.bos_id != spec.eos_id:
+        return None
+    piece = load_vocabulary(start.tokenizer).piece(spec.bos_id)
+    return f"The tokenizer has no BOS of its own: rows are sampled after {piece!r} (id {spec.bos_id}), which also ends documents."
 
 
 def is_sampled(store: TokenStore) -> bool:
@@ -257,8 +307,13 @@ def _measures(trainer: Trainer, rows: Rows) -> dict[str, float]:
     """Entropy (the model's own loss on its samples, nats per token) and repetition of some rows, int32[B, T+1], BOS first."""
     return {
         "entropy_nats": float(trainer.token_losses(rows).mean(dtype=np.float64)),
-        "repetition": float(np.mean([_repetition(row[1:]) for row in rows])),
+        "repetition": _mean_repetition(rows),
     }
+
+
+def _mean_repetition(rows: Rows) -> float:
+    """Of rows int32[B, T+1], BOS first."""
+    return float(np.mean([_repetition(row[1:]) for row in rows]))
 
 
 def _repetition(row: npt.NDArray[np.int32]) -> float:

@@ -19,7 +19,7 @@ from mlx_forget.pipeline.corpora import forget_home
 from mlx_forget.pipeline.rows import Layout
 from mlx_forget.pipeline.vocabularies import special_ids
 from mlx_forget.plan import FISHER_ROWS, Plan, identity_of, replay_name, replay_rows_per_step, sampled_tokens, stored_replay
-from mlx_forget.replay import OnlineReplay, SampleSpec, is_sampled, origin_note, sample_store
+from mlx_forget.replay import OnlineReplay, SampleSpec, is_sampled, origin_note, sample_store, start_note
 from mlx_forget.trainer import Trainer
 from mlx_forget.watch import Watch
 
@@ -39,9 +39,12 @@ def with_replay(plan: Plan, trainer: Trainer, watch: Watch) -> Plan:
     bos_id, eos_id = special_ids(plan.start.tokenizer)
     if name == REPLAY_ONLINE:
         assert term is not None
-        trainer.set_reference("start")
+        trainer.set_reference("start" if config.adapter() is None else "adapters_off")
         spec = SampleSpec(num_tokens=length, length=length, seed=config.seed, bos_id=bos_id, eos_id=eos_id)
-        online = OnlineReplay(trainer, spec, rows_per_step, term)
+        note = start_note(plan.start, spec)
+        if note is not None:
+            watch.say(note)
+        online = OnlineReplay(trainer, spec, rows_per_step, term, plan.model.vocab_size, watch.say)
         return dataclasses.replace(plan, stream=dataclasses.replace(plan.stream, replay=online))
     if name == REPLAY_SELF:
         num_tokens = sampled_tokens(config, plan.num_steps, length)

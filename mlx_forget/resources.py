@@ -29,7 +29,11 @@ def recipe(name: str) -> Path:
     if given.is_file():
         return given
     folder = path("recipes")
-    known = {str(file.relative_to(folder).with_suffix("")): file for file in folder.glob("*.yaml")}
+    known = {
+        str(file.relative_to(folder).with_suffix("")): file
+        for file in folder.rglob("*.yaml")
+        if folder / "corpora" not in file.parents
+    }
     if name in known:
         return known[name]
     if given.suffix in (".yaml", ".yml"):

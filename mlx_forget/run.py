@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from mlx_forget.config import (
 from mlx_forget.distributed import Group
 from mlx_forget.errors import Interrupted, RunFailed, UserError
 from mlx_forget.evaluate import progress_lost
+from mlx_forget.fuse import base_of
 from mlx_forget.history import read_history
 from mlx_forget.ladder import (
     num_non_embedding_params,
@@ -32,6 +33,7 @@ from mlx_forget.loop import Cadence, RunState, StopRules, drive
 from mlx_forget.pipeline.batches import Blend
 from mlx_forget.plan import Plan, identity_of, replay_name, sources_of
 from mlx_forget.replay_rows import error_of_kept_log_probs, with_replay
+from mlx_forget.tracking import tracked
 from mlx_forget.trainer import Trainer, TrainerSpec, load_backend
 from mlx_forget.watch import Watch
 
@@ -58,7 +60,8 @@ def execute(plan: Plan, *, resume: bool | None = None, watch: Watch | None = Non
         if record is not None:
             watch.say(f"This run is done already: {plan.folder / records.RECORD}")
             return record
-        with group.rank_zero_first():
+        # Those who share one model make it together.
+        with nullcontext() if plan.config.shard else group.rank_zero_first():
             trainer = load_backend(plan.backend)(trainer_spec(plan))
         for note in trainer.notes:
             watch.say(note)
@@ -101,6 +104,7 @@ def trainer_spec(plan: Plan) -> TrainerSpec:
         model=plan.model,
         optim=plan.config.optim(),
         method=plan.config.method_spec(),
+        adapter=plan.config.adapter(),
         runtime=dataclasses.replace(plan.config.runtime(plan.precision), micro_batch_size=plan.micro_batch_size),
         seed=plan.config.seed,
     )
@@ -111,9 +115,11 @@ def start_trainer(plan: Plan, trainer: Trainer, watch: Watch) -> Plan:
     if plan.start is None:
         return plan
     trainer.load(plan.start.weights)
-    reference = plan.config.method_spec().reference
-    if reference is not None and plan.config.reference_log_probs == REFERENCE_LIVE:
-        trainer.set_reference(reference)
+    reference = plan.config.method_spec().reference if plan.config.reference_log_probs == REFERENCE_LIVE else None
+    reference = reference or ("start" if plan.config.compare_to_start else None)
+    if reference is not None:
+        # Where the base is frozen, it is the start model: nothing is copied.
+        trainer.set_reference(reference if plan.config.adapter() is None else "adapters_off")
     with plan.group.rank_zero_first():
         return with_replay(plan, trainer, watch)
 
@@ -131,6 +137,9 @@ def prepare_run(plan: Plan, latest: Checkpoint | None, trainer: Trainer, watch: 
         "base_curve": curve,
         "pretrained_on": identity_of(sources_of(config.target), plan.stores) if config.is_pretraining else None,
     }
+    if (adapter := config.adapter()) is not None:
+        assert plan.start is not None
+        identity |= {"adapter": dataclasses.asdict(adapter), "base": base_of(plan.start)}
     target_train, target_val, pretrain_val = plan.windows
     run = RunState(
         folder=plan.folder,
@@ -151,8 +160,19 @@ def prepare_run(plan: Plan, latest: Checkpoint | None, trainer: Trainer, watch: 
             max_skipped=config.max_skipped,
         ),
         observer=watch.observer(_title(config), plan.folder),
+        compares_with_start=config.compare_to_start,
         identity=identity,
     )
+    if plan.group.rank == 0:
+        run.observer = tracked(
+            run.observer,
+            config.log_to,
+            plan.folder,
+            run_id=plan.run_id,
+            title=_title(config),
+            config=dataclasses.asdict(config),
+            step=0 if latest is None else latest.state["step"],
+        )
     if latest is not None:
         trainer.load(latest.weights)
         trainer.load_state(latest.training_state)
@@ -240,7 +260,10 @@ def _record(plan: Plan, run: RunState, trainer: Trainer) -> dict[str, Any]:
         "versions": records.installed_versions(),
         "seed": config.seed,
         "init": "scratch" if plan.start is None else plan.start.state["run_id"],
+        "fine_tune_type": config.fine_tune_type,
+        "adapter": None if (adapter := config.adapter()) is None else dataclasses.asdict(adapter),
         "num_params": num_params(plan.model),
+        "num_trainable_params": plan.num_trainable_params,
         "num_non_embedding_params": num_non_embedding_params(plan.model),
         "num_steps": run.step,
         "learning_rate": plan.schedule.peak,

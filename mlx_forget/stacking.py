@@ -17,6 +17,7 @@ from mlx_forget.errors import Interrupted, OutOfMemory, RunFailed
 from mlx_forget.ladder import num_params, train_bytes
 from mlx_forget.loop import RunState, drive
 from mlx_forget.plan import Plan
+from mlx_forget.pretrained import PretrainedSpec
 from mlx_forget.run import finish_run, look_into, only_group, prepare_run, start_trainer, trainer_spec, with_base
 from mlx_forget.trainer import load_backend
 from mlx_forget.watch import Watch
@@ -37,6 +38,8 @@ def obstacle(plan: Plan) -> str | None:
         return f"backend {plan.backend!r} does not stack"
     if plan.group.size > 1:
         return "a run on several devices does not stack"
+    if plan.config.adapter() is not None or plan.config.compare_to_start:
+        return "a run with adapters, or one that is compared with its start model, does not stack"
     if method.reference is not None or method.replay_term is not None:
         return f"method {method.name!r} does not stack"
     if plan.config.optimizer != "adamw":
@@ -75,6 +78,7 @@ def most_members(plan: Plan, wanted: Wanted, *, num_processes: int = 1) -> tuple
     available = limit * 1e9 if limit is not None else (backend.memory_bytes() or _host_memory_bytes())
     if available is not None:
         rows = plan.config.micro_batch_size or plan.stream.batch_size
+        assert not isinstance(plan.model, PretrainedSpec), "does not stack"
         need = train_bytes(plan.model, rows * plan.stream.target.row_length)
         fitting = int(available * _SHARE_OF_MEMORY / num_processes / need)
         if fitting < count:

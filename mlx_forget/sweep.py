@@ -136,7 +136,7 @@ def _check_tokenizers(jobs: list[Job]) -> None:
         plan = job.plan
         if plan.base is None and plan.start is None:
             continue
-        start = plan.base.folder if plan.base is not None else plan.config.init
+        start = plan.base.folder if plan.base is not None else str(plan.config.start_name)
         first, config = asked.setdefault(start, (job.title, plan.config))
         for key in ("tokenizer", "vocab_size"):
             if getattr(config, key) != getattr(plan.config, key):

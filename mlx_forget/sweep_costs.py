@@ -14,6 +14,8 @@ from mlx_forget.errors import UserError
 from mlx_forget.grid import Recipe
 from mlx_forget.ladder import ModelSpec, default_context, model_spec, num_non_embedding_params, num_params, train_flops_per_token
 from mlx_forget.plan import plan_run
+from mlx_forget.pretrained import PretrainedSpec
+from mlx_forget.start import find_start
 from mlx_forget.sweep import Sweep, base_title, titled_runs
 from mlx_forget.trainer import Precision, load_backend
 from mlx_forget.watch import Watch
@@ -42,7 +44,9 @@ class Speed:
     device: costs.Device | None = None
     insist: bool = False
 
-    def hours(self, model: ModelSpec, num_tokens: int, precision: Precision, *, num_devices: int) -> tuple[float | None, str]:
+    def hours(
+        self, model: ModelSpec | PretrainedSpec, num_tokens: int, precision: Precision, *, num_devices: int
+    ) -> tuple[float | None, str]:
         """Hours of a run and what they are taken from, the finished run nearest in size before a data sheet; None where nothing is."""
         size = num_params(model)
         if self.measured and not self.insist:
@@ -112,7 +116,16 @@ def outlined_rows(recipe: Recipe, overrides: Mapping[str, Any] | None, backend: 
     for point, title in titled_runs(recipe, overrides):
         config = point.config
         reads = str(
-            (config.target, config.pretrain, config.init, config.replay_data, config.tokenizer, config.vocab_size, config.base)
+            (
+                config.target,
+                config.pretrain,
+                config.init,
+                config.model,
+                config.replay_data,
+                config.tokenizer,
+                config.vocab_size,
+                config.base,
+            )
         )
         run_id, pending = None, missing.get(reads)
         if pending is None:
@@ -120,7 +133,7 @@ def outlined_rows(recipe: Recipe, overrides: Mapping[str, Any] | None, backend: 
                 run_id = plan_run(config, watch=quiet).run_id
             except NotPreparedError as error:
                 pending = missing[reads] = str(error)
-        if config.init == "auto":
+        if config.init == "auto" and config.start_name is None:
             base = config.base_config()
             bases.setdefault(str(base), _outline(base, base_title(base), backend, speed) | {"run_id": None, "pending": pending})
         rows.append(_outline(config, title, backend, speed) | {"run_id": run_id, "pending": pending})
@@ -136,7 +149,17 @@ def _outline(config: TrainConfig, title: str, backend: str, speed: Speed) -> dic
     if config.stop_tokens is not None:
         steps = min(steps, config.stop_tokens // (config.batch_size * row_length))
     tokens = steps * config.batch_size * row_length
-    hours, says = speed.hours(model, tokens, "fp32" if config.precision == "auto" else config.precision, num_devices=1)
+    precision: Precision = "fp32" if config.precision == "auto" else config.precision
+    hours, says = speed.hours(model, tokens, precision, num_devices=1)
+    step = costs.Step(
+        model=model,
+        optim=config.optim(),
+        method=config.method_spec(),
+        precision=precision,
+        rows=config.batch_size,
+        row_length=row_length,
+        adapter=config.adapter(),
+    )
     return {
         "title": title,
         "backend": backend,
@@ -145,19 +168,17 @@ def _outline(config: TrainConfig, title: str, backend: str, speed: Speed) -> dic
         "num_steps": steps,
         "num_tokens": tokens,
         "train_flops": tokens * train_flops_per_token(model),
-        "disk_bytes": costs.disk_bytes(model, config.optim()),
-        "kept_disk_bytes": costs.kept_disk_bytes(model, config.optim()) + _beside_checkpoints(config, steps),
+        "disk_bytes": costs.disk_bytes(step),
+        "kept_disk_bytes": costs.kept_disk_bytes(step) + _beside_checkpoints(config, steps),
         "state": "waiting",
         "hours": hours,
         "rate": says,
     }
 
 
-def _model(config: TrainConfig) -> ModelSpec:
-    if config.init not in ("auto", "scratch"):
-        from mlx_forget.checkpoint import find_checkpoint
-
-        return find_checkpoint(Path(config.init).expanduser()).model_spec()
+def _model(config: TrainConfig) -> ModelSpec | PretrainedSpec:
+    if config.start_name is not None:
+        return find_start(config).model_spec()
     vocab_size = config.vocab_size
     if config.tokenizer is not None:
         from mlx_forget.pipeline.vocabularies import find_tokenizer, load_vocabulary

@@ -13,7 +13,7 @@ import numpy as np
 from mlx_forget.errors import UserError, unknown
 from mlx_forget.laws.forms import COLUMNS
 from mlx_forget.laws.table import Table
-from mlx_forget.records import RECORD
+from mlx_forget.records import HISTORY, RECORD
 from mlx_forget.runs.index import read_index
 from mlx_forget.runs.rows import MARK, Row, fitted_rows
 
@@ -22,13 +22,22 @@ READERS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow", "
 NAMES = ("run", "base")
 
 
-def read_table(path: str | os.PathLike[str], *, mapping: Mapping[str, str] | None = None, response: str = "loss") -> Table:
+def read_table(
+    path: str | os.PathLike[str],
+    *,
+    mapping: Mapping[str, str] | None = None,
+    response: str = "loss",
+    evaluations: bool = False,
+    adapters: bool = True,
+) -> Table:
     """Read a table.
 
     Args:
         path: a CSV, TSV, JSONL, Parquet or Arrow file, or a folder of runs (anything above `record.json` files).
         mapping: {law column: column of the file, or a number for a constant}.
-        response: what `loss` is when the source is run folders: "pretraining" or "target".
+        response: what `loss` is when the source is run folders: "pretraining", "target" or "forgetting" (cross-entropy to the start model).
+        evaluations: of run folders, every evaluation after the start is a row, instead of each run's best.
+        adapters: of run folders, whether runs that trained adapters are rows.
 
     Raises:
         UserError: no such file, unknown kind, no rows, no run that can be fitted, a mapped column that is missing, or text where a
@@ -37,19 +46,26 @@ def read_table(path: str | os.PathLike[str], *, mapping: Mapping[str, str] | Non
     source = Path(path)
     left_out: Mapping[str, tuple[str, ...]] = {}
     if source.is_dir():
-        rows, left_out = read_runs(source, response=response)
+        rows, left_out = read_runs(source, response=response, evaluations=evaluations, adapters=adapters)
+    elif evaluations:
+        raise UserError(f"--evaluations reads the histories of run folders, and {source} is no folder.")
     elif not source.is_file():
         raise UserError(f"No table at {source}: give a CSV, Parquet, Arrow or JSONL file, or a folder of runs.")
     else:
-        rows = _read_rows(source)
+        rows = read_rows(source)
         if rows and MARK in rows[0]:
-            rows, left_out = read_exported(source, rows, response=response)
+            rows, left_out = read_exported(source, rows, response=response, adapters=adapters)
     if not rows:
         raise UserError(f"{source} has no rows.")
     return replace(table_from_rows(rows, mapping=mapping), left_out=left_out)
 
 
-def _read_rows(source: Path) -> list[dict[str, Any]]:
+def read_rows(source: Path) -> list[dict[str, Any]]:
+    """The rows of a table file, cells as they stand there.
+
+    Raises:
+        UserError: an unknown kind of file, or one that cannot be read.
+    """
     kind = source.suffix.lower()
     if kind not in READERS:
         raise unknown("table format", kind, READERS)
@@ -193,8 +209,10 @@ def parse_share(text: str) -> float:
 # ------------------------------------------------------------------------------------------------ our own runs
 
 
-def read_runs(folder: Path, *, response: str) -> tuple[list[Row], dict[str, tuple[str, ...]]]:
-    """One row per run below a folder that can be fitted, and the others: {reason: record files}.
+def read_runs(
+    folder: Path, *, response: str, evaluations: bool = False, adapters: bool = True
+) -> tuple[list[Row], dict[str, tuple[str, ...]]]:
+    """One row per run below a folder that can be fitted, or one per evaluation, and the others: {reason: record files}.
 
     Raises:
         UserError: there is no record, or no run that can be fitted.
@@ -202,7 +220,7 @@ def read_runs(folder: Path, *, response: str) -> tuple[list[Row], dict[str, tupl
     index = read_index(folder)
     if not index.num_records:
         raise UserError(f"No {RECORD} below {folder}: give a folder of finished runs, or a table file.")
-    rows, others = fitted_rows(((row["folder"], row) for row in index.rows), response=response)
+    rows, others = fitted_rows(((row["folder"], row) for row in index.rows), response=response, adapters=adapters)
     left_out: dict[str, list[str]] = {}
     for name, problem in index.problems.items():
         left_out.setdefault(problem, []).append(name)
@@ -212,17 +230,33 @@ def read_runs(folder: Path, *, response: str) -> tuple[list[Row], dict[str, tupl
         raise UserError(
             f"None of the {index.num_records} runs below {folder} can be fitted: {'; '.join(describe_left_out(reasons))}."
         )
+    if evaluations:
+        rows = [made for row in rows for made in evaluation_rows(row, index.folder_of(row), response=response)]
     return rows, reasons
 
 
-def read_exported(source: Path, rows: Sequence[Row], *, response: str) -> tuple[list[Row], dict[str, tuple[str, ...]]]:
+def evaluation_rows(row: Row, folder: Path, *, response: str) -> list[Row]:
+    """The law columns of every evaluation of a run but the one at its start, from the row of its record."""
+    from mlx_forget.history import read_history
+
+    column = {"target": "target_val_loss", "forgetting": "forgetting_ce"}.get(response, "pretrain_val_loss")
+    return [
+        {**row, "steps": found["step"], "L_ft": found["target_val_loss"], "loss": found[column]}
+        for found in read_history(folder / HISTORY).to_pylist()
+        if found["step"] > 0 and found[column] is not None
+    ]
+
+
+def read_exported(
+    source: Path, rows: Sequence[Row], *, response: str, adapters: bool = True
+) -> tuple[list[Row], dict[str, tuple[str, ...]]]:
     """The rows of a table that `forget runs export` wrote which can be fitted, and the others: {reason: runs}.
 
     Raises:
         UserError: no run of it can be fitted.
     """
     whole = [{key: None if value == "" else value for key, value in row.items()} for row in rows]
-    made, left_out = fitted_rows(((str(row["run"]), row) for row in whole), response=response)
+    made, left_out = fitted_rows(((str(row["run"]), row) for row in whole), response=response, adapters=adapters)
     reasons = {reason: tuple(names) for reason, names in left_out.items()}
     if not made:
         raise UserError(f"None of the {len(rows)} runs of {source} can be fitted: {'; '.join(describe_left_out(reasons))}.")

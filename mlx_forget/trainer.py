@@ -6,6 +6,7 @@ A backend holds every tensor. Only specs, NumPy arrays, paths, Python scalars an
 
 import importlib
 import importlib.util
+import math
 import platform
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from mlx_forget.errors import UserError, unknown
 from mlx_forget.ladder import ModelSpec
 from mlx_forget.methods import NUM_SOURCES, NUM_TERMS, TERM_REPLAY_KL, TERM_TASK, MethodSpec
 from mlx_forget.pipeline.batches import Batch
+from mlx_forget.pretrained import PretrainedSpec
 
 __all__ = [
     "AdapterSpec",
@@ -35,6 +37,7 @@ __all__ = [
     "OptimSpec",
     "Optimizer",
     "Precision",
+    "PretrainedSpec",
     "RuntimeSpec",
     "Stack",
     "StackedBatch",
@@ -59,7 +62,14 @@ Optimizer = Literal["adamw", "adafactor"]
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """Low-rank adapters on a frozen base: rank, alpha, and how the product is scaled."""
+    """Low-rank adapters on a frozen base (see `adapters`).
+
+    Args:
+        scaling: what the product of the factors is multiplied by: alpha/r (Hu et al. 2022), alpha/sqrt(r) (rsLoRA, Kalajdzievski 2023),
+            or none, which is 1.
+        dropout: share of an adapter's inputs that a training step leaves out.
+        target_modules: names of modules, or their ends; `attention` or `all-linear`; none is `attention`.
+    """
 
     kind: Literal["lora", "dora"] = "lora"
     rank: int = 8
@@ -67,6 +77,11 @@ class AdapterSpec:
     scaling: Literal["alpha/r", "alpha/sqrt(r)", "none"] = "alpha/r"
     dropout: float = 0.0
     target_modules: tuple[str, ...] = ()
+
+    @property
+    def scale(self) -> float:
+        """The factor of the product."""
+        return {"alpha/r": self.alpha / self.rank, "alpha/sqrt(r)": self.alpha / math.sqrt(self.rank), "none": 1.0}[self.scaling]
 
 
 @dataclass(frozen=True)
@@ -116,9 +131,9 @@ class RuntimeSpec:
 
 @dataclass(frozen=True)
 class TrainerSpec:
-    """Everything a backend is built from."""
+    """Everything a backend is built from: the shape of a ladder model, or a checkpoint of another tool, whose weights it starts with."""
 
-    model: ModelSpec
+    model: ModelSpec | PretrainedSpec
     optim: OptimSpec = field(default_factory=OptimSpec)
     method: MethodSpec = field(default_factory=MethodSpec)
     adapter: AdapterSpec | None = None
@@ -128,7 +143,10 @@ class TrainerSpec:
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a backend can do, as data: the core asks here and never for a backend's name."""
+    """What a backend can do, as data: the core asks here and never for a backend's name.
+
+    `document_masks`: models of other tools keep the documents of a row apart; the ladder always does.
+    """
 
     precisions: tuple[Precision, ...]
     terms: tuple[int, ...]
@@ -137,6 +155,7 @@ class Capabilities:
     fisher: bool = False
     sample: bool = False
     stack: bool = False
+    document_masks: bool = False
     distributed: bool = False
     shard: bool = False
     bitwise_resume: bool = False
@@ -314,7 +333,7 @@ class Trainer(ABC):
 
     @abstractmethod
     def set_reference(self, reference: Literal["start", "adapters_off"] | Path | None) -> None:
-        """Freeze a reference: the weights as they are now, the base under the adapters, a checkpoint file, or none."""
+        """Freeze a reference: the weights as they are now, the base under the adapters (no second copy of it), a checkpoint file, or none."""
 
     def set_fisher(
         self, tokens: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8], segment: npt.NDArray[np.int32] | None = None
@@ -339,11 +358,17 @@ class Trainer(ABC):
 
     @abstractmethod
     def save(self, path: Path, *, trainable_only: bool = False) -> None:
-        """Write the weights as safetensors in Hugging Face names, fp32."""
+        """Write the weights as safetensors in Hugging Face names, fp32.
+
+        With adapters, the whole model has them fused into its weights; `trainable_only` writes them alone, in the names of peft.
+        """
 
     @abstractmethod
     def load(self, path: Path) -> None:
-        """Read weights that `save` of any backend wrote. The optimiser's moments stay."""
+        """Read weights that `save` of any backend wrote: those of a whole model, on which adapters start anew, or of adapters alone.
+
+        A checkpoint in several files is read from its folder. The optimiser's moments stay.
+        """
 
     @abstractmethod
     def save_state(self, path: Path) -> None:
@@ -377,7 +402,7 @@ class Trainer(ABC):
         return None
 
     @classmethod
-    def kept_bytes(cls, model: ModelSpec, precision: Precision) -> int:
+    def kept_bytes(cls, model: ModelSpec | PretrainedSpec, precision: Precision) -> int:
         """What the gradient needs of one token in one block, in bytes: for estimates."""
         return (84 if precision == "fp32" else 56) * model.width
 

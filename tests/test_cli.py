@@ -3,13 +3,15 @@
 import itertools
 import json
 import os
+import shlex
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 
 from mlx_forget import trainer as trainer_module
-from mlx_forget.cli import COMMANDS, load_command
+from mlx_forget.cli import COMMANDS, app, load_command
 from mlx_forget.history import read_history
 
 
@@ -30,6 +32,37 @@ def train(run_forget, fake_backend, tmp_path, monkeypatch):
 def test_the_command_table_says_what_the_commands_say():
     for name, (_, text) in COMMANDS.items():
         assert load_command(name).help.strip().splitlines()[0] == text, name
+
+
+def commands_at_and_below(name, command):
+    """(words, command) of a command and of its subcommands."""
+    yield name, command
+    for below, subcommand in getattr(command, "commands", {}).items():
+        yield from commands_at_and_below(f"{name} {below}", subcommand)
+
+
+ALL_COMMANDS = [found for name in COMMANDS for found in commands_at_and_below(name, load_command(name))]
+
+
+@pytest.mark.parametrize("words, command", ALL_COMMANDS, ids=[words.replace(" ", "-") for words, _ in ALL_COMMANDS])
+def test_the_help_of_every_command_ends_with_an_example_that_parses(words, command):
+    """Options are known and take such values; nothing runs."""
+    start, _, example = command.epilog.partition(": ")
+    assert start == "Example"
+    given = shlex.split(example)
+    assert given[: 1 + len(words.split())] == ["forget", *words.split()]
+    rest = given[1 + len(words.split()) :]
+    while rest and rest[0] in getattr(command, "commands", {}):
+        command = command.commands[rest.pop(0)]
+    command.make_context(words, rest)
+
+
+def test_the_help_of_forget_ends_with_an_example(run_forget):
+    code, out, _ = run_forget("--help")
+    example = typer.main.get_command(app).epilog
+    assert code == 0
+    assert out.strip().splitlines()[-1].strip() == example
+    load_command("train").make_context("train", shlex.split(example)[3:])
 
 
 CONTRACT = set(

@@ -6,11 +6,12 @@ import json
 import numpy as np
 import pytest
 
+from mlx_forget.adapters import num_trainable
 from mlx_forget.costs import DEVICES, USABLE_SHARE, Rate, Step, device_like, fitting_rows, memory_bytes, refuse_what_cannot_fit
 from mlx_forget.errors import OutOfMemory, UserError
-from mlx_forget.ladder import initial_weights, model_spec, num_params, param_shapes
+from mlx_forget.ladder import initial_weights, linear_shapes, model_spec, num_params, param_shapes
 from mlx_forget.methods import method_spec
-from mlx_forget.trainer import Batch, OptimSpec, RuntimeSpec, Trainer, TrainerSpec, available_backends, load_backend
+from mlx_forget.trainer import AdapterSpec, Batch, OptimSpec, RuntimeSpec, Trainer, TrainerSpec, available_backends, load_backend
 
 XL = model_spec("xl", 32_000, 1024)
 
@@ -195,7 +196,7 @@ def test_a_device_that_runs_out_of_memory_is_given_half_the_rows_and_the_result_
     assert halved.grad_norm == pytest.approx(whole.grad_norm, rel=1e-5)
     np.testing.assert_allclose(halved.loss_sums, whole.loss_sums, rtol=1e-6)
     monkeypatch.setattr(TorchTrainer, "room", 0)
-    with pytest.raises(OutOfMemory, match="One row at a time is more than the device holds"):
+    with pytest.raises(OutOfMemory, match="1 row at a time is more than the device holds"):
         trainer.train_step(batch, 1e-3)
 
 
@@ -218,3 +219,16 @@ def test_a_run_takes_as_many_rows_as_fit_and_records_it(run_forget, tmp_path, mo
     assert code == 2
     assert "does not fit" in err
     assert not (tmp_path / "none").exists()
+
+
+def test_adapters_take_neither_gradients_nor_moments_of_the_base_nor_a_reference():
+    adapter = AdapterSpec(rank=8, target_modules=("all-linear",))
+    full, small = (memory_bytes(step_of(adapter=own, method=method_spec("kl-replay")), kept) for own in (None, adapter))
+    trained = num_trainable(linear_shapes(XL), adapter)
+    assert small["gradients"] == 4 * trained
+    assert small["moments"] == 8 * trained
+    assert small["weights"] == full["weights"] + 4 * trained
+    assert (full["reference"], small["reference"]) == (4 * num_params(XL), 0)
+    assert step_of(adapter=adapter).flops == pytest.approx(step_of().flops * 2 / 3)
+    with pytest.raises(UserError, match="--fine-tune-type lora"):
+        refuse_what_cannot_fit(step_of(rows=1), kept, 12e9, "this device")

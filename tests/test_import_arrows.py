@@ -14,6 +14,8 @@ FRAMEWORKS = {
     "tokenizers",
     "transformers",
     "matplotlib",
+    "ray",
+    "submitit",
 }
 
 
@@ -63,7 +65,12 @@ def test_the_laws_need_numpy_and_scipy_only():
         "watch",
         "run",
         "replay_rows",
+        "grid",
         "sweep",
+        "sweep_costs",
+        "dispatch",
+        "engines.processes",
+        "engines.lease",
         "figure1",
         "replay",
         "method_comparison",
@@ -73,10 +80,15 @@ def test_the_laws_need_numpy_and_scipy_only():
         "comparison",
         "audit.run",
         "audit.page",
+        "runs.export",
     ],
 )
 def test_the_core_loads_no_framework(module):
     assert loaded_by(f"import mlx_forget.{module}", *FRAMEWORKS) == set()
+
+
+def test_a_report_needs_the_laws_and_no_framework():
+    assert loaded_by("import mlx_forget.report.page", *(FRAMEWORKS - {"scipy"})) == set()
 
 
 def test_backends_do_not_import_each_other():

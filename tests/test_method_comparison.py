@@ -135,7 +135,27 @@ def test_rates_are_compared_at_the_target_loss_that_all_reach(run_forget, tmp_pa
     assert "learnt nothing" in err
 
 
-@pytest.mark.parametrize("name", ["replay", "anchors", "replay-learning-rate"])
+def test_adapters_are_a_method_of_their_own_beside_plain(tmp_path):
+    lora = {
+        "fine_tune_type": "lora",
+        "lora_rank": 16,
+        "lora_alpha": 32.0,
+        "lora_scaling": "alpha/r",
+        "lora_target_modules": "all-linear",
+    }
+    config = {"method": "plain", "p": "0", **lora}
+    assert describe(config) == "LoRA r = 16, all-linear, α/r, α = 32"
+    assert describe(config | {"lora_scaling": "none", "learning_rate": 6e-3}) == "LoRA r = 16, all-linear, unscaled, rate 0.006"
+    replayed = config | {"method": "kl-replay", "replay_data": "self", "coefficient": None, "fine_tune_type": "dora"}
+    assert describe(replayed) == "DoRA r = 16, all-linear, α/r, α = 32: KL replay, self-generated, c = 1"
+    write_run(tmp_path / "s" / "a", [(5.0, 3.0), (4.0, 3.5)])
+    write_run(tmp_path / "s" / "b", [(5.0, 3.0), (4.1, 3.1)], **lora)
+    plain, adapted = table(load_trajectories(list(find_runs(tmp_path / "s"))))
+    assert (plain.method, adapted.method) == ("plain", "lora")
+    assert adapted.removed == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize("name", ["replay", "replay-lora", "anchors", "decay", "replay-learning-rate"])
 def test_the_recipes_of_methods_hold_a_plain_run_and_smoke_scale(name):
     recipe = read_recipe(find_recipe(name))
     configs = recipe.configs({})

@@ -33,7 +33,7 @@ def test_the_wheel_holds_packages_and_data_and_nothing_else(unpacked):
     tops = {path.name for path in unpacked.iterdir() if not path.name.endswith(".dist-info")}
     assert tops == {"mlx_forget", "cuda_backend"}
     assert (unpacked / "mlx_forget" / "_data" / "recipes" / "figure1.yaml").is_file()
-    for package in ("pages", "audit"):
+    for package in ("pages", "audit", "report"):
         assert (unpacked / "mlx_forget" / package / "page.html.jinja").is_file()
     (metadata,) = unpacked.glob("*.dist-info")
     assert "forget = mlx_forget.cli:main" in (metadata / "entry_points.txt").read_text()

@@ -85,7 +85,7 @@ def test_online_rows_are_those_of_the_sample_whatever_the_step_and_rank(backend)
     """And of the frozen reference: training in between changes none."""
     trainer = trainer_of(backend)
     with pytest.raises(UserError, match="call set_reference first"):
-        OnlineReplay(trainer, SampleSpec(num_tokens=1, length=12), 3, 2).read(0, rank=0, world_size=1)
+        OnlineReplay(trainer, SampleSpec(num_tokens=1, length=12), 3, 2, 20).read(0, rank=0, world_size=1)
     spec = SampleSpec(num_tokens=1, length=12, seed=5, batch_size=7)
     expected = sample_rows(trainer, spec, 0, 30)
     trainer.set_reference("start")
@@ -93,13 +93,17 @@ def test_online_rows_are_those_of_the_sample_whatever_the_step_and_rank(backend)
     batch = Batch(np.tile(np.arange(13, dtype=np.int32), (4, 1)), np.ones((4, 12), np.uint8), None, zeros, zeros)
     for _ in range(5):
         trainer.train_step(batch, 0.1).read()
-    online = OnlineReplay(trainer, spec, rows_per_step=3, term=2)
+    said = Said()
+    online = OnlineReplay(trainer, spec, rows_per_step=3, term=2, vocab_size=20, say=said)
     for step in (0, 1, 5, 2, 9):
         rows, loss_mask, segment = online.read(step, rank=0, world_size=1)
         assert loss_mask is segment is None, "every label of a sample counts, and its row is one"
         assert (rows[:, 0] == BOS).all()
         np.testing.assert_array_equal(rows[:, 1:], expected[step * 3 : step * 3 + 3])
         np.testing.assert_array_equal(online.read(step, rank=1, world_size=2)[0], rows[1::2])
+    assert ["are noise: 2." in sentence or "are noise: 3." in sentence for sentence in said] == [True], (
+        "said once, of an untrained model"
+    )
 
 
 # --- the store ---
@@ -215,6 +219,71 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_rows_stay(start, tmp_path):
     trainer.sample, said = small, Said()
     assert write(start, tmp_path / "s", 16 * 50, say=said).fingerprint == straight.fingerprint
     assert said[0] == "50 rows at once do not fit into memory: sampling 25."
+    fits = [f"{n} rows at once do not fit into memory: sampling {n // 2}." for n in (50, 25, 12)]
+    assert [sentence for sentence in said if "fit" in sentence] == [
+        *fits[:2],
+        "12 rows at once do not fit into memory: sampling 6.",
+    ]
+
+
+def test_online_replay_halves_a_batch_once_says_so_and_changes_no_row(start):
+    trainer = start[0]
+    trainer.set_reference("start")
+    spec = SampleSpec(num_tokens=1, length=16, seed=2, batch_size=12)
+    expected = sample_rows(trainer, spec, 0, 36)
+    sample, said, calls = trainer.sample, Said(), []
+
+    def small(prompts, u, **options):
+        calls.append(len(prompts))
+        if len(prompts) > 7:
+            raise MemoryError
+        return sample(prompts, u, **options)
+
+    trainer.sample = small
+    online = OnlineReplay(trainer, spec, rows_per_step=4, term=2, vocab_size=288, say=said)
+    rows = np.concatenate([online.read(step, rank=0, world_size=1)[0][:, 1:] for step in range(9)])
+    np.testing.assert_array_equal(rows, expected)
+    assert said[0] == "12 rows at once do not fit into memory: sampling 6."
+    assert calls == [12] + [6] * 6, "tried once, not at every refill"
+    trainer.sample = lambda prompts, u, **options: (_ for _ in ()).throw(MemoryError)
+    with pytest.raises(UserError, match="One row does not fit into memory"):
+        online.read(9, rank=0, world_size=1)
+
+
+@pytest.mark.parametrize("name, error", [
+    ("cuda", "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ("mlx", "[metal::malloc] Attempting to allocate 9 bytes which is greater than the maximum allowed buffer size of 8 bytes."),
+    ("mlx", "[malloc_or_wait] Unable to allocate 9 bytes."),
+])  # fmt: skip
+def test_what_a_framework_says_when_memory_is_out_is_understood(name, error, monkeypatch):
+    if name not in NETWORKS:
+        pytest.skip("not installed")
+    trainer = trainer_of(load_backend(name))
+    module = __import__(type(trainer).__module__, fromlist=["sample"])
+
+    def fails(*arguments, **options):
+        raise RuntimeError(error)
+
+    monkeypatch.setattr(module, "sample", fails)
+    ask = np.full((2, 1), BOS, np.int32), uniforms(0, 0, 2, 4)
+    with pytest.raises(MemoryError, match="sampling 2 rows"):
+        trainer.sample(*ask)
+    error = "something else"
+    with pytest.raises(RuntimeError, match="something else"):
+        trainer.sample(*ask)
+
+
+def test_a_tokenizer_without_a_bos_says_what_rows_are_sampled_after(start, tmp_path):
+    said = Said()
+    write(start, tmp_path / "s", 16 * 20, say=said, spec={"bos_id": EOS, "eos_id": EOS})
+    assert said[0] == f"The tokenizer has no BOS of its own: rows are sampled after '</s>' (id {EOS}), which also ends documents."
+    assert not any("BOS" in sentence for sentence in _said_by(start, tmp_path / "t"))
+
+
+def _said_by(start, folder):
+    said = Said()
+    write(start, folder, 16 * 20, say=said)
+    return said
 
 
 def test_a_collapsed_or_untrained_model_is_named_with_its_numbers(start, tmp_path):

@@ -13,12 +13,22 @@ import numpy.typing as npt
 
 from mlx_forget import checkpoint, records
 from mlx_forget.errors import UserError
-from mlx_forget.ladder import ModelSpec, num_params
+from mlx_forget.fuse import whole_checkpoint
+from mlx_forget.ladder import ModelSpec, is_ladder_name, num_params, param_shapes
 from mlx_forget.pipeline.corpora import forget_home
+from mlx_forget.pipeline.hub import parse_id
 from mlx_forget.pipeline.vocabularies import Vocabulary, load_vocabulary
+from mlx_forget.pretrained import (
+    PretrainedSpec,
+    is_pretrained,
+    names_in_files,
+    read_tensor,
+    refuse_pickles,
+    tensor_names,
+    weight_files,
+)
 
 AUTO = "auto"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 @dataclass(frozen=True)
@@ -29,7 +39,7 @@ class Model:
         name: short, for titles.
         folder: where it was found.
         spec: its shape.
-        weights: a safetensors file in the names of `spec`.
+        weights: a safetensors file in the names of `spec`, or a folder of several.
         tokenizer_file: what its text is tokenised with.
         tokenizer: that, open.
         bos_id: stands before every text.
@@ -40,7 +50,7 @@ class Model:
 
     name: str
     folder: Path
-    spec: ModelSpec
+    spec: ModelSpec | PretrainedSpec
     weights: Path
     tokenizer_file: Path
     tokenizer: Vocabulary
@@ -51,12 +61,12 @@ class Model:
 
     def tensors(self) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
         """Every weight, one at a time, in the order of their names."""
-        from safetensors import safe_open
-
-        with safe_open(self.weights, framework="numpy") as file:
-            for name in sorted(file.keys()):
-                if name != "lm_head.weight":
-                    yield name, file.get_tensor(name).astype(np.float32)
+        wanted = param_shapes(self.spec)
+        places: dict[str, tuple[Path, str]] = {}
+        for path in weight_files(self.weights):
+            places |= {name: (path, stored) for stored, name in names_in_files(tensor_names(path), wanted).items()}
+        for name, (path, stored) in sorted(places.items()):
+            yield name, read_tensor(path, stored)
 
     @property
     def description(self) -> str:
@@ -67,7 +77,8 @@ class Model:
         config = self.record["config"]
         if config["init"] == "scratch":
             return f"pretrained on {config['target']}{at}"
-        return f"finetuned on {config['target']} with p = {config['p']}{at}"
+        kind = "" if config.get("fine_tune_type", "full") == "full" else f" by {config['fine_tune_type']}"
+        return f"finetuned{kind} on {config['target']} with p = {config['p']}{at}"
 
     def summary(self) -> dict[str, Any]:
         return {
@@ -115,18 +126,15 @@ def open_model(folder: Path, *, say: Callable[[str], None] = lambda sentence: No
     Raises:
         UserError: nothing there, no weights, pickled weights only, or a damaged file.
     """
-    if not folder.exists():
+    if not folder.exists() and parse_id(str(folder)) is None:
         raise UserError(f"There is no folder {folder}.")
     for recognises, opened in _OPENERS:
         if recognises(folder):
             return opened(folder, say)
-    _refuse_pickles(folder)
-    if (folder / checkpoint.CONFIG).is_file() and (folder / checkpoint.WEIGHTS).is_file():
-        raise UserError(f"{folder} is no checkpoint of this tool (it has no {checkpoint.STATE}): audits read those only so far.")
-    if (folder / checkpoint.CONFIG).is_file():
-        raise UserError(f"{folder} has a {checkpoint.CONFIG} but no weights: it needs {checkpoint.WEIGHTS}.")
+    if folder.exists():
+        refuse_pickles(folder)
     raise UserError(
-        f"{folder} holds no model: give a run folder, one of its checkpoints/last or checkpoints/best, or a copy of such a folder."
+        f"{folder} holds no model: give a run folder, one of its checkpoints/last or checkpoints/best, or a Hugging Face folder or id."
     )
 
 
@@ -152,11 +160,12 @@ def _open_checkpoint(folder: Path, say: Callable[[str], None]) -> Model:
     curve = tuple((float(point[0]), float(point[1])) for point in state.get("curve") or ())
     identifier = state.get("run_id") or found.folder.name
     tokenizer = load_vocabulary(found.tokenizer)
+    whole = whole_checkpoint(found)
     return Model(
         name=f"{identifier}-step{step}" if step is not None else str(identifier),
         folder=found.folder,
-        spec=found.model_spec(),
-        weights=found.weights,
+        spec=whole.model_spec(),
+        weights=whole.weights,
         tokenizer_file=found.tokenizer,
         tokenizer=tokenizer,
         bos_id=tokenizer.bos_id,
@@ -166,24 +175,32 @@ def _open_checkpoint(folder: Path, say: Callable[[str], None]) -> Model:
     )
 
 
+def _is_of_another_tool(folder: Path) -> bool:
+    return is_pretrained(folder) or (not folder.exists() and parse_id(str(folder)) is not None)
+
+
+def _open_pretrained(folder: Path, say: Callable[[str], None]) -> Model:
+    """A checkpoint of another tool; of its training nothing is known."""
+    found = checkpoint.find_checkpoint(folder)
+    tokenizer = load_vocabulary(found.tokenizer)
+    return Model(
+        name=str(found.state["run_id"]),
+        folder=found.folder,
+        spec=found.model_spec(),
+        weights=found.weights,
+        tokenizer_file=found.tokenizer,
+        tokenizer=tokenizer,
+        bos_id=tokenizer.bos_id,
+        step=None,
+        curve=(),
+        record=None,
+    )
+
+
 _OPENERS: tuple[tuple[Callable[[Path], bool], Callable[[Path, Callable[[str], None]], Model]], ...] = (
     (_holds_checkpoint, _open_checkpoint),
+    (_is_of_another_tool, _open_pretrained),
 )
-
-
-def _refuse_pickles(folder: Path) -> None:
-    """Pickled weights can run code when they are opened.
-
-    Raises:
-        UserError: the folder has such weights and no others.
-    """
-    files = [folder] if folder.is_file() else sorted(folder.iterdir())
-    pickled = [file.name for file in files if file.suffix in _PICKLES]
-    if pickled and not any(file.suffix == ".safetensors" for file in files):
-        raise UserError(
-            f"{folder} holds pickled weights only ({', '.join(pickled[:3])}), which can run code when they are opened. Convert them where "
-            "you trust them: transformers' AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER) writes safetensors."
-        )
 
 
 def _start_of(tuned: Model) -> Path:
@@ -195,11 +212,18 @@ def _start_of(tuned: Model) -> Path:
     init = None if tuned.record is None else tuned.record.get("init")
     if tuned.record is None or init in (None, "scratch"):
         raise UserError(f"{tuned.folder} has no record that says what it was finetuned from: name BASE by its folder.")
-    named = str(tuned.record["config"].get("init") or AUTO)
+    config = tuned.record["config"]
+    named = str(config.get("init") or AUTO)
+    if named == AUTO and not is_ladder_name(str(config.get("model"))):
+        named = str(config["model"])
     others = []
     for folder in () if named == AUTO else _init_folders(named, tuned.folder):
         if any((place / checkpoint.STATE).is_file() for place in checkpoint.places(folder)):
             if checkpoint.find_checkpoint(folder).state.get("run_id") == init:
+                return folder
+            others.append(folder)
+        elif _is_of_another_tool(folder):
+            if checkpoint.find_checkpoint(folder).state["run_id"] == init:
                 return folder
             others.append(folder)
     bases = forget_home() / "bases"
@@ -221,5 +245,6 @@ def _init_folders(named: str, tuned: Path) -> list[Path]:
     return [path] if path.is_absolute() else [path, *(parent / path for parent in tuned.resolve().parents[2:5])]
 
 
-def _shape(spec: ModelSpec) -> str:
-    return f"{spec.num_layers} layers of width {spec.width}, {spec.num_heads} heads, context {spec.context_length}"
+def _shape(spec: ModelSpec | PretrainedSpec) -> str:
+    kind = f"{spec.architecture}, " if isinstance(spec, PretrainedSpec) else ""
+    return kind + f"{spec.num_layers} layers of width {spec.width}, {spec.num_heads} heads, context {spec.context_length}"

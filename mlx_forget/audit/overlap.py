@@ -17,6 +17,7 @@ import numpy.typing as npt
 from mlx_forget.audit.models import Model
 from mlx_forget.audit.texts import Text
 from mlx_forget.errors import UserError
+from mlx_forget.ladder import default_row_length
 from mlx_forget.pipeline.batches import RowSubset, read_masked
 from mlx_forget.pipeline.corpora import forget_home
 from mlx_forget.pipeline.store import MANIFEST, TokenStore, open_store
@@ -88,7 +89,7 @@ def _rows_of(model: Model, name: str, entry: dict[str, Any]) -> RowSubset:
         raise UserError("its token store is no longer found")
     whole = RowSubset.of_tokens(
         store.split("train"),
-        config.get("max_seq_length") or model.spec.context_length,
+        config.get("max_seq_length") or default_row_length(model.spec),
         None,
         layout=config.get("rows", "packed"),
         mask_prompt=config.get("mask_prompt", True),

@@ -20,7 +20,7 @@ from mlx_forget.audit.texts import Text, default_texts, read_text
 from mlx_forget.audit.weights import WeightChange, compare_weights
 from mlx_forget.errors import UserError
 from mlx_forget.evaluate import ProgressLost
-from mlx_forget.ladder import param_shapes
+from mlx_forget.ladder import default_row_length, param_shapes
 from mlx_forget.pipeline.catalog import silent
 from mlx_forget.pipeline.tokenise import Progress
 from mlx_forget.trainer import RuntimeSpec, Trainer, TrainerSpec, choose_backend, load_backend
@@ -144,7 +144,7 @@ def plan_audit(
         UserError: anything about the request that cannot work.
     """
     before, after = open_pair(base, tuned, say=say)
-    row_length = config.max_seq_length or after.spec.context_length
+    row_length = config.max_seq_length or default_row_length(after.spec)
     if row_length > after.spec.context_length:
         raise UserError(f"--max-seq-length {row_length} exceeds the models' context of {after.spec.context_length} tokens.")
     backend = config.backend

@@ -28,11 +28,16 @@ COMMANDS = {
         "mlx_forget.cli.replay",
         "Sample a model into a store, to replay when its pretraining data is not at hand.",
     ),
+    "fuse": ("mlx_forget.cli.fuse", "Make one whole checkpoint of a run's adapters and the base that they were trained on."),
     "audit": ("mlx_forget.cli.audit", "What did a model forget? Two checkpoints in; a table, JSON and an HTML page out."),
     "runs": ("mlx_forget.cli.runs", "List, show, compare, export, prune and verify runs."),
     "plot": (
         "mlx_forget.cli.plot",
         "Draw Figure 1, methods or learning rates from the runs of a sweep, and print what is read at the minimum.",
+    ),
+    "report": (
+        "mlx_forget.cli.report",
+        "What a sweep found, as one HTML page: runs, U-curves, forgetting, laws with hold-outs, and which p keeps within a budget.",
     ),
     "fit": ("mlx_forget.cli.fit", "Fit a law to a table of runs: parameters with honest intervals, and what not to trust."),
     "predict": ("mlx_forget.cli.predict", "Predict a loss, or the forgetting, from a fit.json."),
@@ -59,13 +64,24 @@ class LazyGroup(typer.core.TyperGroup):
 def load_command(name: str) -> Any:
     """The real command behind a row of the table: its module's app, or the command of that name in it."""
     command: Any = typer.main.get_command(import_module(COMMANDS[name][0]).app)
-    return getattr(command, "commands", {}).get(name, command)
+    return _with_the_example_last(getattr(command, "commands", {}).get(name, command))
+
+
+def _with_the_example_last(command: Any) -> Any:
+    """The command, and those below it, with the example that ends each help text moved behind the options."""
+    text, mark, example = (command.help or "").rpartition("\n\nExample:")
+    if mark:
+        command.help, command.epilog = text, f"Example: {example.strip()}"
+    for below in getattr(command, "commands", {}).values():
+        _with_the_example_last(below)
+    return command
 
 
 app = typer.Typer(
     cls=LazyGroup,
     name="forget",
     help="Finetune language models without forgetting, measure what was forgotten, and predict it first.",
+    epilog="Example: forget train --target notes.txt --p 1%",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

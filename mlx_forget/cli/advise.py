@@ -48,7 +48,10 @@ def advise_command(
     allow_units: Annotated[bool | None, typer.Option("--allow-units", help="Accept very small N or D.")] = None,
     as_json: Json = None,
 ) -> None:
-    """The smallest p (or the largest D, the smallest N) that keeps forgetting under a budget."""
+    """The smallest p (or the largest D, the smallest N) that keeps forgetting under a budget.
+
+    Example: forget advise fit.json --max-forgetting 0.02 --n 3.3e8 --d 3e6
+    """
     from mlx_forget.laws import advise
     from mlx_forget.laws.design import describe_plan
     from mlx_forget.tables import parse_share

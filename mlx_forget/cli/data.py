@@ -9,7 +9,10 @@ import typer
 if TYPE_CHECKING:
     from mlx_forget.pipeline.store import TokenStore
 
-app = typer.Typer(no_args_is_help=True, help="Look into a store: info, head, sample, stats, verify; merge its parts; list recipes.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Look into a store: info, head, sample, stats, verify; merge its parts; list recipes.\n\nExample: forget data info stores/notes",
+)
 
 Store = Annotated[Path, typer.Argument(help="A store made by forget prepare.")]
 SplitOption = Annotated[str | None, typer.Option(help="train or validation. \\[default: train]")]

@@ -32,6 +32,9 @@ def fit_command(
     tie: Annotated[list[str] | None, typer.Option(help="Tie parameters: FOLLOWER=LEADER.")] = None,
     mapping: Annotated[list[str] | None, typer.Option("--map", help="LAW_COLUMN=TABLE_COLUMN, or =NUMBER for a constant.")] = None,
     where: Annotated[str | None, typer.Option(help="Keep these rows, such as 'p > 0'.")] = None,
+    evaluations: Annotated[
+        bool | None, typer.Option("--evaluations", help="Of run folders: every evaluation is a row, instead of each run's best.")
+    ] = None,
     drop: Annotated[str | None, typer.Option(help="Leave these rows out as outliers; the fit with them is printed beside.")] = None,
     train_on: Annotated[str | None, typer.Option(help="Fit these rows, predict the others.")] = None,
     leave_out: Annotated[
@@ -72,7 +75,13 @@ def fit_command(
     for target in (output, None if plot is None else plot / "fit.png"):
         if target is not None:
             check_target(target)
-    rows = read_table(table, mapping=pairs(mapping, "--map"), response=chosen.response)
+    rows = read_table(
+        table,
+        mapping=pairs(mapping, "--map"),
+        response=chosen.response,
+        evaluations=bool(evaluations),
+        adapters=not {"P", "L_ft"}.isdisjoint(chosen.columns),
+    )
     if where is not None:
         rows = keep(rows, where)
     if by is not None:

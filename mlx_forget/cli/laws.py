@@ -17,7 +17,10 @@ def laws_command(
     name: Annotated[str | None, typer.Argument(help="One law, in full.")] = None,
     as_json: Json = None,
 ) -> None:
-    """The laws that can be fitted: formula, columns, parameters, source."""
+    """The laws that can be fitted: formula, columns, parameters, source.
+
+    Example: forget laws bethune-forgetting
+    """
     from mlx_forget.laws.forms import get_law, laws
 
     chosen = list(laws()) if name is None else [get_law(name)]

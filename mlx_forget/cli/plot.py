@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
-KINDS = ("figure1", "methods", "learning-rate", "stages")
+KINDS = ("figure1", "methods", "learning-rate", "stages", "ranks")
 
 
 @app.command()
@@ -25,7 +25,8 @@ def plot(
     kind: Annotated[
         str | None,
         typer.Option(
-            help="figure1 (runs that differ in p), methods, learning-rate, or stages. \\[default: what the runs differ in]"
+            help="figure1 (runs that differ in p), methods, learning-rate, stages, or ranks (runs compared with their start model). "
+            "\\[default: what the runs differ in]"
         ),
     ] = None,
     max_forgetting: Annotated[
@@ -67,7 +68,7 @@ def plot(
         elif chosen == "methods":
             _plot_methods(runs, folder / stem, seed, max_forgetting, as_json=as_json)
         else:
-            _plot_rates(runs, folder / stem, seed, as_json=as_json)
+            (_plot_ranks if chosen == "ranks" else _plot_rates)(runs, folder / stem, seed, as_json=as_json)
         Console(stderr=True).print(f"Wrote {folder / stem}.png, .pdf, .csv", highlight=False, soft_wrap=True)
         return
     curves = load_curves(runs, seed)
@@ -129,6 +130,28 @@ def _plot_rates(runs: "list[Run]", stem: Path, seed: int | None, *, as_json: boo
         print("\n".join(point_lines(found, level)))
 
 
+def _plot_ranks(runs: "list[Run]", stem: Path, seed: int | None, *, as_json: bool) -> None:
+    from mlx_forget import rank_study
+    from mlx_forget.plots import save_figure
+    from mlx_forget.rank_plots import draw_study
+
+    points = rank_study.load_points(runs, seed)
+    lines, joint = rank_study.fit_lines(points), rank_study.fit_joint(points)
+    beside = rank_study.hold_beside(points, lines)
+    record = next(run.record for run in runs if run.record["run_id"] == points[0].run)
+    title = f"{record['num_params'] / 1e6:.2g}M parameters, pretrained on {record['config']['pretrain']}"
+    figure = draw_study(points, lines, joint, title=title)
+    for suffix in (".png", ".pdf"):
+        save_figure(figure, stem.with_name(stem.name + suffix))
+    rank_study.write_csv(points, stem.with_name(f"{stem.name}.csv"))
+    if as_json:
+        from mlx_forget.cli.answers import emit
+
+        emit({**rank_study.as_json(lines, beside, joint), "files": _files(stem)})
+    else:
+        print("\n".join(rank_study.study_lines(lines, beside, joint)))
+
+
 def _plot_stages(sweep: Path, stem: Path, *, as_json: bool) -> None:
     from mlx_forget.errors import UserError
     from mlx_forget.loss_matrix import FILE, read_matrices, summary, table_lines, write_csv
@@ -154,6 +177,10 @@ def _kind_of(runs: "list[Run]") -> str:
     def values(key: str) -> int:
         return len({str(run.record["config"].get(key)) for run in runs})
 
+    if len(runs) > 1 and all(run.record["config"].get("compare_to_start") for run in runs):
+        return "ranks"
+    if any(run.record["config"].get("fine_tune_type", "full") != "full" for run in runs):
+        return "methods"
     return "learning-rate" if values("learning_rate") > 1 else "methods" if values("method") > 1 else "figure1"
 
 

@@ -64,7 +64,10 @@ def predict_command(
     level: Annotated[float | None, typer.Option(help="Coverage of the interval.")] = None,
     as_json: Json = None,
 ) -> None:
-    """Predict a loss, or the forgetting, from a fit.json."""
+    """Predict a loss, or the forgetting, from a fit.json.
+
+    Example: forget predict fit.json --n 1.27e9 --d 3e7 --p 1%
+    """
     import numpy as np
 
     from mlx_forget.laws.files import read_fit

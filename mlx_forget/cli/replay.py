@@ -10,7 +10,7 @@ app = typer.Typer()
 
 @app.command()
 def replay(
-    model: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A run or checkpoint folder.")],
+    model: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A run, checkpoint or Hugging Face folder, or a Hub id.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the store.")],
     num_tokens: Annotated[str | None, typer.Option(help="How many tokens, such as 300K or 2M. \\[default: 2M]")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens per row. \\[default: the model's context]")] = None,
@@ -44,13 +44,16 @@ def replay(
     from mlx_forget.cli.data import print_facts
     from mlx_forget.cli.signals import graceful_stop
     from mlx_forget.errors import UserError, unknown
+    from mlx_forget.fuse import whole_checkpoint
+    from mlx_forget.ladder import default_row_length
     from mlx_forget.log_probs import keep_log_probs
     from mlx_forget.pipeline.batches import RowSubset
     from mlx_forget.pipeline.reference_rows import parse_kind
     from mlx_forget.pipeline.store import open_store
     from mlx_forget.pipeline.vocabularies import load_vocabulary
     from mlx_forget.progress import Preparation
-    from mlx_forget.replay import SampleSpec, sample_store
+    from mlx_forget.replay import SampleSpec, sample_store, samples_of
+    from mlx_forget.start import special_tokens
     from mlx_forget.token_counts import parse_tokens
     from mlx_forget.trainer import RuntimeSpec, TrainerSpec, choose_backend, load_backend
 
@@ -61,11 +64,14 @@ def replay(
 
     if log_probs is not None:
         parse_kind(log_probs)
-    if output.exists() and log_probs is None:
+    # What is left of an interrupted call beside a whole store is removed by the next one.
+    if output.exists() and log_probs is None and not samples_of(output).exists():
         raise UserError(f"{output} exists already: choose another place or remove it.")
-    start = find_checkpoint(model.expanduser())
+    start = whole_checkpoint(find_checkpoint(model))
     shape, vocabulary = start.model_spec(), load_vocabulary(start.tokenizer)
-    row = shape.context_length if length is None else length
+    if not start.is_own:
+        say(special_tokens(vocabulary))
+    row = default_row_length(shape) if length is None else length
     if row < 1:
         raise UserError(f"--length must be positive, it is {row}.")
     if row > shape.context_length:

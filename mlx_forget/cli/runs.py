@@ -26,7 +26,7 @@ class ListByDefault(typer.core.TyperGroup):
         return super().parse_args(ctx, args)
 
 
-app = typer.Typer(cls=ListByDefault, help="List, show, compare, export, prune and verify runs.")
+app = typer.Typer(cls=ListByDefault, help="List, show, compare, export, prune and verify runs.\n\nExample: forget runs list runs")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Folder = Annotated[Path | None, typer.Argument(help="Where to look, at any depth. \\[default: runs]")]

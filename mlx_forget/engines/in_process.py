@@ -54,7 +54,9 @@ class InProcessEngine(Engine):
                 execute_stack(plans, watch=self._watch, wait=True)
         except (UserError, RunFailed, Interrupted) as error:
             return self._failed(task, str(error), exit_code(error))
-        except Exception:
+        except Exception as error:
+            if isinstance(error, OSError) and error.filename is not None:
+                return self._failed(task, f"{error.filename}: {error.strerror}.", 2)
             return self._failed(task, traceback.format_exc(), 1)
         return Exit(0)
 

@@ -151,7 +151,7 @@ class Law:
         rescales: how amplitudes absorb the references.
         contrasts: what the data determine (see `law_contrasts` for the ones that follow from `rescales`).
         alternatives: rivals for selection, this law included.
-        response: what is predicted: "pretraining", "target" or "loss".
+        response: what is predicted: "pretraining", "target", "forgetting" (cross-entropy to the start model) or "loss".
         to_natural, to_internal: own change of coordinates, for laws where `rescales` cannot say it.
         starts: own starting points, `(features, response[n], weights[n]) -> internal[S, k]`.
         mixed: parameters that `to_natural` makes of several coordinates, so that they are no better known than the worst of those.

@@ -31,7 +31,7 @@ register(
             Parameter("s", "forgetting at zero finetuning loss", "nats", linear=True),
         ),
         evaluate=_line,
-        response="pretraining",
+        response="forgetting",
     )
 )
 
@@ -170,7 +170,7 @@ for _name, _text, _latex, _equation, _evaluate, _sign, _response in (
         6,
         _forgetting,
         -1.0,
-        "pretraining",
+        "forgetting",
     ),
 ):
     _law = Law(

@@ -30,11 +30,11 @@ def measures(
         inputs = [x[rows], ref_x[rows]]
         now, ref_now = mx.depends(inputs, [chunks[-1]]) if chunks else inputs
         logits, ref_logits = (operators.matmul(a, b.T).astype(mx.float32) for a, b in ((now, head), (ref_now, ref_head)))
-        chunks.append(_of_logits(logits, ref_logits, labels[rows, None], operators))
+        chunks.append(of_logits(logits, ref_logits, labels[rows, None], operators))
     return mx.concatenate(chunks, axis=1)
 
 
-def _of_logits(logits: mx.array, ref_logits: mx.array, label: mx.array, operators: Operators) -> mx.array:
+def of_logits(logits: mx.array, ref_logits: mx.array, label: mx.array, operators: Operators) -> mx.array:
     """The measures of one chunk of logits float32[n, V] and labels int32[n, 1]."""
     ref_best = mx.argmax(ref_logits, axis=1, keepdims=True)
     ref_top, top = mx.take_along_axis(ref_logits, ref_best, axis=1), logits.max(axis=1, keepdims=True)

@@ -12,7 +12,9 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_forget.adapters import A
 from mlx_forget.ladder import LAYER_NORM_EPSILON, ModelSpec
+from mlx_forget.mlx_backend import lora
 from mlx_forget.mlx_backend.operators import Operators
 from mlx_forget.mlx_backend.reference import kl_divergence
 from mlx_forget.mlx_backend.stored_reference import stored_kl_divergence
@@ -57,7 +59,8 @@ def num_shared_blocks(weights: Weights, reference: Weights, spec: ModelSpec) -> 
     """How many of the first blocks are the same in two models; -1 where the embeddings already differ."""
 
     def same(prefix: str) -> bool:
-        return all(mx.array_equal(value, reference[name]).item() for name, value in weights.items() if name.startswith(prefix))
+        own = [(value, reference.get(name)) for name, value in weights.items() if name.startswith(prefix)]
+        return all(other is not None and (other is value or mx.array_equal(value, other).item()) for value, other in own)
 
     if not (same("transformer.wpe.") and same("transformer.wte.")):
         return -1
@@ -88,7 +91,7 @@ def gradients(
     Of a stack, tokens, labels, weights, segments and losses are [K, B, T].
     `grad_checkpoint` keeps the inputs of each block only and computes the block again on the way back. With a `penalty`, which a stack
     does not have, the losses are those of its `nll_rows`, followed by the KL of its `kl_rows`, float32[n + k, T], and the gradients
-    those of both terms.
+    those of both terms. Of weights with folded adapters, the gradients are those of the adapters' entries alone.
     """
     allowed = segment_mask(segment_BT)
     x_BTD = _embed(weights, tokens_BT, segment_BT)
@@ -124,7 +127,7 @@ def gradients(
     else:
         unused = mx.zeros((*members, spec.context_length, spec.width))
         grads["transformer.wpe.weight"] = add_rows(unused, segment_positions(segment_BT), grad)
-    return losses, {name: grads[name] for name in weights}
+    return losses, {name: grads[name] for name in lora.trained_entries(weights) or weights}
 
 
 def _cross_entropy_of_rows(
@@ -186,39 +189,41 @@ def block(
 ) -> tuple[mx.array, Any]:
     """One pre-norm block, and what its gradient needs; `weights` are its own. The residual stream stays float32."""
     B, T, D = x_BTD.shape
+    tape: lora.Tape = {}
     normed = _norm(x_BTD, weights, "ln_1")
-    qkv = _linear(normed, weights, "attn.c_attn", operators)
+    qkv = _linear(normed, weights, "attn.c_attn", operators, tape)
     q, k, v = qkv.reshape(B, T, 3, spec.num_heads, spec.head_dim).transpose(2, 0, 3, 1, 4)
     mixed_BHTE, saved = operators.attention(q, k, v, allowed)
     mixed = mixed_BHTE.transpose(0, 2, 1, 3).reshape(B, T, D)
-    middle = x_BTD + _linear(mixed, weights, "attn.c_proj", operators)
+    middle = x_BTD + _linear(mixed, weights, "attn.c_proj", operators, tape)
     normed_middle = _norm(middle, weights, "ln_2")
-    expanded = _linear(normed_middle, weights, "mlp.c_fc", operators)
+    expanded = _linear(normed_middle, weights, "mlp.c_fc", operators, tape)
     activated, gelu_saved = operators.gelu(expanded)
-    out = middle + _linear(activated, weights, "mlp.c_proj", operators)
-    return out, (normed, saved, mixed, middle, normed_middle, expanded, gelu_saved, activated)
+    out = middle + _linear(activated, weights, "mlp.c_proj", operators, tape)
+    return out, (normed, saved, mixed, middle, normed_middle, expanded, gelu_saved, activated, tape)
 
 
 def _block_gradient(
     grad: mx.array, x: mx.array, kept: Any, weights: Weights, operators: Operators, grads: dict[str, mx.array], prefix: str
 ) -> mx.array:
     """The gradient of a block's input from that of its output, both float32[B, T, D]; those of its weights go into `grads`."""
-    normed, saved, mixed, middle, normed_middle, expanded, gelu_saved, activated = kept
+    normed, saved, mixed, middle, normed_middle, expanded, gelu_saved, activated, tape = kept
     B, T, D = x.shape
-    inner = _linear_gradient(grad, activated, weights, "mlp.c_proj", operators, grads, prefix)
+    inner = _linear_gradient(grad, activated, weights, "mlp.c_proj", operators, grads, prefix, tape)
     inner = operators.gelu_gradient(expanded, gelu_saved, inner)
-    inner = _linear_gradient(inner, normed_middle, weights, "mlp.c_fc", operators, grads, prefix)
+    inner = _linear_gradient(inner, normed_middle, weights, "mlp.c_fc", operators, grads, prefix, tape)
     grad = grad + _norm_gradient(inner, middle, weights, "ln_2", grads, prefix)
-    inner = _linear_gradient(grad, mixed, weights, "attn.c_proj", operators, grads, prefix)
+    inner = _linear_gradient(grad, mixed, weights, "attn.c_proj", operators, grads, prefix, tape)
     heads = inner.astype(mixed.dtype).reshape(B, T, saved[0].shape[1], -1).transpose(0, 2, 1, 3)
     parts = mx.stack(list(operators.attention_gradient(saved, heads)))
     inner = parts.transpose(1, 3, 0, 2, 4).reshape(B, T, 3 * D)
-    inner = _linear_gradient(inner, normed, weights, "attn.c_attn", operators, grads, prefix)
+    inner = _linear_gradient(inner, normed, weights, "attn.c_attn", operators, grads, prefix, tape)
     # Attention does not change when one vector is added to all keys: their bias has no gradient, and AdamW would turn the rounding
     # error of that zero into steps.
     bias = prefix + "attn.c_attn.bias"
-    query, key, value = mx.split(grads[bias], 3, axis=-1)
-    grads[bias] = mx.concatenate([query, mx.zeros_like(key), value], axis=-1)
+    if bias in grads:
+        query, key, value = mx.split(grads[bias], 3, axis=-1)
+        grads[bias] = mx.concatenate([query, mx.zeros_like(key), value], axis=-1)
     return grad + _norm_gradient(inner, x, weights, "ln_1", grads, prefix)
 
 
@@ -360,8 +365,11 @@ def _layer_norm(x: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
     return (normed * weight[:, None] + bias[:, None]).reshape(x.shape)
 
 
-def _linear(x: mx.array, weights: Weights, name: str, operators: Operators) -> mx.array:
+def _linear(x: mx.array, weights: Weights, name: str, operators: Operators, tape: lora.Tape | None = None) -> mx.array:
     weight, bias = weights[name + ".weight"], weights[name + ".bias"]
+    if name + A in weights:
+        flat = x.reshape(-1, x.shape[-1]).astype(operators.dtype)
+        return lora.linear(flat, weights, name, operators, tape).reshape(*x.shape[:-1], weight.shape[-1])
     flat = x.reshape(*weight.shape[:-2], -1, x.shape[-1]).astype(operators.dtype)
     bias = bias if bias.ndim == 1 else bias[:, None]
     if operators.dtype == mx.float32:
@@ -372,9 +380,19 @@ def _linear(x: mx.array, weights: Weights, name: str, operators: Operators) -> m
 
 
 def _linear_gradient(
-    grad: mx.array, x: mx.array, weights: Weights, name: str, operators: Operators, grads: dict[str, mx.array], prefix: str
+    grad: mx.array,
+    x: mx.array,
+    weights: Weights,
+    name: str,
+    operators: Operators,
+    grads: dict[str, mx.array],
+    prefix: str,
+    tape: lora.Tape,
 ) -> mx.array:
-    """float32 gradient of a linear map's input; those of its weight and bias go into `grads`."""
+    """float32 gradient of a linear map's input; those of its weight and bias, or of its adapter, go into `grads`."""
+    if name + A in weights:
+        flat = grad.reshape(-1, grad.shape[-1]).astype(mx.float32)
+        return lora.linear_gradient(flat, weights, name, operators, grads, prefix, tape).reshape(x.shape)
     weight = weights[name + ".weight"].astype(operators.dtype)
     members = weight.shape[:-2]
     flat_grad = grad.reshape(*members, -1, grad.shape[-1])

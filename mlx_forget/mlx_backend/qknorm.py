@@ -11,7 +11,9 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_forget.adapters import A
 from mlx_forget.ladder import QKNORM_HEAD, RMS_NORM_EPSILON, ROPE_BASE, ModelSpec
+from mlx_forget.mlx_backend import lora
 from mlx_forget.mlx_backend.gpt2 import KLTerm, Weights, add_rows, objective, segment_mask, segment_positions
 from mlx_forget.mlx_backend.operators import Operators
 
@@ -46,7 +48,8 @@ def num_shared_blocks(weights: Weights, reference: Weights, spec: ModelSpec) -> 
     """How many of the first blocks are the same in two models; -1 where the embeddings already differ."""
 
     def same(prefix: str) -> bool:
-        return all(mx.array_equal(value, reference[name]).item() for name, value in weights.items() if name.startswith(prefix))
+        own = [(value, reference.get(name)) for name, value in weights.items() if name.startswith(prefix)]
+        return all(other is not None and (other is value or mx.array_equal(value, other).item()) for value, other in own)
 
     if not same(_EMBEDDING):
         return -1
@@ -105,7 +108,7 @@ def gradients(
             _, kept = block(weights, prefix, spec, mx.depends([inputs[i]], [grad])[0], angles, allowed, operators)
         grad = _block_gradient(grad, inputs.pop(), kept, weights, prefix, angles, operators, grads)
     grads[_EMBEDDING] = add_rows(mx.zeros_like(weights[_EMBEDDING]), tokens_BT, grad)
-    return losses, {name: grads[name] for name in weights}
+    return losses, {name: grads[name] for name in lora.trained_entries(weights) or weights}
 
 
 def block(
@@ -113,18 +116,19 @@ def block(
 ) -> tuple[mx.array, Any]:
     """One pre-norm block, and what its gradient needs. The residual stream stays float32."""
     B, T, D = x_BTD.shape
+    tape: lora.Tape = {}
     normed = _norm(x_BTD)
-    qkv = _product(normed, weights[prefix + "attn.qkv.weight"], operators)
+    qkv = _linear(normed, weights, prefix + "attn.qkv", operators, tape)
     q, k, v = qkv.reshape(B, T, 3, spec.num_heads, spec.head_dim).transpose(2, 0, 3, 1, 4)
     turned_q, turned_k = (_turned(part, *angles).astype(operators.dtype) for part in (q, k))
     mixed_BHTE, saved = operators.attention(turned_q, turned_k, v, allowed)
     mixed = mixed_BHTE.transpose(0, 2, 1, 3).reshape(B, T, D)
-    middle = x_BTD + _product(mixed, weights[prefix + "attn.out.weight"], operators)
+    middle = x_BTD + _linear(mixed, weights, prefix + "attn.out", operators, tape)
     normed_middle = _norm(middle)
-    expanded = _product(normed_middle, weights[prefix + "mlp.up.weight"], operators)
+    expanded = _linear(normed_middle, weights, prefix + "mlp.up", operators, tape)
     activated, gelu_saved = operators.gelu(expanded)
-    out = middle + _product(activated, weights[prefix + "mlp.down.weight"], operators)
-    return out, (normed, q, k, saved, mixed, middle, normed_middle, expanded, gelu_saved, activated)
+    out = middle + _linear(activated, weights, prefix + "mlp.down", operators, tape)
+    return out, (normed, q, k, saved, mixed, middle, normed_middle, expanded, gelu_saved, activated, tape)
 
 
 def _block_gradient(
@@ -138,22 +142,26 @@ def _block_gradient(
     grads: dict[str, mx.array],
 ) -> mx.array:
     """The gradient of a block's input from that of its output, both float32[B, T, D]; those of its weights go into `grads`."""
-    normed, q, k, saved, mixed, middle, normed_middle, expanded, gelu_saved, activated = kept
+    normed, q, k, saved, mixed, middle, normed_middle, expanded, gelu_saved, activated, tape = kept
     B, T, D = x.shape
 
     def back(grad: mx.array, x: mx.array, name: str) -> mx.array:
-        result, grads[prefix + name] = _product_gradient(grad, x, weights[prefix + name], operators)
+        name = prefix + name
+        if name + A in weights:
+            flat = grad.reshape(-1, grad.shape[-1]).astype(mx.float32)
+            return lora.linear_gradient(flat, weights, name, operators, grads, "", tape).reshape(x.shape)
+        result, grads[name + ".weight"] = _product_gradient(grad, x, weights[name + ".weight"], operators)
         return result
 
-    inner = operators.gelu_gradient(expanded, gelu_saved, back(grad, activated, "mlp.down.weight"))
-    grad = grad + _norm_gradient(back(inner, normed_middle, "mlp.up.weight"), middle)
-    inner = back(grad, mixed, "attn.out.weight")
+    inner = operators.gelu_gradient(expanded, gelu_saved, back(grad, activated, "mlp.down"))
+    grad = grad + _norm_gradient(back(inner, normed_middle, "mlp.up"), middle)
+    inner = back(grad, mixed, "attn.out")
     heads = inner.astype(mixed.dtype).reshape(B, T, q.shape[1], -1).transpose(0, 2, 1, 3)
     grad_q, grad_k, grad_v = operators.attention_gradient(saved, heads)
     parts = [_turned_gradient(part, own, angles) for part, own in ((grad_q, q), (grad_k, k))]
     stacked = mx.stack([*parts, grad_v.astype(mx.float32)])
     inner = stacked.transpose(1, 3, 0, 2, 4).reshape(B, T, 3 * D)
-    return grad + _norm_gradient(back(inner, normed, "attn.qkv.weight"), x)
+    return grad + _norm_gradient(back(inner, normed, "attn.qkv"), x)
 
 
 def next_logits(
@@ -168,7 +176,7 @@ def next_logits(
     angles = _cos_and_sin(spec, mx.array([[position]]))
     for i in range(spec.num_layers):
         prefix = f"decoder.h.{i}."
-        qkv = _product(_norm(x_BD), weights[prefix + "attn.qkv.weight"], operators)
+        qkv = _linear(_norm(x_BD), weights, prefix + "attn.qkv", operators)
         q, k, v = qkv.reshape(B, 3, spec.num_heads, 1, spec.head_dim).swapaxes(0, 1)
         q, k = (_turned(part, *angles).astype(operators.dtype) for part in (q, k))
         cache[i][:, :, :, position : position + 1] = mx.stack([k, v])
@@ -176,9 +184,9 @@ def next_logits(
         scores = (q.astype(mx.float32) * spec.head_dim**-0.5) @ keys.astype(mx.float32).swapaxes(-1, -2)
         exponentials = operators.exp_below(scores, scores.max(axis=-1, keepdims=True))
         mixed = (exponentials / exponentials.sum(axis=-1, keepdims=True)).astype(values.dtype) @ values
-        x_BD = x_BD + _product(mixed.reshape(B, -1), weights[prefix + "attn.out.weight"], operators)
-        activated, _ = operators.gelu(_product(_norm(x_BD), weights[prefix + "mlp.up.weight"], operators))
-        x_BD = x_BD + _product(activated, weights[prefix + "mlp.down.weight"], operators)
+        x_BD = x_BD + _linear(mixed.reshape(B, -1), weights, prefix + "attn.out", operators)
+        activated, _ = operators.gelu(_linear(_norm(x_BD), weights, prefix + "mlp.up", operators))
+        x_BD = x_BD + _linear(activated, weights, prefix + "mlp.down", operators)
     return _product(_norm(x_BD), weights[HEAD].T, operators).astype(mx.float32)
 
 
@@ -204,6 +212,14 @@ def _turned_gradient(grad: mx.array, x: mx.array, angles: Angles) -> mx.array:
     first, second = mx.split(grad.astype(mx.float32), 2, axis=-1)
     back = mx.concatenate([first * cos + second * sin, second * cos - first * sin], axis=-1)
     return _norm_gradient(back, x.astype(mx.float32))
+
+
+def _linear(x: mx.array, weights: Weights, name: str, operators: Operators, tape: lora.Tape | None = None) -> mx.array:
+    weight = weights[name + ".weight"]
+    if name + A not in weights:
+        return _product(x, weight, operators)
+    flat = x.reshape(-1, x.shape[-1]).astype(operators.dtype)
+    return lora.linear(flat, weights, name, operators, tape).reshape(*x.shape[:-1], weight.shape[-1])
 
 
 def _product(x: mx.array, weight: mx.array, operators: Operators) -> mx.array:

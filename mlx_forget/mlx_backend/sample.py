@@ -1,4 +1,10 @@
-"""Ancestral sampling with a key-value cache, driven by uniforms that the core makes."""
+"""Ancestral sampling with a key-value cache, driven by uniforms that the core makes.
+
+On a CPU the rows are shared among threads, each an MLX stream with a cache of its own: a stream is one thread, and at these sizes its
+products and its reading of the cache are bound by what one core can do.
+"""
+
+from collections.abc import Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -18,6 +24,7 @@ def sample(
     *,
     temperature: float,
     operators: Operators,
+    streams: Sequence[mx.Stream],
 ) -> npt.NDArray[np.int32]:
     """Continue int32[B, P] prompts by inverse-CDF sampling; returns int32[B, T] for uniforms float64[B, T].
 
@@ -26,22 +33,35 @@ def sample(
     """
     B, P = prompts_BP.shape
     length = P + u_BT.shape[1]
-    shape = (2, B, spec.num_heads, length, spec.head_dim)
-    cache = [mx.zeros(shape, operators.dtype) for _ in range(spec.num_layers)]
+    next_logits = functions_of(spec).next_logits
+    shares = [rows for rows in np.array_split(np.arange(B), len(streams)) if len(rows)]
+    caches = [
+        [mx.zeros((2, len(rows), spec.num_heads, length, spec.head_dim), operators.dtype) for _ in range(spec.num_layers)]
+        for rows in shares
+    ]
     out = np.empty(u_BT.shape, np.int32)
     token = prompts_BP[:, 0]
     for position in range(length - 1):
-        logits = functions_of(spec).next_logits(weights, spec, mx.array(token), position, cache, operators)
+        logits = []
+        for stream, rows, cache in zip(streams, shares, caches, strict=False):
+            with mx.stream(stream):
+                logits.append(next_logits(weights, spec, mx.array(token[rows]), position, cache, operators))
         if position + 1 < P:
-            mx.eval(cache)
+            mx.eval(caches)
             token = prompts_BP[:, position + 1]
             continue
-        mx.eval(logits, cache)
-        cumulative = _cumulative(np.array(logits), temperature)
-        u = u_BT[:, position + 1 - P, None] * cumulative[:, -1:]
-        token = np.minimum((cumulative <= u).sum(axis=1), spec.vocab_size - 1).astype(np.int32)
+        mx.eval(logits, caches)
+        token = draw(np.concatenate([np.array(part) for part in logits]), u_BT[:, position + 1 - P], temperature)
         out[:, position + 1 - P] = token
     return out
+
+
+def draw(logits_BV: npt.NDArray[np.float32], u_B: npt.NDArray[np.float64], temperature: float) -> npt.NDArray[np.int32]:
+    """The next token of each row, int32[B], from logits and uniforms."""
+    cumulative = _cumulative(logits_BV, temperature)
+    tokens = (cumulative <= u_B[:, None] * cumulative[:, -1:]).sum(axis=1)
+    chosen: npt.NDArray[np.int32] = np.minimum(tokens, logits_BV.shape[1] - 1).astype(np.int32)
+    return chosen
 
 
 def _cumulative(logits: npt.NDArray[np.float32], temperature: float) -> npt.NDArray[np.float64]:

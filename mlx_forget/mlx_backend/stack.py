@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-from mlx_forget.ladder import initial_weights
+from mlx_forget.errors import UserError
+from mlx_forget.ladder import ModelSpec, initial_weights
 from mlx_forget.methods import NUM_SOURCES, NUM_TERMS
 from mlx_forget.mlx_backend import optimizer
 from mlx_forget.mlx_backend.trainer import SUMS, Arrays, MLXStep, MLXTrainer
@@ -21,6 +22,8 @@ class MLXStack(Stack):
     """K ladder models on one device."""
 
     def __init__(self, spec: TrainerSpec, seeds: Sequence[int]) -> None:
+        if not isinstance(spec.model, ModelSpec):
+            raise UserError(f"{spec.model.architecture} does not stack: start its runs one by one.")
         self._spec = spec
         self._single = MLXTrainer(spec)
         self._members = [copy.copy(self._single) for _ in seeds]

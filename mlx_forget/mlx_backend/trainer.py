@@ -5,7 +5,7 @@ import os
 import resource
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,18 +14,19 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save_file
 
+from mlx_forget.adapters import file_name, initial_adapters, is_adapter, num_trainable, parameter_name, parameter_shapes
 from mlx_forget.comparison import MEASURES, portions
 from mlx_forget.distributed import Group
 from mlx_forget.errors import OutOfMemory, UserError
-from mlx_forget.ladder import initial_weights, num_params, param_shapes
+from mlx_forget.ladder import linear_shapes, num_params, outputs_first
 from mlx_forget.methods import NUM_SOURCES, NUM_TERMS, TERM_REPLAY_KL, TERM_REPLAY_NTP, TERM_TASK
-from mlx_forget.mlx_backend import BLAS_NOTE, compare, gpt2, optimizer
-from mlx_forget.mlx_backend.architectures import functions_of
+from mlx_forget.mlx_backend import BLAS_NOTE, compare, gpt2, lora, optimizer
+from mlx_forget.mlx_backend.decoder import build_decoder
 from mlx_forget.mlx_backend.distributed import MLXGroup, join, num_local_ranks
 from mlx_forget.mlx_backend.operators import operators
 from mlx_forget.mlx_backend.reference import penalty_gradients, pull_to_reference
-from mlx_forget.mlx_backend.sample import sample
 from mlx_forget.mlx_backend.warmup import compile_loops
+from mlx_forget.pretrained import PretrainedSpec, names_in_files, weight_files
 from mlx_forget.trainer import (
     Batch,
     Capabilities,
@@ -66,12 +67,10 @@ class MLXStep(StepResult):
 
 
 class MLXTrainer(Trainer):
-    """GPT-2 with AdamW. On a CPU the rows of a batch are shared among threads, each an MLX stream."""
+    """A model with AdamW. On a CPU the rows of a batch are shared among threads, each an MLX stream."""
 
     def __init__(self, spec: TrainerSpec) -> None:
         runtime = spec.runtime
-        if spec.adapter is not None:
-            raise UserError("The ladder trains all its weights: adapters need a Hugging Face model.")
         self.spec = spec
         self._notes: list[str] = []
         self._on_cpu = self._choose_device(runtime.device)
@@ -83,7 +82,6 @@ class MLXTrainer(Trainer):
         self._operators = operators(dtype=dtype, on_cpu=self._on_cpu, fused=can_compile)
         if can_compile and self._on_cpu:
             compile_loops()
-        self._functions = functions_of(spec.model)
         self._chunk = gpt2.chunk_rows(spec.model.vocab_size, on_cpu=self._on_cpu)
         self._portions = portions(
             spec.model,
@@ -91,9 +89,13 @@ class MLXTrainer(Trainer):
             limit_gb=runtime.memory_limit_gb if runtime.reads_only else None,
             used_bytes=self.used_memory_bytes(),
         )
-        start = () if runtime.reads_only else initial_weights(spec.model, spec.seed)
-        self._weights = {name: mx.array(value) for name, value in start}
-        self._moments = optimizer.initial_moments(spec.optim, self._weights)
+        self._outputs_first = outputs_first(spec.model)
+        self._decoder = build_decoder(spec.model, self._operators, self._streams, reads_only=runtime.reads_only)
+        self._weights: Arrays = {} if runtime.reads_only else dict(self._decoder.start_weights(spec.seed))
+        if spec.adapter is not None and not runtime.reads_only:
+            self._weights = self._with_new_adapters(self._weights)
+        self._num_calls = 0
+        self._moments = optimizer.initial_moments(spec.optim, self._trained_weights())
         self._step = mx.array(0.0)
         self._hyper = optimizer.hyperparameters(spec.optim)
         self._reference: Arrays | None = None
@@ -117,6 +119,7 @@ class MLXTrainer(Trainer):
         return Capabilities(
             precisions=("fp32", "bf16"),
             terms=(TERM_TASK, TERM_REPLAY_NTP, TERM_REPLAY_KL),
+            adapters=("lora", "dora"),
             anchor=True,
             fisher=True,
             sample=True,
@@ -168,6 +171,7 @@ class MLXTrainer(Trainer):
                 mx.array(groups[rows]),
                 None if batch.segment is None else mx.array(batch.segment[rows]),
                 self._kl_terms(batch, rows, None if kl_weight is None else kl_weight[rows]),
+                self._dropout_key(start),
             )
             total = part if total is None else {name: value + part[name] for name, value in total.items()}
             if size < len(batch.tokens):
@@ -180,11 +184,13 @@ class MLXTrainer(Trainer):
         if self._reference is not None and (method.l2_sp or method.ewc):
             gradients = penalty_gradients(self._weights, gradients, self._reference, self._fisher, self._strengths)
         scalars, self._step, outcome = optimizer.step_scalars(self._step, gradients, rate, self._hyper)
-        weights = self._weights
+        weights = self._trained_weights()
         if self._reference is not None and method.anchor_decay:
             weights = pull_to_reference(weights, self._reference, rate, self._strengths["anchor_decay"], scalars["finite"])
         state = self._update(weights, self._moments, gradients, scalars)
-        self._weights, self._moments = state
+        trained, self._moments = state
+        self._weights = {**self._weights, **trained}
+        self._num_calls += 1
         packed = mx.concatenate([sums, outcome])
         # One step runs while the host prepares the next; more would only hold memory.
         mx.eval(self._in_flight)
@@ -207,29 +213,30 @@ class MLXTrainer(Trainer):
         if weights is None:
             raise UserError("Log-probabilities of the reference need one: call set_reference first.")
         own = None if segment is None else mx.array(segment)
-        x = self._functions.hidden_states(weights, self.spec.model, mx.array(tokens[:, :-1]), own, operators=self._operators)
-        head = weights[self._functions.HEAD].astype(self._operators.dtype)
-        logits = self._operators.matmul(x.astype(self._operators.dtype), head.T).astype(mx.float32)
+        logits = self._decoder.logits(weights, mx.array(tokens[:, :-1]), own)
         return np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
 
     def compare(self, tokens: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8]) -> Comparison:
         if self._reference is None:
             raise UserError("compare needs a reference: call set_reference first.")
         reference = {name: value.astype(mx.float32) for name, value in self._reference.items()}
-        shared = self._functions.num_shared_blocks(self._weights, reference, self.spec.model)
+        weights = self._folded()
+        shared = self._decoder.num_shared_blocks(weights, reference)
         measures = np.zeros((len(MEASURES), len(tokens), tokens.shape[1] - 1), np.float32)
         for rows in self._eval_slices(tokens, self._portions.num_tokens):
-            measures[:, rows] = np.array(self._measures(reference, mx.array(tokens[rows]), shared))
+            measures[:, rows] = np.array(self._measures(weights, reference, mx.array(tokens[rows]), shared))
         return Comparison(*(measures * mask))
 
     def set_reference(self, reference: Literal["start", "adapters_off"] | Path | None) -> None:
         if reference is None:
             self._reference = None
         elif reference == "adapters_off":
-            raise UserError("The reference 'adapters_off' needs adapters, and this model has none.")
+            if self.spec.adapter is None:
+                raise UserError("The reference 'adapters_off' needs adapters, and this model has none.")
+            self._reference = {name: value for name, value in self._weights.items() if not is_adapter(name)}
         elif reference == "start":
             # Arrays never change in place: a reference shares them until the next step replaces them.
-            self._reference = dict(self._weights)
+            self._reference = dict(self._folded())
         else:
             self._reference = self._read_weights(reference)
         if self._reference is not None and self.spec.method.anchor_precision == "bf16":
@@ -238,19 +245,19 @@ class MLXTrainer(Trainer):
     def set_fisher(
         self, tokens: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8], segment: npt.NDArray[np.int32] | None = None
     ) -> None:
+        if self.spec.adapter is not None:
+            raise UserError("Fisher information is measured of models without adapters.")
         fisher = {name: mx.zeros_like(value) for name, value in self._weights.items()}
         for row in range(len(tokens)):
             one = slice(row, row + 1)
             weight = mx.array(mask[one].astype(np.float32))
-            _, gradients = self._functions.gradients(
+            _, gradients = self._decoder.gradients(
                 self._weights,
-                self.spec.model,
                 mx.array(tokens[one, :-1]),
                 mx.array(tokens[one, 1:]),
                 weight,
                 None if segment is None else mx.array(segment[one]),
                 chunk=self._chunk,
-                operators=self._operators,
             )
             fisher = {name: value + gradients[name].square() for name, value in fisher.items()}
             mx.eval(fisher)
@@ -258,10 +265,21 @@ class MLXTrainer(Trainer):
         self._fisher = {name: value * scale for name, value in fisher.items()}
 
     def save(self, path: Path, *, trainable_only: bool = False) -> None:
-        save_file(_to_numpy(self._weights), path, metadata={"format": "pt"})
+        adapter, weights = self.spec.adapter, _to_numpy(self._weights)
+        if trainable_only and adapter is not None:
+            weights = {file_name(name): weights[name] for name in self._trained}
+        elif adapter is not None:
+            weights = dict(lora.whole(weights, adapter, outputs_first=self._outputs_first))
+        save_file(weights, path, metadata={"format": "pt"})
 
     def load(self, path: Path) -> None:
-        self._weights = self._read_weights(path)
+        weights = self._read_weights(path, or_adapters=True)
+        if self.spec.adapter is None or self.spec.runtime.reads_only:
+            self._weights = weights
+        elif any(map(is_adapter, weights)):
+            self._weights = {**self._weights, **weights}
+        else:
+            self._weights = self._with_new_adapters(weights)
 
     def save_state(self, path: Path) -> None:
         save_file(_to_numpy(self._moments | {"step": self._step.reshape(1)}), path)
@@ -273,18 +291,24 @@ class MLXTrainer(Trainer):
             raise UserError(f"{path} is not the training state of this model and optimiser.")
         self._moments = {name: state[name] for name in shapes}
         self._step = state["step"][0]
+        self._num_calls = int(np.array(self._step))
         mx.eval(self._moments, self._step)
 
     def sample(
         self, prompts: npt.NDArray[np.int32], u: npt.NDArray[np.float64], *, temperature: float = 1.0, from_reference: bool = False
     ) -> npt.NDArray[np.int32]:
-        weights = self._reference if from_reference else self._weights
+        weights = self._reference if from_reference else self._folded()
         if weights is None:
             raise UserError("Sampling the reference needs one: call set_reference first.")
         # The last token is never an input.
         if prompts.shape[1] + u.shape[1] - 1 > self.spec.model.context_length:
             raise UserError(f"Prompt and sample together exceed the context of {self.spec.model.context_length} tokens.")
-        return sample(weights, self.spec.model, prompts, u, temperature=temperature, operators=self._operators)
+        try:
+            return self._decoder.sample(weights, prompts, u, temperature=temperature)
+        except RuntimeError as error:
+            if any(words in str(error) for words in ("to allocate", "Insufficient Memory")):
+                raise MemoryError(f"sampling {len(prompts)} rows") from error
+            raise
 
     @classmethod
     def memory_bytes(cls) -> int | None:
@@ -292,7 +316,9 @@ class MLXTrainer(Trainer):
         return None if size is None else int(size)
 
     @classmethod
-    def kept_bytes(cls, model: ModelSpec, precision: Precision) -> int:
+    def kept_bytes(cls, model: ModelSpec | PretrainedSpec, precision: Precision) -> int:
+        if isinstance(model, PretrainedSpec):
+            return model.kept_bytes(precision)
         # The gradient that is written out keeps both norms in float32 too, and the inner derivative of the GELU. A CPU attends in float32
         # and keeps its weights.
         per_width = {"gpt2": {"fp32": 80, "bf16": 56}, "qknorm": {"fp32": 112, "bf16": 76}}
@@ -359,8 +385,10 @@ class MLXTrainer(Trainer):
         limit = self.spec.runtime.memory_limit_gb
         if limit is None:
             return
-        # Weights, gradients and two moments, 4 bytes each: no batch is small enough to need less.
-        need = 16 * num_params(self.spec.model) / _GIGABYTE
+        # Weights, and gradients and two moments of what is trained, 4 bytes each: no batch is small enough to need less.
+        model, adapter = self.spec.model, self.spec.adapter
+        trained = num_params(model) if adapter is None else num_trainable(linear_shapes(model), adapter)
+        need = (4 * num_params(model) + 12 * trained) / _GIGABYTE
         if limit < need and not self.spec.runtime.reads_only:
             raise UserError(
                 f"--memory-limit-gb {limit:g} is below what this model needs: {need:.3g} GB for weights, gradients and moments alone."
@@ -389,6 +417,7 @@ class MLXTrainer(Trainer):
         groups: mx.array,
         segment: mx.array | None,
         kl_terms: "list[gpt2.KLTerm] | None" = None,
+        dropout_key: mx.array | None = None,
     ) -> Arrays:
         """Gradients of the weighted token losses of some rows, and their loss sums; each thread takes its share of the rows.
 
@@ -396,18 +425,19 @@ class MLXTrainer(Trainer):
         """
 
         parts: list[Arrays] = []
-        for number, rows in enumerate(_shares(tokens.shape[-2], len(self._streams))):
+        adapter, shares = self.spec.adapter, _shares(tokens.shape[-2], len(self._streams))
+        weights = lora.folded(weights, adapter, outputs_first=self._outputs_first)
+        keys = None if dropout_key is None else mx.random.split(dropout_key, len(shares))
+        for number, rows in enumerate(shares):
             kl_term = None if kl_terms is None else kl_terms[number]
             with mx.stream(self._streams[number]):
-                losses, gradients = self._functions.gradients(
-                    weights,
-                    self.spec.model,
+                losses, gradients = self._decoder.gradients(
+                    weights if adapter is None or keys is None else lora.with_key(weights, adapter, keys[number]),
                     tokens[..., rows, :-1],
                     tokens[..., rows, 1:],
                     token_weight[..., rows, :],
                     None if segment is None else segment[..., rows, :],
                     chunk=self._chunk,
-                    operators=self._operators,
                     grad_checkpoint=self.spec.runtime.grad_checkpoint,
                     penalty=kl_term,
                 )
@@ -421,7 +451,8 @@ class MLXTrainer(Trainer):
         total = parts[0]
         for part in parts[1:]:
             total = {name: value + part[name] for name, value in total.items()}
-        return total
+        sums = total.pop(SUMS)
+        return {**lora.parameter_gradients(total, weights, adapter), SUMS: sums}
 
     def _kl_terms(self, batch: Batch, part: slice, kl_weight: npt.NDArray[np.float32] | None) -> "list[gpt2.KLTerm] | None":
         """What each thread's share of some rows needs for their KL term; None where no row has one."""
@@ -452,46 +483,33 @@ class MLXTrainer(Trainer):
 
     def _no_gradient(self) -> Arrays:
         """What a rank without rows adds."""
-        zeros = {name: mx.zeros_like(value) for name, value in self._weights.items()}
+        zeros = {name: mx.zeros_like(self._weights[name]) for name in self._trained}
         return {**zeros, SUMS: mx.zeros(NUM_TERMS * NUM_SOURCES)}
 
     def _batch_nll(self, weights: Arrays, tokens: mx.array, segment: mx.array | None) -> mx.array:
         """Next-token losses float32[B, T] of int32[B, T+1]."""
         parts = []
+        weights = lora.folded(weights, self.spec.adapter, outputs_first=self._outputs_first)
         for stream, rows in zip(self._streams, _shares(len(tokens), len(self._streams)), strict=False):
             with mx.stream(stream):
                 own = None if segment is None else segment[rows]
-                x = self._functions.hidden_states(weights, self.spec.model, tokens[rows, :-1], own, operators=self._operators)
-                parts.append(
-                    gpt2.token_nll(
-                        x.reshape(-1, x.shape[-1]),
-                        weights[self._functions.HEAD],
-                        tokens[rows, 1:].reshape(-1),
-                        chunk=self._chunk,
-                        operators=self._operators,
-                    )
-                )
+                labels = tokens[rows, 1:].reshape(-1)
+                parts.append(self._decoder.token_nll(weights, tokens[rows, :-1], labels, own, chunk=self._chunk))
         return mx.concatenate(parts).reshape(len(tokens), -1)
 
-    def _measures(self, reference: Arrays, tokens: mx.array, shared: int) -> mx.array:
+    def _measures(self, weights: Arrays, reference: Arrays, tokens: mx.array, shared: int) -> mx.array:
         """The measures of `Comparison`, float32[10, B, T], of int32[B, T+1]; each thread takes its share of the rows."""
         parts = []
         streams = self._streams[: max(1, self._portions.num_logits // _LEAST_LOGITS)]
         for stream, rows in zip(streams, _shares(len(tokens), len(streams)), strict=False):
             with mx.stream(stream):
-                pair = self._functions.hidden_states_of_two(
-                    self._weights, reference, self.spec.model, tokens[rows, :-1], shared=shared, operators=self._operators
-                )
-                x, ref_x = (states.reshape(-1, states.shape[-1]) for states in pair)
-                head, ref_head = (own[self._functions.HEAD] for own in (self._weights, reference))
-                found = compare.measures(
-                    x,
-                    head,
-                    ref_x,
-                    ref_head,
+                found = self._decoder.measures(
+                    weights,
+                    reference,
+                    tokens[rows, :-1],
                     tokens[rows, 1:].reshape(-1),
+                    shared=shared,
                     chunk=max(1, self._portions.num_logits // len(streams)),
-                    operators=self._operators,
                 )
                 parts.append(found.reshape(len(MEASURES), -1, tokens.shape[1] - 1))
         return mx.concatenate(parts, axis=1)
@@ -500,12 +518,45 @@ class MLXTrainer(Trainer):
         size = max(1, num_tokens // (tokens.shape[1] - 1))
         return [slice(start, start + size) for start in range(0, len(tokens), size)]
 
-    def _read_weights(self, path: Path) -> Arrays:
-        weights = _read(path)
-        weights.pop("lm_head.weight", None)
-        if {name: tuple(value.shape) for name, value in weights.items()} != param_shapes(self.spec.model):
+    def _with_new_adapters(self, base: Arrays) -> Arrays:
+        """A base's weights and adapters that start on it."""
+        adapter, linears = self.spec.adapter, linear_shapes(self.spec.model)
+        assert adapter is not None
+        start = {name: mx.array(value) for name, value in initial_adapters(linears, adapter, self.spec.seed)}
+        weights = {**base, **start}
+        weights |= lora.start_magnitudes(weights, adapter, outputs_first=self._outputs_first)
+        return {**base, **{name: weights[name] for name in parameter_shapes(linears, adapter)}}
+
+    @property
+    def _trained(self) -> list[str]:
+        """The names of what a step changes."""
+        return [name for name in self._weights if self.spec.adapter is None or is_adapter(name)]
+
+    def _trained_weights(self) -> Arrays:
+        return {name: self._weights[name] for name in self._trained}
+
+    def _folded(self) -> Arrays:
+        """The weights as the model reads them."""
+        return lora.folded(self._weights, self.spec.adapter, outputs_first=self._outputs_first)
+
+    def _dropout_key(self, first_row: int) -> mx.array | None:
+        """What decides which inputs the adapters of a pass drop; None where they drop none."""
+        if self.spec.adapter is None or not self.spec.adapter.dropout:
+            return None
+        return lora.dropout_key(self.spec.seed, self._num_calls, first_row, self.group.rank)
+
+    def _read_weights(self, path: Path, *, or_adapters: bool = False) -> Arrays:
+        found: Arrays = {}
+        wanted: Mapping[str, tuple[int, ...]] = self._decoder.shapes
+        for file in weight_files(path):
+            stored = _read(file)
+            if or_adapters and self.spec.adapter is not None and any(map(is_adapter, map(parameter_name, stored))):
+                stored = {parameter_name(name): value for name, value in stored.items()}
+                wanted = parameter_shapes(linear_shapes(self.spec.model), self.spec.adapter)
+            found |= {name: stored[old] for old, name in names_in_files(stored, wanted).items()}
+        if {name: tuple(value.shape) for name, value in found.items()} != wanted:
             raise UserError(f"{path} does not hold the weights of this model: names or shapes differ.")
-        return {name: weights[name].astype(mx.float32) for name in param_shapes(self.spec.model)}
+        return {name: found[name].astype(mx.float32) for name in wanted}
 
 
 _EXTRA_STREAMS: list[mx.Stream] = []

@@ -48,20 +48,20 @@ def intervals(rows: Sequence[Interval], *, title: str, unit: str, width: int = 6
     def x(value: float) -> float:
         return left + (value - ticks[0]) / (ticks[-1] - ticks[0]) * (right - left)
 
-    parts = [_grid(x(tick), 4, x(tick), height - 38, zero=tick == 0) for tick in ticks]
-    parts += [_text(x(tick), height - 22, _number(tick, ticks), "middle") for tick in ticks]
-    parts.append(_text((left + right) / 2, height - 5, unit, "middle", "dim"))
+    parts = [rule(x(tick), 4, x(tick), height - 38, zero=tick == 0) for tick in ticks]
+    parts += [label(x(tick), height - 22, tick_text(tick, ticks), "middle") for tick in ticks]
+    parts.append(label((left + right) / 2, height - 5, unit, "middle", "dim"))
     for index, row in enumerate(rows):
         y = _ROW * index + 16
         kind = "worse" if row.low > 0 else "better" if row.high < 0 else "even"
-        parts.append(_text(left - 10, y + 4, row.name, "end"))
+        parts.append(label(left - 10, y + 4, row.name, "end"))
         if math.isfinite(row.low):
             parts.append(
                 Markup('<line class="{}" x1="{:.1f}" y1="{}" x2="{:.1f}" y2="{}"/>').format(kind, x(row.low), y, x(row.high), y)
             )
-        parts.append(_mark(kind, x(row.value), y))
-        parts.append(_text(right + 10, y + 4, row.note, "start", "dim"))
-    return _figure(title, width, height, parts)
+        parts.append(mark(kind, x(row.value), y))
+        parts.append(label(right + 10, y + 4, row.note, "start", "dim"))
+    return figure(title, width, height, parts)
 
 
 def lines(
@@ -78,16 +78,16 @@ def lines(
     def y(value: float) -> float:
         return bottom - (value - ticks[0]) / (ticks[-1] - ticks[0]) * (bottom - top)
 
-    parts = [_grid(left, y(tick), right, y(tick), zero=False) for tick in ticks]
-    parts += [_text(left - 8, y(tick) + 4, _number(tick, ticks), "end") for tick in ticks]
-    parts += [_text(x(index), bottom + 16, name, "middle") for index, name in enumerate(names)]
-    parts.append(_text((left + right) / 2, height - 8, x_title, "middle", "dim"))
-    parts.append(_text(4, 12, y_title, "start", "dim"))
+    parts = [rule(left, y(tick), right, y(tick), zero=False) for tick in ticks]
+    parts += [label(left - 8, y(tick) + 4, tick_text(tick, ticks), "end") for tick in ticks]
+    parts += [label(x(index), bottom + 16, name, "middle") for index, name in enumerate(names)]
+    parts.append(label((left + right) / 2, height - 8, x_title, "middle", "dim"))
+    parts.append(label(4, 12, y_title, "start", "dim"))
     for line in series:
         points = [(x(index), y(value)) for index, value in enumerate(line.values) if value is not None]
-        parts.append(_path(line.kind, points))
-        parts += [_mark(line.kind, *point) for point in points]
-    return _figure(title, width, height, [*parts, *_legend(series, right)])
+        parts.append(path(line.kind, points))
+        parts += [mark(line.kind, *point) for point in points]
+    return figure(title, width, height, [*parts, *_legend(series, right)])
 
 
 def reliability(
@@ -102,17 +102,17 @@ def reliability(
     parts = []
     for tick in (0.0, 0.5, 1.0):
         (tick_x, _), (_, tick_y) = at((tick, 0)), at((0, tick))
-        parts += [_grid(tick_x, top, tick_x, bottom, zero=False), _grid(left, tick_y, right, tick_y, zero=False)]
-        parts += [_text(tick_x, bottom + 16, f"{tick:.0%}", "middle"), _text(left - 6, tick_y + 4, f"{tick:.0%}", "end")]
-    parts.append(_grid(*at((0, 0)), *at((1, 1)), zero=True))
+        parts += [rule(tick_x, top, tick_x, bottom, zero=False), rule(left, tick_y, right, tick_y, zero=False)]
+        parts += [label(tick_x, bottom + 16, f"{tick:.0%}", "middle"), label(left - 6, tick_y + 4, f"{tick:.0%}", "end")]
+    parts.append(rule(*at((0, 0)), *at((1, 1)), zero=True))
     series = (Line("before", "before", ()), Line("after", "after", ()))
     for line, points in zip(series, (before, after), strict=True):
         drawn = [at(point) for point in points]
-        parts.append(_path(line.kind, drawn))
-        parts += [_mark(line.kind, *point) for point in drawn]
-    parts.append(_text((left + right) / 2, size - 8, "confidence in the top token", "middle", "dim"))
-    parts.append(_text(4, 12, "how often it is right", "start", "dim"))
-    return _figure(title, size, size, [*parts, *_legend(series, right)])
+        parts.append(path(line.kind, drawn))
+        parts += [mark(line.kind, *point) for point in drawn]
+    parts.append(label((left + right) / 2, size - 8, "confidence in the top token", "middle", "dim"))
+    parts.append(label(4, 12, "how often it is right", "start", "dim"))
+    return figure(title, size, size, [*parts, *_legend(series, right)])
 
 
 def bars(
@@ -125,18 +125,18 @@ def bars(
     def x(value: float) -> float:
         return left + value / ticks[-1] * (right - left)
 
-    parts = [_grid(x(tick), 4, x(tick), height - 38, zero=tick == 0) for tick in ticks]
-    parts += [_text(x(tick), height - 22, _number(tick, ticks), "middle") for tick in ticks]
-    parts.append(_text((left + right) / 2, height - 5, unit, "middle", "dim"))
+    parts = [rule(x(tick), 4, x(tick), height - 38, zero=tick == 0) for tick in ticks]
+    parts += [label(x(tick), height - 22, tick_text(tick, ticks), "middle") for tick in ticks]
+    parts.append(label((left + right) / 2, height - 5, unit, "middle", "dim"))
     for index, (name, value, note) in enumerate(rows):
         y = _ROW * index + 16
-        parts.append(_text(left - 8, y + 4, name, "end"))
+        parts.append(label(left - 8, y + 4, name, "end"))
         if value is not None:
             parts.append(
                 Markup('<rect class="bar" x="{}" y="{}" width="{:.1f}" height="12"/>').format(left, y - 6, x(value) - left)
             )
-            parts.append(_text(x(value) + 6, y + 4, note, "start", "dim"))
-    return _figure(title, width, height, parts)
+            parts.append(label(x(value) + 6, y + 4, note, "start", "dim"))
+    return figure(title, width, height, parts)
 
 
 def ticks_between(low: float, high: float, most: int = 6) -> list[float]:
@@ -150,34 +150,40 @@ def ticks_between(low: float, high: float, most: int = 6) -> list[float]:
     return [number * step for number in range(first, max(last, first + 1) + 1)]
 
 
-def _number(value: float, ticks: Sequence[float]) -> str:
+def tick_text(value: float, ticks: Sequence[float]) -> str:
+    """A tick with the decimals that tell it from its neighbours."""
     decimals = max(0, -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9))
     return f"{value:.{min(decimals + (round((ticks[1] - ticks[0]) * 10**decimals, 6) % 1 > 0), 12)}f}"
 
 
-def _figure(title: str, width: int, height: int, parts: Sequence[Markup]) -> Markup:
+def figure(title: str, width: int, height: int, parts: Sequence[Markup]) -> Markup:
+    """A plot of these parts, which a reader who cannot see it is told the title of."""
     body = Markup("").join(parts)
     head = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}" style="max-width:{}px">').format(width, height, title, width)
     return head + Markup("<title>{}</title>").format(title) + body + Markup("</svg>")
 
 
-def _text(x: float, y: float, text: str, anchor: str, kind: str = "") -> Markup:
+def label(x: float, y: float, text: str, anchor: str, kind: str = "") -> Markup:
+    """Text; `anchor` is start, middle or end."""
     return Markup('<text class="{}" x="{:.1f}" y="{:.1f}" font-size="{}" text-anchor="{}">{}</text>').format(
         kind, x, y, _TEXT, anchor, escape(text)
     )
 
 
-def _grid(x1: float, y1: float, x2: float, y2: float, *, zero: bool) -> Markup:
+def rule(x1: float, y1: float, x2: float, y2: float, *, zero: bool) -> Markup:
+    """A line of the grid, or the one at zero."""
     return Markup('<line class="{}" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"/>').format(
         "zero" if zero else "grid", x1, y1, x2, y2
     )
 
 
-def _path(kind: str, points: Sequence[tuple[float, float]]) -> Markup:
+def path(kind: str, points: Sequence[tuple[float, float]]) -> Markup:
+    """A line through points, in the colour of its kind."""
     return Markup('<polyline class="{}" points="{}"/>').format(kind, " ".join(f"{x:.1f},{y:.1f}" for x, y in points))
 
 
-def _mark(kind: str, x: float, y: float) -> Markup:
+def mark(kind: str, x: float, y: float) -> Markup:
+    """A square for what is after or worse, a circle for the rest."""
     if kind in ("after", "worse"):
         return Markup('<rect class="mark {}" x="{:.1f}" y="{:.1f}" width="8" height="8"/>').format(kind, x - 4, y - 4)
     return Markup('<circle class="mark {}" cx="{:.1f}" cy="{:.1f}" r="4"/>').format(kind, x, y)
@@ -187,5 +193,5 @@ def _legend(series: Sequence[Line], right: float) -> list[Markup]:
     parts, x = [], right
     for line in reversed(series):
         x -= 7 * len(line.name) + 26
-        parts += [_mark(line.kind, x + 6, 8), _text(x + 16, 12, line.name, "start")]
+        parts += [mark(line.kind, x + 6, 8), label(x + 16, 12, line.name, "start")]
     return parts

@@ -19,7 +19,7 @@ from mlx_forget.pipeline.sources import Reading
 from mlx_forget.pipeline.store import MANIFEST, StoreWriter, TokenStore, open_store
 from mlx_forget.pipeline.tokenise import Document, Progress, tokenise
 from mlx_forget.pipeline.tokenizer import SAMPLE_BYTES, train_tokenizer
-from mlx_forget.pipeline.vocabularies import Vocabulary, load_vocabulary, tokenizer_in
+from mlx_forget.pipeline.vocabularies import Vocabulary, load_vocabulary, same_pieces, tokenizer_in
 
 
 def silent(activity: str, fraction: float, num_bytes: int = 0) -> None:
@@ -74,7 +74,7 @@ def resolve_store(name: str, tokenizer_file: Path, *, progress: Progress = silen
     path = Path(name).expanduser()
     if (path / MANIFEST).is_file():
         store = open_store(path)
-        if store.tokenizer_hash != vocabulary.hash:
+        if store.tokenizer_hash != vocabulary.hash and not same_pieces(load_vocabulary(tokenizer_in(path)), vocabulary):
             raise UserError(
                 f"Store {path} was made with another tokenizer ({store.tokenizer_hash[:12]}) than the model's ({vocabulary.hash[:12]}): "
                 f"prepare it again with --tokenizer {tokenizer_file}"

@@ -136,14 +136,14 @@ class Tokenizer:
             raise
 
     @classmethod
-    def load(cls, path: Path) -> "Tokenizer":
+    def load(cls, path: Path | str) -> "Tokenizer":
         """Read what `save` wrote.
 
         Raises:
             UserError: no such file, not a SentencePiece model, or reserved ids that are not ours.
         """
         try:
-            model = path.read_bytes()
+            model = Path(path).read_bytes()
         except OSError as error:
             raise UserError(f"Cannot read the tokenizer {path}: {error.strerror}.") from None
         try:

@@ -24,6 +24,8 @@ SENTENCEPIECE_FILE = "tokenizer.model"
 JSON_FILE = "tokenizer.json"
 
 _CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+# What travels with a tokenizer.json, for whoever loads the copy.
+_COMPANIONS = (*_CONFIG_FILES, TEMPLATE_FILE, "added_tokens.json", "vocab.json", "merges.txt")
 # Where a piece stands for bytes: U+2581 for a space, <0x0A> for one byte.
 _SPACE = "\u2581"
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -147,6 +149,7 @@ class JsonVocabulary:
         self.eos_id = self._id(_special_token(folder, "eos_token"), _KNOWN_EOS, "ends")
         self.bos_id = self._id(_special_token(folder, "bos_token"), _KNOWN_BOS, "begins", otherwise=self.eos_id)
         self.special_tokens = {"bos_token": self.piece(self.bos_id), "eos_token": self.piece(self.eos_id)}
+        self.content_hash = hashlib.sha256(content).hexdigest()
         self.hash = hashlib.sha256(content + json.dumps(self.special_tokens).encode()).hexdigest()
         self.inst_ids, self.end_inst_ids = self._marks("[INST]"), self._marks("[/INST]")
         self._decoders = _decoders(json.loads(content).get("decoder"))
@@ -230,6 +233,13 @@ def marked_text(vocabulary: Vocabulary, ids: NDArray[np.integer[Any]]) -> str:
     return "".join(parts)
 
 
+def same_pieces(first: Vocabulary, second: Vocabulary) -> bool:
+    """Whether two tokenizers give text the same ids, whatever they begin and end documents with."""
+    if isinstance(first, JsonVocabulary) and isinstance(second, JsonVocabulary):
+        return first.content_hash == second.content_hash
+    return first.hash == second.hash
+
+
 def file_name(tokenizer: Path) -> str:
     """The name that a tokenizer file has in a store or checkpoint."""
     with tokenizer.open("rb") as file:
@@ -251,7 +261,11 @@ def copy_tokenizer(tokenizer: Path, folder: Path) -> None:
     """Put a tokenizer into a store or checkpoint, under the name that `tokenizer_in` finds."""
     name = file_name(tokenizer)
     shutil.copyfile(tokenizer, folder / name)
-    if name == JSON_FILE:
+    if name == JSON_FILE and (tokenizer.parent / _CONFIG_FILES[0]).is_file():
+        for companion in _COMPANIONS:
+            if (tokenizer.parent / companion).is_file():
+                shutil.copyfile(tokenizer.parent / companion, folder / companion)
+    elif name == JSON_FILE:
         vocabulary = load_vocabulary(tokenizer)
         assert isinstance(vocabulary, JsonVocabulary)
         config = {**vocabulary.special_tokens, "tokenizer_class": "PreTrainedTokenizerFast"}

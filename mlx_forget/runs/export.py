@@ -57,6 +57,38 @@ def export(rows: Sequence[Row], path: Path, *, provenance: dict[str, Any]) -> li
     return names
 
 
+def read_export(path: Path) -> list[Row]:
+    """The rows of an exported table.
+
+    Raises:
+        UserError: it is none.
+    """
+    from mlx_forget.tables import read_rows
+
+    rows = read_rows(path)
+    if not rows or MARK not in rows[0]:
+        raise UserError(
+            f"{path} was not written by forget runs export, which alone knows what a run was: give that, or a folder of runs."
+        )
+    if path.suffix.lower() == ".csv":
+        columns = {name: _parsed([row.get(name) for row in rows], name) for name in rows[0]}
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    return rows
+
+
+def _parsed(cells: Sequence[Any], name: str) -> list[Any]:
+    """The values of a column of a CSV: numbers where every cell is one, and nothing where a cell is empty."""
+    cells = [None if cell == "" else cell for cell in cells]
+    if name in ("run", "base", "p_asked"):
+        return cells
+    for convert in (int, float):
+        try:
+            return [None if cell is None else convert(cell) for cell in cells]
+        except ValueError:
+            continue
+    return [{"True": True, "False": False}.get(cell, cell) for cell in cells]
+
+
 def _write_parquet(rows: Sequence[Row], names: Sequence[str], path: Path, provenance: dict[str, Any]) -> None:
     import pyarrow as pa
     import pyarrow.parquet

@@ -19,7 +19,7 @@ from mlx_forget.runs.rows import DAMAGED, Row, read_content
 
 INDEX = ".forget-runs.json"
 # Raised when rows hold something else than before.
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 # Fewer records are read faster than an index is worth keeping.
 LEAST_RECORDS = 100
 # The index is written again once more than this share of the records had to be read.

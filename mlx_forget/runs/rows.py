@@ -60,12 +60,15 @@ def record_row(record: Mapping[str, Any]) -> Row:
         "target_val_start": start.get("target_val"),
         "target_val_end": end.get("target_val"),
         "pretrain_val_end": end.get("pretrain_val"),
+        "forgetting_ce": best.get("forgetting_ce"),
+        "forgetting_kl": best.get("forgetting_kl"),
         "p_asked": asked.get("asked", config.get("p")),
         "p_rows": asked.get("rows"),
         "num_steps": record.get("num_steps"),
         "tokens_seen": seen,
         "num_non_embedding_params": record.get("num_non_embedding_params"),
         "learning_rate": record.get("learning_rate"),
+        "learning_rate_asked": config.get("learning_rate"),
         "device": record.get("device"),
         "precision": record.get("precision"),
         "world_size": record.get("world_size", 1),
@@ -104,24 +107,34 @@ def read_content(record: object) -> Row | str:
         return DAMAGED
 
 
-def fitted_row(row: Mapping[str, Any], *, response: str) -> Row | str:
+def fitted_row(row: Mapping[str, Any], *, response: str, adapters: bool = True) -> Row | str:
     """The row as a law reads it, or why it cannot be fitted, as a phrase that follows a number.
 
     Args:
-        response: what `loss` is: "pretraining", "target", or "loss" for laws of pretraining from scratch.
+        response: what `loss` is: "pretraining", "target", "forgetting" (cross-entropy to the start model), or "loss" for laws of
+            pretraining from scratch.
+        adapters: whether the law describes runs that trained adapters.
     """
     if row["status"] not in ("finished", "stopped"):
         return str(row["status"])
     if row["base"] == "scratch" and response != "loss":
         return "pretrained from scratch, where nothing could be forgotten"
+    if not adapters and (kind := row.get("fine_tune_type") or "full") != "full":
+        return f"trained with {kind}, which this law does not describe,"
     made = dict(row)
+    if response == "forgetting":
+        if row.get("forgetting_ce") is None:
+            return "that were not compared with their start model (--compare-to-start)"
+        made["loss"] = row["forgetting_ce"]
     if response == "target":
         made |= {"loss": row["L_ft"], "r": row["R"]}
     missing = [name for name in ("N", "D", "loss", *(["L0"] if response == "pretraining" else [])) if made[name] is None]
     return f"without {' and '.join(missing)}" if missing else made
 
 
-def fitted_rows(rows: Iterable[tuple[str, Mapping[str, Any]]], *, response: str) -> tuple[list[Row], dict[str, list[str]]]:
+def fitted_rows(
+    rows: Iterable[tuple[str, Mapping[str, Any]]], *, response: str, adapters: bool = True
+) -> tuple[list[Row], dict[str, list[str]]]:
     """The rows that a law can be fitted to, and the sources of the others by reason.
 
     A run that occurs twice counts once. Runs of other methods are left out unless there is nothing else: by themselves they are a study of
@@ -132,7 +145,7 @@ def fitted_rows(rows: Iterable[tuple[str, Mapping[str, Any]]], *, response: str)
     """
     made, source_of, left_out = dict[tuple[Any, Any], Row](), dict[tuple[Any, Any], str](), dict[str, list[str]]()
     for source, row in rows:
-        found = fitted_row(row, response=response)
+        found = fitted_row(row, response=response, adapters=adapters)
         key = (row["run"], row["backend"])
         if not isinstance(found, str) and key not in made:
             made[key], source_of[key] = found, source

@@ -197,7 +197,7 @@ WRONG = [
     (["base", "nothing"], "nothing holds no model: give a run folder"),
     (["base", "weightless"], "has a config.json but no weights"),
     (["base", "pickled"], "pickled weights only (pytorch_model.bin), which can run code"),
-    (["base", "foreign"], "is no checkpoint of this tool"),
+    (["base", "foreign"], "has no tokenizer.json"),
     (["base", "damaged"], "model.safetensors is damaged"),
     (["base", "deeper"], "The architectures differ: base is 2 layers of width 32, 1 heads, context 32, deeper is 3 layers"),
     (["base", "longer"], "The architectures differ"),

@@ -3,9 +3,7 @@
 import dataclasses
 import itertools
 import math
-import re
 import xml.etree.ElementTree as ElementTree
-from html.parser import HTMLParser
 
 import pytest
 
@@ -17,34 +15,7 @@ from mlx_forget.audit.statistics import Estimate
 from mlx_forget.audit.verdict import verdict
 from mlx_forget.pages import svg
 from mlx_forget.trainer import available_backends
-
-ATTACK = """</span><script>alert("x")</script><img src=x onerror='y'>&lt;"""
-VOID = {"meta", "link", "br", "img"}
-
-
-class Page(HTMLParser):
-    """Elements in the order in which they open; fails when one is closed that is not open."""
-
-    def __init__(self, text):
-        super().__init__(convert_charrefs=True)
-        self.elements, self.open, self.texts = [], [], []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.texts.append(data)
+from tests.html_page import ATTACK, assert_escaped, assert_inside_frames, assert_self_contained
 
 
 @pytest.fixture
@@ -63,43 +34,18 @@ def test_every_text_that_comes_from_data_is_escaped(found):
     text = dataclasses.replace(text, source=ATTACK, documents_forgotten=(hostile,), tokens_forgotten=tokens)
     base = {**found.base, "description": ATTACK, "name": ATTACK, "folder": ATTACK}
     page = render(dataclasses.replace(found, texts=(text,), base=base, warnings=(ATTACK,), device=ATTACK))
-    read = Page(page)
-    tags = [tag for tag, _ in read.elements]
-    assert "script" not in tags
-    assert "img" not in tags
-    assert not [name for _, attributes in read.elements for name in attributes if name.startswith("on")]
-    assert sum(ATTACK in data for data in read.texts) >= 6
+    assert assert_escaped(page) >= 6
 
 
 def test_the_page_needs_nothing_from_outside_and_follows_light_dark_and_print(found):
-    page = render(found)
-    read = Page(page)
-    assert not {"link", "script", "iframe"} & {tag for tag, _ in read.elements}
-    assert not {"src", "href", "srcset"} & {name for _, attributes in read.elements for name in attributes}
-    assert not re.search(r"https?:|url\(|@import", page[page.index("<style>") : page.index("</style>")])
-    assert "prefers-color-scheme: dark" in page
-    assert "@media print" in page
-    # Colours come from variables that every scheme sets.
-    used = set(re.findall(r"var\((--[a-z]+)\)", page)) - {"--much"}
-    light, dark, printed = re.findall(r":root \{([^}]*)\}", page)
-    for scheme in (light, dark, printed):
-        assert used <= set(re.findall(r"(--[a-z]+):", scheme))
+    read = assert_self_contained(render(found))
     plots = [attributes for tag, attributes in read.elements if tag == "svg"]
     assert len(plots) == 1 + 2 + 4 + 1 + 2
     assert all(plot["aria-label"] for plot in plots)
 
 
 def test_the_plots_are_well_formed_and_stay_inside_their_frame(found):
-    page = render(found)
-    for source in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
-        root = ElementTree.fromstring(source)
-        width, height = (float(value) for value in root.get("viewbox", root.get("viewBox")).split()[2:])
-        for element in root.iter():
-            for name, value in element.attrib.items():
-                if name in ("x", "x1", "x2", "cx"):
-                    assert -1 <= float(value) <= width + 1, source
-                if name in ("y", "y1", "y2", "cy"):
-                    assert -1 <= float(value) <= height + 1, source
+    assert assert_inside_frames(render(found)) == 1 + 2 + 4 + 1 + 2
 
 
 def test_an_interval_is_drawn_where_its_numbers_are():

@@ -1,10 +1,10 @@
 """What self-generated replay costs: sampling against transformers' `generate` and mlx-lm, and a KL replay step against a plain one.
 
-    python tests/benchmarks/bench_replay.py [--threads 2] [--rounds 5] [--cpu-time]
+    python tests/benchmarks/bench_replay.py [--threads 2] [--rounds 5] [--cpu-time] [--only cost] [--backend cuda] [--task-rows 32]
 
 Sampling: the 10M ladder model (vocabulary 4,096, context 256), 32 rows of 256 tokens from BOS, temperature 1, no truncation, the same
 weights for every contender, which take turns. The cost of KL replay is that of 8 stored replay rows added to 32 task rows, per task
-token. With --cpu-time, rates count CPU seconds instead of wall seconds: on a machine that others use too, they say more.
+token, with the reference computed live or its log-probabilities kept. With --cpu-time, rates count CPU seconds instead of wall seconds: on a machine that others use too, they say more.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +22,15 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mlx_forget.ladder import hf_config, model_spec, num_params
-from mlx_forget.methods import MethodSpec, method_spec
+from mlx_forget.methods import TERM_REPLAY_KL, MethodSpec, method_spec
 from mlx_forget.pipeline.batches import Batch
+from mlx_forget.pipeline.reference_rows import ReferenceRows
 from mlx_forget.replay import uniforms
 from mlx_forget.trainer import RuntimeSpec, Trainer, TrainerSpec, available_backends, load_backend
 from tests.benchmarks.measure import interleaved, print_ratios
 
 SPEC = model_spec("8x320", 4096, 256)
-ROWS, TASK_ROWS, REPLAY_ROWS = 32, 32, 8
+ROWS = 32
 BOS = 1
 
 Clock = Callable[[], float]
@@ -120,9 +122,9 @@ def rate(work: Callable[[], object], amount: float, clock: Clock) -> float:
     return amount / (clock() - start)
 
 
-def make_batch(replay_rows: int, term: int, seed: int) -> Batch:
+def make_batch(task_rows: int, replay_rows: int, term: int, seed: int) -> Batch:
     rng = np.random.default_rng(seed)
-    rows = TASK_ROWS + replay_rows
+    rows = task_rows + replay_rows
     kind = np.zeros(rows, np.uint8)
     kind[:: rows // replay_rows][:replay_rows] = 1 if replay_rows else 0
     return Batch(
@@ -134,29 +136,41 @@ def make_batch(replay_rows: int, term: int, seed: int) -> Batch:
     )
 
 
-def replay_cost(backend: str, threads: int, rounds: int, clock: Clock) -> None:
-    """Task tokens per second of a step with and without replay rows."""
-    amount = TASK_ROWS * SPEC.context_length
+def replay_cost(backend: str, threads: int, rounds: int, clock: Clock, task_rows: int) -> None:
+    """Task tokens per second of a step with and without replay rows, a quarter as many."""
+    amount, replay_rows = task_rows * SPEC.context_length, task_rows // 4
     contenders: dict[str, Callable[[], float]] = {}
-    for name in ("plain", "ntp-replay", "kl-replay"):
-        method = method_spec(name)
+    for name in ("plain", "ntp-replay", "kl-replay", "kl-replay, kept in full", "kl-replay, kept top-64"):
+        method = method_spec(name.partition(",")[0])
         trainer = trainer_of(backend, threads, method)
-        trainer.set_reference(method.reference)
+        kept = name.partition("kept ")[2]
+        if not kept:
+            trainer.set_reference(method.reference)
         batches = [
-            make_batch(REPLAY_ROWS, method.replay_term, seed) if method.replay_term else plain_batch(seed) for seed in range(2)
+            make_batch(task_rows, replay_rows, method.replay_term, seed) if method.replay_term else plain_batch(task_rows, seed)
+            for seed in range(2)
         ]
+        if kept:
+            top = None if kept == "in full" else int(kept.removeprefix("top-"))
+            batches = [with_reference(batch, trainer, top) for batch in batches]
         trainer.train_step(batches[0], 1e-4).read()
 
         def work(trainer: Trainer = trainer, batch: Batch = batches[1]) -> float:
             return rate(lambda: trainer.train_step(batch, 1e-4).read(), amount, clock)
 
         contenders[name] = work
-    title = f"{backend}: {REPLAY_ROWS} replay rows beside {TASK_ROWS} task rows, {num_params(SPEC):,} parameters (cost = 1 / ratio)"
+    title = f"{backend}: {replay_rows} replay rows beside {task_rows} task rows, {num_params(SPEC):,} parameters (cost = 1 / ratio)"
     print_ratios(title, interleaved(contenders, rounds=rounds), baseline="plain", unit="task tokens/s")
 
 
-def plain_batch(seed: int) -> Batch:
-    whole = make_batch(1, 1, seed)
+def with_reference(batch: Batch, trainer: Trainer, top: int | None) -> Batch:
+    """The batch with what the trainer's model says about its KL rows."""
+    rows = ReferenceRows.of(trainer.log_probs(batch.tokens[batch.term == TERM_REPLAY_KL]), top)
+    return replace(batch, reference=rows)
+
+
+def plain_batch(task_rows: int, seed: int) -> Batch:
+    whole = make_batch(task_rows, 1, 1, seed)
     rows = np.flatnonzero(whole.term == 0)
     return Batch(whole.tokens[rows], whole.loss_mask[rows], None, whole.term[rows], whole.source[rows])
 
@@ -167,14 +181,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--length", type=int, default=255)
     parser.add_argument("--cpu-time", action="store_true", help="rates per CPU second")
+    parser.add_argument("--task-rows", type=int, default=32, help="of a step whose cost is measured")
+    parser.add_argument("--backend", choices=available_backends(), help="only this one")
     parser.add_argument("--only", choices=("sampling", "cost"))
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     clock = time.process_time if options.cpu_time else time.perf_counter
+    backends = [options.backend] if options.backend else available_backends()
     if options.only != "cost":
         sampling(options.threads, options.rounds, clock, options.length)
-    for backend in available_backends() if options.only != "sampling" else ():
-        replay_cost(backend, options.threads, options.rounds, clock)
+    for backend in backends if options.only != "sampling" else ():
+        replay_cost(backend, options.threads, options.rounds, clock, options.task_rows)
 
 
 if __name__ == "__main__":

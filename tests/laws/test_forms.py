@@ -209,3 +209,10 @@ def test_impossible_constraints_are_refused(constraints):
     table = Table.of(**columns, loss=np.linspace(3, 4, len(columns["N"])))
     with pytest.raises(UserError):
         fit_law(table, "bethune-forgetting", constraints=constraints)
+
+
+@BY_FORM
+def test_the_formula_for_figures_is_printable_and_its_braces_close(law):
+    """A backslash that Python took for an escape would leave a control character behind."""
+    assert law.latex.isprintable()
+    assert law.latex.count("{") == law.latex.count("}")

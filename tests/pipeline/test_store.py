@@ -98,6 +98,11 @@ def test_a_manifest_that_was_edited_or_is_newer_is_refused(tmp_path):
     path = tmp_path / "store" / "manifest.json"
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps({**manifest, "bos_id": 5}))
+    with pytest.raises(UserError, match=r"damaged \(its checksum"):
+        open_store(tmp_path / "store")
+    # Stores of earlier versions have no checksum of the manifest.
+    del manifest["checksum"]
+    path.write_text(json.dumps({**manifest, "bos_id": 5}))
     with pytest.raises(UserError, match="fingerprint"):
         open_store(tmp_path / "store")
     path.write_text(json.dumps({**manifest, "schema_version": 99}))

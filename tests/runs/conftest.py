@@ -29,7 +29,7 @@ def make_run():
         (folder / "record.json").write_text(json.dumps(record, indent=1))
         (folder / "config.yaml").write_text("model: 0.65m\n")
         if record["losses"]["best"]["pretrain_val"] is not None:
-            write_history(folder / "history.arrows", record)
+            write_history(folder / "history.arrows", record, num_windows=16)
         for name in ("last", "best"):
             write_checkpoint(folder / "checkpoints" / name, run_id)
         return folder

@@ -6,16 +6,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mlx_forget.durable_files import sealed, sync, write_text
+from mlx_forget.pipeline.store.arrow_files import sha256_of
+
 MANIFEST = "manifest.json"
 # Version 2 adds loss masks and sources; a store that has neither is still written as version 1.
 SCHEMA_VERSION = 2
 
 
 def write_manifest(folder: Path, content: Mapping[str, Any], *, version: int) -> None:
-    """Write the manifest of a store whose other files are there, with its fingerprint."""
+    """Write the manifest of a store whose other files are there, with its fingerprint and checksums."""
     manifest = {"schema_version": version, **content}
     manifest["fingerprint"] = fingerprint_of(manifest)
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    tokenizer = [path for path in sorted(folder.iterdir()) if path.name.startswith("tokenizer")]
+    manifest["files"] = {path.name: sha256_of(path) for path in tokenizer}
+    for path in tokenizer:
+        sync(path)
+    write_text(folder / MANIFEST, json.dumps(sealed(manifest), indent=1))
 
 
 def fingerprint_of(manifest: Mapping[str, Any]) -> str:

@@ -6,9 +6,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mlx_forget.durable_files import sync
 from mlx_forget.errors import UserError
 from mlx_forget.pipeline.store.manifest import write_manifest
 from mlx_forget.pipeline.store.reading import TokenStore, open_store
+from mlx_forget.pipeline.store.writing import acquire, refuse_existing
 from mlx_forget.pipeline.vocabularies import copy_tokenizer, tokenizer_in
 
 
@@ -29,12 +31,12 @@ def merge_stores(parts: list[TokenStore], folder: Path) -> TokenStore:
     first = parts[0]
     if len({(part.tokenizer_hash, part.dtype, part.sources) for part in parts}) > 1:
         raise UserError("The parts were made with different tokenizers or from different sources: prepare them alike.")
-    if folder.exists():
-        raise UserError(f"{folder} exists already: choose another place or remove it.")
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    refuse_existing(folder)
+    aside = folder.with_name(f".{folder.name}.part")
+    lock = acquire(aside, folder)
     try:
+        for path in aside.iterdir():
+            path.unlink()
         copy_tokenizer(tokenizer_in(first.folder), aside)
         splits: dict[str, list[dict[str, Any]]] = {}
         skipped: dict[str, int] = {}
@@ -62,8 +64,11 @@ def merge_stores(parts: list[TokenStore], folder: Path) -> TokenStore:
         more = {"sources": list(first.sources), "skipped": skipped}
         version = 2 if first.sources or masked else 1
         write_manifest(aside, content | {name: value for name, value in more.items() if value}, version=version)
+        refuse_existing(folder)
         os.rename(aside, folder)
+        sync(folder.parent)
     finally:
+        os.close(lock)
         shutil.rmtree(aside, ignore_errors=True)
     return open_store(folder, verify=False)
 

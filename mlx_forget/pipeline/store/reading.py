@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_forget.durable_files import is_whole
 from mlx_forget.errors import UserError
 from mlx_forget.pipeline.store.arrow_files import check_file, map_tokens
 from mlx_forget.pipeline.store.manifest import MANIFEST, SCHEMA_VERSION, fingerprint_of
@@ -54,12 +55,13 @@ class TokenStore:
         return self.splits[name]
 
 
-def open_store(folder: Path, *, verify: bool = True) -> TokenStore:
+def open_store(folder: Path | str, *, verify: bool = True) -> TokenStore:
     """Open a store; with `verify`, every byte is checked against its checksum first (about 1 GB/s).
 
     Raises:
         UserError: no store there, a schema of a newer version, or a damaged file (named).
     """
+    folder = Path(folder)
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         version = manifest["schema_version"]
@@ -72,10 +74,17 @@ def open_store(folder: Path, *, verify: bool = True) -> TokenStore:
             f"{folder} has store schema {version}, this version reads 1 to {SCHEMA_VERSION}: update mlx-forget, or prepare the store again."
         )
     try:
+        if not is_whole(manifest):
+            raise UserError(f"{folder / MANIFEST} is damaged (its checksum does not match): prepare the store again.")
         dtype = np.dtype(manifest["dtype"])
+        if verify:
+            for name, wanted in manifest.get("files", {}).items():
+                check_file(folder / Path(name).name, wanted)
         splits = {}
         for name, shards in manifest["splits"].items():
             listed = tuple(Shard(**shard) for shard in shards)
+            if any(Path(file).name != file for shard in listed for file in (shard.tokens, shard.documents)):
+                raise UserError(f"{folder / MANIFEST} names files outside of the store, which is refused.")
             if verify:
                 for shard in listed:
                     check_file(folder / shard.tokens, shard.tokens_sha256)
@@ -100,5 +109,7 @@ def open_store(folder: Path, *, verify: bool = True) -> TokenStore:
             part=tuple(manifest["part"]) if manifest.get("part") else None,
             provenance=manifest.get("provenance", {}),
         )
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{folder / MANIFEST} is damaged: prepare the store again.") from None

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mlx_forget.durable_files import is_whole, sealed, sync, write_text
 from mlx_forget.errors import UserError
 from mlx_forget.pipeline.store.arrow_files import sha256_of, write_batch
 from mlx_forget.pipeline.store.manifest import write_manifest
@@ -22,6 +23,41 @@ from mlx_forget.pipeline.vocabularies import copy_tokenizer
 
 TOKENS_PER_SHARD = 1 << 26
 _JOURNAL = "journal.json"
+
+
+def acquire(aside: Path, folder: Path, *, wait: bool = False) -> int:
+    """Make and lock the folder aside of a store; returns the lock, which the kernel frees when the process dies.
+
+    Raises:
+        UserError: another process has it, or has just finished the store.
+    """
+    while True:
+        aside.mkdir(parents=True, exist_ok=True)
+        lock = os.open(aside, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            os.close(lock)
+            raise UserError(f"Another process is writing {folder}: wait for it, or choose another place.") from None
+        try:
+            same = os.stat(aside).st_ino == os.fstat(lock).st_ino
+        except FileNotFoundError:
+            same = False
+        if same:
+            return lock
+        # Whoever held it has moved it to its place, or away.
+        os.close(lock)
+        refuse_existing(folder)
+
+
+def refuse_existing(folder: Path) -> None:
+    """A store is never overwritten.
+
+    Raises:
+        UserError: something is there.
+    """
+    if folder.exists():
+        raise UserError(f"{folder} exists already: choose another place or remove it.")
 
 
 class _Buffer:
@@ -91,16 +127,11 @@ class StoreWriter:
     _masked: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        self._refuse_existing()
+        refuse_existing(self.folder)
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
-        name = f".{self.folder.name}.part" if self.key is not None else f".{self.folder.name}.{os.getpid()}.part"
-        self._aside = self.folder.with_name(name)
+        self._aside = self.folder.with_name(f".{self.folder.name}.part")
         try:
-            if self.key is None:
-                shutil.rmtree(self._aside, ignore_errors=True)
-                self._aside.mkdir(parents=True)
-            else:
-                self._continue()
+            self._continue()
             copy_tokenizer(self.tokenizer_file, self._aside)
         except OSError as error:
             self.release()
@@ -171,8 +202,9 @@ class StoreWriter:
         version = 2 if self.sources or self._masked else 1
         write_manifest(self._aside, content | {name: value for name, value in more.items() if value}, version=version)
         (self._aside / _JOURNAL).unlink(missing_ok=True)
-        self._refuse_existing()
+        refuse_existing(self.folder)
         os.rename(self._aside, self.folder)
+        sync(self.folder.parent)
         self.release()
         return open_store(self.folder, verify=False)
 
@@ -194,16 +226,12 @@ class StoreWriter:
             os.close(self._lock)
             self._lock = None
 
-    def _refuse_existing(self) -> None:
-        if self.folder.exists():
-            raise UserError(f"{self.folder} exists already: choose another place or remove it.")
-
     def _continue(self) -> None:
         """Take the folder aside for this process, with the whole shards of an earlier one that had the same key."""
-        self._acquire()
+        self._lock = acquire(self._aside, self.folder, wait=self.wait)
         try:
             journal = json.loads((self._aside / _JOURNAL).read_text(encoding="utf-8"))
-            same = journal["key"] == self._journal_key()
+            same = self.key is not None and is_whole(journal) and journal["key"] == self._journal_key()
             found, self._masked = (journal["shards"], journal["masked"]) if same else ({}, False)
         except (OSError, ValueError, KeyError, TypeError):
             found = {}
@@ -220,39 +248,15 @@ class StoreWriter:
         for path in self._aside.iterdir():
             if path.name not in kept:
                 path.unlink()
-        self._write_journal()
-
-    def _acquire(self) -> None:
-        """Lock the folder aside; the kernel frees the lock of a process that dies."""
-        while True:
-            self._aside.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self._aside, os.O_RDONLY)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | (0 if self.wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                os.close(lock)
-                raise UserError(f"Another process is writing {self.folder}: wait for it, or choose another place.") from None
-            try:
-                same = os.stat(self._aside).st_ino == os.fstat(lock).st_ino
-            except FileNotFoundError:
-                same = False
-            if same:
-                self._lock = lock
-                return
-            # Whoever held it has moved it to its place, or away.
-            os.close(lock)
-            self._refuse_existing()
+        if self.key is not None:
+            self._write_journal()
 
     def _journal_key(self) -> list[Any]:
         return [self.key, self.tokenizer_hash, self.tokens_per_shard, list(self.sources)]
 
     def _write_journal(self) -> None:
-        part = self._aside / f"{_JOURNAL}.part"
-        with part.open("w", encoding="utf-8") as file:
-            json.dump({"key": self._journal_key(), "masked": self._masked, "shards": self._shards}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, self._aside / _JOURNAL)
+        content = {"key": self._journal_key(), "masked": self._masked, "shards": self._shards}
+        write_text(self._aside / _JOURNAL, json.dumps(sealed(content)))
 
     def _flush(self, split: str) -> None:
         buffer = self._buffers.pop(split)
@@ -270,8 +274,9 @@ class StoreWriter:
         names = {"tokens": f"{stem}.arrow", "documents": f"{stem}.documents.arrow"}
         metadata = {"tokenizer_hash": self.tokenizer_hash, "split": split}
         try:
-            write_batch(self._aside / names["tokens"], tokens, metadata)
-            write_batch(self._aside / names["documents"], documents, metadata)
+            for name, columns in ((names["tokens"], tokens), (names["documents"], documents)):
+                write_batch(self._aside / name, columns, metadata)
+                sync(self._aside / name)
             shard = {
                 **names,
                 "num_tokens": buffer.used,

@@ -1,0 +1,154 @@
+"""What pages take from the code when the site is built: commands, public names, laws, methods, sizes, columns.
+
+A page asks with a line of its own: `<!-- from code: WHAT -->`.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+import mlx_forget
+import mlx_forget.laws
+from mlx_forget import resources
+from mlx_forget.cli import COMMANDS, load_command
+from mlx_forget.grid import read_recipe
+from mlx_forget.ladder import SIZES, model_spec, num_non_embedding_params, num_params
+from mlx_forget.laws.forms import COLUMNS, get_law, laws
+from mlx_forget.methods import METHODS
+
+_WANTED = re.compile(r"^<!-- from code: (\w+)(?: (\S+))? -->$", re.MULTILINE)
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """CONTRIBUTING.md and CHANGELOG.md stand at the top of the tree, where people look for them; the site has them too."""
+    for name in ("contributing.md", "changelog.md"):
+        files.append(File.generated(config, name, abs_src_path=str(ROOT / f"{Path(name).stem.upper()}.md")))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    # The pages at the top of the tree name those of the site by their place in it.
+    markdown = markdown.replace("](docs/", "](")
+    return _WANTED.sub(lambda found: MAKERS[found[1]](*filter(None, [found[2]])), markdown)
+
+
+def readme(name: str) -> str:
+    """A measured table of README.md, between the marks where `make` and people write it."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    return text.partition(f"<!-- {name}:begin -->")[2].partition(f"<!-- {name}:end -->")[0].replace("](docs/", "](").strip()
+
+
+def commands() -> str:
+    """Every command: what it does, how it is called, its options, an example."""
+    return "\n\n".join(part for name in COMMANDS for part in _command(name, load_command(name), level=2))
+
+
+def _command(words: str, command: Any, *, level: int) -> Iterable[str]:
+    yield f"{'#' * level} forget {words}"
+    yield _unmarked(command.help)
+    subcommands = getattr(command, "commands", {})
+    if not subcommands:
+        context = command.make_context(words, [], resilient_parsing=True)
+        usage = " ".join(command.collect_usage_pieces(context))
+        yield f"```text\nforget {words} {usage}\n```"
+        yield table(
+            ("argument or option", "what it is"), (_parameter(p) for p in command.params if not getattr(p, "hidden", False))
+        )
+        yield f'```text title="Example"\n{command.epilog.removeprefix("Example: ")}\n```'
+    for name, below in subcommands.items():
+        yield from _command(f"{words} {name}", below, level=level + 1)
+
+
+def _parameter(parameter: Any) -> tuple[str, str]:
+    if parameter.param_type_name == "argument":
+        return f"`{parameter.metavar or parameter.name.upper()}`", _unmarked(parameter.help)
+    names = [*parameter.opts, *parameter.secondary_opts]
+    return " ".join(f"`{name}`" for name in names), _unmarked(parameter.help)
+
+
+def _unmarked(text: str | None) -> str:
+    """Help text without the escapes that the terminal's markup needs, and with those of Markdown."""
+    return re.sub(r"([\[\]<*_])", r"\\\1", (text or "").replace("\\[", "["))
+
+
+def public_names() -> str:
+    """Every public name, from its docstring."""
+    parts = []
+    for name, where in mlx_forget._PUBLIC.items():
+        module, _, attribute = where.partition(":")
+        parts.append(f"::: {module}.{attribute or name}\n    options:\n      heading: mlx_forget.{name}\n      toc_label: {name}")
+    return "\n\n".join(parts)
+
+
+def law(name: str) -> str:
+    """One law: equation, source, columns, parameters."""
+    found = get_law(name)
+    rows = ((f"`{q.name}`", q.meaning, q.unit or "a pure number", _range(q.low, q.high)) for q in found.parameters)
+    head = f"$$\n{found.latex}\n$$\n\n`{found.name}`: {found.source}. Columns: {', '.join(f'`{c}`' for c in (*found.columns, 'loss'))}."
+    return f"{head}\n\n{table(('parameter', 'meaning', 'unit', 'searched in'), rows)}"
+
+
+def _range(low: float, high: float) -> str:
+    return f"{low:g} to {high:g}"
+
+
+def law_list() -> str:
+    rows = ((f"`{one.name}`", f"${one.latex}$", ", ".join(f"`{c}`" for c in one.columns)) for one in laws())
+    return table(("law", "formula", "columns besides `loss`"), rows)
+
+
+def law_columns() -> str:
+    return table(("column", "meaning"), ((f"`{name}`", meaning) for name, meaning in COLUMNS.items()))
+
+
+def methods() -> str:
+    rows = (
+        (f"`{name}`", one.text, f"{one.strength}, {one.default:g}" if one.strength else "none", "yes" if one.reads_replay else "no")
+        for name, one in METHODS.items()
+    )
+    return table(("method", "what it does", "coefficient and its default", "needs replay rows"), rows)
+
+
+def sizes() -> str:
+    rows = []
+    for name, (num_layers, width) in SIZES.items():
+        vocab_size, context_length = _usual(name)
+        spec = model_spec(name, vocab_size, context_length)
+        numbers = (vocab_size, context_length, num_params(spec), num_non_embedding_params(spec))
+        rows.append((f"`{name}`", f"{num_layers} x {width}", *(f"{number:,}" for number in numbers)))
+    return table(("name", "layers x width", "vocabulary", "context", "parameters N", "of them not embeddings"), rows)
+
+
+def _usual(size: str) -> tuple[int, int]:
+    """Vocabulary and context by which a size is named: those of the paper it comes from, or the built-in tokenizer's."""
+    if size.startswith("marek-"):
+        return 4_096, 256
+    return (32_000, 1_024) if size[0].isalpha() else (2_048, 128)
+
+
+def recipes() -> str:
+    """The recipes that come with the tool."""
+    folder = resources.path("recipes")
+    found = {
+        str(path.relative_to(folder).with_suffix("")): path
+        for path in sorted(folder.rglob("*.yaml"))
+        if folder / "corpora" not in path.parents
+    }
+    return table(("recipe", "what"), ((f"`{name}`", _unmarked(read_recipe(path).description)) for name, path in found.items()))
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table."""
+    lines = [list(head), *(list(row) for row in rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join("| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in line) + " |" for line in lines)
+
+
+MAKERS: dict[str, Callable[..., str]] = {
+    one.__name__: one for one in (readme, commands, public_names, law, law_list, law_columns, methods, sizes, recipes)
+}

@@ -1,0 +1,34 @@
+"""`forget fuse`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mlx_forget.cli.answers import Json, emit, say
+
+app = typer.Typer()
+
+
+@app.command("fuse")
+def fuse_command(
+    run: Annotated[Path, typer.Argument(help="A run with adapters, or one of its checkpoints/last or checkpoints/best.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the whole checkpoint.")],
+    base: Annotated[Path | None, typer.Option(help="Where the base is now. [default: where it was]")] = None,
+    as_json: Json = None,
+) -> None:
+    """Make one whole checkpoint of a run's adapters and the base that they were trained on.
+
+    The result needs no adapter support: transformers loads it, and so does --init.
+
+    Example: forget fuse runs/lora -o models/fused
+    """
+    from mlx_forget.checkpoint import find_checkpoint
+    from mlx_forget.fuse import fuse
+
+    found = find_checkpoint(run.expanduser())
+    made = fuse(found, output.expanduser(), base=None if base is None else base.expanduser())
+    if as_json:
+        emit({"folder": str(made.folder), "step": made.state["step"], "fused_from": made.state["fused_from"]})
+    else:
+        say(f"Wrote {made.folder}: {found.folder}, step {made.state['step']:,}, fused with run {found.state['base']['run_id']}")

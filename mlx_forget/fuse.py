@@ -1,0 +1,113 @@
+"""Adapters and their base as one checkpoint that anything loads: a command of its own, and what `--init` and audits do by themselves."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from mlx_forget import adapters, checkpoint
+from mlx_forget.checkpoint import Checkpoint
+from mlx_forget.errors import UserError
+from mlx_forget.ladder import outputs_first, param_shapes
+from mlx_forget.pipeline.corpora import forget_home
+from mlx_forget.pipeline.vocabularies import copy_tokenizer
+from mlx_forget.pretrained import names_in_files, read_tensor, tensor_names, weight_files
+
+
+def base_of(start: Checkpoint) -> dict[str, Any]:
+    """How a checkpoint of adapters names its base."""
+    return {
+        "folder": str(start.folder.resolve()),
+        "run_id": start.state.get("run_id"),
+        "weights_sha256": start.state["files"][checkpoint.WEIGHTS],
+    }
+
+
+def fuse(found: Checkpoint, folder: Path, *, base: Path | None = None) -> Checkpoint:
+    """Write a whole checkpoint of adapters and their base at `folder`, aside first.
+
+    Args:
+        base: where the base is now; None is where it was when the adapters were trained.
+
+    Raises:
+        UserError: nothing to fuse, the folder is there already, or the base is missing or another one.
+    """
+    adapter = found.adapter
+    if adapter is None:
+        raise UserError(f"{found.folder} holds whole weights: there is nothing to fuse.")
+    if folder.exists():
+        raise UserError(f"{folder} exists already: choose another place or remove it.")
+    start = _open_base(found, base)
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    _write_fused(start, found, aside / checkpoint.WEIGHTS)
+    copy_tokenizer(found.tokenizer, aside)
+    shutil.copyfile(found.folder / checkpoint.CONFIG, aside / checkpoint.CONFIG)
+    kept = {key: value for key, value in found.state.items() if key not in ("schema_version", "files", "adapter", "base")}
+    fused_from = {"folder": str(found.folder.resolve()), "adapter": found.state["adapter"], "base": found.state["base"]}
+    checkpoint.seal(aside, {**kept, "fused_from": fused_from})
+    try:
+        os.rename(aside, folder)
+    except OSError:
+        # Another process was faster; what it wrote is checked below.
+        if not folder.is_dir():
+            raise
+        shutil.rmtree(aside)
+    return checkpoint.open_checkpoint(folder)
+
+
+def whole_checkpoint(found: Checkpoint) -> Checkpoint:
+    """A checkpoint with whole weights: itself, or its adapters fused with their base, made once and kept in the cache.
+
+    Raises:
+        UserError: the base of the adapters is missing or another one.
+    """
+    if found.adapter is None:
+        return found
+    weights = found.state["files"][adapters.WEIGHTS]
+    folder = forget_home() / "fused" / f"{found.state['base']['weights_sha256'][:16]}-{weights[:16]}"
+    if folder.is_dir():
+        return checkpoint.open_checkpoint(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return fuse(found, folder)
+
+
+def _open_base(found: Checkpoint, base: Path | None) -> Checkpoint:
+    wanted = found.state["base"]
+    place = Path(wanted["folder"]) if base is None else base
+    if not place.exists():
+        raise UserError(
+            f"{found.folder} holds adapters for run {wanted['run_id']}, which is no longer at {place}: give its folder with --base."
+        )
+    start = whole_checkpoint(checkpoint.find_checkpoint(place))
+    sha = start.state["files"][checkpoint.WEIGHTS]
+    if sha != wanted["weights_sha256"]:
+        raise UserError(
+            f"{found.folder} holds adapters for run {wanted['run_id']} (weights {wanted['weights_sha256'][:12]}), and {place} holds "
+            f"other weights ({sha[:12]}): give the folder of their own base with --base."
+        )
+    return start
+
+
+def _write_fused(start: Checkpoint, found: Checkpoint, target: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    adapter = found.adapter
+    assert adapter is not None
+    stored = load_file(found.weights)
+    parts: dict[str, adapters.Arrays] = {}
+    for file_name, value in stored.items():
+        name = adapters.parameter_name(file_name)
+        module = adapters.module_of(name)
+        parts.setdefault(module, {})[name.removeprefix(module)] = value
+    model = start.model_spec()
+    whole: adapters.Arrays = {}
+    for file in weight_files(start.weights):
+        for name_in_file, name in names_in_files(tensor_names(file), param_shapes(model)).items():
+            own = parts.pop(name.removesuffix(".weight"), None) if name.endswith(".weight") else None
+            value = read_tensor(file, name_in_file)
+            whole[name] = value if own is None else adapters.fused(value, own, adapter, outputs_first=outputs_first(model))
+    if parts:
+        raise UserError(f"{found.weights} has adapters for {next(iter(parts))}, which {start.folder} does not have.")
+    save_file(whole, target, metadata={"format": "pt"})

@@ -1,0 +1,148 @@
+"""Low-rank adapters on the weights of a model that is a function of its weights, and their gradients written out (see `adapters`).
+
+Before a pass, the adapters are folded: B is multiplied by the scale, and DoRA's magnitudes become the factor of every output. The model
+then finds, beside a module's weight, all that its adapter adds.
+
+Shapes: N tokens, r rank.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from mlx_forget.adapters import MAGNITUDE, A, B, fused, is_adapter
+from mlx_forget.mlx_backend.operators import Operators
+from mlx_forget.trainer import AdapterSpec
+
+Arrays = dict[str, mx.array]
+# What the gradients of a block's adapters need, by module.
+Tape = dict[str, tuple[Any, ...]]
+
+# Beside a module's own weights, once folded: |W + scale (B A)^T| and what its output is multiplied by, [out]; and, where a step drops
+# inputs, the key and the share that it keeps.
+LENGTH, FACTOR, KEY, KEPT = ".lora_length", ".lora_factor", ".lora_key", ".lora_kept"
+
+
+def folded(weights: Arrays, adapter: AdapterSpec | None, *, outputs_first: bool = False) -> Arrays:
+    """The weights with their adapters as the model reads them; without adapters, the weights themselves.
+
+    Args:
+        outputs_first: matrices are [out, in] instead of [in, out].
+    """
+    if adapter is None:
+        return weights
+    ready = dict(weights)
+    modules = [name.removesuffix(B) for name in weights if name.endswith(B)]
+    for module in modules:
+        ready[module + B] = weights[module + B] * adapter.scale
+        if adapter.kind == "dora":
+            base = ready[module + ".weight"]
+            whole = mx.addmm(base.T if outputs_first else base, ready[module + A].T, ready[module + B].T)
+            ready[module + LENGTH] = mx.sqrt(whole.square().sum(axis=0))
+            ready[module + FACTOR] = ready.pop(module + MAGNITUDE) / ready[module + LENGTH]
+    return ready
+
+
+def with_key(ready: Arrays, adapter: AdapterSpec, key: mx.array) -> Arrays:
+    """Folded weights whose pass drops inputs by this key, uint32[2]."""
+    modules = [name.removesuffix(B) for name in ready if name.endswith(B)]
+    kept = mx.array(1 - adapter.dropout, dtype=mx.float32)
+    keys = mx.random.split(key, len(modules))
+    own = {module + KEY: keys[number] for number, module in enumerate(modules)}
+    return {**ready, **own, **{module + KEPT: kept for module in modules}}
+
+
+def linear(x: mx.array, weights: Mapping[str, mx.array], name: str, operators: Operators, tape: Tape | None) -> mx.array:
+    """[N, out] of [N, in] in the operators' type; the module `name` has a folded adapter. The tape takes what its gradient needs."""
+    weight, a, b = (weights[name + part].astype(operators.dtype) for part in (".weight", A, B))
+    bias = weights[name + ".bias"].astype(operators.dtype) if name + ".bias" in weights else None
+    factor = weights.get(name + FACTOR)
+    inputs, mask = x, None
+    if name + KEY in weights:
+        kept = weights[name + KEPT]
+        mask = (mx.random.bernoulli(kept, x.shape, weights[name + KEY]) / kept).astype(operators.dtype)
+        inputs = x * mask
+    low = operators.matmul(inputs, a.T)
+    # DoRA's factor is of the products alone.
+    product = operators.matmul(x, weight) if bias is None or factor is not None else _affine(x, weight, bias, operators)
+    product = _add_product(product, low, b.T, operators)
+    if tape is not None:
+        tape[name] = (inputs, mask, low, product if factor is not None else None)
+    if factor is None:
+        return product
+    scaled = product * factor.astype(operators.dtype)
+    return scaled if bias is None else scaled + bias
+
+
+def linear_gradient(
+    grad: mx.array, weights: Mapping[str, mx.array], name: str, operators: Operators, grads: Arrays, prefix: str, tape: Tape
+) -> mx.array:
+    """float32[N, in] gradient of `linear`'s input from float32[N, out]; those of the folded adapter go into `grads`."""
+    weight, a, b = (weights[name + part].astype(operators.dtype) for part in (".weight", A, B))
+    inputs, mask, low, product = tape[name]
+    if product is not None:
+        grads[prefix + name + FACTOR] = (grad * product).sum(axis=0)
+        grad = grad * weights[name + FACTOR]
+    narrow = grad.astype(operators.dtype)
+    grads[prefix + name + B] = operators.matmul(narrow.T, low).astype(mx.float32)
+    grad_low = operators.matmul(narrow, b)
+    grads[prefix + name + A] = operators.matmul(grad_low.T, inputs).astype(mx.float32)
+    through = operators.matmul(grad_low, a)
+    if mask is not None:
+        through = through * mask
+    return _add_product(through, narrow, weight.T, operators).astype(mx.float32)
+
+
+def trained_entries(weights: Mapping[str, mx.array]) -> list[str]:
+    """The entries of folded weights that have a gradient; none without adapters."""
+    return [name for name in weights if name.endswith((A, B, FACTOR))]
+
+
+def parameter_gradients(grads: Arrays, ready: Arrays, adapter: AdapterSpec | None) -> Arrays:
+    """The gradients of the adapters' parameters from those of the folded entries; without adapters, the same."""
+    if adapter is None:
+        return grads
+    found = {}
+    for name, grad in grads.items():
+        if name.endswith(FACTOR):
+            module = name.removesuffix(FACTOR)
+            found[module + MAGNITUDE] = grad / ready[module + LENGTH]
+        else:
+            found[name] = grad * adapter.scale if name.endswith(B) else grad
+    return found
+
+
+def start_magnitudes(weights: Arrays, adapter: AdapterSpec, *, outputs_first: bool = False) -> Arrays:
+    """DoRA's magnitudes as those of the base."""
+    if adapter.kind != "dora":
+        return {}
+    modules = [name.removesuffix(B) for name in weights if name.endswith(B)]
+    return {module + MAGNITUDE: mx.sqrt(weights[module + ".weight"].square().sum(axis=int(outputs_first))) for module in modules}
+
+
+def whole(
+    weights: Mapping[str, npt.NDArray[np.float32]], adapter: AdapterSpec, *, outputs_first: bool = False
+) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
+    """Every weight of the base in order, adapters fused in."""
+    for name, value in weights.items():
+        if is_adapter(name):
+            continue
+        module = name.removesuffix(".weight")
+        parts = {part: weights[module + part] for part in (A, B, MAGNITUDE) if module + part in weights}
+        yield name, fused(value, parts, adapter, outputs_first=outputs_first) if parts else value
+
+
+def dropout_key(seed: int, *place: int) -> mx.array:
+    """The key, uint32[2], of what a pass drops: a function of the run's seed, the step and the rows."""
+    return mx.array(np.random.SeedSequence([seed, *place]).generate_state(2, np.uint32))
+
+
+def _affine(x: mx.array, weight: mx.array, bias: mx.array, operators: Operators) -> mx.array:
+    return mx.addmm(bias, x, weight) if operators.dtype == mx.float32 else operators.matmul(x, weight) + bias
+
+
+def _add_product(total: mx.array, a: mx.array, b: mx.array, operators: Operators) -> mx.array:
+    return mx.addmm(total, a, b) if operators.dtype == mx.float32 else total + operators.matmul(a, b)

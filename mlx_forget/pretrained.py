@@ -1,0 +1,362 @@
+"""Checkpoints of other tools: a folder or Hub id with `config.json` and safetensors, read as facts; no weight is loaded here.
+
+The facts come from `config.json` and from the headers of the weight files, so they cost no memory and need no framework.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mlx_forget.errors import UserError
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+# Rows are no longer than this unless they are asked to be: contexts of 131,072 tokens are common, and their activations are not small.
+DEFAULT_ROW_LENGTH = 2048
+# What a finetune of all weights starts from where nobody says; also mlx-lm's.
+LEARNING_RATE = 1e-5
+
+_HEADER_LIMIT = 100_000_000
+_DTYPES = {"F32": np.float32, "F16": np.float16, "F64": np.float64}
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+# What a snapshot of a model repository is fetched for.
+_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
+_EMBEDDING = re.compile(r"(^|\.)(wte|wpe|embed_tokens|embed_in|embed_out|lm_head|word_embeddings|tok_embeddings|embed_positions)\.")
+# Kept by older files, computed by every newer one.
+_BUFFERS = re.compile(r"(\.attn\.(bias|masked_bias)|rotary_emb\.inv_freq)$")
+
+
+@dataclass(frozen=True)
+class PretrainedSpec:
+    """The shape of a checkpoint of another tool. Two are equal if one is a finetune of the other.
+
+    Args:
+        architecture: the class of its `config.json`, such as `LlamaForCausalLM`.
+        model_type: the family, such as `llama`.
+        num_layers, width, num_heads: blocks, residual stream, attention heads.
+        vocab_size: rows of the output matrix; the tokenizer may use fewer.
+        context_length: longest input, in tokens.
+        shapes: (name, shape) of every weight in Hugging Face names, a tied matrix once; packed where it is quantised.
+        mlp_width: of the layer within a block's feed-forward part.
+        bits: of a quantised base's weights, else None.
+        folder: where it is.
+        trust_remote_code: whether code that comes with it may run.
+    """
+
+    architecture: str
+    model_type: str
+    num_layers: int
+    width: int
+    num_heads: int
+    vocab_size: int
+    context_length: int
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    mlp_width: int = 0
+    bits: int | None = None
+    folder: Path = field(default=Path(), compare=False)
+    trust_remote_code: bool = field(default=False, compare=False)
+
+    def summary(self) -> dict[str, Any]:
+        """Its facts for records, without the list of weights."""
+        names = ("architecture", "model_type", "num_layers", "width", "num_heads", "vocab_size", "context_length", "bits")
+        return {name: getattr(self, name) for name in names}
+
+    def kept_bytes(self, precision: str) -> int:
+        """What the gradient needs of one token in one block, in bytes: for estimates. Norms are computed in float32.
+
+        Counted of a gated block: both norms' inputs and outputs, queries, keys, values and their mixture, and four arrays as wide as the
+        gate; nothing was measured.
+        """
+        narrow = 4 if precision == "fp32" else 2
+        return 16 * self.width + narrow * (6 * self.width + 4 * self.mlp_width)
+
+    @property
+    def num_params(self) -> int:
+        """All parameters, a tied matrix once; of packed weights as many as they stand for."""
+        return sum(self._size(name, shape) for name, shape in self.shapes)
+
+    @property
+    def num_non_embedding_params(self) -> int:
+        """Parameters without token and position embeddings and without an output matrix of its own."""
+        return sum(self._size(name, shape) for name, shape in self.shapes if not _EMBEDDING.search(name))
+
+    def _size(self, name: str, shape: tuple[int, ...]) -> int:
+        size = 1
+        for length in shape:
+            size *= length
+        if self.bits is None:
+            return size
+        module, _, kind = name.rpartition(".")
+        packed = kind == "weight" and (f"{module}.scales" in dict(self.shapes))
+        return 0 if kind in ("scales", "biases") else size * 32 // self.bits if packed else size
+
+
+def is_pretrained(folder: Path) -> bool:
+    """Whether a folder looks like a checkpoint in Hugging Face form."""
+    return (folder / CONFIG).is_file()
+
+
+def find_pretrained(name: str, *, trust_remote_code: bool = False) -> Path | None:
+    """The folder behind a folder's name or a Hub id (`OWNER/NAME`, `OWNER/NAME@REVISION`); None for anything else.
+
+    Raises:
+        UserError: the Hub cannot give it (missing, gated, no network and not in the cache).
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return path if is_pretrained(path) else None
+    from mlx_forget.pipeline.hub import parse_id
+
+    hub = parse_id(name)
+    return None if hub is None else _fetch(hub.id, hub.revision, trust_remote_code=trust_remote_code)
+
+
+def read_pretrained(folder: Path, *, trust_remote_code: bool = False) -> PretrainedSpec:
+    """The facts of a checkpoint in a folder.
+
+    Raises:
+        UserError: no weights, pickled weights only, a damaged file, code that is not trusted, or no causal language model.
+    """
+    config = read_config(folder)
+    files = weight_files(folder)
+    facts = {**config, **config["text_config"]} if isinstance(config.get("text_config"), dict) else config
+    architecture = str((config.get("architectures") or ["?"])[0])
+    if not trust_remote_code and "model_file" in config:
+        raise UserError(f"{folder} comes with code ({config['model_file']}): read it, then give --trust-remote-code to run it.")
+    quantised = config.get("quantization") or config.get("quantization_config") or {}
+    try:
+        width = _fact(facts, "hidden_size", "n_embd", "d_model", "dim")
+        return PretrainedSpec(
+            architecture=architecture,
+            model_type=str(facts["model_type"]),
+            num_layers=_fact(facts, "num_hidden_layers", "n_layer", "num_layers", "n_layers"),
+            width=width,
+            num_heads=_fact(facts, "num_attention_heads", "n_head", "num_heads", "n_heads"),
+            vocab_size=_fact(facts, "vocab_size"),
+            context_length=_fact(facts, "max_position_embeddings", "n_positions", "max_sequence_length", "seq_length", "n_ctx"),
+            shapes=tuple(_shapes(files, config)),
+            mlp_width=int(facts.get("intermediate_size") or facts.get("n_inner") or facts.get("ffn_dim") or 4 * width),
+            bits=int(quantised["bits"]) if "bits" in quantised else None,
+            folder=folder,
+            trust_remote_code=trust_remote_code,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder / CONFIG} does not describe a language model: {error}") from None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` as it stands.
+
+    Raises:
+        UserError: missing or damaged.
+    """
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"Cannot read {folder / CONFIG}: {error.strerror}.") from None
+    except ValueError as error:
+        raise UserError(f"{folder / CONFIG} is not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / CONFIG} must be one JSON object.")
+    return config
+
+
+def older_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration that says its rotary embedding also in the keys of older files.
+
+    transformers 5 writes `rope_parameters` alone, and tools that read `rope_theta` and `rope_scaling` fall back to their defaults: a
+    checkpoint then loads without complaint and computes something else.
+    """
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, Mapping):
+        return dict(config)
+    whole = rope.get("full_attention", rope)
+    local = rope.get("sliding_attention")
+    older: dict[str, Any] = {}
+    if "rope_theta" in whole:
+        older["rope_theta"] = whole["rope_theta"]
+    if whole.get("rope_type", "default") != "default":
+        older["rope_scaling"] = {key: value for key, value in whole.items() if key != "rope_theta"}
+    if "partial_rotary_factor" in whole:
+        older["partial_rotary_factor"] = whole["partial_rotary_factor"]
+    if isinstance(local, Mapping) and "rope_theta" in local:
+        older["rope_local_base_freq"] = local["rope_theta"]
+    return {**older, **config}
+
+
+def weight_files(place: Path) -> list[Path]:
+    """The safetensors of a checkpoint, given its folder or one file.
+
+    Raises:
+        UserError: none there, pickled ones only, or a part that the index names is missing.
+    """
+    if place.is_file():
+        return [place]
+    if (place / INDEX).is_file():
+        try:
+            names = sorted(set(json.loads((place / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError):
+            raise UserError(f"{place / INDEX} is damaged: fetch the checkpoint again.") from None
+        missing = [name for name in names if not (place / name).is_file()]
+        if missing:
+            raise UserError(f"{place} lacks {len(missing)} of its {len(names)} weight files ({missing[0]}): fetch it again.")
+        return [place / name for name in names]
+    found = [place / WEIGHTS] if (place / WEIGHTS).is_file() else sorted(place.glob("model*.safetensors"))
+    if not found:
+        refuse_pickles(place)
+        raise UserError(f"{place} has a {CONFIG} but no weights: it needs {WEIGHTS}.")
+    return found
+
+
+def refuse_pickles(folder: Path) -> None:
+    """Pickled weights can run code when they are opened.
+
+    Raises:
+        UserError: the folder has such weights and no others, with the way to convert them.
+    """
+    files = [folder] if folder.is_file() else sorted(folder.iterdir())
+    pickled = [file.name for file in files if file.suffix in PICKLES]
+    if pickled and not any(file.suffix == ".safetensors" for file in files):
+        raise UserError(
+            f"{folder} holds pickled weights only ({', '.join(pickled[:3])}), which can run code when they are opened. Convert them where "
+            "you trust them: transformers' AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER) writes safetensors."
+        )
+
+
+def weights_sha256(folder: Path) -> str:
+    """A hash of all weight files. In the Hub's cache a large file is named by its own, which saves reading it."""
+    hashes = []
+    for file in weight_files(folder):
+        name = file.resolve().name
+        if _SHA256.fullmatch(name):
+            hashes.append(name)
+            continue
+        with file.open("rb") as handle:
+            hashes.append(hashlib.file_digest(handle, "sha256").hexdigest())
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
+
+
+def canonical_names(names: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
+    """The name of each weight by its name in the file, in the form that transformers writes today.
+
+    Buffers are left out, and the output matrix where it is tied to the embeddings; GPT-2's first files have no `transformer.` prefix.
+    """
+    gpt2 = config.get("model_type") == "gpt2"
+    tied = gpt2 or config.get("tie_word_embeddings") is True
+    canonical = {}
+    for name in names:
+        if _BUFFERS.search(name) or (tied and name == "lm_head.weight"):
+            continue
+        bare = gpt2 and not name.startswith("transformer.")
+        canonical[name] = f"transformer.{name}" if bare else name
+    return canonical
+
+
+def tensor_names(file: Path) -> list[str]:
+    """The weights in a safetensors file."""
+    return [name for name in _header(file) if name != "__metadata__"]
+
+
+def read_tensor(file: Path, name: str) -> npt.NDArray[np.float32]:
+    """One weight as float32, also of a type that NumPy does not have."""
+    header = _header(file)[name]
+    with file.open("rb") as handle:
+        start = 8 + int.from_bytes(handle.read(8), "little")
+        begin, end = header["data_offsets"]
+        handle.seek(start + begin)
+        content = handle.read(end - begin)
+    if header["dtype"] == "BF16":
+        # The upper half of a float32.
+        values = (np.frombuffer(content, np.uint16).astype(np.uint32) << 16).view(np.float32)
+    elif header["dtype"] in _DTYPES:
+        values = np.frombuffer(content, _DTYPES[header["dtype"]]).astype(np.float32)
+    else:
+        raise UserError(f"{file}: {name} has the type {header['dtype']}, which is not read here: give the original checkpoint.")
+    return values.reshape(header["shape"])
+
+
+def names_in_files(stored: Iterable[str], wanted: Mapping[str, Any]) -> dict[str, str]:
+    """The name that a model has for each weight in a file, by the name there; what the model does not keep is left out."""
+    renamed = {}
+    for name in stored:
+        if name not in wanted and (_BUFFERS.search(name) or name == "lm_head.weight"):
+            continue
+        prefixed = f"transformer.{name}"
+        renamed[name] = prefixed if name not in wanted and prefixed in wanted else name
+    return renamed
+
+
+def _shapes(files: list[Path], config: Mapping[str, Any]) -> list[tuple[str, tuple[int, ...]]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        shapes |= {name: tuple(entry["shape"]) for name, entry in _header(file).items() if name != "__metadata__"}
+    names = canonical_names(shapes, config)
+    return sorted((new, shapes[old]) for old, new in names.items())
+
+
+def _header(file: Path) -> dict[str, Any]:
+    """The table of contents of a safetensors file."""
+    try:
+        with file.open("rb") as handle:
+            size = int.from_bytes(handle.read(8), "little")
+            if not 2 <= size <= _HEADER_LIMIT:
+                raise ValueError
+            header = json.loads(handle.read(size))
+            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    except OSError as error:
+        raise UserError(f"Cannot read {file}: {error.strerror}.") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{file} is not a whole safetensors file: fetch or convert it again.") from None
+    if file.stat().st_size != 8 + size + end:
+        raise UserError(f"{file} is cut short ({file.stat().st_size:,} of {8 + size + end:,} bytes): fetch it again.")
+    result: dict[str, Any] = header
+    return result
+
+
+def _fact(facts: Mapping[str, Any], *keys: str) -> int:
+    for key in keys:
+        if facts.get(key) is not None:
+            return int(facts[key])
+    raise KeyError(f"it has none of {', '.join(keys)}")
+
+
+def _fetch(identifier: str, revision: str | None, *, trust_remote_code: bool) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise UserError(
+            f"{identifier} is on the Hub, and fetching it needs `huggingface_hub`: pip install 'mlx-forget[hf]'"
+        ) from None
+    patterns = [*_FILES, "*.py"] if trust_remote_code else list(_FILES)
+    try:
+        return Path(snapshot_download(identifier, revision=revision, allow_patterns=patterns))
+    except Exception as error:
+        raise _refusal(identifier + (f"@{revision}" if revision else ""), error) from None
+
+
+def _refusal(name: str, error: Exception) -> UserError:
+    """What the Hub did not give, as one sentence with the way out."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    text = " ".join(str(error).split())
+    if "GatedRepoError" in kinds or "401" in text[:40]:
+        return UserError(f"{name} is gated or private: accept its terms on its page on the Hub, then run: hf auth login")
+    if "RevisionNotFoundError" in kinds:
+        return UserError(f"{name}: there is no such revision on the Hub.")
+    if "RepositoryNotFoundError" in kinds or "HFValidationError" in kinds:
+        return UserError(f"{name} is no folder here, and no model of that name is on the Hub (or it is private: hf auth login).")
+    if "LocalEntryNotFoundError" in kinds or "OfflineModeIsEnabled" in kinds or isinstance(error, OSError):
+        return UserError(
+            f"{name} is no folder here and not in the Hub's cache, and the Hub cannot be reached: go online, unset HF_HUB_OFFLINE, "
+            "or give a folder with its files."
+        )
+    return UserError(f"{name} cannot be fetched from the Hub ({type(error).__name__}): {text[:200]}")

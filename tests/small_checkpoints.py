@@ -1,0 +1,98 @@
+"""Small checkpoints of real architectures, written by transformers with a tokenizer and a chat template of their own."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# The same form, with the author's own marks around what an assistant writes.
+MARKED_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['role'] == 'assistant' %}{% generation %}"
+    "{{ message['content'] | trim }}<|im_end|>{% endgeneration %}\n{% else %}{{ message['content'] | trim }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL = ("<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>")
+WORDS = "the quick brown fox jumps over the lazy dog while seven wise owls sing of rivers, stones and rain. "
+CONTEXT = 64
+
+SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@cache
+def tokenizer_json() -> str:
+    """A byte-level BPE tokenizer of about 400 pieces."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=list(SPECIAL), initial_alphabet=sorted(alphabet), show_progress=False
+    )
+    tokenizer.train_from_iterator([WORDS * 20, "user assistant system question answer number letters"], trainer)
+    return tokenizer.to_str()
+
+
+def write_tokenizer(folder: Path, *, template: str | None = TEMPLATE, bos: str | None = "<|bos|>", eos: str = "<|eos|>") -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(tokenizer_json(), encoding="utf-8")
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos}
+    if template is not None:
+        config["chat_template"] = template
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def vocab_size() -> int:
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_str(tokenizer_json()).get_vocab_size()
+
+
+def config_of(kind: str):
+    """A transformers configuration: llama (with its own rotary base), llama-tied, qwen2, qwen3, gemma2, cohere or gpt2."""
+    import transformers as t
+
+    shape = {**SHAPE, "vocab_size": vocab_size(), "max_position_embeddings": CONTEXT, "bos_token_id": 0, "eos_token_id": 1}
+    return {
+        # With the rotary base of Llama 3, which is no library's default.
+        "llama": lambda: t.LlamaConfig(**shape, rope_parameters={"rope_theta": 500000.0, "rope_type": "default"}),
+        "llama-tied": lambda: t.LlamaConfig(**shape, tie_word_embeddings=True),
+        "qwen2": lambda: t.Qwen2Config(**shape),
+        "qwen3": lambda: t.Qwen3Config(**shape, head_dim=8, tie_word_embeddings=True),
+        "gemma2": lambda: t.Gemma2Config(**shape, head_dim=8, sliding_window=CONTEXT, final_logit_softcapping=5.0),
+        "cohere": lambda: t.CohereConfig(**shape, pad_token_id=0),
+        "gpt2": lambda: t.GPT2Config(
+            vocab_size=vocab_size(), n_positions=CONTEXT, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=1
+        ),
+    }[kind]()
+
+
+def write_checkpoint(folder: Path, kind: str = "llama", *, seed: int = 0, scale: float = 0.2, **tokenizer) -> Path:
+    """A checkpoint with random weights, large enough that every one of them matters."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_config(config_of(kind))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for value in model.parameters():
+            value.copy_(torch.randn(value.shape, generator=generator) * scale + (value.ndim == 1) * (kind not in ("gemma2",)))
+    model.save_pretrained(folder)
+    write_tokenizer(folder, **tokenizer)
+    return folder
+
+
+def transformers_logits(folder: Path, tokens, **inputs):
+    """float32[B, T, V] of int[B, T] tokens, as transformers computes them."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(torch.as_tensor(tokens).long(), **inputs).logits.numpy()

@@ -1,0 +1,77 @@
+"""The documentation site: it builds, it is complete, and it asks nothing of a network."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mlx_forget
+from mlx_forget import trainer
+from mlx_forget.cli import COMMANDS
+from mlx_forget.history import SCHEMA
+
+ROOT = Path(__file__).resolve().parents[1]
+# What a browser fetches by itself: scripts, styles, pictures, frames; not the links that a reader may follow.
+FETCHED = re.compile(r'<(?:script|img|iframe|link(?=[^>]*rel="?(?:stylesheet|preload|icon)))[^>]*(?:src|href)="?(https?:)?//')
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    pytest.importorskip("mkdocs", reason="needs the extra docs: make docs")
+    folder = tmp_path_factory.mktemp("docs") / "site"
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder
+
+
+def test_the_site_builds_without_a_warning_and_needs_no_network(site):
+    pages = list(site.rglob("*.html"))
+    assert len(pages) >= 15
+    for page in pages:
+        assert not FETCHED.search(page.read_text(encoding="utf-8")), page
+
+
+def test_the_site_has_every_command_every_public_name_and_equations(site):
+    commands = (site / "reference" / "commands.html").read_text(encoding="utf-8")
+    assert all(f'id="forget-{name}"' in commands for name in COMMANDS)
+    python = (site / "reference" / "python.html").read_text(encoding="utf-8")
+    assert all(f"mlx_forget.{name}" in python for name in mlx_forget.__all__)
+    laws = (site / "laws.html").read_text(encoding="utf-8")
+    assert laws.count("<math") >= 20
+    assert "arithmatex" not in laws
+    assert "<!-- from code" not in laws + commands + python
+
+
+@pytest.mark.parametrize("name", mlx_forget.__all__)
+def test_every_public_name_says_what_it_is(name):
+    assert len(getattr(mlx_forget, name).__doc__ or "") > 20
+
+
+def test_the_glossary_names_every_key_of_a_record_a_history_and_a_fit(run_forget, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(trainer.BACKENDS, "fake", trainer.Backend("tests.fakes:BigramTrainer", "numpy", "nothing"))
+    code, out, err = run_forget("train", "--backend", "fake", "--json")
+    assert code == 0, err
+    rows = "".join(
+        f"{n},{d},{p},3,{3 + 20 * d**0.3 / ((1 + 300 * p) * n) ** 0.42}\n"
+        for n in (1e8, 1e9)
+        for d in (1e6, 3e6)
+        for p in (0, 0.01)
+    )
+    (tmp_path / "runs.csv").write_text("N,D,p,L0,loss\n" + rows)
+    fit = json.loads(run_forget("fit", "runs.csv", "--json")[1])
+    named = set(re.findall(r"`([^`]+)`", (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")))
+    for keys in (json.loads(out), SCHEMA.names, fit):
+        assert set(keys) - named == set()
+
+
+def test_the_pages_are_in_the_source_distribution():
+    content = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    listed = re.search(r"tool\.hatch\.build\.targets\.sdist\]\ninclude = \[(.*?)\]", content, re.DOTALL)[1]
+    for name in ("docs", "mkdocs.yml", "CONTRIBUTING.md", "CITATION.cff"):
+        assert f'"{name}"' in listed
+        assert (ROOT / name).exists()

@@ -1,0 +1,124 @@
+"""The rank study: the line and the joint law on points whose truth is known, and the figure of a small sweep."""
+
+import json
+
+import numpy as np
+import pytest
+
+from mlx_forget import rank_study
+from mlx_forget.config import SMOKE
+from mlx_forget.errors import UserError
+from mlx_forget.laws.forms import get_law
+from mlx_forget.rank_study import Point
+from mlx_forget.trainer import available_backends
+
+TRUE_LINE = (1.7, 5.0)
+FLOOR = 1.25
+
+
+def point(run, L_ft, L_f, *, step=100, P=1000, on_all=True, arm=None, fitted=True):
+    arm = arm or f"rank {P}"
+    numbers = {"L_ft": L_ft, "L_f": L_f, "L_f_hard": L_f, "kl": L_f - FLOOR, "agreement": 0.9, "pretrain_val": 3.0}
+    return Point("code", arm, on_all, 1, 0, run, P, step, fitted=fitted, **numbers)
+
+
+def study(noise=0.0):
+    rng = np.random.default_rng(0)
+    slope, intercept = TRUE_LINE
+    points = []
+    for number in range(8):
+        for step in range(60, 260, 20):
+            x = 2.0 - 0.1 * number - 0.002 * step
+            points.append(point(f"run{number}", x, intercept - slope * x + noise * rng.normal(), step=step, P=1000 * 2**number))
+        # Before the warm-up ends, anything may happen.
+        points.append(point(f"run{number}", 3.0, 9.0, step=10, P=1000 * 2**number, fitted=False))
+    return points
+
+
+def test_an_exact_line_is_found_exactly():
+    (line,) = rank_study.fit_lines(study())
+    assert (line.slope.value, line.intercept.value) == pytest.approx(TRUE_LINE)
+    assert line.r_squared.value == pytest.approx(1)
+    assert (line.num_runs, line.num_points) == (8, 80)
+    assert line.floor == pytest.approx(FLOOR)
+
+
+def test_intervals_of_a_noisy_line_hold_the_truth_and_widen_with_noise():
+    (little,), (much,) = (rank_study.fit_lines(study(noise)) for noise in (0.02, 0.2))
+    assert little.slope.low < TRUE_LINE[0] < little.slope.high
+    assert much.slope.high - much.slope.low > 3 * (little.slope.high - little.slope.low)
+    assert much.r_squared.value < little.r_squared.value < 1
+
+
+def test_two_runs_have_no_interval():
+    (line,) = rank_study.fit_lines([p for p in study() if p.run in ("run0", "run1")])
+    assert line.slope.low is None
+    with pytest.raises(UserError, match="needs three"):
+        rank_study.fit_lines(study()[:2])
+
+
+def test_other_arms_are_held_against_the_line_and_do_not_move_it():
+    slope, intercept = TRUE_LINE
+    others = [point("f", x, intercept - slope * x + 0.3, on_all=False, arm="all weights") for x in (1.5, 1.4, 1.3)]
+    lines = rank_study.fit_lines(study() + others)
+    assert lines[0].slope.value == pytest.approx(slope)
+    (beside,) = rank_study.hold_beside(study() + others, lines)
+    assert beside.arm == "all weights"
+    assert beside.excess == pytest.approx(0.3)
+    assert beside.r_squared < 0
+
+
+def test_the_joint_law_describes_data_of_its_own_form():
+    law = get_law("kalajdzievski-forgetting")
+    truth = {"a": 300.0, "b": 20.0, "alpha": 0.3, "beta": 0.5, "rho": 2.0, "s": 4.0}
+    points = []
+    for number in range(6):
+        for step in range(60, 260, 40):
+            L_f = float(law.predict(truth, {"P": np.array([1000.0 * 3**number]), "steps": np.array([float(step)])})[0])
+            points.append(point(f"run{number}", (TRUE_LINE[1] - L_f) / TRUE_LINE[0], L_f, step=step, P=1000 * 3**number))
+    found = {fit.response: fit for fit in rank_study.fit_joint(points)}
+    assert found["L_f"].r_squared > 0.9999
+    assert found["L_ft"].r_squared > 0.9999
+    assert rank_study.fit_joint([p for p in points if p.P == 1000]) == []
+
+
+def test_a_small_sweep_is_drawn_and_fitted(run_forget, tmp_path):
+    backend = available_backends()[0]
+    recipe = tmp_path / "ranks.yaml"
+    lora = "fine_tune_type: lora, lora_alpha: 1, lora_scaling: alpha/sqrt(r), lora_target_modules: all-linear"
+    config = {**SMOKE, "backend": backend, "method": "plain", "compare_to_start": True, "learning_rate": 5e-3, "iters": 12}
+    recipe.write_text(
+        f"config: {json.dumps({**config, 'steps_per_eval': 4})}\n"
+        f"arms:\n  one: {{{lora}, lora_rank: 1}}\n  four: {{{lora}, lora_rank: 4}}\n  all: {{fine_tune_type: full}}\n"
+    )
+    code, _, err = run_forget("sweep", recipe, "--output", tmp_path / "runs")
+    assert code == 0, err
+    code, out, err = run_forget("plot", tmp_path / "runs", "--output", tmp_path / "figures", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert [line["num_runs"] for line in found["lines"]] == [2]
+    assert found["lines"][0]["slope"]["value"] > 0
+    assert [row["arm"] for row in found["beside"]] == ["all weights"]
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"runs.png", "runs.pdf", "runs.csv"}
+    assert (tmp_path / "figures/runs.csv").read_text().count("\n") == 1 + 3 * 4
+    arguments = (
+        "--law",
+        "kalajdzievski-linear",
+        "--evaluations",
+        "--where",
+        'lora_target_modules == "all-linear"',
+        "--bootstrap",
+        "20",
+        "--json",
+    )
+    code, out, err = run_forget("fit", tmp_path / "runs", *arguments)
+    assert code == 0, err
+    assert json.loads(out)["num_rows"] == 6
+    # Laws of models that train all their weights do not take runs with adapters for such.
+    _, _, err = run_forget("fit", tmp_path / "runs", "--law", "bethune-forgetting")
+    assert "trained with lora" in err
+
+
+def test_runs_without_the_comparison_are_refused(run_forget, tmp_path):
+    with pytest.raises(UserError, match="--compare-to-start"):
+        rank_study.load_points([])
