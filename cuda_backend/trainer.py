@@ -1,6 +1,7 @@
 """The PyTorch trainer: CUDA where a GPU is, the CPU otherwise (announced)."""
 
 import math
+import os
 import resource
 import shutil
 import sys
@@ -126,6 +127,8 @@ class TorchTrainer(Trainer):
             bitwise_resume=not torch.cuda.is_available(),
             accelerator=torch.cuda.is_available(),
             fast_bf16=torch.cuda.is_bf16_supported() if torch.cuda.is_available() else torch.cpu._is_amx_tile_supported(),
+            gpus=_gpus(),
+            gpu_variable="CUDA_VISIBLE_DEVICES",
         )
 
     @classmethod
@@ -652,3 +655,11 @@ def _in_rows(values: Tensor, rows: slice | Tensor, inputs: Tensor) -> Tensor:
     out = torch.zeros(inputs.shape, device=inputs.device)
     out[rows] = values.view(-1, inputs.shape[1])
     return out
+
+
+def _gpus() -> tuple[str, ...]:
+    """The GPUs that this process sees, as CUDA_VISIBLE_DEVICES names them."""
+    if not torch.cuda.is_available():
+        return ()
+    seen = tuple(name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip())
+    return seen or tuple(map(str, range(torch.cuda.device_count())))

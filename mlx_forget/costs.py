@@ -170,13 +170,22 @@ def fitting_rows(step: Step, kept_bytes: KeptBytes, available_bytes: float) -> i
 
 
 def disk_bytes(step: Step) -> int:
-    """The most that the checkpoints of a run take at once: the last, the one before and one being written, and two of the best.
+    """The most that the checkpoints of a run take at once: the last, the one before and one being written, and two of the best."""
+    weights, moments = _saved_bytes(step)
+    return 3 * (weights + moments) + 2 * weights
 
-    Of adapters there are two copies in each, one for peft and one for mlx-lm.
-    """
+
+def kept_disk_bytes(step: Step) -> int:
+    """What a run that has ended keeps: the last checkpoint with its moments, and the best weights."""
+    weights, moments = _saved_bytes(step)
+    return 2 * weights + moments
+
+
+def _saved_bytes(step: Step) -> tuple[int, int]:
+    """Weights and moments of a checkpoint. Of adapters there are two copies in each, one for peft and one for mlx-lm."""
     weights = (1 if step.adapter is None else 2) * 4 * sum(math.prod(shape) for shape in step.trained.values())
     moments = 4 * sum(math.prod(shape) for shape in moment_shapes(step.optim.name, step.trained).values())
-    return 3 * (weights + moments) + 2 * weights
+    return weights, moments
 
 
 def host_memory_bytes() -> int | None:
@@ -245,9 +254,10 @@ def _size(num_bytes: float) -> str:
 
 
 def summary(step: Step, kept_bytes: KeptBytes, *, rows: int | None) -> dict[str, Any]:
-    """The keys that a dry run adds: memory of one device by kind and disk, in bytes."""
+    """The keys that a dry run adds: memory of one device by kind and disk, at most at once and in the end, in bytes."""
     return {
         "memory_bytes_per_device": memory_bytes(step, kept_bytes, rows=rows),
         "disk_bytes": disk_bytes(step),
+        "kept_disk_bytes": kept_disk_bytes(step),
         "micro_batch_size": rows,
     }

@@ -355,6 +355,18 @@ def only_group(group: Group, folder: Path, *, wait: bool) -> Iterator[None]:
         yield
 
 
+def is_held(folder: Path) -> bool:
+    """Whether a process is training in a run folder."""
+    try:
+        with (folder / ".lock").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 @contextmanager
 def _only_process(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold a run folder for this process; the lock goes with the process, however it ends."""

@@ -22,10 +22,11 @@ from typing import Any, Literal
 
 from mlx_forget.config import REPLAY_SELF, TrainConfig
 from mlx_forget.errors import UserError, unknown
+from mlx_forget.grid import Recipe
 from mlx_forget.methods import METHODS
 from mlx_forget.pipeline.batches import Blend
 from mlx_forget.plan import Plan, plan_run, sources_of
-from mlx_forget.sweep import Job, Recipe, Sweep
+from mlx_forget.sweep import Job, Sweep, base_job
 from mlx_forget.watch import Watch
 
 EARLIER = "earlier"
@@ -128,8 +129,7 @@ def _sweep_of(chains: list[Chain], number: int, folder: Path, folders: list[list
         title = ", ".join(part for part in (chain.label, chain.stages[number].name) if part)
         jobs.setdefault(plan.run_id, Job(plan, title, plan.folder / "log.txt"))
         if plan.base is not None:
-            base = f"base {plan.base.config.model}, seed {plan.base.config.seed}"
-            bases.setdefault(plan.base.folder, Job(plan.base, base, plan.base.folder / "log.txt"))
+            bases.setdefault(plan.base.folder, base_job(plan.base))
     runs = list(jobs.values())
     return Sweep(folder, runs, list(bases.values()), [[job] for job in runs], [])
 

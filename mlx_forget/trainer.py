@@ -163,6 +163,9 @@ class Capabilities:
     bitwise_resume: bool = False
     fast_bf16: bool = False
     accelerator: bool = False
+    # GPUs that a process can be confined to, as the environment variable takes them.
+    gpus: tuple[str, ...] = ()
+    gpu_variable: str = ""
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,12 @@ import json
 
 import pytest
 
+from mlx_forget.grid import read_recipe
 from mlx_forget.ladder import default_context, model_spec
 from mlx_forget.pipeline import recipes as corpora
 from mlx_forget.resources import path, recipe
 from mlx_forget.schedule import Schedule
-from mlx_forget.sweep import read_recipe
+from mlx_forget.sweep import plan_sweep
 
 NAMES = sorted(f"bethune/{file.stem}" for file in path("recipes", "bethune").glob("*.yaml"))
 SIZES = ("tiny", "small", "medium", "large", "xl")
@@ -59,6 +60,8 @@ def test_what_is_not_in_the_sources_is_marked():
 )
 def test_every_recipe_runs_dry_offline(name, run_forget, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    # A dry run prepares nothing, and what is not prepared has no name yet.
+    plan_sweep(read_recipe(recipe(name)), tmp_path)
     code, out, err = run_forget("sweep", name, "--dry-run", "--json")
     assert code == 0, err
     runs = json.loads(out)["runs"]

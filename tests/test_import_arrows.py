@@ -14,6 +14,8 @@ FRAMEWORKS = {
     "tokenizers",
     "transformers",
     "matplotlib",
+    "ray",
+    "submitit",
 }
 
 
@@ -65,7 +67,12 @@ def test_the_laws_need_numpy_and_scipy_only():
         "watch",
         "run",
         "replay_rows",
+        "grid",
         "sweep",
+        "sweep_costs",
+        "dispatch",
+        "engines.processes",
+        "engines.lease",
         "figure1",
         "replay",
         "method_comparison",

@@ -15,13 +15,13 @@ from mlx_forget import loss_matrix
 from mlx_forget import trainer as trainer_module
 from mlx_forget.checkpoint import open_checkpoint
 from mlx_forget.errors import UserError
+from mlx_forget.grid import Recipe, read_recipe
 from mlx_forget.loss_matrix import CSV_COLUMNS, LossMatrix, measure, read_matrices, summary, table_lines, write_matrices
 from mlx_forget.pipeline.batches import Blend
 from mlx_forget.records import RECORD, find_runs, read_record
 from mlx_forget.resources import recipe as find_recipe
 from mlx_forget.run import execute, start_trainer, trainer_spec
 from mlx_forget.stages import execute_stages, plan_stages
-from mlx_forget.sweep import Recipe, read_recipe
 from mlx_forget.trainer import available_backends, load_backend
 from mlx_forget.watch import Watch
 
@@ -47,7 +47,7 @@ def run_here(sweep):
     """Runs a sweep in this process, base first."""
     for job in (*sweep.bases, *sweep.jobs):
         assert execute(job.plan)["status"] in ("finished", "stopped")
-        job.exit_code = 0
+        job.state = "done"
     return [*sweep.bases, *sweep.jobs]
 
 
@@ -130,7 +130,7 @@ def test_done_stages_are_neither_trained_nor_measured_again(monkeypatch):
         if len(calls) == 1:
             return run_here(sweep)
         for job in sweep.jobs:
-            job.exit_code = 1
+            job.state = "failed"
         return sweep.jobs
 
     jobs, matrices = run_all(chains, run=fails_in_the_second_stage)

@@ -6,39 +6,48 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_forget.cli.sweep import report, train_runs, uses_gpu
+from mlx_forget.cli.sweep import on_this_machine, report, train_runs
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mlx_forget.engines import Demand
+    from mlx_forget.grid import Recipe
     from mlx_forget.stacking import Wanted
     from mlx_forget.stages import Chain
-    from mlx_forget.sweep import Job, Recipe, Sweep
+    from mlx_forget.sweep import Job, Sweep
     from mlx_forget.watch import Watch
 
 
 def sweep_stages(
     recipe: "Recipe",
-    folder: Path,
     overrides: Mapping[str, Any],
+    name: str,
+    demand: "Demand",
     watch: "Watch",
-    console: Any,
+    console: "Console",
     *,
-    jobs: int | None,
-    threads: int | None,
     wanted: "Wanted",
+    retry_failed: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Train the stages of every chain one after another, and measure every data set after each."""
+    """Train the stages of every chain one after another, and measure every data set after each.
+
+    Args:
+        name: of the engine.
+    """
     from mlx_forget.cli.signals import graceful_stop
     from mlx_forget.loss_matrix import FILE, measure, read_matrices, summary, table_lines, write_matrices
     from mlx_forget.stages import execute_stages, plan_stages
-    from mlx_forget.sweep import default_processes, stack_sweep
+    from mlx_forget.sweep import stack_sweep
 
+    folder = demand.folder
     chains = plan_stages(recipe, overrides=overrides, watch=watch)
     if dry_run:
         _print_plan(chains, folder, as_json=as_json)
         return
-    num_processes = jobs or (1 if uses_gpu(chains[0].plans[0]) else min(default_processes(), len(chains)))
+    demand = on_this_machine(demand, name, chains[0].plans[0], len(chains))
     known = read_matrices(folder / FILE)
 
     def measured(folders: list[list[Path]]) -> None:
@@ -46,10 +55,11 @@ def sweep_stages(
         write_matrices(folder / FILE, recipe.name, known)
 
     with graceful_stop(watch.say) as interrupted:
+        watching = dataclasses.replace(watch, interrupted=interrupted)
 
         def run(planned: "Sweep") -> "list[Job]":
-            planned = stack_sweep(planned, wanted, num_processes=num_processes)
-            return train_runs(planned, console, num_processes=num_processes, threads=threads, interrupted=interrupted)
+            planned = stack_sweep(planned, wanted, num_processes=demand.workers or 1)
+            return train_runs(name, demand, planned, watching, console, retry_failed=retry_failed)
 
         quiet = dataclasses.replace(watch, say=lambda sentence: None)
         done = execute_stages(chains, folder, run=run, done=measured, watch=quiet)

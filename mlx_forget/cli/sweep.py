@@ -1,24 +1,34 @@
 """`forget sweep`."""
 
+import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rich.console import Console
+
+    from mlx_forget.costs import Device
+    from mlx_forget.engines import Demand
+    from mlx_forget.grid import Recipe
     from mlx_forget.plan import Plan
     from mlx_forget.stacking import Wanted
     from mlx_forget.sweep import Job, Sweep
+    from mlx_forget.watch import Watch
 
 app = typer.Typer()
+
+_FAILURES_SHOWN = 20
 
 
 @app.command()
 def sweep(
     recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of one that comes with mlx-forget.")],
-    output: Annotated[Path | None, typer.Option(help="Sweep folder. \\[default: runs/NAME]")] = None,
+    output: Annotated[Path | None, typer.Option(help="Sweep folder; several sweeps may share one. \\[default: runs/NAME]")] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -26,149 +36,252 @@ def sweep(
             help="KEY=VALUE over the recipe; KEY=[A, B] makes a grid axis; base.KEY reaches the base model.",
         ),
     ] = None,
-    jobs: Annotated[int | None, typer.Option(help="Runs side by side. \\[default: one a core; one on a GPU]")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads a run. \\[default: 1, or the cores on a GPU]")] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="processes, in-process, ray or slurm: where runs are trained. \\[default: processes]")
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", "--jobs", min=1, help="Runs side by side. \\[default: one a core, or a GPU; all of a cluster]"),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads a run. \\[default: the cores shared out; 1 on a cluster]")
+    ] = None,
+    gpus: Annotated[
+        float | None,
+        typer.Option(help="GPUs a run: several are one process each under torchrun. \\[default: one, where there are any]"),
+    ] = None,
+    ranks: Annotated[int | None, typer.Option(help="Processes a run. \\[default: one a GPU]")] = None,
+    memory_gb: Annotated[float | None, typer.Option(help="Memory that a cluster sets aside for a run.")] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="A Ray cluster that runs already: HOST:PORT or auto. \\[default: RAY_ADDRESS, else a local one]"),
+    ] = None,
+    slurm: Annotated[
+        list[str] | None,
+        typer.Option(help="KEY=VALUE for submitit, as partition=gpu or timeout_min=600; cluster=local tries it without Slurm."),
+    ] = None,
     stack: Annotated[
         str | None, typer.Option(help="Train this many runs of one shape as one; off, or auto: where it pays. \\[default: auto]")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print every run and its cost; train nothing.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Train what failed before once more.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print every run and its cost; prepare nothing, train nothing.")
+    ] = False,
+    on: Annotated[
+        str | None,
+        typer.Option(help="With --dry-run: the device to assume for the hours, such as h100. \\[default: as finished runs were]"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as one JSON object.")] = False,
 ) -> None:
-    """Train a grid of runs from a recipe. Done runs are skipped, begun ones resume.
+    """Train a grid of runs from a recipe. Done runs are skipped, begun ones resume, failed ones are listed.
 
     Example: forget sweep figure1 --set seed=1 --output runs/figure1-seed1
     """
     from rich.console import Console
 
     from mlx_forget.cli.signals import graceful_stop
+    from mlx_forget.costs import device_named
+    from mlx_forget.dispatch import look_back, unfinished_strangers
+    from mlx_forget.engines import Demand
+    from mlx_forget.errors import UserError
+    from mlx_forget.grid import Resources, read_recipe
+    from mlx_forget.plan import Target
     from mlx_forget.progress import Preparation
     from mlx_forget.resources import recipe as find_recipe
-    from mlx_forget.sweep import default_processes, plan_sweep, read_recipe, stack_sweep
+    from mlx_forget.sweep import plan_sweep, stack_sweep
+    from mlx_forget.sweep_costs import NotPreparedError, check_disk, disk_needed, only_if_prepared, planned_rows, speed_of
     from mlx_forget.watch import Watch
 
     console = Console(stderr=True)
 
     def say(sentence: str) -> None:
-        console.print(sentence, highlight=False, soft_wrap=True)
+        console.print(sentence, highlight=False, soft_wrap=True, markup=False)
 
+    if on is not None and not dry_run:
+        raise UserError("--on is for --dry-run: add it, or leave --on out.")
+    device = None if on is None else device_named(on)
+    name = engine or "processes"
     read = read_recipe(find_recipe(recipe))
     folder = output or Path("runs") / read.name
     watch = Watch(say=say, progress=Preparation(console))
     overrides = _parse(settings or [])
     wanted = _wanted(stack)
+    demand = Demand(
+        folder=folder,
+        workers=workers,
+        resources=Resources(threads=threads, gpus=gpus, ranks=ranks, memory_gb=memory_gb),
+        address=address,
+        settings=_pairs("--slurm", slurm or []),
+        say=say,
+    )
     if read.stages:
         from mlx_forget.cli.stages import sweep_stages
 
-        how: dict[str, Any] = {"jobs": jobs, "threads": threads, "wanted": wanted, "dry_run": dry_run, "as_json": as_json}
-        sweep_stages(read, folder, overrides, watch, console, **how)
+        how: dict[str, Any] = {"wanted": wanted, "retry_failed": retry_failed, "dry_run": dry_run, "as_json": as_json}
+        sweep_stages(read, overrides, name, demand, watch, console, **how)
         return
-    planned = plan_sweep(read, folder, overrides=overrides, watch=watch)
-    on_gpu = uses_gpu(planned.jobs[0].plan)
-    num_processes = jobs or (1 if on_gpu else min(default_processes(), len(planned.jobs)))
-    planned = stack_sweep(planned, wanted, num_processes=num_processes)
+    try:
+        # A login node need not hold what the machines of a cluster will.
+        target = Target(device=device, must_fit=name in ("processes", "in-process"))
+        quiet = only_if_prepared(watch) if dry_run else watch
+        planned = plan_sweep(read, folder, overrides=overrides, resources=demand.resources, target=target, watch=quiet)
+    except NotPreparedError as reason:
+        _print_outline(read, folder, overrides, device, f"Not prepared yet: {reason}.", workers=workers or 1, as_json=as_json)
+        return
+    demand = on_this_machine(demand, name, planned.jobs[0].plan, len(planned.jobs))
+    side_by_side = demand.workers or 1
+    planned = stack_sweep(planned, wanted, num_processes=side_by_side)
+    for job in (*planned.bases, *planned.jobs):
+        look_back(job, retry=False)
+    bases = sorted({base.plan.folder.parent for base in planned.bases})
+    rows = planned_rows(planned, speed_of(planned.jobs[0].plan.backend, [folder, *bases], device))
+    needs = [
+        (place, disk_needed([row for row in rows if Path(row["folder"]).parent == place], workers=side_by_side))
+        for place in (*bases, folder)
+    ]
     if dry_run:
-        _print_plan(planned, as_json=as_json)
+        from mlx_forget.cli.sweep_view import print_plan
+
+        stacks = [[job.plan.run_id for job in together] for together in planned.stacks if len(together) > 1]
+        disk_bytes = sum(needed for _, needed in needs)
+        print_plan(str(folder), rows, stacks, planned.notes, workers=side_by_side, disk_bytes=disk_bytes, as_json=as_json)
+    for place, needed in needs:
+        check_disk(place, needed)
+    if dry_run:
         return
-    if stack is not None or on_gpu:
+    if stack is not None or demand.uses_gpu:
         for note in planned.notes:
             say(note)
+    strangers = unfinished_strangers(planned)
+    if strangers:
+        say(f"Left alone, unfinished runs that are not of this sweep: {', '.join(path.name for path in strangers)}")
     with graceful_stop(say) as interrupted:
-        done = train_runs(planned, console, num_processes=num_processes, threads=threads, interrupted=interrupted)
+        watch = dataclasses.replace(watch, interrupted=interrupted)
+        done = train_runs(name, demand, planned, watch, console, retry_failed=retry_failed)
     report(folder, done, say, as_json=as_json)
 
 
 def train_runs(
-    planned: "Sweep", console: Any, *, num_processes: int, threads: int | None, interrupted: Callable[[], int | None]
+    name: str, demand: "Demand", planned: "Sweep", watch: "Watch", console: "Console", *, retry_failed: bool
 ) -> "list[Job]":
-    """Train the runs of a sweep while their state is shown."""
-    import os
-
+    """Train the runs of a sweep on an engine, shown as a live table on a terminal and in lines elsewhere."""
     from rich.live import Live
 
-    from mlx_forget.sweep import execute_sweep
+    from mlx_forget.cli.sweep_view import SweepView
+    from mlx_forget.dispatch import execute_sweep
+    from mlx_forget.engines import open_engine
+    from mlx_forget.progress import RunProgress
 
-    watcher = _Watcher(console)
-    how: dict[str, Any] = {
-        "num_processes": num_processes,
-        "num_threads": threads or max(1, (os.cpu_count() or 1) // num_processes),
-        "interrupted": interrupted,
-    }
-    if not console.is_terminal:
-        return execute_sweep(planned, on_change=watcher.lines, **how)
+    view = SweepView(console)
+
+    def observer(title: str, folder: Path) -> RunProgress:
+        return RunProgress(console, title, folder)
+
+    watch = dataclasses.replace(watch, observer=observer)
+    engine = open_engine(name, demand, watch)
+    if engine.speaks or not console.is_terminal:
+        return execute_sweep(planned, engine, retry_failed=retry_failed, on_change=view.lines, watch=watch)
     with Live(console=console, refresh_per_second=4, transient=True) as live:
-        return execute_sweep(planned, on_change=lambda all_jobs: live.update(watcher.table(all_jobs)), **how)
+        return execute_sweep(
+            planned, engine, retry_failed=retry_failed, on_change=lambda jobs: live.update(view.table(jobs)), watch=watch
+        )
 
 
-def report(folder: Path, done: "list[Job]", say: Callable[[str], None], *, as_json: bool, **more: Any) -> None:
+def report(folder: Path, done: "list[Job]", say: "Callable[[str], None]", *, as_json: bool, **more: Any) -> None:
     """Say how the runs of a sweep ended.
 
     Raises:
-        RunFailed: one did not end well.
+        RunFailed: runs failed, now or before.
     """
     from mlx_forget.errors import RunFailed
 
-    runs = [{"run_id": job.plan.run_id, "title": job.title, "state": job.state, "folder": str(job.plan.folder)} for job in done]
     if as_json:
-        print(json.dumps({"folder": str(folder), "runs": runs, **more}))
+        rows = [
+            {
+                "run_id": job.plan.run_id,
+                "title": job.title,
+                "state": job.state,
+                "reason": job.reason,
+                "folder": str(job.plan.folder),
+            }
+            for job in done
+        ]
+        print(json.dumps({"folder": str(folder), "runs": rows, **more}))
     failed = [job for job in done if job.state == "failed"]
+    blocked = sum(job.state == "blocked" for job in done)
     say(f"{sum(job.state == 'done' for job in done)} of {len(done)} runs done: {folder}")
+    for job in failed[:_FAILURES_SHOWN]:
+        say(f"Failed: {job.title}: {job.reason} ({job.log})")
     if failed:
-        raise RunFailed(f"{failed[0].title} failed; its log ends: {_last_line(failed[0].log)} ({failed[0].log})")
+        others = f" and keep {blocked} from starting" if blocked else ""
+        raise RunFailed(f"{len(failed)} of {len(done)} runs failed{others}; --retry-failed trains them once more.")
 
 
-class _Watcher:
-    """Shows the jobs of a sweep: a live table on a terminal, a line for every change elsewhere."""
+def _print_outline(
+    recipe: "Recipe",
+    folder: Path,
+    overrides: dict[str, Any],
+    device: "Device | None",
+    note: str,
+    *,
+    workers: int,
+    as_json: bool,
+) -> None:
+    """The dry run of a sweep whose data are not all prepared."""
+    from mlx_forget.cli.sweep_view import print_plan
+    from mlx_forget.sweep_costs import disk_needed, outlined_rows, speed_of
+    from mlx_forget.trainer import choose_backend
 
-    def __init__(self, console: Any) -> None:
-        self._console = console
-        self._shown: dict[str, tuple[str, str]] = {}
+    configs = recipe.configs(overrides)
+    backend = configs[0].backend if configs[0].backend != "auto" else choose_backend()[0]
+    rows = outlined_rows(recipe, overrides, backend, speed_of(backend, [folder], device))
+    notes = [f"{note} Ids are pending where they depend on it, and so is what stacks."]
+    print_plan(str(folder), rows, [], notes, workers=workers, disk_bytes=disk_needed(rows, workers=workers), as_json=as_json)
 
-    def table(self, jobs: "list[Job]") -> Any:
-        from rich.table import Table
 
-        from mlx_forget.progress import duration
+def on_this_machine(demand: "Demand", name: str, plan: "Plan", num_runs: int) -> "Demand":
+    """A demand with what the backend says of this machine, and how many runs a pool of processes trains side by side."""
+    from mlx_forget.engines.processes import num_workers
+    from mlx_forget.trainer import load_backend
 
-        table = Table(box=None)
-        for name in ("run", "state", "step", "tokens/s", "left", "losses (nats)"):
-            table.add_column(name)
-        for job in jobs:
-            p = job.progress
-            step = f"{p['step']:,}/{p['num_steps']:,}" if p else ""
-            rate, left = (
-                (f"{p['tokens_per_second']:,.0f}", duration(p["seconds_left"])) if p and job.state == "running" else ("", "")
-            )
-            table.add_row(job.title, job.state, step, rate, left, p.get("losses", ""))
-        return table
-
-    def lines(self, jobs: "list[Job]") -> None:
-        for job in jobs:
-            now = (job.state, job.progress.get("losses", ""))
-            if job.state != "waiting" and now != self._shown.get(job.plan.run_id):
-                self._shown[job.plan.run_id] = now
-                step = f" · step {job.progress['step']:,}/{job.progress['num_steps']:,} · {now[1]}" if job.progress else ""
-                self._console.print(f"{job.title} · {job.state}{step}", highlight=False, soft_wrap=True)
+    capabilities = load_backend(plan.backend).describe()
+    demand = dataclasses.replace(
+        demand,
+        uses_gpu=plan.config.device != "cpu" and capabilities.accelerator,
+        # A run that insists on a device of its own is not confined to another.
+        gpus=capabilities.gpus if plan.config.device is None else (),
+        gpu_variable=capabilities.gpu_variable,
+    )
+    if name != "processes" or demand.workers is not None:
+        return demand
+    return dataclasses.replace(demand, workers=min(num_workers(demand), num_runs))
 
 
 def _parse(settings: list[str]) -> dict[str, Any]:
-    """`KEY=VALUE` settings; values are YAML, `base.KEY` goes into the mapping `base`."""
+    """`KEY=VALUE` settings; values are YAML."""
     import yaml
 
     from mlx_forget.errors import UserError
 
     values: dict[str, Any] = {}
+    for key, text in _pairs("--set", settings).items():
+        try:
+            values[key] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"--set {key}={text}: the value is not valid YAML.") from None
+    return values
+
+
+def _pairs(option: str, settings: list[str]) -> dict[str, str]:
+    from mlx_forget.errors import UserError
+
+    pairs: dict[str, str] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals:
-            raise UserError(f"--set takes KEY=VALUE, not {setting!r}.")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UserError(f"--set {setting}: the value is not valid YAML.") from None
-        if key.startswith("base."):
-            values.setdefault("base", {})[key.removeprefix("base.")] = value
-        else:
-            values[key] = value
-    return values
+            raise UserError(f"{option} takes KEY=VALUE, not {setting!r}.")
+        pairs[key] = text
+    return pairs
 
 
 def _wanted(stack: str | None) -> "Wanted":
@@ -182,35 +295,3 @@ def _wanted(stack: str | None) -> "Wanted":
     if not stack.isdigit() or int(stack) < 1:
         raise UserError(f"--stack takes auto, off or a number of runs, not {stack!r}.")
     return int(stack)
-
-
-def uses_gpu(plan: "Plan") -> bool:
-    """Whether a run will have an accelerator to itself."""
-    from mlx_forget.trainer import load_backend
-
-    return plan.config.device != "cpu" and load_backend(plan.backend).describe().accelerator
-
-
-def _print_plan(planned: "Sweep", *, as_json: bool) -> None:
-    summaries = [{"title": job.title, **job.plan.summary()} for job in (*planned.bases, *planned.jobs)]
-    stacks = [[job.plan.run_id for job in together] for together in planned.stacks if len(together) > 1]
-    if as_json:
-        print(json.dumps({"folder": str(planned.folder), "runs": summaries, "stacks": stacks, "notes": planned.notes}))
-        return
-    for row in summaries:
-        print(
-            f"{row['run_id']}  {row['title']:<24} {row['num_params']:>13,} parameters {row['num_steps']:>7,} steps "
-            f"{row['num_tokens']:>13,} tokens {row['train_flops']:.2e} FLOPs"
-        )
-    print(
-        f"{len(summaries)} runs, {sum(row['num_tokens'] for row in summaries):,} tokens, {sum(row['train_flops'] for row in summaries):.2e} FLOPs"
-    )
-    for run_ids in stacks:
-        print(f"trained as one: {', '.join(run_ids)}")
-    for note in planned.notes:
-        print(note)
-
-
-def _last_line(path: Path) -> str:
-    lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1] if lines else "(empty)"

@@ -118,8 +118,8 @@ def _train_stack(folders: "list[Path]", watch: "Watch") -> None:
     import dataclasses
 
     from mlx_forget.plan import plan_run
+    from mlx_forget.records import REQUESTED
     from mlx_forget.stacking import execute_stack
-    from mlx_forget.sweep import REQUESTED
 
     quiet = dataclasses.replace(watch, say=lambda sentence: None)
     plans = [

@@ -67,13 +67,13 @@ def tokenise(
     writer = open_writer(vocabulary)
     total = max(1, num_bytes)
     done = 0
-    progress(activity, 0.0, 0)
 
     def skip(document_bytes: int) -> None:
         nonlocal done
         done += document_bytes
 
     try:
+        progress(activity, 0.0, 0)
         blocks = _blocks(documents, dict(writer.num_written), skip)
         if num_workers is None:
             num_workers = (os.cpu_count() or 1) if num_bytes >= _MIN_BYTES_FOR_WORKERS else 0

@@ -34,7 +34,7 @@ SCENARIOS: dict[str, list[str]] = {
     "prepare": ["prepare", "notes.txt", "-o", "made", "--tokenizer", str(TOKENIZER), "--workers", "0"],
     "train": ["train", *_TRAIN, *_STEPS, *_DATA, "--init", "base", "--output", "made"],
     "replay": ["replay", "base", "--backend", "fake", "--num-tokens", "2K", "--length", "16", "-o", "made"],
-    "sweep": ["sweep", "recipe.yaml", "--output", "made"],
+    "sweep": ["sweep", "recipe.yaml", "--output", "made", "--engine", "in-process", "--threads", "1"],
 }
 
 
@@ -108,14 +108,13 @@ def _outcome(process: Any, receiving: Any) -> Outcome:
 def _child(folder: str, arguments: list[str], at: int | None, kind: str, sending: object) -> None:
     import io
 
-    from mlx_forget import sweep, trainer
+    from mlx_forget import trainer
     from mlx_forget.cli import main
     from mlx_forget.pipeline.store import writing
 
     os.chdir(folder)
     os.environ |= {"FORGET_HOME": f"{folder}/home", "FORGET_SCALE": "smoke"}
     trainer.BACKENDS["fake"] = trainer.Backend("tests.fakes:BigramTrainer", "numpy", "nothing to install")
-    sweep._start = _start_here
     # Several shards of a little text.
     writing.TOKENS_PER_SHARD = 2000
     writing.StoreWriter.__init__.__defaults__ = tuple(
@@ -137,37 +136,6 @@ def _child(folder: str, arguments: list[str], at: int | None, kind: str, sending
     sending.send((said.getvalue(), faults.points))
     sending.close()
     os._exit(int(code))
-
-
-def _start_here(together: list, num_threads: int) -> None:
-    """A run of a sweep within this process: its faults are those of the sweep."""
-    import dataclasses
-
-    from mlx_forget import sweep
-    from mlx_forget.cli import _run
-    from mlx_forget.config import to_yaml
-
-    for job in together:
-        folder = job.plan.folder
-        folder.mkdir(parents=True, exist_ok=True)
-        config = dataclasses.replace(job.plan.config, num_threads=num_threads)
-        (folder / sweep.REQUESTED).write_text(to_yaml(config), encoding="utf-8")
-        code = _run(["train", "--config", f"{folder}/{sweep.REQUESTED}", "--output", str(folder)], debug=False)
-        job.process = _Ended(code)
-
-
-class _Ended:
-    def __init__(self, code: int) -> None:
-        self.code = code
-
-    def poll(self) -> int:
-        return self.code
-
-    def kill(self) -> None:
-        pass
-
-    def send_signal(self, number: int) -> None:
-        pass
 
 
 _SCIENCE = ["step", "tokens", "pretrain_tokens", "batch_loss", "target_train_loss", "target_val_windows", "pretrain_val_windows"]
