@@ -21,12 +21,10 @@ from mlx_forget.engines.child import last_line
 from mlx_forget.errors import Interrupted, UserError
 from mlx_forget.grid import Resources
 from mlx_forget.progress import PROGRESS_FILE
-from mlx_forget.records import REQUESTED
+from mlx_forget.records import FAILURE, REQUESTED
 from mlx_forget.run import is_held
 from mlx_forget.sweep import Job, Sweep
 from mlx_forget.watch import Watch
-
-FAILURE = "failure.json"
 
 _SECONDS_BETWEEN_LOOKS = 0.25
 # How often a run that another sweep trains is looked at.

@@ -23,6 +23,7 @@ CONFIG = {
 
 # What may differ between two runs of one id: times, memory, versions, and by whom and how they were trained.
 _INCIDENTAL = {
+    "checksum",
     "wall_seconds",
     "tokens_per_second",
     "peak_memory_bytes",

@@ -26,6 +26,7 @@ from mlx_forget.checkpoint import open_checkpoint
 from mlx_forget.config import TrainConfig, from_layers, read_yaml, to_yaml
 from mlx_forget.durable_files import sealed
 from mlx_forget.errors import UserError
+from mlx_forget.grid import read_recipe
 from mlx_forget.history import HistoryWriter, read_history
 from mlx_forget.pipeline.formats import BadInput
 from mlx_forget.pipeline.recipes import read_recipes
@@ -33,7 +34,6 @@ from mlx_forget.pipeline.sources import read_documents
 from mlx_forget.pipeline.store import open_store
 from mlx_forget.pipeline.vocabularies import load_vocabulary
 from mlx_forget.records import read_record, write_record
-from mlx_forget.sweep import read_recipe
 from mlx_forget.tables import read_table
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "25"))
