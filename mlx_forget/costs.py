@@ -225,7 +225,7 @@ def refuse_what_cannot_fit(step: Step, kept_bytes: KeptBytes, available_bytes: f
     raise UserError(
         f"A model of {num_params(step.model):,} parameters does not fit: one row of {step.row_length:,} tokens needs about "
         f"{_size(need['total'])} ({_size(state)} of them weights, gradients and optimiser), {where} has "
-        f"{_size(available_bytes)}. What would fit: {' or '.join(ways) if ways else 'a smaller model, or shorter rows'}."
+        f"{_size(available_bytes)}, of which {USABLE_SHARE:.0%} can be used. What would fit: {' or '.join(ways) if ways else 'a smaller model, or shorter rows'}."
     )
 
 
