@@ -200,11 +200,14 @@ class StoreWriter:
             "provenance": dict(self.provenance),
         }
         version = 2 if self.sources or self._masked else 1
-        write_manifest(self._aside, content | {name: value for name, value in more.items() if value}, version=version)
-        (self._aside / _JOURNAL).unlink(missing_ok=True)
-        refuse_existing(self.folder)
-        os.rename(self._aside, self.folder)
-        sync(self.folder.parent)
+        try:
+            write_manifest(self._aside, content | {name: value for name, value in more.items() if value}, version=version)
+            (self._aside / _JOURNAL).unlink(missing_ok=True)
+            refuse_existing(self.folder)
+            os.rename(self._aside, self.folder)
+            sync(self.folder.parent)
+        except OSError as error:
+            raise self._refusal(error) from None
         self.release()
         return open_store(self.folder, verify=False)
 
