@@ -5,8 +5,7 @@ import os
 import resource
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,13 +21,12 @@ from cuda_backend.decoder import Ladder, build_decoder
 from cuda_backend.distributed import TorchGroup, join, local_rank
 from cuda_backend.optimizer import make_optimizer
 from cuda_backend.reference import add_penalty_gradients, pull_to_reference
-from cuda_backend.sharded import Shards
 from cuda_backend.stored_reference import FusedStoredKL
 from mlx_forget.adapters import file_name, initial_adapters, is_adapter, num_trainable, parameter_name, parameter_shapes
 from mlx_forget.comparison import MEASURES, portions
 from mlx_forget.distributed import Group
 from mlx_forget.errors import OutOfMemory, UserError
-from mlx_forget.ladder import initial_weights, linear_shapes, num_params, outputs_first
+from mlx_forget.ladder import linear_shapes, num_params, outputs_first
 from mlx_forget.methods import NUM_SOURCES, NUM_TERMS, TERM_REPLAY_KL, TERM_REPLAY_NTP, TERM_TASK
 from mlx_forget.pretrained import PretrainedSpec, names_in_files, weight_files
 from mlx_forget.trainer import (
@@ -64,7 +62,14 @@ class TorchStep(StepResult):
 
 
 class TorchTrainer(Trainer):
-    """A model with AdamW on one device, or on one device of each process of a run."""
+    """A model and its optimiser on one device, or on one device of each process of a run."""
+
+    def __new__(cls, spec: TrainerSpec) -> "TorchTrainer":
+        if cls is TorchTrainer and spec.runtime.shard and not spec.runtime.reads_only and join().size > 1:
+            from cuda_backend.sharded_trainer import ShardedTrainer
+
+            return super().__new__(ShardedTrainer)
+        return super().__new__(cls)
 
     def __init__(self, spec: TrainerSpec) -> None:
         runtime = spec.runtime
@@ -77,6 +82,8 @@ class TorchTrainer(Trainer):
         elif self._torch_device.type == "cpu" and "mlx.core" in sys.modules and torch.get_num_threads() == 1:
             # The two share one BLAS, which MLX wants on one thread; PyTorch takes over its number when it is imported.
             self._notes.append("PyTorch runs on one thread, because MLX was loaded before it in this process: give num_threads.")
+        if runtime.shard and self.group.size == 1:
+            self._notes.append("One process has nobody to share weights with: --shard does nothing.")
         if runtime.memory_limit_gb is not None and not runtime.reads_only:
             self._limit_memory(runtime.memory_limit_gb)
         if self._torch_device.type == "cpu" and runtime.memory_limit_gb is None:
@@ -90,15 +97,8 @@ class TorchTrainer(Trainer):
             used_bytes=self.used_memory_bytes(),
         )
         self._outputs_first = outputs_first(spec.model)
-        self._shards, self._gathered = self._make_shards(), dict[str, Tensor]()
         self._decoder = build_decoder(spec.model, self._torch_device, reads_only=runtime.reads_only)
-        if self._shards is None:
-            self._weights = {} if runtime.reads_only else dict(self._decoder.start_weights(spec.seed))
-            self._add_adapters()
-            for name in self._trained:
-                self._weights[name].requires_grad_()
-        else:
-            self._weights = self._shards.weights
+        self._weights = self._start_weights()
         self._num_calls = 0
         self._micro_batch_size = runtime.micro_batch_size
         self._optimizer = make_optimizer(spec.optim, self._trained_weights())
@@ -158,16 +158,16 @@ class TorchTrainer(Trainer):
             self.spec.method, reference=self._reference is not None or batch.reference is not None, fisher=self._fisher is not None
         )
         sums = self._gradients_that_fit(batch, token_weight, kl_weight)
-        if self._shards is not None:
-            gradients = self._shards.gradients()
-            (sums,) = self._summed([sums])
-        else:
-            gradients = {n: torch.zeros_like(v) if v.grad is None else v.grad for n, v in self._trained_weights().items()}
-            *summed, sums = self._summed([*gradients.values(), sums])
-            gradients = dict(zip(gradients, summed, strict=True))
+        gradients, sums = self._summed_gradients(sums)
         norm, skipped = self._update(gradients, learning_rate)
         self._num_calls += 1
         return TorchStep(torch.cat([sums, torch.stack([norm, skipped])]), counts)
+
+    def _summed_gradients(self, sums: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Gradients and loss sums of all processes."""
+        gradients = {n: torch.zeros_like(v) if v.grad is None else v.grad for n, v in self._trained_weights().items()}
+        *summed, sums = self._summed([*gradients.values(), sums])
+        return dict(zip(gradients, summed, strict=True)), sums
 
     def _summed(self, tensors: list[Tensor]) -> list[Tensor]:
         return self.group.sum_tensors(tensors) if isinstance(self.group, TorchGroup) else tensors
@@ -181,16 +181,14 @@ class TorchTrainer(Trainer):
                 return self._batch_gradients(batch, token_weight, kl_weight)
             except torch.OutOfMemoryError as error:
                 rows = self._micro_batch_size or len(batch.tokens)
-                # Processes that share weights take each pass together: none can take more of them than the others.
-                if rows <= 1 or self._shards is not None:
+                if rows <= 1:
                     raise OutOfMemory(
-                        f"{rows} row{'s' * (rows > 1)} at a time is more than the device holds ({str(error).splitlines()[0]}): "
-                        "lower --micro-batch-size, or use --grad-checkpoint, --shard with more processes, or a smaller model."
+                        f"One row at a time is more than the device holds ({str(error).splitlines()[0]}): use --grad-checkpoint, "
+                        "--shard with more processes, or a smaller model."
                     ) from None
             # Here the error is gone, and with it the activations that its traceback held.
             self._micro_batch_size = math.ceil(rows / 2)
-            for name in self._trained:
-                self._weights[name].grad = None
+            self._clear_gradients()
             if self._torch_device.type == "cuda":
                 torch.cuda.empty_cache()
 
@@ -202,13 +200,9 @@ class TorchTrainer(Trainer):
         kl_group = self._on_device(batch.source.astype(np.int64) + TERM_REPLAY_KL * NUM_SOURCES)
         sums = torch.zeros(NUM_TERMS * NUM_SOURCES, device=self._torch_device)
         # A rank may have no rows.
-        num_rows = len(batch.tokens) if self._shards is None else self._shards.largest(len(batch.tokens))
-        size = self._micro_batch_size or max(1, num_rows)
-        for start in range(0, num_rows, size):
+        size = self._micro_batch_size or max(1, len(batch.tokens))
+        for start in range(0, len(batch.tokens), size):
             rows = slice(start, start + size)
-            if self._shards is not None and start >= len(batch.tokens):
-                self._shards.loss(*self._one_token(), segment=None)
-                continue
             if self.spec.adapter is not None and self.spec.adapter.dropout:
                 lora.seed_dropout(self.spec.seed, self._num_calls, start, self.group.rank)
             nll, kl = self._accumulate_gradient(batch, rows, token_weight[rows], None if kl_weight is None else kl_weight[rows])
@@ -220,27 +214,21 @@ class TorchTrainer(Trainer):
 
     def token_losses(self, tokens: npt.NDArray[np.int32], segment: npt.NDArray[np.int32] | None = None) -> npt.NDArray[np.float32]:
         found = np.empty((len(tokens), tokens.shape[1] - 1), np.float32)
-        weights, slices = self._folded(), self._eval_slices(tokens)
-        for rows in slices:
+        weights = self._folded()
+        for rows in self._eval_slices(tokens):
             inputs, labels = self._split(tokens[rows])
             own = None if segment is None else self._on_device(segment[rows])
-            if self._shards is not None:
-                found[rows] = self._shards.token_nll(inputs, labels, own).view(inputs.shape).cpu().numpy()
-                continue
-            with torch.no_grad():
-                x = self._forward(weights, inputs, own)
-                nll = losses.token_nll(x, self._decoder.head(weights), labels, self._chunk)
-            found[rows] = nll.view(inputs.shape).cpu().numpy()
-        if self._shards is not None:
-            inputs, labels, _ = self._one_token()
-            for _ in range(self._shards.largest(len(slices)) - len(slices)):
-                self._shards.token_nll(inputs, labels, None)
+            found[rows] = self._token_nll(weights, inputs, labels, own).view(inputs.shape).cpu().numpy()
         return found
+
+    @torch.no_grad()
+    def _token_nll(self, weights: dict[str, Tensor], inputs: Tensor, labels: Tensor, segment: Tensor | None) -> Tensor:
+        """Losses float32[N] of the labels of some rows."""
+        return losses.token_nll(self._forward(weights, inputs, segment), self._decoder.head(weights), labels, self._chunk)
 
     def log_probs(
         self, tokens: npt.NDArray[np.int32], segment: npt.NDArray[np.int32] | None = None, *, from_reference: bool = False
     ) -> npt.NDArray[np.float32]:
-        self._refuse_shards("Reading whole distributions")
         weights = self._reference if from_reference else self._folded()
         if weights is None:
             raise UserError("Log-probabilities of the reference need one: call set_reference first.")
@@ -255,7 +243,6 @@ class TorchTrainer(Trainer):
         return logits.view(*inputs.shape, -1).cpu().numpy()
 
     def compare(self, tokens: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8]) -> Comparison:
-        self._refuse_shards("Comparing two models")
         if self._reference is None:
             raise UserError("compare needs a reference: call set_reference first.")
         reference = {name: value.float() for name, value in self._reference.items()}
@@ -292,7 +279,6 @@ class TorchTrainer(Trainer):
     def set_fisher(
         self, tokens: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8], segment: npt.NDArray[np.int32] | None = None
     ) -> None:
-        self._refuse_shards("Measuring Fisher information")
         if self.spec.adapter is not None:
             raise UserError("Fisher information is measured of models without adapters.")
         fisher = {name: torch.zeros_like(value) for name, value in self._weights.items()}
@@ -308,25 +294,18 @@ class TorchTrainer(Trainer):
                 value.grad = None
         self._fisher = fisher
 
-    @contextmanager
-    def gathered(self, *, with_training_state: bool) -> Iterator[None]:
-        if self._shards is None:
-            yield
-            return
-        self._gathered = self._shards.whole(self._weights | (self._optimizer.moments if with_training_state else {}))
-        try:
-            yield
-        finally:
-            self._gathered = {}
-
     def save(self, path: Path, *, trainable_only: bool = False) -> None:
         adapter = self.spec.adapter
-        weights = self._weights if self._shards is None else {name: self._gathered[name] for name in self._weights}
+        weights = self._own_weights()
         if trainable_only and adapter is not None:
             weights = {file_name(name): weights[name] for name in self._trained}
         elif adapter is not None:
             weights = dict(lora.whole(weights, adapter, outputs_first=self._outputs_first))
         save_file({name: value.detach().contiguous() for name, value in weights.items()}, path, metadata={"format": "pt"})
+
+    def _own_weights(self) -> dict[str, Tensor]:
+        """Whole weights, to be written."""
+        return self._weights
 
     def load(self, path: Path) -> None:
         weights = self._read_weights(path, or_adapters=True)
@@ -342,22 +321,20 @@ class TorchTrainer(Trainer):
             lora.restart_magnitudes(self._weights, outputs_first=self._outputs_first)
 
     def save_state(self, path: Path) -> None:
-        state = self._optimizer.state()
-        save_file(state if self._shards is None else state | {name: self._gathered[name] for name in self._optimizer.moments}, path)
+        save_file(self._own_state(), path)
+
+    def _own_state(self) -> dict[str, Tensor]:
+        """The whole state of the optimiser, to be written."""
+        return self._optimizer.state()
 
     def load_state(self, path: Path) -> None:
-        if self._shards is None:
-            state = load_file(path, device=str(self._torch_device))
-        else:
-            state = self._shards.read(path, {name: name.split(".", 1)[1] for name in self._optimizer.moments}) or {}
-        if not self._optimizer.load(state):
+        if not self._optimizer.load(self._read_state(path)):
             raise UserError(f"{path} is not the training state of this model and optimiser.")
         self._num_calls = self._optimizer.num_steps()
 
     def sample(
         self, prompts: npt.NDArray[np.int32], u: npt.NDArray[np.float64], *, temperature: float = 1.0, from_reference: bool = False
     ) -> npt.NDArray[np.int32]:
-        self._refuse_shards("Sampling")
         weights = self._reference if from_reference else self._folded()
         if weights is None:
             raise UserError("Sampling the reference needs one: call set_reference first.")
@@ -449,35 +426,6 @@ class TorchTrainer(Trainer):
         total = torch.cuda.get_device_properties(self._torch_device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit_gb * 1e9 / total), self._torch_device)
 
-    def _make_shards(self) -> Shards | None:
-        """This process's part of the model, where the processes of the run share one."""
-        spec, runtime = self.spec, self.spec.runtime
-        if not runtime.shard or runtime.reads_only:
-            return None
-        if self.group.size == 1:
-            self._notes.append("One process has nobody to share weights with: --shard does nothing.")
-            return None
-        if not isinstance(spec.model, ModelSpec):
-            raise UserError("--shard knows the models of the ladder: leave it out for a checkpoint of another tool.")
-        if spec.method.has_kl or spec.method.ewc:
-            raise UserError(f"Method {spec.method.name!r} reads a whole second model: it does not go with --shard.")
-        if spec.adapter is not None:
-            raise UserError("Adapters are small, and their base is not sharded: leave --shard out.")
-        if spec.optim.name != "adamw":
-            raise UserError(f"Optimizer {spec.optim.name!r} needs whole matrices: --shard takes adamw.")
-        options = {"grad_checkpoint": runtime.grad_checkpoint}
-        start = initial_weights(spec.model, spec.seed)
-        return Shards(spec.model, start, self._torch_device, self._dtype, self._chunk, self._maybe_compiled, **options)
-
-    def _refuse_shards(self, what: str) -> None:
-        if self._shards is not None:
-            raise UserError(f"{what} needs a whole model on a device: leave --shard out.")
-
-    def _one_token(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Inputs, labels and a weight of 0 for a pass that a process takes for the others' sake."""
-        token = torch.zeros(1, 1, dtype=torch.int64, device=self._torch_device)
-        return token, token[0], torch.zeros(1, device=self._torch_device)
-
     def _maybe_compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         on_gpu = self._torch_device.type == "cuda"
         if self.spec.runtime.compile is False or (self.spec.runtime.compile is None and not on_gpu):
@@ -503,8 +451,6 @@ class TorchTrainer(Trainer):
         """
         inputs, labels = self._split(batch.tokens[rows])
         segment = None if batch.segment is None else self._on_device(batch.segment[rows])
-        if self._shards is not None:
-            return self._shards.loss(inputs, labels, self._on_device(weight).flatten(), segment).view(inputs.shape), None
         with self._autocast():
             checkpointed = self.spec.runtime.grad_checkpoint
             weights = self._folded(training=True)
@@ -572,19 +518,23 @@ class TorchTrainer(Trainer):
         optim, method = self.spec.optim, self.spec.method
         if self._reference is not None and (method.l2_sp or method.ewc):
             add_penalty_gradients(method, self._weights, gradients, self._reference, self._fisher)
-        if self._shards is None:
-            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(gradients.values()))))
-        else:
-            norm = self._shards.norm(gradients)
+        norm = self._norm(gradients)
         skipped = (~torch.isfinite(norm)).float()
         limit = optim.max_grad_norm
         scale = torch.clamp(norm / limit, min=1.0) if limit > 0 else torch.ones_like(norm)
         if self._reference is not None and method.anchor_decay:
             pull_to_reference(self._weights, self._reference, method.anchor_decay, learning_rate, skipped)
         self._optimizer.step(self._trained_weights(), gradients, learning_rate, scale, skipped)
-        for value in self._trained_weights().values() if self._shards is None else self._shards.parameters():
-            value.grad = None
+        self._clear_gradients()
         return norm, skipped
+
+    def _norm(self, gradients: dict[str, Tensor]) -> Tensor:
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(gradients.values()))))
+        return norm
+
+    def _clear_gradients(self) -> None:
+        for name in self._trained:
+            self._weights[name].grad = None
 
     def _on_device(self, array: npt.NDArray[np.generic]) -> Tensor:
         """A copy on the device. From pinned memory a GPU fetches it while the host goes on; from pageable memory the host would wait."""
@@ -604,13 +554,19 @@ class TorchTrainer(Trainer):
         size = max(1, num_tokens // (tokens.shape[1] - 1))
         return [slice(start, start + size) for start in range(0, len(tokens), size)]
 
-    def _add_adapters(self) -> None:
-        """New adapters on the weights, where the spec has some."""
-        if self.spec.adapter is not None and not self.spec.runtime.reads_only:
+    def _start_weights(self) -> dict[str, Tensor]:
+        """The weights of step 0, with new adapters where the spec has some; none of a trainer that only reads."""
+        if self.spec.runtime.reads_only:
+            return {}
+        weights = dict(self._decoder.start_weights(self.spec.seed))
+        if self.spec.adapter is not None:
             shapes = parameter_shapes(linear_shapes(self.spec.model), self.spec.adapter)
-            self._weights |= {name: torch.empty(shape, device=self._torch_device) for name, shape in shapes.items()}
-            self._weights |= self._initial_adapters()
-            lora.restart_magnitudes(self._weights, outputs_first=self._outputs_first)
+            weights |= {name: torch.empty(shape, device=self._torch_device) for name, shape in shapes.items()}
+            weights |= self._initial_adapters()
+            lora.restart_magnitudes(weights, outputs_first=self._outputs_first)
+        for name, value in weights.items():
+            value.requires_grad_(self.spec.adapter is None or is_adapter(name))
+        return weights
 
     def _initial_adapters(self) -> dict[str, Tensor]:
         assert self.spec.adapter is not None
@@ -630,11 +586,6 @@ class TorchTrainer(Trainer):
         return lora.folded(self._weights, self.spec.adapter, training=training, outputs_first=self._outputs_first)
 
     def _read_weights(self, path: Path, *, or_adapters: bool = False) -> dict[str, Tensor]:
-        if self._shards is not None:
-            parts = self._shards.read(path, {name: name for name in self._weights})
-            if not parts:
-                raise UserError(f"{path} does not hold the weights of this model: names or shapes differ.")
-            return parts
         weights: dict[str, Tensor] = {}
         wanted: Mapping[str, tuple[int, ...]] = self._decoder.shapes
         for file in weight_files(path):
@@ -646,6 +597,9 @@ class TorchTrainer(Trainer):
         if {name: tuple(value.shape) for name, value in weights.items()} != wanted:
             raise UserError(f"{path} does not hold the weights of this model: names or shapes differ.")
         return weights
+
+    def _read_state(self, path: Path) -> dict[str, Tensor]:
+        return load_file(path, device=str(self._torch_device))
 
 
 def _in_rows(values: Tensor, rows: slice | Tensor, inputs: Tensor) -> Tensor:
