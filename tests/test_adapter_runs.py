@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 
 from mlx_forget import checkpoint
 from mlx_forget.config import TrainConfig, from_layers, scale_defaults
+from mlx_forget.durable_files import sealed
 from mlx_forget.errors import Interrupted
 from mlx_forget.fuse import whole_checkpoint
 from mlx_forget.history import read_history
@@ -201,7 +202,8 @@ def test_adapters_for_another_base_are_refused(run_of, run_forget, tmp_path):
     state_file = moved / "checkpoints/last/state.json"
     state = json.loads(state_file.read_text())
     state["base"]["folder"] = "/nowhere"
-    state_file.write_text(json.dumps(state))
+    del state["checksum"]
+    state_file.write_text(json.dumps(sealed(state)))
     code, _, err = run_forget("fuse", moved, "-o", "fused")
     assert code == 2
     assert "--base" in err

@@ -172,6 +172,7 @@ def test_two_processes_train_the_run_of_one_and_rank_zero_alone_speaks(launched,
     assert (one["world_size"], two["world_size"]) == (1, 2)
     lines = [line for line in out.splitlines() if line.startswith("{")]
     assert len(lines) == 1
+    two.pop("checksum")
     assert json.loads(lines[0]) == two
     # The run's, and the base model's where no other test has trained it.
     starts = [line for line in err.splitlines() if "step 0 " in line]

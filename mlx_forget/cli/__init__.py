@@ -23,7 +23,7 @@ COMMANDS = {
     "train": ("mlx_forget.cli.train", "Pretrain or finetune a model."),
     "sweep": (
         "mlx_forget.cli.sweep",
-        "Train a grid of runs from a recipe. Done runs are skipped, begun ones resume.",
+        "Train a grid of runs from a recipe. Done runs are skipped, begun ones resume, failed ones are listed.",
     ),
     "replay": (
         "mlx_forget.cli.replay",

@@ -33,7 +33,7 @@ class Weights:
     def __init__(self, values):
         self.values = values
 
-    def save(self, path):
+    def save(self, path, *, trainable_only=False):
         save_file(self.values, path)
 
 

@@ -132,6 +132,7 @@ def test_portions_shrink_to_fit_and_refuse_what_cannot():
 
 MEMORY = """
 import resource, sys
+from pathlib import Path
 import numpy as np
 from mlx_forget.ladder import initial_weights, model_spec
 from mlx_forget.trainer import RuntimeSpec, TrainerSpec, load_backend
@@ -142,7 +143,7 @@ limit = float(sys.argv[3])
 backend = load_backend(sys.argv[1])
 used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 trainer = backend(TrainerSpec(model=spec, runtime=RuntimeSpec(reads_only=True, memory_limit_gb=used + limit, num_threads=2)))
-trainer.load(sys.argv[2]); trainer.set_reference(sys.argv[2])
+trainer.load(Path(sys.argv[2])); trainer.set_reference(Path(sys.argv[2]))
 tokens = np.random.default_rng(0).integers(0, 40_000, (64, 129)).astype(np.int32)
 trainer.compare(tokens, np.ones((64, 128), np.uint8))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9 - used)
