@@ -230,6 +230,8 @@ def _load(spec: PretrainedSpec, device: torch.device) -> Any:
         )
     except (ValueError, KeyError, OSError, ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
+        if not trust and "trust_remote_code" in str(error):
+            raise UserError(f"{spec.folder} comes with code: read it, then give --trust-remote-code to run it.") from None
         raise UserError(f"transformers cannot load {spec.architecture} from {spec.folder}: {reason}") from None
     finally:
         logging.set_verbosity(shown)

@@ -16,9 +16,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +54,12 @@ class Checkpoint:
     Args:
         folder: where it is.
         state: what the loop needs to go on, and what a finetune needs to know of its base.
+        trust_remote_code: whether the user lets code that comes with it run; no file says so.
     """
 
     folder: Path
     state: dict[str, Any]
+    trust_remote_code: bool = False
 
     @property
     def adapter(self) -> AdapterSpec | None:
@@ -91,7 +93,7 @@ class Checkpoint:
         try:
             return spec_from_hf_config(config)
         except UserError:
-            return read_pretrained(self.folder, trust_remote_code=bool(self.state.get("trust_remote_code")))
+            return read_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
 
 
 def adapter_of(state: dict[str, Any]) -> AdapterSpec | None:
@@ -121,8 +123,9 @@ def save_checkpoint(
     copy_tokenizer(tokenizer, aside)
     config = _config_of(model, tokenizer)
     (aside / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
-    if isinstance(model, PretrainedSpec) and (model.folder / GENERATION_CONFIG).is_file():
-        shutil.copyfile(model.folder / GENERATION_CONFIG, aside / GENERATION_CONFIG)
+    if isinstance(model, PretrainedSpec):
+        code = [path.name for path in sorted(model.folder.glob("*.py"))] if model.trust_remote_code else []
+        copy_companions(model.folder, aside, code)
     if adapter is not None:
         adapters.write_configs(
             aside,
@@ -141,6 +144,13 @@ def save_checkpoint(
     sync(folder.parent)
     if not with_training_state:
         _remove(old)
+
+
+def copy_companions(source: Path, folder: Path, code: Iterable[str]) -> None:
+    """What a checkpoint of another tool has beside its weights: how to generate, and the files of its code. None is run here."""
+    for name in (GENERATION_CONFIG, *code):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 def _config_of(model: ModelSpec | PretrainedSpec, tokenizer: Path) -> dict[str, Any]:
@@ -202,7 +212,7 @@ def find_checkpoint(name: str | Path, *, trust_remote_code: bool = False) -> Che
     path = Path(name).expanduser()
     for candidate in places(path):
         if (candidate / STATE).exists():
-            return open_checkpoint(candidate)
+            return replace(open_checkpoint(candidate), trust_remote_code=trust_remote_code)
     found = find_pretrained(str(name), trust_remote_code=trust_remote_code)
     if found is not None:
         return _of_another_tool(str(name), found, trust_remote_code=trust_remote_code)
@@ -223,9 +233,8 @@ def _of_another_tool(name: str, folder: Path, *, trust_remote_code: bool) -> Che
         "files": {WEIGHTS: digest},
         "is_pretraining": False,
         "curve": [],
-        "trust_remote_code": trust_remote_code,
     }
-    checkpoint = Checkpoint(folder, state)
+    checkpoint = Checkpoint(folder, state, trust_remote_code)
     if not checkpoint.tokenizer.is_file():
         raise UserError(f"{folder} has no {JSON_FILE} and no {SENTENCEPIECE_FILE}: copy its tokenizer's files there.")
     return checkpoint

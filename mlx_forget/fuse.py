@@ -1,8 +1,11 @@
 """Adapters and their base as one checkpoint that anything loads: a command of its own, and what `--init` and audits do by themselves."""
 
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +49,8 @@ def fuse(found: Checkpoint, folder: Path, *, base: Path | None = None) -> Checkp
     aside.mkdir(parents=True)
     _write_fused(start, found, aside / checkpoint.WEIGHTS)
     copy_tokenizer(found.tokenizer, aside)
-    for name in (checkpoint.CONFIG, checkpoint.GENERATION_CONFIG):
-        if (found.folder / name).is_file():
-            shutil.copyfile(found.folder / name, aside / name)
+    shutil.copyfile(found.folder / checkpoint.CONFIG, aside / checkpoint.CONFIG)
+    checkpoint.copy_companions(found.folder, aside, _code(found))
     kept = {key: value for key, value in found.state.items() if key not in ("schema_version", "files", "adapter", "base")}
     fused_from = {"folder": str(found.folder.resolve()), "adapter": found.state["adapter"], "base": found.state["base"]}
     checkpoint.seal(aside, {**kept, "fused_from": fused_from})
@@ -59,7 +61,7 @@ def fuse(found: Checkpoint, folder: Path, *, base: Path | None = None) -> Checkp
         if not folder.is_dir():
             raise
         shutil.rmtree(aside)
-    return checkpoint.open_checkpoint(folder)
+    return replace(checkpoint.open_checkpoint(folder), trust_remote_code=found.trust_remote_code)
 
 
 def whole_checkpoint(found: Checkpoint) -> Checkpoint:
@@ -70,12 +72,20 @@ def whole_checkpoint(found: Checkpoint) -> Checkpoint:
     """
     if found.adapter is None:
         return found
-    weights = found.state["files"][adapters.WEIGHTS]
-    folder = forget_home() / "fused" / f"{found.state['base']['weights_sha256'][:16]}-{weights[:16]}"
+    parts = [found.state["base"]["weights_sha256"], found.state["files"][adapters.WEIGHTS]]
+    if code := _code(found):
+        # Code that is trusted must not be another's that came with the same weights.
+        parts.append(hashlib.sha256(json.dumps(code).encode()).hexdigest())
+    folder = forget_home() / "fused" / "-".join(part[:16] for part in parts)
     if folder.is_dir():
-        return checkpoint.open_checkpoint(folder)
+        return replace(checkpoint.open_checkpoint(folder), trust_remote_code=found.trust_remote_code)
     folder.parent.mkdir(parents=True, exist_ok=True)
     return fuse(found, folder)
+
+
+def _code(found: Checkpoint) -> dict[str, str]:
+    """The checksums of the code that came with a checkpoint, by file name."""
+    return {name: sha for name, sha in sorted(found.state["files"].items()) if name.endswith(".py") and "/" not in name}
 
 
 def _open_base(found: Checkpoint, base: Path | None) -> Checkpoint:
@@ -85,7 +95,7 @@ def _open_base(found: Checkpoint, base: Path | None) -> Checkpoint:
         raise UserError(
             f"{found.folder} holds adapters for run {wanted['run_id']}, which is no longer at {place}: give its folder with --base."
         )
-    start = whole_checkpoint(checkpoint.find_checkpoint(place))
+    start = whole_checkpoint(checkpoint.find_checkpoint(place, trust_remote_code=found.trust_remote_code))
     sha = start.state["files"][checkpoint.WEIGHTS]
     if sha != wanted["weights_sha256"]:
         raise UserError(

@@ -115,8 +115,9 @@ def measure(chain: Chain, folders: Sequence[Path], known: Sequence[LossMatrix] =
     }
     starts = [_first_start(chain.plans[0])]
     keeps = [stage.keep for stage in chain.stages]
+    trust = chain.plans[0].config.trust_remote_code
     starts += [
-        whole_checkpoint(checkpoint.open_checkpoint(folder / "checkpoints" / CHECKPOINT_OF[keep]))
+        whole_checkpoint(checkpoint.find_checkpoint(folder / "checkpoints" / CHECKPOINT_OF[keep], trust_remote_code=trust))
         for folder, keep in zip(folders, keeps, strict=False)
     ]
     weights = tuple(start.state["files"][checkpoint.WEIGHTS] for start in starts)

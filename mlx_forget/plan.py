@@ -172,7 +172,7 @@ class Target:
 HERE = Target()
 
 
-def plan_run(config: TrainConfig, *, folder: Path | None = None, watch: Watch | None = None, target: Target = HERE) -> Plan:
+def plan_run(config: TrainConfig, *, folder: Path | str | None = None, watch: Watch | None = None, target: Target = HERE) -> Plan:
     """Resolve and check a run. Corpora and files are tokenised here if they are not yet; nothing is trained.
 
     Where a launcher started several processes, they join here, and rank 0 prepares the data before the others look.
@@ -187,7 +187,7 @@ def plan_run(config: TrainConfig, *, folder: Path | None = None, watch: Watch | 
         watch.say(f"Backend {backend}: {reason}.")
     group = join_group(backend)
     with group.rank_zero_first():
-        return _plan(config, backend, group, folder, watch.of(group), target)
+        return _plan(config, backend, group, None if folder is None else Path(folder), watch.of(group), target)
 
 
 def _plan(config: TrainConfig, backend: str, group: Group, folder: Path | None, watch: Watch, where: Target) -> Plan:

@@ -354,7 +354,7 @@ class Interrupt:
 
 
 def test_an_interrupted_run_with_a_kept_reference_ends_as_if_it_had_not_been(tmp_path):
-    straight = execute(plan_run(config("fake", "top-32"), folder=tmp_path / "straight"))
+    straight = execute(plan_run(config("fake", "top-32"), folder=str(tmp_path / "straight")))
     with pytest.raises(Interrupted):
         execute(plan_run(config("fake", "top-32"), folder=tmp_path / "broken"), watch=Watch(interrupted=Interrupt(9)))
     resumed = execute(plan_run(config("fake", "top-32"), folder=tmp_path / "broken"), resume=True)

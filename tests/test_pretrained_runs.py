@@ -6,7 +6,9 @@ import shutil
 import numpy as np
 import pytest
 
+from mlx_forget.checkpoint import seal
 from mlx_forget.config import TrainConfig, from_layers
+from mlx_forget.durable_files import SEAL
 from mlx_forget.errors import Interrupted, UserError
 from mlx_forget.pipeline.catalog import resolve_store
 from mlx_forget.pipeline.store import open_store
@@ -237,6 +239,46 @@ WRONG = [
     (("--model", "llama", "--init", "scratch"), "Unknown model size 'llama'"),
     (("--model", "some-owner/some-model"), "is no folder here and not in the Hub's cache"),
 ]
+
+
+def test_code_that_comes_with_a_model_runs_where_the_user_says_so_and_goes_with_its_finetune(forget, place, monkeypatch):
+    """No file can say that it is trusted, and what a stranger's file says of it is not read."""
+    pytest.importorskip("torch")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(place / "modules"))
+    folder = place / "own-code"
+    shutil.copytree(place / "llama", folder, dirs_exist_ok=True)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "architectures": ["OwnForCausalLM"]}
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(
+        "from pathlib import Path\nfrom transformers import LlamaConfig, LlamaForCausalLM\n"
+        f"Path({str(place / 'it-ran')!r}).touch()\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    data = ("--target", "notes.jsonl", "--pretrain", "none", "--p", "0", *STEPS, "--backend", "cuda")
+    lora = ("--fine-tune-type", "lora", "--lora-rank", "2", "--output", "run")
+    code, _, err = forget("train", "--model", folder, *data, *lora)
+    assert (code, "give --trust-remote-code" in err) == (2, True), err
+    assert not (place / "it-ran").exists()
+    code, _, err = forget("train", "--model", folder, *data, *lora, "--trust-remote-code")
+    assert code == 0, err
+    last = place / "run" / "checkpoints" / "last"
+    assert (last / "own.py").read_text() == (folder / "own.py").read_text()
+    state = json.loads((last / "state.json").read_text())
+    (last / "state.json").unlink()
+    seal(last, {key: value for key, value in state.items() if key not in ("files", SEAL)} | {"trust_remote_code": True})
+    (place / "it-ran").unlink()
+    commands = (("audit", "auto", "run", "--data", "notes=notes.jsonl"), ("replay", "run", "--num-tokens", "200", "-o", "samples"))
+    for command in commands:
+        code, _, err = forget(*command, "--backend", "cuda")
+        assert (code, "give --trust-remote-code" in err) == (2, True), err
+    assert forget("fuse", "run", "-o", "run-fused")[0] == 0
+    assert not (place / "it-ran").exists()
+    for command in commands:
+        code, _, err = forget(*command, "--backend", "cuda", "--trust-remote-code")
+        assert code == 0, err
 
 
 def prepare_wrong(place):

@@ -28,6 +28,7 @@ class AuditConfig:
     refusal_tokens: int = _key(48, "Tokens to answer each prompt with.")
     device: str | None = _key(None, "Insist on a device such as cuda:1 or cpu.")
     num_threads: int | None = _key(None, "CPU threads.")
+    trust_remote_code: bool = _key(False, "Run the Python code that comes with a checkpoint.")
     memory_limit_gb: float | None = _key(None, "Never use more memory than this: logits and activations shrink to fit.")
 
     def __post_init__(self) -> None:

@@ -91,17 +91,19 @@ class Model:
         }
 
 
-def open_pair(base: str, tuned: str, *, say: Callable[[str], None]) -> tuple[Model, Model]:
+def open_pair(base: str, tuned: str, *, say: Callable[[str], None], trust_remote_code: bool = False) -> tuple[Model, Model]:
     """The two models of an audit, checked to be comparable token by token.
 
     Args:
         base: a folder, or `auto`: the checkpoint that `tuned` was finetuned from.
+        trust_remote_code: whether code that comes with them may run.
 
     Raises:
         UserError: one cannot be opened, or they differ in shape, vocabulary or tokenizer.
     """
-    after = open_model(Path(tuned).expanduser(), say=say)
-    before = open_model(_start_of(after) if base == AUTO else Path(base).expanduser(), say=say)
+    after = open_model(Path(tuned).expanduser(), say=say, trust_remote_code=trust_remote_code)
+    start = _start_of(after, trust_remote_code=trust_remote_code) if base == AUTO else Path(base).expanduser()
+    before = open_model(start, say=say, trust_remote_code=trust_remote_code)
     if before.spec.vocab_size != after.spec.vocab_size:
         raise UserError(
             f"The vocabularies differ: {before.folder} has {before.spec.vocab_size:,} entries, {after.folder} {after.spec.vocab_size:,}. "
@@ -120,7 +122,7 @@ def open_pair(base: str, tuned: str, *, say: Callable[[str], None]) -> tuple[Mod
     return before, after
 
 
-def open_model(folder: Path, *, say: Callable[[str], None] = lambda sentence: None) -> Model:
+def open_model(folder: Path, *, say: Callable[[str], None] = lambda sentence: None, trust_remote_code: bool = False) -> Model:
     """A model from a folder of any known kind.
 
     Raises:
@@ -130,7 +132,7 @@ def open_model(folder: Path, *, say: Callable[[str], None] = lambda sentence: No
         raise UserError(f"There is no folder {folder}.")
     for recognises, opened in _OPENERS:
         if recognises(folder):
-            return opened(folder, say)
+            return opened(folder, say, trust_remote_code)
     if folder.exists():
         refuse_pickles(folder)
     raise UserError(
@@ -142,8 +144,8 @@ def _holds_checkpoint(folder: Path) -> bool:
     return any((place / checkpoint.STATE).is_file() for place in checkpoint.places(folder))
 
 
-def _open_checkpoint(folder: Path, say: Callable[[str], None]) -> Model:
-    found = checkpoint.find_checkpoint(folder)
+def _open_checkpoint(folder: Path, say: Callable[[str], None], trust_remote_code: bool) -> Model:
+    found = checkpoint.find_checkpoint(folder, trust_remote_code=trust_remote_code)
     for needed in (found.weights, found.tokenizer, found.folder / checkpoint.CONFIG):
         if not needed.is_file():
             raise UserError(f"{found.folder} has no {needed.name}.")
@@ -179,9 +181,9 @@ def _is_of_another_tool(folder: Path) -> bool:
     return is_pretrained(folder) or (not folder.exists() and parse_id(str(folder)) is not None)
 
 
-def _open_pretrained(folder: Path, say: Callable[[str], None]) -> Model:
+def _open_pretrained(folder: Path, say: Callable[[str], None], trust_remote_code: bool) -> Model:
     """A checkpoint of another tool; of its training nothing is known."""
-    found = checkpoint.find_checkpoint(folder)
+    found = checkpoint.find_checkpoint(folder, trust_remote_code=trust_remote_code)
     tokenizer = load_vocabulary(found.tokenizer)
     return Model(
         name=str(found.state["run_id"]),
@@ -197,13 +199,14 @@ def _open_pretrained(folder: Path, say: Callable[[str], None]) -> Model:
     )
 
 
-_OPENERS: tuple[tuple[Callable[[Path], bool], Callable[[Path, Callable[[str], None]], Model]], ...] = (
+_Opener = Callable[[Path, Callable[[str], None], bool], Model]
+_OPENERS: tuple[tuple[Callable[[Path], bool], _Opener], ...] = (
     (_holds_checkpoint, _open_checkpoint),
     (_is_of_another_tool, _open_pretrained),
 )
 
 
-def _start_of(tuned: Model) -> Path:
+def _start_of(tuned: Model, *, trust_remote_code: bool) -> Path:
     """What a finetune started from, as its record names it: the folder of `init`, or a base in the cache.
 
     Raises:
@@ -223,7 +226,7 @@ def _start_of(tuned: Model) -> Path:
                 return folder
             others.append(folder)
         elif _is_of_another_tool(folder):
-            if checkpoint.find_checkpoint(folder).state["run_id"] == init:
+            if checkpoint.find_checkpoint(folder, trust_remote_code=trust_remote_code).state["run_id"] == init:
                 return folder
             others.append(folder)
     bases = forget_home() / "bases"

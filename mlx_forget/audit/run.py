@@ -143,7 +143,7 @@ def plan_audit(
     Raises:
         UserError: anything about the request that cannot work.
     """
-    before, after = open_pair(base, tuned, say=say)
+    before, after = open_pair(base, tuned, say=say, trust_remote_code=config.trust_remote_code)
     row_length = config.max_seq_length or default_row_length(after.spec)
     if row_length > after.spec.context_length:
         raise UserError(f"--max-seq-length {row_length} exceeds the models' context of {after.spec.context_length} tokens.")

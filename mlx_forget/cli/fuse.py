@@ -15,6 +15,9 @@ def fuse_command(
     run: Annotated[Path, typer.Argument(help="A run with adapters, or one of its checkpoints/last or checkpoints/best.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the whole checkpoint.")],
     base: Annotated[Path | None, typer.Option(help="Where the base is now. [default: where it was]")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Accept a model whose config.json names code; none is run here.")
+    ] = False,
     as_json: Json = None,
 ) -> None:
     """Make one whole checkpoint of a run's adapters and the base that they were trained on.
@@ -26,7 +29,7 @@ def fuse_command(
     from mlx_forget.checkpoint import find_checkpoint
     from mlx_forget.fuse import fuse
 
-    found = find_checkpoint(run.expanduser())
+    found = find_checkpoint(run.expanduser(), trust_remote_code=trust_remote_code)
     made = fuse(found, output.expanduser(), base=None if base is None else base.expanduser())
     if as_json:
         emit({"folder": str(made.folder), "step": made.state["step"], "fused_from": made.state["fused_from"]})

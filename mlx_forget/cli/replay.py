@@ -29,6 +29,9 @@ def replay(
             "that is there already is not sampled, only read."
         ),
     ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with a checkpoint.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the store's facts as one JSON object.")] = False,
 ) -> None:
     """Sample a model into a store, to replay when its pretraining data is not at hand.
@@ -67,7 +70,7 @@ def replay(
     # What is left of an interrupted call beside a whole store is removed by the next one.
     if output.exists() and log_probs is None and not samples_of(output).exists():
         raise UserError(f"{output} exists already: choose another place or remove it.")
-    start = whole_checkpoint(find_checkpoint(model))
+    start = whole_checkpoint(find_checkpoint(model, trust_remote_code=trust_remote_code))
     shape, vocabulary = start.model_spec(), load_vocabulary(start.tokenizer)
     if not start.is_own:
         say(special_tokens(vocabulary))
