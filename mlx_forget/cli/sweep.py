@@ -63,6 +63,9 @@ def sweep(
     stack: Annotated[
         str | None, typer.Option(help="Train this many runs of one shape as one; off, or auto: where it pays. \\[default: auto]")
     ] = None,
+    log_to: Annotated[
+        str | None, typer.Option(help="Write the losses of every run for tensorboard or wandb (offline) too, into its folder.")
+    ] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Train what failed before once more.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print every run and its cost; prepare nothing, train nothing.")
@@ -104,7 +107,7 @@ def sweep(
     read = read_recipe(find_recipe(recipe))
     folder = output or Path("runs") / read.name
     watch = Watch(say=say, progress=Preparation(console))
-    overrides = _parse(settings or [])
+    overrides = _parse(settings or []) | ({} if log_to is None else {"log_to": log_to})
     wanted = _wanted(stack)
     demand = Demand(
         folder=folder,
