@@ -120,7 +120,13 @@ def sweep(
     if read.stages:
         from mlx_forget.cli.stages import sweep_stages
 
-        how: dict[str, Any] = {"wanted": wanted, "retry_failed": retry_failed, "dry_run": dry_run, "as_json": as_json}
+        how: dict[str, Any] = {
+            "wanted": wanted,
+            "retry_failed": retry_failed,
+            "dry_run": dry_run,
+            "device": device,
+            "as_json": as_json,
+        }
         sweep_stages(read, overrides, name, demand, watch, console, **how)
         return
     try:
@@ -232,12 +238,13 @@ def _print_outline(
 ) -> None:
     """The dry run of a sweep whose data are not all prepared."""
     from mlx_forget.cli.sweep_view import print_plan
+    from mlx_forget.sweep import titled_runs
     from mlx_forget.sweep_costs import disk_needed, outlined_rows, speed_of
     from mlx_forget.trainer import choose_backend
 
     configs = recipe.configs(overrides)
     backend = configs[0].backend if configs[0].backend != "auto" else choose_backend()[0]
-    rows = outlined_rows(recipe, overrides, backend, speed_of(backend, [folder], device))
+    rows = outlined_rows(titled_runs(recipe, overrides), backend, speed_of(backend, [folder], device))
     notes = [f"{note} Ids are pending where they depend on it, and so is what stacks."]
     print_plan(str(folder), rows, [], notes, workers=workers, disk_bytes=disk_needed(rows, workers=workers), as_json=as_json)
 
