@@ -7,7 +7,7 @@ list: [{seed: 0, p: 0}, {seed: 1, p: 1%}]     # points given one by one
 zip: {model: [tiny, xl], resources.gpus: [1, 8]}    # axes that move together; or several such mappings, in a list
 grid: {p: [0, 1%], base.seed: [0, 1]}         # axes of which every combination is a run
 stages: [{target: code}, {target: math}]      # each starts from the one before (see `stages`); laid over config and arms
-smoke: {config: {...}, grid: {...}}           # laid over the above when FORGET_SCALE=smoke
+smoke: {config: {...}, grid: {...}}           # laid over the above when FORGET_SCALE=smoke; without it, that scale's defaults lie under
 
 A key may be dotted: `base.seed` is the seed of the base model. `resources` says what a run may use and changes no run's name.
 """
@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_forget.config import TrainConfig, from_layers, read_yaml
+from mlx_forget.config import TrainConfig, from_layers, read_yaml, scale_defaults
 from mlx_forget.errors import UserError, unknown
 
 _RESOURCES = "resources"
@@ -141,7 +141,9 @@ def read_recipe(path: Path) -> Recipe:
         raise UserError(f"{path}: what smoke changes must be mappings of keys to values.")
     config, grid = dict(content.get("config") or {}), dict(content.get("grid") or {})
     if os.environ.get("FORGET_SCALE") == "smoke":
-        config, grid = config | (smoke.get("config") or {}), grid | (smoke.get("grid") or {})
+        # A recipe that says nothing of this scale has its defaults, as `forget train` has; what the recipe gives stays.
+        under = {} if "smoke" in content else flatten(scale_defaults())
+        config, grid = under | flatten(config | (smoke.get("config") or {})), grid | (smoke.get("grid") or {})
         content |= {key: smoke[key] for key in ("zip", "list") if key in smoke}
         scaled = set(smoke.get("config") or {})
     zipped = content.get("zip") or []

@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mlx_forget.config import REPLAY_SELF, TrainConfig
+from mlx_forget.dispatch import look_back
 from mlx_forget.errors import UserError, unknown
-from mlx_forget.grid import Recipe
+from mlx_forget.grid import Point, Recipe, Resources
 from mlx_forget.methods import METHODS
 from mlx_forget.pipeline.batches import Blend
 from mlx_forget.plan import Plan, plan_run, sources_of
-from mlx_forget.sweep import Job, Sweep, base_job
+from mlx_forget.sweep import Job, Sweep, base_job, most
 from mlx_forget.watch import Watch
 
 EARLIER = "earlier"
@@ -50,11 +51,17 @@ class Chain:
     Args:
         label: the arm and the cell of the grid.
         plans: of each stage, as if it started from the start model of the first one: all but the start and the run's name is final.
+        resources: what the recipe lets the run of each stage use.
     """
 
     label: str
     stages: tuple[Stage, ...]
     plans: tuple[Plan, ...]
+    resources: tuple[Resources, ...]
+
+    def title(self, number: int) -> str:
+        """A stage in words."""
+        return _title(self.label, self.stages[number])
 
     def plan(self, number: int, before: Path | None, *, watch: Watch | None = None) -> Plan:
         """The plan of a stage that starts from the run folder of the one before; the first stage has none before it."""
@@ -75,20 +82,40 @@ def plan_stages(recipe: Recipe, *, overrides: Mapping[str, Any] | None = None, w
     """
     watch = watch or Watch()
     stages = _read(recipe)
-    arms = recipe.arms or {"": {}}
-    configs = []
-    for stage in stages:
-        over = dataclasses.replace(recipe, arms={name: {**arm, **stage.keys} for name, arm in arms.items()})
-        configs.append(over.configs(overrides or {}))
-    labels = _labels(configs[0], list(arms))
     chains, quiet = [], Watch(progress=watch.progress)
-    for number, label in enumerate(labels):
+    for number, (label, points) in enumerate(_labelled(recipe, stages, overrides)):
         plans: list[Plan] = []
-        for of_stage in configs:
-            config = _with_earlier(of_stage[number], plans)
+        for point in points:
+            config = _with_earlier(point.config, plans)
             plans.append(plan_run(config, watch=quiet if number or plans else watch))
-        chains.append(Chain(label, stages, tuple(plans)))
+        chains.append(Chain(label, stages, tuple(plans), tuple(point.resources for point in points)))
     return chains
+
+
+def titled_stages(recipe: Recipe, overrides: Mapping[str, Any] | None = None) -> list[list[tuple[Point, str]]]:
+    """Every chain as its stages with their titles; nothing is read but the recipe."""
+    stages = _read(recipe)
+    chains = _labelled(recipe, stages, overrides)
+    return [[(point, _title(label, stage)) for point, stage in zip(points, stages, strict=True)] for label, points in chains]
+
+
+def planned_so_far(chains: list[Chain], folder: Path, *, watch: Watch | None = None) -> list[tuple[int, bool, Job]]:
+    """Every stage of every chain: its number from 1, whether its name is final, and its job as earlier sweeps left it.
+
+    A stage has its name once the stage before it is done.
+    """
+    rows: list[tuple[int, bool, Job]] = []
+    for chain in chains:
+        before: Job | None = None
+        for number in range(len(chain.stages)):
+            named = number == 0 or (before is not None and before.state == "done")
+            plan = chain.plan(number, before.plan.folder if before else None, watch=watch) if named else chain.plans[number]
+            plan = dataclasses.replace(plan, folder=folder / plan.folder.name)
+            before = Job(plan, chain.title(number), plan.folder / "log.txt", chain.resources[number])
+            if named:
+                look_back(before, retry=False)
+            rows.append((number + 1, named, before))
+    return rows
 
 
 def execute_stages(
@@ -126,12 +153,28 @@ def _sweep_of(chains: list[Chain], number: int, folder: Path, folders: list[list
         plan = chain.plan(number, before[-1] if before else None, watch=watch)
         plan = dataclasses.replace(plan, folder=folder / plan.folder.name)
         before.append(plan.folder)
-        title = ", ".join(part for part in (chain.label, chain.stages[number].name) if part)
-        jobs.setdefault(plan.run_id, Job(plan, title, plan.folder / "log.txt"))
+        asked = chain.resources[number]
+        jobs.setdefault(plan.run_id, Job(plan, chain.title(number), plan.folder / "log.txt", asked))
         if plan.base is not None:
-            bases.setdefault(plan.base.folder, base_job(plan.base))
+            base = bases.setdefault(plan.base.folder, base_job(plan.base))
+            base.resources = most(base.resources, asked)
     runs = list(jobs.values())
     return Sweep(folder, runs, list(bases.values()), [[job] for job in runs], [])
+
+
+def _title(label: str, stage: Stage) -> str:
+    return ", ".join(part for part in (label, stage.name) if part)
+
+
+def _labelled(recipe: Recipe, stages: tuple[Stage, ...], overrides: Mapping[str, Any] | None) -> list[tuple[str, list[Point]]]:
+    """Every chain: what it is called, and the point of each of its stages."""
+    arms = recipe.arms or {"": {}}
+    of_stages = []
+    for stage in stages:
+        over = dataclasses.replace(recipe, arms={name: {**arm, **stage.keys} for name, arm in arms.items()})
+        of_stages.append(over.runs(overrides))
+    labels = _labels([point.config for point in of_stages[0]], list(arms))
+    return [(label, [points[number] for points in of_stages]) for number, label in enumerate(labels)]
 
 
 def _read(recipe: Recipe) -> tuple[Stage, ...]:

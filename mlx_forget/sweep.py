@@ -87,7 +87,7 @@ def plan_sweep(
         jobs[plan.run_id] = Job(plan, here, plan.folder / "log.txt", asked)
         if plan.base is not None:
             base = bases.setdefault(plan.base.folder, base_job(plan.base))
-            base.resources = _most(base.resources, asked)
+            base.resources = most(base.resources, asked)
     runs = list(jobs.values())
     _check_tokenizers(runs)
     return Sweep(folder, runs, list(bases.values()), [[job] for job in runs], [])
@@ -123,7 +123,7 @@ def base_job(base: Plan) -> Job:
     return Job(base, base_title(base.config), base.folder / "log.txt")
 
 
-def _most(one: Resources, other: Resources) -> Resources:
+def most(one: Resources, other: Resources) -> Resources:
     """What a base model may use: the most that any of its runs may."""
     pairs = {f.name: (getattr(one, f.name), getattr(other, f.name)) for f in dataclasses.fields(Resources)}
     return Resources(**{name: max((v for v in pair if v is not None), default=None) for name, pair in pairs.items()})

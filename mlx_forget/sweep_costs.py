@@ -11,12 +11,12 @@ from typing import Any
 from mlx_forget import costs, records
 from mlx_forget.config import EVALUATIONS_PER_RUN, TrainConfig
 from mlx_forget.errors import UserError
-from mlx_forget.grid import Recipe
+from mlx_forget.grid import Point
 from mlx_forget.ladder import ModelSpec, default_context, model_spec, num_non_embedding_params, num_params, train_flops_per_token
 from mlx_forget.plan import plan_run
 from mlx_forget.pretrained import PretrainedSpec
 from mlx_forget.start import find_start
-from mlx_forget.sweep import Sweep, base_title, titled_runs
+from mlx_forget.sweep import Sweep, base_title
 from mlx_forget.trainer import Precision, load_backend
 from mlx_forget.watch import Watch
 
@@ -103,8 +103,8 @@ def planned_rows(sweep: Sweep, speed: Speed) -> list[dict[str, Any]]:
     return rows
 
 
-def outlined_rows(recipe: Recipe, overrides: Mapping[str, Any] | None, backend: str, speed: Speed) -> list[dict[str, Any]]:
-    """Every base model and run of a recipe whose data are not all prepared: what the configurations alone say.
+def outlined_rows(runs: Iterable[tuple[Point, str]], backend: str, speed: Speed) -> list[dict[str, Any]]:
+    """Every base model and titled run of a recipe whose data are not all prepared: what the configurations alone say.
 
     `run_id` is None where it depends on what is not there, and `pending` says on what.
     """
@@ -113,7 +113,7 @@ def outlined_rows(recipe: Recipe, overrides: Mapping[str, Any] | None, backend: 
     quiet = only_if_prepared(Watch())
     # What is missing for one run is missing for all that read the same; looking takes a while.
     missing: dict[str, str] = {}
-    for point, title in titled_runs(recipe, overrides):
+    for point, title in runs:
         config = point.config
         reads = str(
             (

@@ -2,8 +2,10 @@
 
 import pytest
 
+from mlx_forget.config import SMOKE, TrainConfig
 from mlx_forget.errors import UserError
 from mlx_forget.grid import Recipe, Resources, read_recipe, title, varying
+from mlx_forget.resources import recipe as find_recipe
 
 
 def recipe(tmp_path, text):
@@ -37,7 +39,7 @@ def test_several_zips_are_several_axes(tmp_path):
 
 
 def test_a_dotted_axis_reaches_the_base_and_aliases_are_the_keys_they_stand_for(tmp_path):
-    read = recipe(tmp_path, "config: {base: {max_steps: 7, batch_size: 4}}\ngrid: {base.seed: [0, 1], base.iters: [9]}")
+    read = recipe(tmp_path, "config: {base: {max_steps: 7, batch_size: 4}}\ngrid: {base.seed: [0, 1], base.iters: [9]}\nsmoke: {}")
     assert [dict(c.base) for c in read.configs({})] == [
         {"iters": 9, "batch_size": 4, "seed": 0},
         {"iters": 9, "batch_size": 4, "seed": 1},
@@ -70,6 +72,23 @@ def test_runs_are_called_by_the_keys_in_which_they_differ(tmp_path):
 def test_the_smoke_scale_lays_its_axes_over(tmp_path):
     text = "zip: {iters: [100, 200], seed: [0, 1]}\nsmoke: {zip: {iters: [1], seed: [5]}, grid: {p: [0]}}"
     assert [(c.iters, c.seed, c.p) for c in recipe(tmp_path, text).configs({})] == [(1, 5, "0")]
+
+
+def test_a_recipe_that_says_nothing_of_the_smoke_scale_has_its_defaults(tmp_path, monkeypatch):
+    text = "config: {target: code, max_steps: 7, base: {seed: 3}}"
+    config = recipe(tmp_path, text).configs({})[0]
+    assert (config.iters, config.model, config.vocab_size) == (7, SMOKE["model"], SMOKE["vocab_size"]), "what it gives stays"
+    assert config.base == SMOKE["base"] | {"seed": 3}
+    monkeypatch.delenv("FORGET_SCALE")
+    config = recipe(tmp_path, text).configs({})[0]
+    assert (config.iters, config.model, config.base) == (7, TrainConfig.model, {"seed": 3})
+
+
+def test_every_shipped_recipe_names_its_smoke_scale():
+    folder = find_recipe("figure1").parent
+    for path in [*folder.glob("*.yaml"), *(folder / "bethune").glob("*.yaml"), *(folder / "kalajdzievski").glob("*.yaml")]:
+        configs = read_recipe(path).configs({}) if not read_recipe(path).stages else []
+        assert all(config.iters <= 24 and config.base_config().iters <= 32 for config in configs), path
 
 
 @pytest.mark.parametrize(

@@ -214,6 +214,24 @@ def test_a_recipe_with_wrong_stages_is_one_line(run_forget, tmp_path):
         assert message in err
 
 
+def test_a_dry_run_of_stages_prepares_nothing(run_forget, tmp_path, monkeypatch):
+    monkeypatch.setenv("FORGET_HOME", str(tmp_path / "home"))
+    code, out, err = run_forget("sweep", "stages", "--dry-run", "--json")
+    assert code == 0, err
+    planned = json.loads(out)
+    assert [row["run_id"] for row in planned["runs"]] == [None] * 10
+    assert "Not prepared yet" in planned["notes"][0]
+    assert not list((tmp_path / "home").rglob("*.arrow"))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_stages_may_use_what_the_recipe_lets_them():
+    chains = plan_stages(recipe(resources={"threads": 3}))
+    sweeps = []
+    execute_stages(chains, Path("s"), run=lambda sweep: sweeps.append(sweep) or [*sweep.bases, *sweep.jobs])
+    assert [job.resources.threads for job in (*sweeps[0].bases, *sweeps[0].jobs)] == [3, 3]
+
+
 # --- the matrix ---
 
 
@@ -275,10 +293,15 @@ def test_matrices_are_written_and_read_back(tmp_path):
 def test_the_recipe_runs_resumes_and_becomes_a_table_and_a_figure(run_forget, tmp_path):
     (configs,) = {len(read_recipe(find_recipe("stages")).configs({}))}
     assert configs == 3
-    code, out, err = run_forget("sweep", "stages", "--dry-run", "--json")
+    plan_stages(read_recipe(find_recipe("stages")))
+    code, out, err = run_forget("sweep", "stages", "--dry-run", "--on", "h100", "--json")
     assert code == 0, err
-    rows = json.loads(out)["runs"]
+    planned = json.loads(out)
+    base, *rows = planned["runs"]
+    assert base["title"].startswith("base")
+    assert base["hours"] > 0
     assert [(row["stage"], row["run_id"] is None) for row in rows] == [(1, False), (2, True), (3, True)] * 3
+    assert planned["totals"]["hours"] == pytest.approx(sum(row["hours"] for row in planned["runs"]))
     (tmp_path / "r.yaml").write_text(
         "arms: {replayed: {method: kl-replay, replay_data: earlier}}\nstages: [{target: code}, {target: math}]\n"
         "smoke: {config: {model: 0.16m, vocab_size: 512, target_tokens: 20000, iters: 4, batch_size: 8, eval_rows: 16, "

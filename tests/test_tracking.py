@@ -102,3 +102,19 @@ def test_a_sink_that_is_not_there_is_refused_before_any_work(train, monkeypatch,
     assert code == 2
     assert "Did you mean 'tensorboard'" in err
     assert not (tmp_path / "r").exists()
+
+
+def test_a_sweep_logs_every_run_into_its_own_folder(run_forget, scalars, tmp_path, monkeypatch):
+    row = trainer_module.Backend("tests.fakes:BigramTrainer", "numpy", "nothing to install")
+    monkeypatch.setitem(trainer_module.BACKENDS, "fake", row)
+    (tmp_path / "r.yaml").write_text(json.dumps({"config": {"backend": "fake", "iters": 8}, "grid": {"p": [0, "5%"]}}))
+    command = ("sweep", tmp_path / "r.yaml", "--output", tmp_path / "s", "--engine", "in-process", "--json")
+    code, out, err = run_forget(*command, "--log-to", "tensorboard")
+    assert code == 0, err
+    runs = [row for row in json.loads(out)["runs"] if not row["title"].startswith("base")]
+    assert len(runs) == 2
+    for run in runs:
+        assert scalars(f"{run['folder']}/tensorboard")["loss/target_validation"]
+    code, _, err = run_forget(*command, "--log-to", "tensorbord")
+    assert code == 2
+    assert "Did you mean 'tensorboard'" in err

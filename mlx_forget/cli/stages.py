@@ -1,7 +1,6 @@
 """`forget sweep` of a recipe with stages."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +10,10 @@ from mlx_forget.cli.sweep import on_this_machine, report, train_runs
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from mlx_forget.costs import Device
     from mlx_forget.engines import Demand
     from mlx_forget.grid import Recipe
     from mlx_forget.stacking import Wanted
-    from mlx_forget.stages import Chain
     from mlx_forget.sweep import Job, Sweep
     from mlx_forget.watch import Watch
 
@@ -30,23 +29,25 @@ def sweep_stages(
     wanted: "Wanted",
     retry_failed: bool,
     dry_run: bool,
+    device: "Device | None",
     as_json: bool,
 ) -> None:
     """Train the stages of every chain one after another, and measure every data set after each.
 
     Args:
         name: of the engine.
+        device: to assume for the hours of a dry run.
     """
     from mlx_forget.cli.signals import graceful_stop
     from mlx_forget.loss_matrix import FILE, measure, read_matrices, summary, table_lines, write_matrices
     from mlx_forget.stages import execute_stages, plan_stages
     from mlx_forget.sweep import stack_sweep
 
+    if dry_run:
+        _print_plan(recipe, overrides, name, demand, watch, device, as_json=as_json)
+        return
     folder = demand.folder
     chains = plan_stages(recipe, overrides=overrides, watch=watch)
-    if dry_run:
-        _print_plan(chains, folder, as_json=as_json)
-        return
     demand = on_this_machine(demand, name, chains[0].plans[0], len(chains))
     known = read_matrices(folder / FILE)
 
@@ -68,20 +69,55 @@ def sweep_stages(
     report(folder, done, watch.say, as_json=as_json, chains=[summary(matrix) for matrix in known])
 
 
-def _print_plan(chains: "list[Chain]", folder: Path, *, as_json: bool) -> None:
-    rows: list[dict[str, Any]] = []
-    for chain in chains:
-        for number, (stage, plan) in enumerate(zip(chain.stages, chain.plans, strict=True)):
-            # A later stage is named once the weights that it starts from are there.
-            own = plan.summary() if number == 0 else plan.summary() | {"run_id": None, "folder": None, "base": None}
-            rows.append({"title": ", ".join(part for part in (chain.label, stage.name) if part), "stage": number + 1, **own})
-    if as_json:
-        print(json.dumps({"folder": str(folder), "runs": rows}))
-        return
-    bases = {row["base"]["run_id"]: row["base"] for row in rows if row["base"]}
-    for row in [{"title": "base", **base} for base in bases.values()] + rows:
-        name = row["run_id"] or f"stage {row['stage']}"
-        print(
-            f"{name:<12}  {row['title']:<36} {row['num_params']:>13,} parameters {row['num_steps']:>7,} steps "
-            f"{row['num_tokens']:>13,} tokens {row['num_replay_tokens']:>11,} replayed {row['train_flops']:.2e} FLOPs"
-        )
+def _print_plan(
+    recipe: "Recipe",
+    overrides: Mapping[str, Any],
+    name: str,
+    demand: "Demand",
+    watch: "Watch",
+    device: "Device | None",
+    *,
+    as_json: bool,
+) -> None:
+    """Every stage of every chain with its cost; nothing is prepared."""
+    from mlx_forget.cli.sweep_view import print_plan
+    from mlx_forget.dispatch import look_back
+    from mlx_forget.stages import plan_stages, planned_so_far, titled_stages
+    from mlx_forget.sweep import Sweep, base_job
+    from mlx_forget.sweep_costs import NotPreparedError, disk_needed, only_if_prepared, outlined_rows, planned_rows, speed_of
+    from mlx_forget.trainer import choose_backend
+
+    folder, later = demand.folder, {"run_id": None, "pending": "the stage before it"}
+    try:
+        chains = plan_stages(recipe, overrides=overrides, watch=only_if_prepared(watch))
+        found = planned_so_far(chains, folder, watch=only_if_prepared(watch))
+    except NotPreparedError as reason:
+        titled = titled_stages(recipe, overrides)
+        wanted = titled[0][0][0].config.backend
+        backend = choose_backend()[0] if wanted == "auto" else wanted
+        speed = speed_of(backend, [folder], device)
+        numbers = [number + 1 for chain in titled for number in range(len(chain))]
+        outlined = outlined_rows([stage for chain in titled for stage in chain], backend, speed)
+        num_bases = len(outlined) - len(numbers)
+        rows = outlined[:num_bases] + [
+            row | {"stage": number} | ({} if number == 1 else later)
+            for number, row in zip(numbers, outlined[num_bases:], strict=True)
+        ]
+        notes = [f"Not prepared yet: {reason}. Ids are pending where they depend on it."]
+        workers = demand.workers or 1
+    else:
+        workers = on_this_machine(demand, name, chains[0].plans[0], len(chains)).workers or 1
+        plans = [job.plan.base for _, _, job in found if job.plan.base is not None]
+        bases = [base_job(plan) for plan in {plan.folder: plan for plan in plans}.values()]
+        for base in bases:
+            look_back(base, retry=False)
+        places = [folder, *sorted({base.plan.folder.parent for base in bases})]
+        planned = Sweep(folder, [job for _, _, job in found], bases, [], [])
+        every = planned_rows(planned, speed_of(chains[0].plans[0].backend, places, device))
+        rows = every[: len(bases)]
+        for (number, named, _), row in zip(found, every[len(bases) :], strict=True):
+            rows.append(row | {"stage": number} | ({} if named else later | {"folder": None, "base": None}))
+        notes = []
+    notes.append("A stage has its id once the stage before it is done.")
+    disk_bytes = disk_needed(rows, workers=workers)
+    print_plan(str(folder), rows, [], notes, workers=workers, disk_bytes=disk_bytes, as_json=as_json)

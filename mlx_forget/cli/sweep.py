@@ -63,6 +63,9 @@ def sweep(
     stack: Annotated[
         str | None, typer.Option(help="Train this many runs of one shape as one; off, or auto: where it pays. \\[default: auto]")
     ] = None,
+    log_to: Annotated[
+        str | None, typer.Option(help="Write the losses of every run for tensorboard or wandb (offline) too, into its folder.")
+    ] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Train what failed before once more.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print every run and its cost; prepare nothing, train nothing.")
@@ -104,7 +107,7 @@ def sweep(
     read = read_recipe(find_recipe(recipe))
     folder = output or Path("runs") / read.name
     watch = Watch(say=say, progress=Preparation(console))
-    overrides = _parse(settings or [])
+    overrides = _parse(settings or []) | ({} if log_to is None else {"log_to": log_to})
     wanted = _wanted(stack)
     demand = Demand(
         folder=folder,
@@ -117,7 +120,13 @@ def sweep(
     if read.stages:
         from mlx_forget.cli.stages import sweep_stages
 
-        how: dict[str, Any] = {"wanted": wanted, "retry_failed": retry_failed, "dry_run": dry_run, "as_json": as_json}
+        how: dict[str, Any] = {
+            "wanted": wanted,
+            "retry_failed": retry_failed,
+            "dry_run": dry_run,
+            "device": device,
+            "as_json": as_json,
+        }
         sweep_stages(read, overrides, name, demand, watch, console, **how)
         return
     try:
@@ -229,12 +238,13 @@ def _print_outline(
 ) -> None:
     """The dry run of a sweep whose data are not all prepared."""
     from mlx_forget.cli.sweep_view import print_plan
+    from mlx_forget.sweep import titled_runs
     from mlx_forget.sweep_costs import disk_needed, outlined_rows, speed_of
     from mlx_forget.trainer import choose_backend
 
     configs = recipe.configs(overrides)
     backend = configs[0].backend if configs[0].backend != "auto" else choose_backend()[0]
-    rows = outlined_rows(recipe, overrides, backend, speed_of(backend, [folder], device))
+    rows = outlined_rows(titled_runs(recipe, overrides), backend, speed_of(backend, [folder], device))
     notes = [f"{note} Ids are pending where they depend on it, and so is what stacks."]
     print_plan(str(folder), rows, [], notes, workers=workers, disk_bytes=disk_needed(rows, workers=workers), as_json=as_json)
 

@@ -138,15 +138,20 @@ def fitted_rows(
 ) -> tuple[list[Row], dict[str, list[str]]]:
     """The rows that a law can be fitted to, and the sources of the others by reason.
 
-    A run that occurs twice counts once. Runs of other methods are left out unless there is nothing else: by themselves they are a study of
+    A run that occurs twice counts once. A run that starts from a finetune among the rows, as a later stage does, is left out: the laws are
+    of finetunes of a pretrained model. Runs of other methods are left out unless there is nothing else: by themselves they are a study of
     that method; among others they would pass as runs without it.
 
     Args:
         rows: (source, row) pairs in order.
     """
     made, source_of, left_out = dict[tuple[Any, Any], Row](), dict[tuple[Any, Any], str](), dict[str, list[str]]()
+    rows = list(rows)
+    finetunes = {row["run"] for _, row in rows if row["base"] not in (None, "scratch")}
     for source, row in rows:
         found = fitted_row(row, response=response, adapters=adapters)
+        if not isinstance(found, str) and row["base"] in finetunes:
+            found = "that started from a finetune, not from a pretrained model,"
         key = (row["run"], row["backend"])
         if not isinstance(found, str) and key not in made:
             made[key], source_of[key] = found, source

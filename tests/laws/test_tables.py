@@ -191,6 +191,18 @@ def test_runs_of_other_methods_do_not_pass_as_injection(tmp_path):
     assert read_table(tmp_path, response="pretraining").run.tolist() == ["c", "d"]
 
 
+def test_later_stages_are_no_finetunes_of_a_pretrained_model(tmp_path):
+    for name, init in (("a", "pretrained"), ("b", "a"), ("c", "b"), ("d", "pretrained")):
+        record(tmp_path / name, p=0.0, loss=5.0)
+        file = tmp_path / name / "record.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"init": init}))
+    table = read_table(tmp_path, response="pretraining")
+    assert table.run.tolist() == ["a", "d"]
+    assert {reason: len(sources) for reason, sources in table.left_out.items()} == {
+        "that started from a finetune, not from a pretrained model,": 2
+    }
+
+
 def test_what_a_folder_holds_besides_is_left_out_and_named(tmp_path):
     record(tmp_path / "a", p=0.0, loss=5.0)
     record(tmp_path / "b", p=0.01, loss=9.0, status="diverged")
