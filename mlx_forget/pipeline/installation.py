@@ -1,6 +1,7 @@
 """Where the built-in corpora are cut from: a pinned list of distributions, and their installed files."""
 
 import contextlib
+import functools
 import os
 import platform
 import sysconfig
@@ -68,6 +69,7 @@ _SKIPPED_FILES = {"__config__.py", "_distributor_init.py", "_version.py", "versi
 _SKIPPED_PREFIXES = ("_sysconfigdata", "config-3", "torch/include/ATen/ops/")
 
 
+@functools.cache
 def installed_version(name: str) -> str | None:
     """The version of a distribution, or of Python itself; None where it is not installed."""
     if name == "Python":
