@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 UNAME := $(shell uname -s)
 BACKENDS ?= $(if $(filter Darwin,$(UNAME)),mlx,cuda,mlx)
 comma := ,
-EXTRAS := $(subst $(eval ) ,$(comma),$(strip $(subst $(comma), ,$(BACKENDS)) dev))
+EXTRAS := $(subst $(eval ) ,$(comma),$(strip $(subst $(comma), ,$(BACKENDS)) dev $(if $(findstring cuda,$(BACKENDS)),peft)))
 STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
 # The headline figure; for the paper's own scale: make reproduce-figure1 SIZE=small BACKEND=cuda DATA=... PRETRAIN=...

@@ -64,8 +64,9 @@ class TorchStep(StepResult):
 class TorchTrainer(Trainer):
     """A model and its optimiser on one device, or on one device of each process of a run."""
 
-    def __new__(cls, spec: TrainerSpec) -> "TorchTrainer":
-        if cls is TorchTrainer and spec.runtime.shard and not spec.runtime.reads_only and join().size > 1:
+    def __new__(cls, spec: TrainerSpec | None = None) -> "TorchTrainer":
+        # A copy is made without a spec.
+        if cls is TorchTrainer and spec is not None and spec.runtime.shard and not spec.runtime.reads_only and join().size > 1:
             from cuda_backend.sharded_trainer import ShardedTrainer
 
             return super().__new__(ShardedTrainer)

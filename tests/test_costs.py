@@ -216,7 +216,7 @@ def test_a_device_that_runs_out_of_memory_is_given_half_the_rows_and_the_result_
     assert halved.grad_norm == pytest.approx(whole.grad_norm, rel=1e-5)
     np.testing.assert_allclose(halved.loss_sums, whole.loss_sums, rtol=1e-6)
     monkeypatch.setattr(TorchTrainer, "room", 0)
-    with pytest.raises(OutOfMemory, match="1 row at a time is more than the device holds"):
+    with pytest.raises(OutOfMemory, match="One row at a time is more than the device holds"):
         trainer.train_step(batch, 1e-3)
 
 

@@ -1,5 +1,6 @@
 """Every engine with real processes of the NumPy bigram: the same records as in one process, whatever dies on the way."""
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -66,10 +67,11 @@ def kill_worker(sweep):
         running = [job for job in sweep.jobs if job.state == "running" and job.progress.get("step", 0) >= 2]
         if killed or not running:
             return
-        marks = list(sweep.folder.glob(".sweep-*/attended/*"))
-        pids = [int(mark.read_text().split()[1]) for mark in marks if mark.read_text()]
+        folder = running[0].plan.folder
+        own = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
+        pids = [int(mark.read_text().split()[1]) for mark in sweep.folder.glob(f".sweep-*/attended/{own}") if mark.read_text()]
         if not pids:
-            pids = children_of(os.getpid(), str(running[0].plan.folder))
+            pids = children_of(os.getpid(), str(folder))
         if pids:
             killed.extend(pids[:1])
             os.kill(pids[0], signal.SIGKILL)
