@@ -56,7 +56,7 @@ def sweep_of(folder, grid, zips=(), **config):
 
 
 # Three runs, two of them long enough to be caught.
-THREE = [{"p": ["0", "1%", "5%"], "iters": [12, 250, 250]}]
+THREE = [{"p": ["0", "1%", "5%"], "iters": [2, 600, 600]}]
 
 
 def kill_worker(sweep):
@@ -64,7 +64,10 @@ def kill_worker(sweep):
     killed = []
 
     def kill(jobs):
-        running = [job for job in sweep.jobs if job.state == "running" and job.progress.get("step", 0) >= 2]
+        # One that is nearly done would be so before the signal comes.
+        running = [
+            job for job in sweep.jobs if job.state == "running" and 2 <= job.progress.get("step", 0) <= job.plan.num_steps // 2
+        ]
         if killed or not running:
             return
         folder = running[0].plan.folder
