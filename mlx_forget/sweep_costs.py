@@ -13,6 +13,7 @@ from mlx_forget.config import EVALUATIONS_PER_RUN, TrainConfig
 from mlx_forget.errors import UserError
 from mlx_forget.grid import Point
 from mlx_forget.ladder import ModelSpec, default_context, model_spec, num_non_embedding_params, num_params, train_flops_per_token
+from mlx_forget.pipeline.opened import Opened
 from mlx_forget.plan import plan_run
 from mlx_forget.pretrained import PretrainedSpec
 from mlx_forget.start import find_start
@@ -110,7 +111,7 @@ def outlined_rows(runs: Iterable[tuple[Point, str]], backend: str, speed: Speed)
     """
     bases: dict[str, dict[str, Any]] = {}
     rows = []
-    quiet = only_if_prepared(Watch())
+    quiet, opened = only_if_prepared(Watch()), Opened()
     # What is missing for one run is missing for all that read the same; looking takes a while.
     missing: dict[str, str] = {}
     for point, title in runs:
@@ -130,7 +131,7 @@ def outlined_rows(runs: Iterable[tuple[Point, str]], backend: str, speed: Speed)
         run_id, pending = None, missing.get(reads)
         if pending is None:
             try:
-                run_id = plan_run(config, watch=quiet).run_id
+                run_id = plan_run(config, watch=quiet, opened=opened).run_id
             except NotPreparedError as error:
                 pending = missing[reads] = str(error)
         if config.init == "auto" and config.start_name is None:
