@@ -23,7 +23,7 @@ from mlx_forget.engines.processes import ProcessEngine
 from mlx_forget.errors import UserError
 from mlx_forget.grid import Recipe, Resources
 from mlx_forget.records import REQUESTED
-from mlx_forget.run import is_held
+from mlx_forget.run_folder import is_held
 from mlx_forget.sweep import plan_sweep
 from mlx_forget.watch import Watch
 from tests.bigrams import CONFIG, install, records
