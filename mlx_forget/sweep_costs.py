@@ -201,6 +201,12 @@ def disk_needed(rows: Sequence[Mapping[str, Any]], *, workers: int) -> int:
     return sum(int(row["kept_disk_bytes"]) for row in left) + sum(map(int, besides))
 
 
+def disk_by_place(rows: Sequence[Mapping[str, Any]], *, workers: int) -> dict[Path, int]:
+    """Bytes that planned rows will take in each folder that runs or base models lie in."""
+    places = dict.fromkeys(Path(row["folder"]).parent for row in rows)
+    return {place: disk_needed([row for row in rows if Path(row["folder"]).parent == place], workers=workers) for place in places}
+
+
 def check_disk(folder: Path, needed: int) -> None:
     """Refuse a sweep that the disk cannot hold.
 

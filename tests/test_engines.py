@@ -401,22 +401,35 @@ def test_killing_a_child_takes_what_it_started_along(bigram, tmp_path):
     assert not is_held(folder)
 
 
+def processes_of(folder):
+    """Command lines of processes that are at work in a folder."""
+    listed = subprocess.run(["ps", "-eww", "-o", "pid,args"], capture_output=True, text=True, check=True).stdout.splitlines()
+    return [line for line in listed if str(folder) in line]
+
+
 @pytest.mark.full
 @pytest.mark.skipif(not has("torch"), reason="torchrun comes with PyTorch")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_a_run_of_two_ranks_stops_with_the_sweep_and_goes_on(tmp_path, number):
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_a_run_of_two_ranks_stops_with_the_sweep_and_goes_on(tmp_path, number, code):
     recipe = tmp_path / "r.yaml"
     keys = CONFIG | {"backend": "cuda", "iters": 300, "steps_per_eval": 20}
     recipe.write_text(json.dumps({"config": keys | {"resources": {"ranks": 2, "threads": 1}}, "grid": {"p": ["5%"]}}))
     folder = tmp_path / "s"
     process = subprocess.Popen(command(recipe, folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: list(folder.glob("*/checkpoints/last")), 120)
+    wait_until(lambda: list(folder.glob("*/checkpoints/last")), 240)
     process.send_signal(number)
     process.communicate(timeout=120)
-    wait_until(lambda: not any(is_held(path) for path in folder.glob("*-cuda")))
+    assert process.returncode == code
+    # The launcher, its guard and both ranks: those of a killed sweep write a checkpoint first.
+    wait_until(lambda: not processes_of(folder), 120 if number == signal.SIGKILL else 1)
     assert not list(folder.glob("*/record.json"))
     result = subprocess.run(command(recipe, folder), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     (record,) = (json.loads(path.read_text()) for path in folder.glob("*/record.json"))
     assert record["world_size"] == 2
     assert record["num_resumes"] >= 1
+    straight = tmp_path / "straight"
+    result = subprocess.run(command(recipe, straight), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert records(folder) == records(straight)
+    assert not processes_of(tmp_path)

@@ -92,7 +92,7 @@ def sweep(
     from mlx_forget.progress import Preparation
     from mlx_forget.resources import recipe as find_recipe
     from mlx_forget.sweep import plan_sweep, stack_sweep
-    from mlx_forget.sweep_costs import NotPreparedError, check_disk, disk_needed, only_if_prepared, planned_rows, speed_of
+    from mlx_forget.sweep_costs import NotPreparedError, check_disk, disk_by_place, only_if_prepared, planned_rows, speed_of
     from mlx_forget.watch import Watch
 
     console = Console(stderr=True)
@@ -144,17 +144,14 @@ def sweep(
         look_back(job, retry=False)
     bases = sorted({base.plan.folder.parent for base in planned.bases})
     rows = planned_rows(planned, speed_of(planned.jobs[0].plan.backend, [folder, *bases], device))
-    needs = [
-        (place, disk_needed([row for row in rows if Path(row["folder"]).parent == place], workers=side_by_side))
-        for place in (*bases, folder)
-    ]
+    needs = disk_by_place(rows, workers=side_by_side)
     if dry_run:
         from mlx_forget.cli.sweep_view import print_plan
 
         stacks = [[job.plan.run_id for job in together] for together in planned.stacks if len(together) > 1]
-        disk_bytes = sum(needed for _, needed in needs)
+        disk_bytes = sum(needs.values())
         print_plan(str(folder), rows, stacks, planned.notes, workers=side_by_side, disk_bytes=disk_bytes, as_json=as_json)
-    for place, needed in needs:
+    for place, needed in needs.items():
         check_disk(place, needed)
     if dry_run:
         return
