@@ -1,5 +1,6 @@
 """Every engine with real processes of the NumPy bigram: the same records as in one process, whatever dies on the way."""
 
+import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -19,7 +20,7 @@ from mlx_forget.dispatch import execute_sweep
 from mlx_forget.engines import Demand, Task, open_engine
 from mlx_forget.engines.child import Child, command_of
 from mlx_forget.engines.lease import Leaseholder, attend
-from mlx_forget.engines.processes import ProcessEngine
+from mlx_forget.engines.processes import ProcessEngine, num_workers
 from mlx_forget.errors import UserError
 from mlx_forget.grid import Recipe, Resources
 from mlx_forget.records import REQUESTED
@@ -381,6 +382,22 @@ def test_more_workers_than_gpus_share_them_evenly(monkeypatch):
 def test_more_gpus_than_there_are_are_refused(monkeypatch):
     with pytest.raises(UserError, match="asks for 4 GPUs, and this machine has 2"):
         fill(pool(monkeypatch, gpus=2, per_run=4))
+
+
+def test_the_one_accelerator_of_a_machine_needs_no_confining(monkeypatch):
+    engine = pool(monkeypatch, gpus=0)
+    assert engine.resources(Resources(gpus=1), num_tasks=3).gpus == 0
+    with pytest.raises(UserError, match="asks for 4 GPUs, and this machine has 0"):
+        engine.resources(Resources(gpus=4), num_tasks=3)
+    without = ProcessEngine(Demand(Path("s")), Watch())
+    with pytest.raises(UserError, match="give --gpus 0"):
+        without.resources(Resources(gpus=1), num_tasks=3)
+
+
+def test_as_many_runs_side_by_side_as_have_their_gpus():
+    demand = Demand(Path("s"), uses_gpu=True, gpus=tuple("01234567"))
+    assert [num_workers(demand, Resources(gpus=gpus)) for gpus in (None, 0.5, 1, 4, 8)] == [8, 16, 8, 2, 1]
+    assert num_workers(dataclasses.replace(demand, resources=Resources(gpus=2)), Resources(gpus=8)) == 4
 
 
 def test_a_single_base_gets_every_thread(monkeypatch):

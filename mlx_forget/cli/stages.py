@@ -50,7 +50,7 @@ def sweep_stages(
         return
     folder = demand.folder
     chains = plan_stages(recipe, overrides=overrides, watch=watch)
-    demand = on_this_machine(demand, name, chains[0].plans[0], len(chains))
+    demand = on_this_machine(demand, name, chains[0].plans[0], [chain.resources[0] for chain in chains])
     quiet = dataclasses.replace(watch, say=lambda sentence: None)
     bases, stages, _ = _costs(chains, folder, quiet, device)
     for place, needed in disk_by_place([*bases, *stages], workers=demand.workers or 1).items():
@@ -100,7 +100,7 @@ def _print_plan(
         backend = choose_backend()[0] if wanted == "auto" else wanted
         speed = speed_of(backend, [folder], device)
         numbers = [number + 1 for chain in titled for number in range(len(chain))]
-        outlined = outlined_rows([stage for chain in titled for stage in chain], backend, speed)
+        outlined = outlined_rows([stage for chain in titled for stage in chain], backend, speed, resources=demand.resources)
         num_bases = len(outlined) - len(numbers)
         rows = outlined[:num_bases] + [
             row | {"stage": number} | ({} if number == 1 else later)
@@ -109,7 +109,7 @@ def _print_plan(
         notes = [f"Not prepared yet: {reason}. Ids are pending where they depend on it."]
         workers = demand.workers or 1
     else:
-        workers = on_this_machine(demand, name, chains[0].plans[0], len(chains)).workers or 1
+        workers = on_this_machine(demand, name, chains[0].plans[0], [chain.resources[0] for chain in chains]).workers or 1
         rows = bases
         for (number, named, _), row in zip(found, stages, strict=True):
             rows.append(row | {"stage": number} | ({} if named else later | {"folder": None, "base": None}))
