@@ -36,13 +36,14 @@ from mlx_forget.ladder import (
     train_flops_per_token,
 )
 from mlx_forget.methods import METHODS, TERM_REPLAY_KL
-from mlx_forget.pipeline.batches import BatchStream, Blend, RowSubset, Side
+from mlx_forget.pipeline.batches import BatchStream
 from mlx_forget.pipeline.catalog import builtin_tokenizer, resolve_store
 from mlx_forget.pipeline.corpora import CORPORA, build_corpus, forget_home
 from mlx_forget.pipeline.mixture import Mixture
 from mlx_forget.pipeline.reference_rows import row_bytes
 from mlx_forget.pipeline.rows import PADDED, Layout, Rows
 from mlx_forget.pipeline.shares import ShareSchedule, Stage, constant_share, parse_sources, parse_stages
+from mlx_forget.pipeline.sides import Blend, RowSubset, Side
 from mlx_forget.pipeline.store import TokenStore
 from mlx_forget.pipeline.vocabularies import find_tokenizer, load_vocabulary, tokenizer_in
 from mlx_forget.pretrained import LEARNING_RATE, PretrainedSpec
