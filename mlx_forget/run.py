@@ -26,7 +26,7 @@ from mlx_forget.ladder import (
     num_params,
 )
 from mlx_forget.loop import Cadence, RunState, StopRules, drive
-from mlx_forget.pipeline.batches import Blend
+from mlx_forget.pipeline.sides import Blend
 from mlx_forget.plan import Plan
 from mlx_forget.replay_rows import error_of_kept_log_probs, with_replay
 from mlx_forget.run_data import identity_of, replay_name, sources_of

@@ -13,11 +13,12 @@ from mlx_forget.config import (
 from mlx_forget.errors import UserError
 from mlx_forget.evaluate import Windows
 from mlx_forget.methods import METHODS
-from mlx_forget.pipeline.batches import BatchStream, Blend, RowSubset, Side
+from mlx_forget.pipeline.batches import BatchStream
 from mlx_forget.pipeline.corpora import CORPORA
 from mlx_forget.pipeline.mixture import Mixture
 from mlx_forget.pipeline.rows import Layout
 from mlx_forget.pipeline.shares import ShareSchedule, Stage, constant_share, parse_sources, parse_stages
+from mlx_forget.pipeline.sides import Blend, RowSubset, Side
 from mlx_forget.pipeline.store import TokenStore
 
 # The Fisher information of EWC is measured on this many rows.

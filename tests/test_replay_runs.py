@@ -11,7 +11,7 @@ from mlx_forget.config import TrainConfig, from_layers, scale_defaults
 from mlx_forget.errors import Interrupted
 from mlx_forget.history import read_history
 from mlx_forget.methods import METHODS
-from mlx_forget.pipeline.batches import read_masked
+from mlx_forget.pipeline.sides import read_masked
 from mlx_forget.pipeline.store import open_store
 from mlx_forget.plan import plan_run
 from mlx_forget.run import execute, start_trainer, trainer_spec, with_base
