@@ -12,6 +12,7 @@ import yaml
 
 from mlx_forget import trainer as trainer_module
 from mlx_forget.cli import COMMANDS, app, load_command
+from mlx_forget.errors import Interrupted
 from mlx_forget.history import read_history
 from mlx_forget.records import read_record
 
@@ -317,6 +318,41 @@ def test_doctor_names_every_backend(run_forget):
     facts = json.loads(out)
     assert {"mlx", "cuda"} <= set(facts["backends"])
     assert run_forget("doctor")[0] == 0
+
+
+REPORTING = [(words, command) for words, command in ALL_COMMANDS if "--json" in [o for p in command.params for o in p.opts]]
+
+
+def test_every_command_that_does_something_reports_with_json():
+    silent = {words for words, command in ALL_COMMANDS if not getattr(command, "commands", {})} - {words for words, _ in REPORTING}
+    assert silent == set()
+
+
+@pytest.mark.parametrize("words, command", REPORTING, ids=[words.replace(" ", "-") for words, _ in REPORTING])
+def test_a_command_that_is_interrupted_answers_with_one_json_object(words, command, run_forget, monkeypatch):
+    """Whatever it was doing: here it had read its options."""
+
+    def stopped(self, ctx):
+        raise Interrupted("interrupted", signal=2)
+
+    monkeypatch.setattr(type(command), "invoke", stopped)
+    example = shlex.split(command.epilog.partition(": ")[2])[1:]
+    code, out, err = run_forget(*example, "--json")
+    assert code == 130
+    assert json.loads(out) == {"status": "interrupted", "signal": 2, "reason": "interrupted", "folder": None}
+    assert err == "forget: interrupted\n"
+
+
+def test_an_interrupted_preparation_names_its_store(run_forget, tmp_path, monkeypatch):
+    def stopped(*arguments, **options):
+        raise Interrupted("interrupted", signal=15)
+
+    (tmp_path / "notes.txt").write_text("a few words " * 200)
+    monkeypatch.setattr("mlx_forget.pipeline.catalog.new_tokenizer", stopped)
+    code, out, _ = run_forget(
+        "prepare", tmp_path / "notes.txt", "--tokenizer", "new", "--vocab-size", 300, "-o", tmp_path / "s", "--json"
+    )
+    assert (code, json.loads(out)["folder"]) == (143, str(tmp_path / "s"))
 
 
 def test_two_processes_do_not_train_in_one_folder(train, tmp_path):

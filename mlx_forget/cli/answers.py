@@ -1,14 +1,16 @@
-"""How a law command answers: human text on stderr, one JSON object on stdout; and how it reads NAME=VALUE options."""
+"""How a command answers: human text on stderr, one JSON object on stdout; and how it reads NAME=VALUE options."""
 
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from mlx_forget.errors import UserError
+from mlx_forget.errors import Interrupted, UserError
 
 Json = Annotated[bool | None, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 
@@ -17,9 +19,45 @@ def say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
+@dataclass
+class _Call:
+    """What is known of the command that runs: where its work is, and whether it has answered."""
+
+    folder: Path | None = None
+    facts: Callable[[], Mapping[str, Any]] = dict
+    has_answered: bool = False
+
+
+_call = _Call()
+
+
+def begin() -> None:
+    """A new command: nothing is known of it."""
+    global _call
+    _call = _Call()
+
+
+def works_in(folder: Path, facts: Callable[[], Mapping[str, Any]] = dict) -> None:
+    """Where the command's work is: what --json says of it, with what is known by then, when a signal stops it."""
+    _call.folder, _call.facts = folder, facts
+
+
 def emit(content: Mapping[str, Any]) -> None:
     """The one JSON object of --json."""
-    print(json.dumps(clean(content), allow_nan=False))
+    emit_text(json.dumps(clean(content), allow_nan=False))
+
+
+def emit_text(text: str) -> None:
+    """The one JSON object of --json, as text."""
+    print(text, flush=True)
+    _call.has_answered = True
+
+
+def emit_interrupted(error: Interrupted) -> None:
+    """The object of --json for a command that a signal stopped before it answered."""
+    if not _call.has_answered:
+        folder = None if _call.folder is None else str(_call.folder)
+        emit({"status": "interrupted", "signal": error.signal, "reason": str(error), "folder": folder, **_call.facts()})
 
 
 def clean(value: Any) -> Any:

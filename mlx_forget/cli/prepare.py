@@ -64,6 +64,7 @@ def prepare(
 
     from rich.console import Console
 
+    from mlx_forget.cli.answers import works_in
     from mlx_forget.cli.data import print_facts
     from mlx_forget.errors import UserError, unknown
     from mlx_forget.pipeline.catalog import documents_of, held_out_of, write_store
@@ -75,6 +76,7 @@ def prepare(
     progress = Preparation(console)
     if output.exists():
         raise UserError(f"{output} exists already: choose another place or remove it.")
+    works_in(output)
     if on_error not in (None, "stop", "skip"):
         raise unknown("--on-error", on_error, ["stop", "skip"])
     for name, value in (("--min-chars", min_chars), ("--max-chars", max_chars)):

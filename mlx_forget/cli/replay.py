@@ -44,6 +44,7 @@ def replay(
     from rich.console import Console
 
     from mlx_forget.checkpoint import find_checkpoint
+    from mlx_forget.cli.answers import works_in
     from mlx_forget.cli.data import print_facts
     from mlx_forget.cli.signals import graceful_stop
     from mlx_forget.errors import UserError, unknown
@@ -66,6 +67,7 @@ def replay(
     def say(sentence: str) -> None:
         console.print(sentence, highlight=False, soft_wrap=True)
 
+    works_in(output)
     if log_probs is not None:
         parse_kind(log_probs)
     # What is left of an interrupted call beside a whole store is removed by the next one.
@@ -109,7 +111,7 @@ def replay(
         if log_probs is not None:
             # As `--replay-data` reads a sample, or a store in packed rows.
             kept = keep_log_probs(RowSubset.of_tokens(store.split("train"), row, None), trainer, start, log_probs, **how)
-            say(f"Kept in {kept.folder}: {', '.join(f'{value:.3g} {name}' for name, value in kept.measured.items())}")
+            say(f"Kept in {kept.folder}: {kept.in_words()}")
     print_facts(store, as_json=as_json)
     if as_json or is_there:
         return

@@ -1,12 +1,11 @@
 """`forget report`: what a sweep found, as one page."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mlx_forget.cli.answers import clean, say
+from mlx_forget.cli.answers import emit, say, works_in
 
 app = typer.Typer()
 
@@ -37,6 +36,7 @@ def report(
     from mlx_forget.report.page import render
 
     page = output or Path("report.html")
+    works_in(page.parent)
     make_folder(page.parent)
     made = make_report(sweep, where=where, status=status, budgets=max_forgetting or [], confidence=confidence)
     aside = page.with_name(f".{page.name}.part")
@@ -44,4 +44,4 @@ def report(
     os.replace(aside, page)
     say(f"wrote {page}: {len(made.runs.rows):,} runs")
     if as_json:
-        print(json.dumps(clean({"file": str(page), **made.as_json()}), allow_nan=False))
+        emit({"file": str(page), **made.as_json()})

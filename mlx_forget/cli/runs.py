@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import typer.core
 
-from mlx_forget.cli.answers import say
+from mlx_forget.cli.answers import emit, emit_text, say
 
 if TYPE_CHECKING:
     from mlx_forget.runs.index import RunIndex
@@ -68,10 +68,10 @@ def show(
     from mlx_forget.runs.selection import find_run
 
     record = finished(find_run(run, folder=within))
-    print(
-        json.dumps(record) if as_json else yaml.safe_dump(record, sort_keys=False, allow_unicode=True),
-        end="\n" if as_json else "",
-    )
+    if as_json:
+        emit(record)
+    else:
+        print(yaml.safe_dump(record, sort_keys=False, allow_unicode=True), end="")
 
 
 @app.command()
@@ -102,7 +102,10 @@ def compare(
         plot.parent.mkdir(parents=True, exist_ok=True)
         save_figure(draw_histories(made.runs), plot)
         say(f"wrote {plot}")
-    print(json.dumps(content) if as_json else "\n".join(lines(made)))
+    if as_json:
+        emit(content)
+    else:
+        print("\n".join(lines(made)))
 
 
 @app.command()
@@ -139,7 +142,7 @@ def export(
     say_others(index)
     say(f"wrote {path}: {len(rows):,} runs, {len(columns)} columns")
     if as_json:
-        print(json.dumps({"file": str(path), "num_runs": len(rows), "columns": columns, **others(index)}))
+        emit({"file": str(path), "num_runs": len(rows), "columns": columns, **others(index)})
 
 
 @app.command()
@@ -183,15 +186,13 @@ def prune(
         remove(list(found.checkpoints))
     say(f"{'Removed' if removed else 'Would remove' if found.checkpoints else 'Nothing to remove:'} {total}.")
     if as_json:
-        print(
-            json.dumps(
-                {
-                    "checkpoints": [{"folder": str(path), "bytes": size} for path, size in found.checkpoints.items()],
-                    "bytes": found.num_bytes,
-                    "kept": {str(path): reason for path, reason in found.kept.items()},
-                    "removed": removed,
-                }
-            )
+        emit(
+            {
+                "checkpoints": [{"folder": str(path), "bytes": size} for path, size in found.checkpoints.items()],
+                "bytes": found.num_bytes,
+                "kept": {str(path): reason for path, reason in found.kept.items()},
+                "removed": removed,
+            }
         )
 
 
@@ -216,7 +217,7 @@ def verify(
     problems = verify_runs(index, hashes=hashes)
     begun = {name: describe_begun(index.root / name) for name in index.begun}
     if as_json:
-        print(json.dumps({"num_runs": index.num_records, "problems": problems, "begun": begun}))
+        emit({"num_runs": index.num_records, "problems": problems, "begun": begun})
     else:
         for name, phrases in problems.items():
             for phrase in phrases:
@@ -273,7 +274,7 @@ def print_json(index: "RunIndex", rows: "list[Row]") -> None:
         folder = index.folder_of(row)
         text = (folder / RECORD).read_text(encoding="utf-8").replace("\n", "").strip()
         whole.append(f'{{"folder": {json.dumps(str(folder))}, {text.removeprefix("{").lstrip()}')
-    print(f'{{"runs": [{", ".join(whole)}], {json.dumps(others(index)).removeprefix("{")}')
+    emit_text(f'{{"runs": [{", ".join(whole)}], {json.dumps(others(index)).removeprefix("{")}')
 
 
 def others(index: "RunIndex") -> dict[str, Any]:

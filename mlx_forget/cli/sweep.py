@@ -1,14 +1,15 @@
 """`forget sweep`."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mlx_forget.cli.answers import emit, works_in
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from rich.console import Console
 
@@ -106,6 +107,7 @@ def sweep(
     name = engine or "processes"
     read = read_recipe(find_recipe(recipe))
     folder = output or Path("runs") / read.name
+    works_in(folder)
     watch = Watch(say=say, progress=Preparation(console))
     overrides = _parse(settings or []) | ({} if log_to is None else {"log_to": log_to})
     wanted = _wanted(stack)
@@ -187,6 +189,7 @@ def train_runs(
         return RunProgress(console, title, folder)
 
     watch = dataclasses.replace(watch, observer=observer)
+    works_in(planned.folder, lambda: {"runs": job_rows([*planned.bases, *planned.jobs])})
     engine = open_engine(name, demand, watch)
     if engine.speaks or not console.is_terminal:
         return execute_sweep(planned, engine, retry_failed=retry_failed, on_change=view.lines, watch=watch)
@@ -194,6 +197,20 @@ def train_runs(
         return execute_sweep(
             planned, engine, retry_failed=retry_failed, on_change=lambda jobs: live.update(view.table(jobs)), watch=watch
         )
+
+
+def job_rows(jobs: "Iterable[Job]") -> list[dict[str, Any]]:
+    """Where the runs of a sweep stand, for --json."""
+    return [
+        {
+            "run_id": job.plan.run_id,
+            "title": job.title,
+            "state": job.state,
+            "reason": job.reason,
+            "folder": str(job.plan.folder),
+        }
+        for job in jobs
+    ]
 
 
 def report(folder: Path, done: "list[Job]", say: "Callable[[str], None]", *, as_json: bool, **more: Any) -> None:
@@ -205,17 +222,7 @@ def report(folder: Path, done: "list[Job]", say: "Callable[[str], None]", *, as_
     from mlx_forget.errors import RunFailed
 
     if as_json:
-        rows = [
-            {
-                "run_id": job.plan.run_id,
-                "title": job.title,
-                "state": job.state,
-                "reason": job.reason,
-                "folder": str(job.plan.folder),
-            }
-            for job in done
-        ]
-        print(json.dumps({"folder": str(folder), "runs": rows, **more}))
+        emit({"folder": str(folder), "runs": job_rows(done), **more})
     failed = [job for job in done if job.state == "failed"]
     blocked = sum(job.state == "blocked" for job in done)
     say(f"{sum(job.state == 'done' for job in done)} of {len(done)} runs done: {folder}")
