@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import typer.core
 
-from mlx_forget.cli.answers import emit, emit_text, say
+from mlx_forget.cli.answers import clean, emit, emit_text, say
 
 if TYPE_CHECKING:
     from mlx_forget.runs.index import RunIndex
@@ -273,6 +273,8 @@ def print_json(index: "RunIndex", rows: "list[Row]") -> None:
     for row in rows:
         folder = index.folder_of(row)
         text = (folder / RECORD).read_text(encoding="utf-8").replace("\n", "").strip()
+        if "NaN" in text or "Infinity" in text:
+            text = json.dumps(clean(json.loads(text)))
         whole.append(f'{{"folder": {json.dumps(str(folder))}, {text.removeprefix("{").lstrip()}')
     emit_text(f'{{"runs": [{", ".join(whole)}], {json.dumps(others(index)).removeprefix("{")}')
 
