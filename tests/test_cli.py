@@ -320,6 +320,54 @@ def test_doctor_names_every_backend(run_forget):
     assert run_forget("doctor")[0] == 0
 
 
+def test_doctor_says_what_a_purpose_lacks_and_how_to_get_it(run_forget, monkeypatch):
+    from mlx_forget import needs
+
+    installed = {"ray": None, "tensorboard": "1.0", "wandb": "99.0"}
+    monkeypatch.setattr(needs, "_version", lambda name: installed.get(name))
+    code, out, err = run_forget("doctor", "ray", "tracking", "lora", "--json")
+    assert (code, err) == (1, "forget: Something is missing for ray, tracking.\n")
+    found = json.loads(out)["purposes"]
+    assert (found["ray"]["missing"], found["ray"]["install"]) == (["ray>=2.40"], "pip install -U 'mlx-forget[ray]'")
+    assert found["tracking"]["missing"] == ["tensorboard>=2.17 (here 1.0)"]
+    assert (found["lora"]["ready"], found["lora"]["install"]) == (True, None)
+    code, out, _ = run_forget("doctor", "tracking")
+    assert code == 1
+    assert "missing: tensorboard>=2.17 (here 1.0)" in out
+    assert run_forget("doctor", "lora")[0] == 0
+    code, _, err = run_forget("doctor", "tracing")
+    assert (code, "Did you mean 'tracking'" in err) == (2, True)
+
+
+def test_every_extra_of_a_purpose_is_one_of_the_package():
+    from mlx_forget.needs import NEEDS, _requirements
+
+    for need in NEEDS:
+        assert all(_requirements(extra) for extra in need.extras), need.name
+
+
+@pytest.mark.parametrize(
+    "typed, offered",
+    [
+        ("forget ad", {"advise"}),
+        ("forget runs ex", {"export"}),
+        ("forget train --method kl", {"kl-replay"}),
+        ("forget train --backend m", {"mlx"}),
+        ("forget train --fine-tune-type ", {"full", "lora", "dora"}),
+        ("forget fit table.csv --law forgetting-", {"forgetting-fixed-n"}),
+        ("forget sweep kalajdzievski/la", {"kalajdzievski/laptop"}),
+        ("forget doctor tr", {"tracking"}),
+        ("forget audit --precision f", {"fp32"}),
+    ],
+)
+def test_a_shell_completes_commands_options_and_names(typed, offered, run_forget, monkeypatch):
+    words = typed.split()
+    monkeypatch.setenv("_FORGET_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", typed)
+    monkeypatch.setenv("COMP_CWORD", str(len(words) - (not typed.endswith(" "))))
+    assert set(run_forget()[1].split()) == offered
+
+
 REPORTING = [(words, command) for words, command in ALL_COMMANDS if "--json" in [o for p in command.params for o in p.opts]]
 
 

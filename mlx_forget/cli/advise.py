@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mlx_forget.cli import completion
 from mlx_forget.cli.answers import Json, emit, pairs, say
 from mlx_forget.cli.fit import bootstrap_options, fit_options, report_left_out
 from mlx_forget.cli.predict import COLUMN_OPTIONS, question
@@ -35,7 +36,10 @@ def advise_command(
     finetuning: Annotated[Path | None, typer.Option(help="fit.json of the finetuning law: adds the Pareto front.")] = None,
     group: Annotated[str | None, typer.Option(help="The group, where the fit has several.")] = None,
     law: Annotated[
-        str | None, typer.Option(help="The law, where the source is a table. \\[default: the one that its runs allow]")
+        str | None,
+        typer.Option(
+            help="The law, where the source is a table. \\[default: the one that its runs allow]", autocompletion=completion.laws
+        ),
     ] = None,
     mapping: Annotated[list[str] | None, typer.Option("--map", help="LAW_COLUMN=TABLE_COLUMN.")] = None,
     allow_extrapolation: Annotated[bool | None, typer.Option("--allow-extrapolation", help="Answer far outside the data.")] = None,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mlx_forget.cli import completion
 from mlx_forget.cli.answers import Json, clean, emit, numbers, pairs, say
 from mlx_forget.errors import UserError, unknown
 
@@ -25,7 +26,9 @@ app = typer.Typer()
 @app.command("fit")
 def fit_command(
     table: Annotated[Path, typer.Argument(help="CSV, Parquet, Arrow or JSONL, or a folder of runs.")],
-    law: Annotated[str | None, typer.Option(help=f"A law of `forget laws`. \\[default: {DEFAULT_LAW}]")] = None,
+    law: Annotated[
+        str | None, typer.Option(help=f"A law of `forget laws`. \\[default: {DEFAULT_LAW}]", autocompletion=completion.laws)
+    ] = None,
     by: Annotated[str | None, typer.Option(help="Fit every value of this column.")] = None,
     shared: Annotated[list[str] | None, typer.Option(help="A parameter that all groups share (joint fit).")] = None,
     fix: Annotated[list[str] | None, typer.Option(help="Hold a parameter: NAME=VALUE.")] = None,
@@ -44,8 +47,13 @@ def fit_command(
     link: Annotated[str | None, typer.Option(help="log or linear.")] = None,
     delta: Annotated[float | None, typer.Option(help="Huber delta; inf for least squares.")] = None,
     bootstrap: Annotated[int | None, typer.Option(help="Resamples of the independent observations.")] = None,
-    cluster: Annotated[str | None, typer.Option(help="What one observation is: auto, row, run, repeat or base.")] = None,
-    intervals: Annotated[str | None, typer.Option(help="auto, cluster, profile, residual or bayesian.")] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(help="What one observation is: auto, row, run, repeat or base.", autocompletion=completion.cluster_levels),
+    ] = None,
+    intervals: Annotated[
+        str | None, typer.Option(help="auto, cluster, profile, residual or bayesian.", autocompletion=completion.interval_methods)
+    ] = None,
     level: Annotated[float | None, typer.Option(help="Coverage of the intervals.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the resampling.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write figures into this folder.")] = None,

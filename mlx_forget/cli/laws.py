@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mlx_forget.cli import completion
 from mlx_forget.cli.answers import Json, emit, say
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ app = typer.Typer()
 
 @app.command("laws")
 def laws_command(
-    name: Annotated[str | None, typer.Argument(help="One law, in full.")] = None,
+    name: Annotated[str | None, typer.Argument(help="One law, in full.", autocompletion=completion.laws)] = None,
     as_json: Json = None,
 ) -> None:
     """The laws that can be fitted: formula, columns, parameters, source.

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mlx_forget.cli import completion
 from mlx_forget.cli.answers import emit, say, works_in
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ def plot(
         str | None,
         typer.Option(
             help="figure1 (runs that differ in p), methods, learning-rate, model-size, pretrain-length, stages, or ranks (runs compared "
-            "with their start model). \\[default: what the runs differ in]"
+            "with their start model). \\[default: what the runs differ in]",
+            autocompletion=completion.figures,
         ),
     ] = None,
     max_forgetting: Annotated[

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mlx_forget.cli import completion
+
 if TYPE_CHECKING:
     from mlx_forget.pipeline.catalog import NamedDocuments
     from mlx_forget.pipeline.tokenise import Progress
@@ -19,7 +21,7 @@ _SOURCES = (
 
 @app.command()
 def prepare(
-    sources: Annotated[list[str], typer.Argument(help=_SOURCES)],
+    sources: Annotated[list[str], typer.Argument(help=_SOURCES, autocompletion=completion.sources)],
     output: Annotated[Path, typer.Option("-o", "--output", help="The store to make; must not exist.")],
     tokenizer: Annotated[
         str | None,

@@ -5,6 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from mlx_forget.cli import completion
+
 app = typer.Typer()
 
 
@@ -18,9 +20,14 @@ def replay(
     temperature: Annotated[float | None, typer.Option(help="1 is the model's own distribution. \\[default: 1]")] = None,
     prompt: Annotated[str | None, typer.Option(help="Text that every row starts with. \\[default: none, BOS alone]")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows sampled at once; the rows are the same. \\[default: 64]")] = None,
-    backend: Annotated[str | None, typer.Option(help="mlx, cuda (PyTorch, also on a CPU) or auto. \\[default: auto]")] = None,
+    backend: Annotated[
+        str | None,
+        typer.Option(help="mlx, cuda (PyTorch, also on a CPU) or auto. \\[default: auto]", autocompletion=completion.backends),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="Insist on a device such as cuda:1 or cpu.")] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32 or bf16. \\[default: fp32]")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="fp32 or bf16. \\[default: fp32]", autocompletion=completion.precisions)
+    ] = None,
     num_threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
     log_probs: Annotated[
         str | None,

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from mlx_forget.cli import completion
 from mlx_forget.cli.answers import emit, say, works_in
 
 app = typer.Typer()
@@ -22,7 +23,7 @@ def report(
     ] = None,
     confidence: Annotated[float | None, typer.Option(help="That a budget holds. \\[default: 0.9]")] = None,
     where: Annotated[str | None, typer.Option(help="Only these runs, as in forget runs list.")] = None,
-    status: Annotated[str | None, typer.Option(help="finished, stopped or diverged.")] = None,
+    status: Annotated[str | None, typer.Option(help="finished, stopped or diverged.", autocompletion=completion.statuses)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what the page says as one JSON object.")] = False,
 ) -> None:
     """What a sweep found, as one HTML page: runs, U-curves, forgetting, laws with hold-outs, and which p keeps within a budget.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import typer.core
 
+from mlx_forget.cli import completion
 from mlx_forget.cli.answers import clean, emit, emit_text, say
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ class ListByDefault(typer.core.TyperGroup):
     """`forget runs [FOLDER]` is `forget runs list [FOLDER]`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if ctx.resilient_parsing and not args:
+            # A shell asks what could come next.
+            return super().parse_args(ctx, args)
         if not args or (args[0] not in self.commands and args[0] not in ctx.help_option_names):
             args = ["list", *args]
         return super().parse_args(ctx, args)
@@ -32,7 +36,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Folder = Annotated[Path | None, typer.Argument(help="Where to look, at any depth. \\[default: runs]")]
 Within = Annotated[Path | None, typer.Option("--in", help="Where to look for a run id. \\[default: runs]")]
 Where = Annotated[str | None, typer.Option(help="Keep these runs, as in forget fit: 'N <= 3.4e8 and method == \"injection\"'.")]
-Status = Annotated[str | None, typer.Option(help="finished, stopped or diverged.")]
+Status = Annotated[str | None, typer.Option(help="finished, stopped or diverged.", autocompletion=completion.statuses)]
 Sort = Annotated[str | None, typer.Option(help="A column, such as forgetting_nats; -forgetting_nats puts the largest first.")]
 
 

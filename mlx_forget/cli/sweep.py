@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mlx_forget.cli import completion
 from mlx_forget.cli.answers import emit, works_in
 
 if TYPE_CHECKING:
@@ -28,7 +29,9 @@ _FAILURES_SHOWN = 20
 
 @app.command()
 def sweep(
-    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of one that comes with mlx-forget.")],
+    recipe: Annotated[
+        str, typer.Argument(help="A recipe file, or the name of one that comes with mlx-forget.", autocompletion=completion.recipes)
+    ],
     output: Annotated[Path | None, typer.Option(help="Sweep folder; several sweeps may share one. \\[default: runs/NAME]")] = None,
     settings: Annotated[
         list[str] | None,
@@ -38,7 +41,11 @@ def sweep(
         ),
     ] = None,
     engine: Annotated[
-        str | None, typer.Option(help="processes, in-process, ray or slurm: where runs are trained. \\[default: processes]")
+        str | None,
+        typer.Option(
+            help="processes, in-process, ray or slurm: where runs are trained. \\[default: processes]",
+            autocompletion=completion.engines,
+        ),
     ] = None,
     workers: Annotated[
         int | None,
@@ -65,7 +72,11 @@ def sweep(
         str | None, typer.Option(help="Train this many runs of one shape as one; off, or auto: where it pays. \\[default: auto]")
     ] = None,
     log_to: Annotated[
-        str | None, typer.Option(help="Write the losses of every run for tensorboard or wandb (offline) too, into its folder.")
+        str | None,
+        typer.Option(
+            help="Write the losses of every run for tensorboard or wandb (offline) too, into its folder.",
+            autocompletion=completion.sinks,
+        ),
     ] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Train what failed before once more.")] = False,
     dry_run: Annotated[
@@ -73,7 +84,10 @@ def sweep(
     ] = False,
     on: Annotated[
         str | None,
-        typer.Option(help="With --dry-run: the device to assume for the hours, such as h100. \\[default: as finished runs were]"),
+        typer.Option(
+            help="With --dry-run: the device to assume for the hours, such as h100. \\[default: as finished runs were]",
+            autocompletion=completion.devices,
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as one JSON object.")] = False,
 ) -> None:

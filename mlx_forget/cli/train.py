@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mlx_forget.cli import completion
 from mlx_forget.cli.answers import emit, works_in
 from mlx_forget.cli.options import given, with_options
 from mlx_forget.config import TrainConfig, from_layers, read_yaml, scale_defaults
@@ -33,7 +34,10 @@ def train(
     ] = None,
     on: Annotated[
         str | None,
-        typer.Option(help="With --dry-run: the device to assume for the hours, such as h100. \\[default: this machine's]"),
+        typer.Option(
+            help="With --dry-run: the device to assume for the hours, such as h100. \\[default: this machine's]",
+            autocompletion=completion.devices,
+        ),
     ] = None,
     devices: Annotated[int | None, typer.Option(min=1, help="With --dry-run: how many of them. \\[default: 1]")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record (or the dry run) as one JSON object.")] = False,
