@@ -357,7 +357,7 @@ def test_every_extra_of_a_purpose_is_one_of_the_package():
         ("forget fit table.csv --law forgetting-", {"forgetting-fixed-n"}),
         ("forget sweep kalajdzievski/la", {"kalajdzievski/laptop"}),
         ("forget doctor tr", {"tracking"}),
-        ("forget audit --precision f", {"fp32"}),
+        ("forget audit --backend c", {"cuda"}),
     ],
 )
 def test_a_shell_completes_commands_options_and_names(typed, offered, run_forget, monkeypatch):
