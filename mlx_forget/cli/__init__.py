@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line: one clear line for an error, a traceback only with --debug."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
-    begin()
+    begin(arguments)
     with interruptible():
         code = _run([argument for argument in arguments if argument != "--debug"], debug=debug)
     sys.exit(code)
@@ -116,8 +116,7 @@ def _run(arguments: list[str], *, debug: bool) -> int:
         _say(str(error))
         return exit_code(error)
     except Interrupted as error:
-        if "--json" in arguments:
-            _answer_interrupted(error)
+        _answer_interrupted(error)
         _say(str(error))
         return exit_code(error)
     except LeaderFailed as error:
@@ -138,7 +137,7 @@ def _run(arguments: list[str], *, debug: bool) -> int:
 
 
 def _answer_interrupted(error: Interrupted) -> None:
-    """The JSON object of a command that a signal stopped; of several processes of one run, rank 0 answers."""
+    """What --json says of a command that a signal stopped; of several processes of one run, rank 0 answers."""
     from mlx_forget.distributed import launched_rank
 
     if not launched_rank():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlx_forget.cli import completion
-from mlx_forget.cli.answers import Json, emit, pairs, say
+from mlx_forget.cli.answers import Json, emit, pairs, say, tell
 from mlx_forget.cli.fit import bootstrap_options, fit_options, report_left_out
 from mlx_forget.cli.predict import COLUMN_OPTIONS, question
 from mlx_forget.errors import UserError
@@ -113,9 +113,9 @@ def advise_command(
     }
     for note in notes:
         say(note)
-    say(answer.words)
+    tell(answer.words)
     if found:
-        say(
+        tell(
             f"expected {answer.expected:.3g} nats, at most {answer.upper:.3g} ({100 * options.confidence:g}%); without replay "
             f"{answer.without_replay:.3g}; {answer.cost.injected_tokens:.3g} injected tokens"
             + (f", {answer.cost.train_flops:.3g} FLOPs" if math.isfinite(answer.cost.train_flops) else "")
@@ -125,9 +125,9 @@ def advise_command(
     if next_runs is not None:
         plan = plan_next(predictor, answer.columns, next_runs)
         content["next_runs"] = [dict(run) for run in plan.runs]
-        say("the runs that sharpen the prediction there most per FLOP, and how well the loss is known after each:")
+        tell("the runs that sharpen the prediction there most per FLOP, and how well the loss is known after each:")
         for line in describe_plan(plan):
-            say(f"  {line}")
+            tell(f"  {line}")
     if plot is not None:
         from mlx_forget.law_plots import plot_advice
 
@@ -148,7 +148,7 @@ def write_probe(path: Path, tokens: float | None, num_runs: int | None, as_json:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(run) + "\n" for run in runs), encoding="utf-8")
     for run in runs:
-        say(f"forget train --target-tokens {run['D']:.0f} --p {run['p']:g} ...")
+        tell(f"forget train --target-tokens {run['D']:.0f} --p {run['p']:g} ...")
     say(f"wrote {path}: finetune your model once per line, then `forget advise RUNS --max-forgetting BUDGET --d {tokens:g}`")
     if as_json:
         emit({"probe": str(path), "runs": runs})
@@ -232,9 +232,9 @@ def front(
         shares=shares[shares <= forgetting.data_range["p"][1]],
         epochs=epochs,
     )
-    say("target loss against forgetting, the runs that nothing beats:")
+    tell("target loss against forgetting, the runs that nothing beats:")
     for choice in choices:
-        say(
+        tell(
             f"  D={choice.columns['D']:.3g} p={100 * choice.columns['p']:g}%: target "
             f"{choice.target_loss:.4g}, "
             f"forgetting {choice.forgetting:.3g}, {choice.cost.train_flops:.2g} FLOPs"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlx_forget.cli import completion
-from mlx_forget.cli.answers import Json, clean, emit, numbers, pairs, say
+from mlx_forget.cli.answers import Json, clean, emit, numbers, pairs, say, tell
 from mlx_forget.errors import UserError, unknown
 
 if TYPE_CHECKING:
@@ -125,11 +125,11 @@ def fit_command(
         say(f"note: {hint}")
     for group, uncertainty in fits.items():
         for line in describe_fit(uncertainty, group):
-            say(line)
+            tell(line)
         if group in beside:
-            say(describe_outliers(beside[group], dropped=drop is not None))
+            tell(describe_outliers(beside[group], dropped=drop is not None))
     if extrapolation is not None:
-        say(
+        tell(
             f"held out {extrapolation['num_test']} rows (trained on {train_on}): mean error "
             f"{100 * extrapolation['mre']:.3g}%, largest {100 * extrapolation['max']:.3g}%"
         )
@@ -299,7 +299,7 @@ def hold_outs(
                     "covered": held.covered,
                 }
             )
-            say(
+            tell(
                 f"{group}: " * bool(group) + f"without {held.name}: mean error {100 * held.mre:.3g}% over {held.test.num_rows} rows"
                 f", {100 * held.covered:.0f}% inside 95% intervals" * bool(resampling.num_resamples)
             )
@@ -313,7 +313,7 @@ def selections(parts: "Mapping[str, Table]", law: "Law", condition: str | None, 
     made = {}
     for group, part in parts.items():
         verdict = select(part, law, condition=condition, options=options)
-        say(f"{group}: " * bool(group) + verdict.verdict)
+        tell(f"{group}: " * bool(group) + verdict.verdict)
         made[group] = {
             "chosen": verdict.chosen,
             "verdict": verdict.verdict,
