@@ -171,7 +171,9 @@ def _plot_stages(sweep: Path, stem: Path, *, as_json: bool) -> None:
     matrices = read_matrices(sweep / FILE)
     if not matrices:
         raise UserError(f"{sweep} holds no finished stages ({FILE}): run a recipe with stages into it.")
-    figure = draw_stages(matrices, title=f"stages of {sweep.name}: {', '.join(matrices[0].columns[matrices[0].first_stage :])}")
+    figure = draw_stages(
+        matrices, title=f"{sweep.resolve().name}: {', then '.join(matrices[0].columns[matrices[0].first_stage :])}"
+    )
     _save(figure, stem)
     write_csv(matrices, stem.with_name(f"{stem.name}.csv"))
     if as_json:
