@@ -131,7 +131,7 @@ def advise_command(
     if plot is not None:
         from mlx_forget.law_plots import plot_advice
 
-        say(f"wrote {plot_advice(predictor, answer, max_forgetting, options.confidence, plot)}")
+        say(f"Wrote {plot_advice(predictor, answer, max_forgetting, options.confidence, plot)}")
     if as_json:
         emit(content)
 
@@ -149,7 +149,7 @@ def write_probe(path: Path, tokens: float | None, num_runs: int | None, as_json:
     path.write_text("".join(json.dumps(run) + "\n" for run in runs), encoding="utf-8")
     for run in runs:
         tell(f"forget train --target-tokens {run['D']:.0f} --p {run['p']:g} ...")
-    say(f"wrote {path}: finetune your model once per line, then `forget advise RUNS --max-forgetting BUDGET --d {tokens:g}`")
+    say(f"Wrote {path}: finetune your model once per line, then `forget advise RUNS --max-forgetting BUDGET --d {tokens:g}`")
     if as_json:
         emit({"probe": str(path), "runs": runs})
 

@@ -141,12 +141,12 @@ def fit_command(
     content = clean(content)
     if output is not None:
         content["draws"] = write_fit(output, content, fits).with_suffix(".draws.npz").name
-        say(f"wrote {output}")
+        say(f"Wrote {output}")
     if plot is not None:
         from mlx_forget.law_plots import plot_fits
 
         for path in plot_fits(fits, plot):
-            say(f"wrote {path}")
+            say(f"Wrote {path}")
     if as_json:
         emit(content)
 

@@ -43,6 +43,6 @@ def report(
     aside = page.with_name(f".{page.name}.part")
     aside.write_text(render(made), encoding="utf-8")
     os.replace(aside, page)
-    say(f"wrote {page}: {len(made.runs.rows):,} runs")
+    say(f"Wrote {page}: {len(made.runs.rows):,} runs")
     if as_json:
         emit({"file": str(page), **made.as_json()})

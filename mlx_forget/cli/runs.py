@@ -105,7 +105,7 @@ def compare(
             raise unknown("figure format", plot.suffix or plot.name, (".png", ".pdf", ".svg"))
         plot.parent.mkdir(parents=True, exist_ok=True)
         save_figure(draw_histories(made.runs), plot)
-        say(f"wrote {plot}")
+        say(f"Wrote {plot}")
     if as_json:
         emit(content)
     else:
@@ -144,7 +144,7 @@ def export(
     }
     columns = write(rows, path, provenance=provenance)
     say_others(index)
-    say(f"wrote {path}: {len(rows):,} runs, {len(columns)} columns")
+    say(f"Wrote {path}: {len(rows):,} runs, {len(columns)} columns")
     if as_json:
         emit({"file": str(path), "num_runs": len(rows), "columns": columns, **others(index)})
 

@@ -118,10 +118,10 @@ def print_plan(
             f"{row['num_tokens']:>13,} tokens {row['train_flops']:.2e} FLOPs {hours_text(row['hours']):>9} "
             f"{size_text(row['kept_disk_bytes']):>8}{state}"
         )
+    times = f"{hours_text(hours)} of training, {hours_text(totals['wall_hours'])} with {workers} at a time"
     print(
         f"{len(rows)} runs, {totals['num_tokens']:,} tokens, {totals['train_flops']:.2e} FLOPs, "
-        f"{hours_text(hours)} of training, {hours_text(totals['wall_hours'])} with {workers} at a time, "
-        f"{size_text(disk_bytes)} of disk"
+        f"{'hours unknown until a run is done (or --on DEVICE)' if hours is None else times}, {size_text(disk_bytes)} of disk"
     )
     for run_ids in stacks:
         print(f"trained as one: {', '.join(run_ids)}")
