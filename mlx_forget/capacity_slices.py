@@ -107,12 +107,13 @@ def slice_lines(found: Sequence[SlicePoint], axis: Axis, level: float) -> list[s
     """The points as aligned text."""
     width = max(len(point.label) for point in found)
     lines = [
-        f"{'method':<{width}}  {'seed':>4}  {AXES[axis]:>32}  {'before':>7}  {'forgetting (nats)':>17}  {'coefficient':>11}  reached"
+        f"{'method':<{width}}  {'seed':>4}  {AXES[axis]:>32}  {'loss before':>11}  {'forgetting (nats)':>17}  {'coefficient':>11}  reached"
     ]
     for p in found:
         coefficient = "" if p.coefficient is None else f"{p.coefficient:g}"
+        place = f"{p.x:,.0f}" if axis == "model-size" else f"{p.x:.4g}"
         lines.append(
-            f"{p.label:<{width}}  {p.seed:>4}  {p.x:>32,.4g}  {p.before:>7.4f}  {p.forgetting:>+17.4f}  {coefficient:>11}  "
+            f"{p.label:<{width}}  {p.seed:>4}  {place:>32}  {p.before:>11.4f}  {p.forgetting:>+17.4f}  {coefficient:>11}  "
             f"{p.num_reached} of {p.num_runs}"
         )
     return [

@@ -64,10 +64,11 @@ class Resources:
 
 @dataclass(frozen=True)
 class Point:
-    """One run of a grid."""
+    """One run of a grid; `arm` is the name of its variant, "" in a recipe without arms."""
 
     config: TrainConfig
     resources: Resources
+    arm: str = ""
 
 
 @dataclass(frozen=True)
@@ -110,10 +111,10 @@ class Recipe:
             points = [{k: v for k, v in flatten(point).items() if k not in over} for point in _filled("list", self.points)]
             axes["list"] = points
         _check_once(axes)
-        variants: list[Mapping[str, Any]] = list(self.arms.values()) or [{}]
+        variants: Mapping[str, Mapping[str, Any]] = self.arms or {"": {}}
         return [
-            _point([flatten(layer) for layer in (self.config, arm, fixed, *cells)])
-            for arm in variants
+            _point([flatten(layer) for layer in (self.config, keys, fixed, *cells)], arm)
+            for arm, keys in variants.items()
             for cells in itertools.product(*axes.values())
         ]
 
@@ -206,14 +207,25 @@ def canonical(key: str) -> str:
 
 
 def varying(configs: Sequence[TrainConfig]) -> list[str]:
-    """The keys in which configurations differ, dotted below `base`; `p` where they do not."""
+    """The keys in which configurations differ, dotted below `base`."""
     rows = [_shown(config) for config in configs]
     names = list(dict.fromkeys(name for row in rows for name in row))
-    return [name for name in names if len({str(row.get(name)) for row in rows}) > 1] or ["p"]
+    return [name for name in names if len({str(row.get(name)) for row in rows}) > 1]
 
 
-def title(config: TrainConfig, names: Iterable[str]) -> str:
-    """A run by the keys in which it differs from the others."""
+def labels(points: Sequence[Point]) -> list[str]:
+    """What tells the points of a grid apart: the arm, and the keys in which the points of an arm differ; "" for a point alone."""
+    of_arms = [varying([point.config for point in points if point.arm == arm]) for arm in dict.fromkeys(p.arm for p in points)]
+    within = list(dict.fromkeys(name for names in of_arms for name in names))
+    return [", ".join(part for part in (point.arm, _keys_text(point.config, within)) if part) for point in points]
+
+
+def titles(points: Sequence[Point]) -> list[str]:
+    """What the runs of a grid are called: by their labels, and a run alone by its p."""
+    return [label or _keys_text(point.config, ["p"]) for point, label in zip(points, labels(points), strict=True)]
+
+
+def _keys_text(config: TrainConfig, names: Iterable[str]) -> str:
     row = _shown(config)
     return ", ".join(f"{name} = {row.get(name)}" for name in names)
 
@@ -258,7 +270,7 @@ def _check_once(axes: Mapping[str, list[dict[str, Any]]]) -> None:
             seen[key] = axis
 
 
-def _point(layers: Sequence[Mapping[str, Any]]) -> Point:
+def _point(layers: Sequence[Mapping[str, Any]], arm: str) -> Point:
     merged: dict[str, Any] = {}
     for layer in layers:
         merged |= layer
@@ -270,4 +282,4 @@ def _point(layers: Sequence[Mapping[str, Any]]) -> Point:
         else:
             nested[outer] = value
     resources = from_layers(Resources, nested.pop(_RESOURCES, {}), where=_RESOURCES)
-    return Point(from_layers(TrainConfig, nested, where="recipe"), resources)
+    return Point(from_layers(TrainConfig, nested, where="recipe"), resources, arm)

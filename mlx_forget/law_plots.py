@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from mlx_forget.laws.advise import Advice
-from mlx_forget.laws.fit import Fit
+from mlx_forget.laws.fitted import Fit
 from mlx_forget.laws.predictor import Predictor
 from mlx_forget.laws.profiles import Profile, profile_coordinates
 from mlx_forget.laws.uncertainty import Uncertainty

@@ -67,6 +67,19 @@ class LogProbs:
             parts.append(values.astype(np.int32) if part == "top" else values)
         return ReferenceRows(*parts)  # type: ignore[arg-type]
 
+    def in_words(self) -> str:
+        """What was measured of what is kept."""
+        found = self.measured
+        words = (
+            f"KL(model || what is kept) is {found['kl_of_kept_nats']:.2g} nats per token, over {found['num_tokens']:,.0f} tokens"
+        )
+        top = parse_kind(self.kind)
+        return (
+            words
+            if top is None
+            else f"{words}; {found['tail_probability']:.1%} of the probability lies outside the {top} likeliest"
+        )
+
     def _shard(self, number: int, part: str) -> npt.NDArray[Any]:
         if (number, part) not in self._open:
             self._open[number, part] = np.load(self.folder / _file(number, part), mmap_mode="r", allow_pickle=False)

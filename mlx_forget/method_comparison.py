@@ -26,6 +26,8 @@ from mlx_forget.records import Run
 
 CSV_COLUMNS = ("method", "seed", "step", "learning_rate", "target_train_loss", "target_val_loss", "pretrain_val_loss")
 TOLERANCE = 0.01
+# How runs write a share of nothing.
+_NOTHING = ("0", "0%", "0.0")
 # Toward zero, where nobody says: not worth a word.
 _DECAY = TrainConfig.weight_decay
 
@@ -40,6 +42,8 @@ _TEXTS = {
     "lwf": "learning without forgetting",
     "low-lr": "lower rate",
 }
+# What kinds of adapters are called.
+ADAPTERS = {"lora": "LoRA", "dora": "DoRA"}
 _SYMBOLS = {"lambda": "λ", "c": "c", "factor": "×"}
 
 
@@ -127,12 +131,17 @@ def load_trajectories(runs: Sequence[Run], seed: int | None = None) -> list[Traj
 
 def _method(config: dict[str, Any]) -> str:
     """What a run is compared as: its method, or its adapters where they are all that differs from plain finetuning."""
-    kind = config.get("fine_tune_type", "full")
-    return str(kind) if kind != "full" and config["method"] == "plain" else str(config["method"])
+    kind, name = config.get("fine_tune_type", "full"), _name_of(config)
+    return str(kind) if kind != "full" and name == "plain" else name
+
+
+def _name_of(config: dict[str, Any]) -> str:
+    """The method of a run; an injection of nothing is plain finetuning."""
+    return "plain" if config["method"] == "injection" and str(config["p"]) in _NOTHING else str(config["method"])
 
 
 def _adapters(config: dict[str, Any]) -> str:
-    kind = {"lora": "LoRA", "dora": "DoRA"}[config["fine_tune_type"]]
+    kind = ADAPTERS[config["fine_tune_type"]]
     scaling = {"alpha/r": "α/r", "alpha/sqrt(r)": "α/√r", "none": "unscaled"}[config["lora_scaling"]]
     alpha = "" if config["lora_scaling"] == "none" else f", α = {config['lora_alpha']:g}"
     modules = "" if config["lora_target_modules"] == ATTENTION else f", {config['lora_target_modules']}"
@@ -142,18 +151,18 @@ def _adapters(config: dict[str, Any]) -> str:
 
 def describe(config: dict[str, Any], *, with_strength: bool = True) -> str:
     """A run's method in words, with its coefficient and where its replay rows come from."""
-    name = config["method"]
+    name = _name_of(config)
     method = METHODS[name]
     coefficient = config.get("coefficient")
     parts = [_TEXTS[name]]
     if config.get("fine_tune_type", "full") != "full":
-        parts = [_adapters(config)] if name == "plain" else [f"{_adapters(config)}: {_TEXTS[name]}"]
         # Adapters are compared at rates of their own.
-        parts += [f"rate {config['learning_rate']:g}"] if config.get("learning_rate") else []
+        rate = f", rate {config['learning_rate']:g}" if config.get("learning_rate") else ""
+        parts = [f"{_adapters(config)}{rate}" + ("" if name == "plain" else f": {_TEXTS[name]}")]
     if method.reads_replay and name != "ewc":
         data = config["replay_data"]
         parts.append({REPLAY_SELF: "self-generated", REPLAY_PRETRAIN: "real data"}.get(data, str(data)))
-    if str(config["p"]) not in ("0", "0%"):
+    if str(config["p"]) not in _NOTHING:
         parts.append(f"p = {config['p']}")
     if method.strength is not None and with_strength:
         value = method.default if coefficient is None else coefficient

@@ -31,12 +31,14 @@ def draw_methods(trajectories: Sequence[Trajectory], *, title: str) -> "Figure":
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
     start = drawn[0].rows[0]
+    # Room for the word below the start, which is the lowest where nothing was unlearnt.
+    whole.margins(y=0.12)
     whole.plot(start["target_val_loss"], start["pretrain_val_loss"], "k*", markersize=12)
     whole.annotate(
         "start", (start["target_val_loss"], start["pretrain_val_loss"]), xytext=(-10, -13), textcoords="offset points", ha="right"
     )
     whole.set_ylabel("pretraining validation loss (nats per token)")
-    whole.set_title("finetuning, from right to left", fontsize=11)
+    whole.set_title("finetuning, from right to left", fontsize=10)
     _frame_ends(end, drawn)
     handles, labels = end.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
@@ -103,6 +105,8 @@ def draw_slices(found: "Sequence[SlicePoint]", axis: "Axis", level: float, *, ti
         right.plot(places, [point.forgetting for point in line], **style)
     for panel, name in ((left, "pretraining validation loss (nats per token)"), (right, "forgetting (nats per token)")):
         panel.set_xscale("log")
+        panel.set_xticks([x for x, _ in start], [f"{x / 1e6:.2g}M" if axis == "model-size" else f"{x:.3g}" for x, _ in start])
+        panel.minorticks_off()
         panel.set_xlabel(AXES[axis])
         panel.set_ylabel(name)
         panel.grid(alpha=0.25, linewidth=0.6, which="both")

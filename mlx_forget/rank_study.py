@@ -20,6 +20,7 @@ import numpy.typing as npt
 from mlx_forget.adapters import ALL_LINEAR
 from mlx_forget.errors import UserError
 from mlx_forget.history import read_history
+from mlx_forget.method_comparison import ADAPTERS
 from mlx_forget.records import Run
 
 # The first steps, while the rate warms up, are no part of the fits: 50 of 260 in the paper.
@@ -139,7 +140,7 @@ def load_points(runs: Sequence[Run], seed: int | None = None) -> list[Point]:
             points.append(
                 Point(
                     target=config["target"],
-                    arm=f"{config['fine_tune_type']} r={config['lora_rank']}, {place}" if adapted else "all weights",
+                    arm=f"{ADAPTERS[config['fine_tune_type']]} r = {config['lora_rank']}, {place}" if adapted else "all weights",
                     on_all=adapted and place == ALL_LINEAR,
                     rank=config["lora_rank"] if adapted else None,
                     seed=record["seed"],

@@ -28,14 +28,16 @@ def recipe(name: str) -> Path:
     given = Path(name).expanduser()
     if given.is_file():
         return given
-    folder = path("recipes")
-    known = {
-        str(file.relative_to(folder).with_suffix("")): file
-        for file in folder.rglob("*.yaml")
-        if folder / "corpora" not in file.parents
-    }
+    known = recipe_files()
     if name in known:
         return known[name]
     if given.suffix in (".yaml", ".yml"):
         raise UserError(f"There is no recipe file {name}.")
     raise unknown("recipe", name, known)
+
+
+def recipe_files() -> dict[str, Path]:
+    """The recipes of sweeps that come with the package, by name."""
+    folder = path("recipes")
+    files = [file for file in sorted(folder.rglob("*.yaml")) if folder / "corpora" not in file.parents]
+    return {str(file.relative_to(folder).with_suffix("")): file for file in files}

@@ -23,7 +23,7 @@ from typing import Any, Literal
 from mlx_forget.config import REPLAY_SELF, TrainConfig
 from mlx_forget.dispatch import look_back
 from mlx_forget.errors import UserError, unknown
-from mlx_forget.grid import Point, Recipe, Resources
+from mlx_forget.grid import Point, Recipe, Resources, labels
 from mlx_forget.methods import METHODS
 from mlx_forget.pipeline.opened import Opened
 from mlx_forget.pipeline.sides import Blend
@@ -181,8 +181,7 @@ def _labelled(recipe: Recipe, stages: tuple[Stage, ...], overrides: Mapping[str,
     for stage in stages:
         over = dataclasses.replace(recipe, arms={name: {**arm, **stage.keys} for name, arm in arms.items()})
         of_stages.append(over.runs(overrides))
-    labels = _labels([point.config for point in of_stages[0]], list(arms))
-    return [(label, [points[number] for points in of_stages]) for number, label in enumerate(labels)]
+    return [(label, [points[number] for points in of_stages]) for number, label in enumerate(labels(of_stages[0]))]
 
 
 def _read(recipe: Recipe) -> tuple[Stage, ...]:
@@ -202,15 +201,6 @@ def _read(recipe: Recipe) -> tuple[Stage, ...]:
     if len(stages) < 2:
         raise UserError("Stages follow one another: a recipe needs at least two.")
     return tuple(stages)
-
-
-def _labels(configs: list[TrainConfig], arms: list[str]) -> list[str]:
-    """What the chains are called: the arm, and what differs between the cells of the grid."""
-    cells = configs[: len(configs) // len(arms)]
-    names = [f.name for f in dataclasses.fields(TrainConfig)]
-    varying = [name for name in names if len({str(getattr(cell, name)) for cell in cells}) > 1]
-    texts = [", ".join(f"{name} = {getattr(cell, name)}" for name in varying) for cell in cells]
-    return [", ".join(part for part in (arm, text) if part) for arm in arms for text in texts]
 
 
 def _with_earlier(config: TrainConfig, before: list[Plan]) -> TrainConfig:

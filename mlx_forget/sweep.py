@@ -8,7 +8,7 @@ from typing import Any
 
 from mlx_forget.config import TrainConfig
 from mlx_forget.errors import UserError
-from mlx_forget.grid import Point, Recipe, Resources, title, varying
+from mlx_forget.grid import Point, Recipe, Resources, titles
 from mlx_forget.pipeline.opened import Opened
 from mlx_forget.plan import HERE, Plan, Target, plan_run
 from mlx_forget.stacking import Wanted, group_runs
@@ -151,5 +151,4 @@ def _check_tokenizers(jobs: list[Job]) -> None:
 def titled_runs(recipe: Recipe, overrides: Mapping[str, Any] | None) -> list[tuple[Point, str]]:
     """Every run of a recipe with its title."""
     points = recipe.runs(overrides)
-    names = varying([point.config for point in points])
-    return [(point, title(point.config, names)) for point in points]
+    return list(zip(points, titles(points), strict=True))

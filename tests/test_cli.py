@@ -12,6 +12,7 @@ import yaml
 
 from mlx_forget import trainer as trainer_module
 from mlx_forget.cli import COMMANDS, app, load_command
+from mlx_forget.errors import Interrupted
 from mlx_forget.history import read_history
 from mlx_forget.records import read_record
 
@@ -317,6 +318,89 @@ def test_doctor_names_every_backend(run_forget):
     facts = json.loads(out)
     assert {"mlx", "cuda"} <= set(facts["backends"])
     assert run_forget("doctor")[0] == 0
+
+
+def test_doctor_says_what_a_purpose_lacks_and_how_to_get_it(run_forget, monkeypatch):
+    from mlx_forget import needs
+
+    installed = {"ray": None, "tensorboard": "1.0", "wandb": "99.0"}
+    monkeypatch.setattr(needs, "_version", lambda name: installed.get(name))
+    code, out, err = run_forget("doctor", "ray", "tracking", "lora", "--json")
+    assert (code, err) == (1, "forget: Something is missing for ray, tracking.\n")
+    found = json.loads(out)["purposes"]
+    assert (found["ray"]["missing"], found["ray"]["install"]) == (["ray>=2.40"], "pip install -U 'mlx-forget[ray]'")
+    assert found["tracking"]["missing"] == ["tensorboard>=2.17 (here 1.0)"]
+    assert (found["lora"]["ready"], found["lora"]["install"]) == (True, None)
+    code, out, _ = run_forget("doctor", "tracking")
+    assert code == 1
+    assert "missing: tensorboard>=2.17 (here 1.0)" in out
+    assert run_forget("doctor", "lora")[0] == 0
+    code, _, err = run_forget("doctor", "tracing")
+    assert (code, "Did you mean 'tracking'" in err) == (2, True)
+
+
+def test_every_extra_of_a_purpose_is_one_of_the_package():
+    from mlx_forget.needs import NEEDS, _requirements
+
+    for need in NEEDS:
+        assert all(_requirements(extra) for extra in need.extras), need.name
+
+
+@pytest.mark.parametrize(
+    "typed, offered",
+    [
+        ("forget ad", {"advise"}),
+        ("forget runs ex", {"export"}),
+        ("forget train --method kl", {"kl-replay"}),
+        ("forget train --backend m", {"mlx"}),
+        ("forget train --fine-tune-type ", {"full", "lora", "dora"}),
+        ("forget fit table.csv --law forgetting-", {"forgetting-fixed-n"}),
+        ("forget sweep kalajdzievski/la", {"kalajdzievski/laptop"}),
+        ("forget doctor tr", {"tracking"}),
+        ("forget audit --backend c", {"cuda"}),
+    ],
+)
+def test_a_shell_completes_commands_options_and_names(typed, offered, run_forget, monkeypatch):
+    words = typed.split()
+    monkeypatch.setenv("_FORGET_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", typed)
+    monkeypatch.setenv("COMP_CWORD", str(len(words) - (not typed.endswith(" "))))
+    assert set(run_forget()[1].split()) == offered
+
+
+REPORTING = [(words, command) for words, command in ALL_COMMANDS if "--json" in [o for p in command.params for o in p.opts]]
+
+
+def test_every_command_that_does_something_reports_with_json():
+    silent = {words for words, command in ALL_COMMANDS if not getattr(command, "commands", {})} - {words for words, _ in REPORTING}
+    assert silent == set()
+
+
+@pytest.mark.parametrize("words, command", REPORTING, ids=[words.replace(" ", "-") for words, _ in REPORTING])
+def test_a_command_that_is_interrupted_answers_with_one_json_object(words, command, run_forget, monkeypatch):
+    """Whatever it was doing: here it had read its options."""
+
+    def stopped(self, ctx):
+        raise Interrupted("interrupted", signal=2)
+
+    monkeypatch.setattr(type(command), "invoke", stopped)
+    example = shlex.split(command.epilog.partition(": ")[2])[1:]
+    code, out, err = run_forget(*example, "--json")
+    assert code == 130
+    assert json.loads(out) == {"status": "interrupted", "signal": 2, "reason": "interrupted", "folder": None}
+    assert err == "forget: interrupted\n"
+
+
+def test_an_interrupted_preparation_names_its_store(run_forget, tmp_path, monkeypatch):
+    def stopped(*arguments, **options):
+        raise Interrupted("interrupted", signal=15)
+
+    (tmp_path / "notes.txt").write_text("a few words " * 200)
+    monkeypatch.setattr("mlx_forget.pipeline.catalog.new_tokenizer", stopped)
+    code, out, _ = run_forget(
+        "prepare", tmp_path / "notes.txt", "--tokenizer", "new", "--vocab-size", 300, "-o", tmp_path / "s", "--json"
+    )
+    assert (code, json.loads(out)["folder"]) == (143, str(tmp_path / "s"))
 
 
 def test_two_processes_do_not_train_in_one_folder(train, tmp_path):

@@ -4,7 +4,7 @@ import pytest
 
 from mlx_forget.config import SMOKE, TrainConfig
 from mlx_forget.errors import UserError
-from mlx_forget.grid import Recipe, Resources, read_recipe, title, varying
+from mlx_forget.grid import Recipe, Resources, read_recipe, titles
 from mlx_forget.resources import recipe as find_recipe
 
 
@@ -64,9 +64,16 @@ def test_resources_go_with_the_run_and_not_into_its_configuration(tmp_path):
 
 
 def test_runs_are_called_by_the_keys_in_which_they_differ(tmp_path):
-    configs = recipe(tmp_path, "config: {base: {iters: 3}}\ngrid: {p: [0, 1%], base.seed: [0, 1]}").configs({})
-    assert title(configs[-1], varying(configs)) == "p = 1%, base.seed = 1"
-    assert varying(configs[:1]) == ["p"]
+    points = recipe(tmp_path, "config: {base: {iters: 3}}\ngrid: {p: [0, 1%], base.seed: [0, 1]}").runs()
+    assert titles(points)[-1] == "p = 1%, base.seed = 1"
+    assert titles(points[:1]) == ["p = 0"]
+
+
+def test_runs_of_arms_are_called_by_the_arm_and_by_what_differs_within_it(tmp_path):
+    arms = "arms: {plain: {method: plain}, 'kept, stronger': {method: kl-replay, coefficient: 3}}"
+    assert titles(recipe(tmp_path, arms).runs()) == ["plain", "kept, stronger"]
+    both = recipe(tmp_path, f"{arms}\ngrid: {{seed: [0, 1]}}").runs()
+    assert titles(both) == ["plain, seed = 0", "plain, seed = 1", "kept, stronger, seed = 0", "kept, stronger, seed = 1"]
 
 
 def test_the_smoke_scale_lays_its_axes_over(tmp_path):

@@ -201,6 +201,7 @@ def test_what_is_kept_is_what_the_model_says_and_is_computed_once(start, tmp_pat
         np.testing.assert_array_equal(getattr(kept.read(index), part), getattr(expected, part))
     assert kept.measured["num_tokens"] == 60 * 16
     assert 0 <= kept.measured["kl_of_kept_nats"] < 1e-5
+    assert "nats per token, over 960 tokens" in kept.in_words()
     if kind == "top-5":
         assert kept.measured["tail_probability"] == pytest.approx(1 - 5 / 288, abs=0.01), "an untrained model"
     size = sum(path.stat().st_size - 128 for path in kept.folder.glob("*.npy"))

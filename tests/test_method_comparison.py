@@ -270,3 +270,11 @@ def test_a_recipe_becomes_a_table_and_a_figure(run_forget, tmp_path, monkeypatch
     assert tuple(table_rows[0]) == CSV_COLUMNS
     assert len(table_rows) == 2 * 4
     assert run_forget("plot", "sweep", "--kind", "figure2")[0] == 2
+
+
+def test_an_injection_of_nothing_is_plain_finetuning(tmp_path):
+    write_run(tmp_path / "a", PLAIN, method="injection", p="0")
+    write_run(tmp_path / "b", KEPT, method="injection", p="1%")
+    rows = {row.label: row for row in table(load_trajectories(list(find_runs(tmp_path))))}
+    assert set(rows) == {"plain finetuning", "injection, p = 1%"}
+    assert rows["injection, p = 1%"].removed > 0.5

@@ -112,11 +112,13 @@ def test_a_run_killed_twice_ends_as_if_it_had_not_been(backend, straight, tmp_pa
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_leaves_a_checkpoint_and_says_so(backend, straight, tmp_path, number, code):
     folder = tmp_path / "run"
-    process = start(folder, backend)
+    process = start(folder, backend, "--json")
     wait_for_step(process, folder, 10)
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == code, err
+    answer = json.loads(out)
+    assert (answer["status"], answer["signal"], answer["folder"]) == ("interrupted", number, str(folder))
     assert "the same command goes on from there" in err
     assert "Traceback" not in err
     assert os.path.exists(folder / "checkpoints" / "last" / "state.json")

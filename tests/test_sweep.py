@@ -55,14 +55,18 @@ def test_a_second_sweep_trains_nothing(done):
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_an_interrupted_sweep_ends_with_the_numbers_of_an_uninterrupted_one(done, tmp_path, number, code):
-    process = subprocess.Popen(sweep(tmp_path / "s"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(sweep(tmp_path / "s", "--json"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for _ in range(600):
         if list((tmp_path / "s").glob("*/checkpoints/last")):
             break
         time.sleep(0.05)
     process.send_signal(number)
-    _, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == code, err
+    if number == signal.SIGINT:
+        answer = json.loads(out)
+        assert (answer["status"], answer["folder"]) == ("interrupted", str(tmp_path / "s"))
+        assert "interrupted" in {run["state"] for run in answer["runs"]}
     assert len(losses(tmp_path / "s")) < 2, "the sweep ended before it could be interrupted"
     result = subprocess.run(sweep(tmp_path / "s"), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

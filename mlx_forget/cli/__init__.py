@@ -13,6 +13,7 @@ from typing import Any
 import typer
 import typer.core
 
+from mlx_forget.cli.answers import begin, emit_interrupted
 from mlx_forget.cli.signals import interruptible
 from mlx_forget.errors import Interrupted, LeaderFailed, RunFailed, UserError, exit_code
 
@@ -97,6 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line: one clear line for an error, a traceback only with --debug."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
+    begin(arguments)
     with interruptible():
         code = _run([argument for argument in arguments if argument != "--debug"], debug=debug)
     sys.exit(code)
@@ -114,6 +116,7 @@ def _run(arguments: list[str], *, debug: bool) -> int:
         _say(str(error))
         return exit_code(error)
     except Interrupted as error:
+        _answer_interrupted(error)
         _say(str(error))
         return exit_code(error)
     except LeaderFailed as error:
@@ -131,6 +134,14 @@ def _run(arguments: list[str], *, debug: bool) -> int:
             raise
         _say(f"{error.filename}: {error.strerror}.")
         return 2
+
+
+def _answer_interrupted(error: Interrupted) -> None:
+    """What --json says of a command that a signal stopped; of several processes of one run, rank 0 answers."""
+    from mlx_forget.distributed import launched_rank
+
+    if not launched_rank():
+        emit_interrupted(error)
 
 
 def _say(sentence: str) -> None:

@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlx_forget.cli.answers import Json, emit, pairs, say
-from mlx_forget.cli.fit import DEFAULT_LAW, bootstrap_options, fit_options, report_left_out
+from mlx_forget.cli import completion
+from mlx_forget.cli.answers import Json, emit, pairs, say, tell
+from mlx_forget.cli.fit import bootstrap_options, fit_options, report_left_out
 from mlx_forget.cli.predict import COLUMN_OPTIONS, question
 from mlx_forget.errors import UserError
 
 if TYPE_CHECKING:
     from mlx_forget.laws.predictor import Predictor
 
-# The law of someone with one model, fitted where the source is a table.
-ONE_MODEL_LAW = "forgetting-fixed-n"
 PROBE_RUNS = 6
 # How far, relatively, a question may be from the only D that was run.
 SAME_D = 0.05
@@ -36,7 +35,12 @@ def advise_command(
     confidence: Annotated[float | None, typer.Option(help="That the budget holds.")] = None,
     finetuning: Annotated[Path | None, typer.Option(help="fit.json of the finetuning law: adds the Pareto front.")] = None,
     group: Annotated[str | None, typer.Option(help="The group, where the fit has several.")] = None,
-    law: Annotated[str | None, typer.Option(help="The law, where the source is a table.")] = None,
+    law: Annotated[
+        str | None,
+        typer.Option(
+            help="The law, where the source is a table. \\[default: the one that its runs allow]", autocompletion=completion.laws
+        ),
+    ] = None,
     mapping: Annotated[list[str] | None, typer.Option("--map", help="LAW_COLUMN=TABLE_COLUMN.")] = None,
     allow_extrapolation: Annotated[bool | None, typer.Option("--allow-extrapolation", help="Answer far outside the data.")] = None,
     next_runs: Annotated[
@@ -75,6 +79,8 @@ def advise_command(
     if not (passes > 0 and math.isfinite(passes)):
         raise UserError(f"--epochs must be a positive number, and it is {passes:g}.")
     known = {"N": n, "D": d, "p": None if p is None else parse_share(p)}
+    if known["p"] is not None and "p" not in predictor.law.columns:
+        raise UserError(f"{predictor.law.name} does not know p, as runs of one share cannot: leave --p out.")
     open_columns = [name for name in ("N", "D", "p") if name in predictor.law.columns and known[name] is None]
     if len(open_columns) > 1 and "p" in open_columns:
         middle = [name for name in open_columns if name != "p"]
@@ -107,9 +113,9 @@ def advise_command(
     }
     for note in notes:
         say(note)
-    say(answer.words)
+    tell(answer.words)
     if found:
-        say(
+        tell(
             f"expected {answer.expected:.3g} nats, at most {answer.upper:.3g} ({100 * options.confidence:g}%); without replay "
             f"{answer.without_replay:.3g}; {answer.cost.injected_tokens:.3g} injected tokens"
             + (f", {answer.cost.train_flops:.3g} FLOPs" if math.isfinite(answer.cost.train_flops) else "")
@@ -119,13 +125,13 @@ def advise_command(
     if next_runs is not None:
         plan = plan_next(predictor, answer.columns, next_runs)
         content["next_runs"] = [dict(run) for run in plan.runs]
-        say("the runs that sharpen the prediction there most per FLOP, and how well the loss is known after each:")
+        tell("the runs that sharpen the prediction there most per FLOP, and how well the loss is known after each:")
         for line in describe_plan(plan):
-            say(f"  {line}")
+            tell(f"  {line}")
     if plot is not None:
         from mlx_forget.law_plots import plot_advice
 
-        say(f"wrote {plot_advice(predictor, answer, max_forgetting, options.confidence, plot)}")
+        say(f"Wrote {plot_advice(predictor, answer, max_forgetting, options.confidence, plot)}")
     if as_json:
         emit(content)
 
@@ -142,8 +148,8 @@ def write_probe(path: Path, tokens: float | None, num_runs: int | None, as_json:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(run) + "\n" for run in runs), encoding="utf-8")
     for run in runs:
-        say(f"forget train --target-tokens {run['D']:.0f} --p {run['p']:g} ...")
-    say(f"wrote {path}: finetune your model once per line, then `forget advise RUNS --max-forgetting BUDGET --d {tokens:g}`")
+        tell(f"forget train --target-tokens {run['D']:.0f} --p {run['p']:g} ...")
+    say(f"Wrote {path}: finetune your model once per line, then `forget advise RUNS --max-forgetting BUDGET --d {tokens:g}`")
     if as_json:
         emit({"probe": str(path), "runs": runs})
 
@@ -152,6 +158,7 @@ def load_source(
     source: Path, law: str | None, mapping: list[str] | None, group: str | None, allow_units: bool | None, tokens: float | None
 ) -> "tuple[Predictor, list[str]]":
     """The predictor of a fit.json, or of a fit made on the spot to a table or a folder of runs."""
+    from mlx_forget.laws.choice import Choice, choose_law
     from mlx_forget.laws.files import read_fit
     from mlx_forget.laws.fit import fit_law
     from mlx_forget.laws.forms import get_law
@@ -174,22 +181,25 @@ def load_source(
         raise UserError(
             f"{source} holds runs of several domains, each with a law of its own: name one with --group ({', '.join(domains)})."
         )
-    sizes = set(table.columns["N"].tolist()) if "N" in table.columns else set()
-    chosen = get_law(law or (ONE_MODEL_LAW if len(sizes) < 2 else DEFAULT_LAW))
-    notes = [f"fitting {chosen.name} to {table.num_rows} runs of {source}"]
-    constraints = Constraints()
-    if chosen.name == ONE_MODEL_LAW:
-        if len(sizes) > 1:
-            raise UserError(f"{chosen.name} is the law of one model, and {source} holds {len(sizes)} sizes: leave --law out.")
-        if "D" in table.columns and len(set(table.columns["D"].tolist())) == 1:
-            only = float(table.columns["D"][0])
-            if tokens is None or not abs(tokens / only - 1) <= SAME_D:
-                raise UserError(
-                    f"All runs have D = {only:.3g}, so nothing says what other D do: ask with --d {only:g}, or run one more."
-                )
-            constraints = Constraints({"beta": 0.0})
+    try:
+        choice = choose_law(table, response="pretraining")
+    except UserError as error:
+        raise UserError(f"No law can be chosen for {source}: {error}.") from None
+    if law is not None and law != choice.law.name:
+        named = get_law(law)
+        sizes = len(set(table.columns["N"].tolist())) if "N" in table.columns else 0
+        if sizes > 1 and "N" not in named.columns and named.response == "pretraining":
+            raise UserError(f"{named.name} is the law of one model, and {source} holds {sizes} sizes: leave --law out.")
+        choice = Choice(named, Constraints(), "")
+    notes = [f"fitting {choice.law.name} to {table.num_rows} runs of {source}", *([choice.why] if choice.why else [])]
+    if "beta" in choice.constraints.fixed and "D" in table.columns:
+        only = float(table.columns["D"][0])
+        if tokens is None or not abs(tokens / only - 1) <= SAME_D:
+            raise UserError(
+                f"All runs have D = {only:.3g}, so nothing says what other D do: ask with --d {only:g}, or run one more."
+            )
     made = assess(
-        fit_law(table, chosen, constraints=constraints, options=fit_options(None, None, allow_units, None)),
+        fit_law(table, choice.law, constraints=choice.constraints, options=fit_options(None, None, allow_units, None)),
         bootstrap_options(None, None, None, None, None),
     )
     notes.extend(made.warnings)
@@ -222,9 +232,9 @@ def front(
         shares=shares[shares <= forgetting.data_range["p"][1]],
         epochs=epochs,
     )
-    say("target loss against forgetting, the runs that nothing beats:")
+    tell("target loss against forgetting, the runs that nothing beats:")
     for choice in choices:
-        say(
+        tell(
             f"  D={choice.columns['D']:.3g} p={100 * choice.columns['p']:g}%: target "
             f"{choice.target_loss:.4g}, "
             f"forgetting {choice.forgetting:.3g}, {choice.cost.train_flops:.2g} FLOPs"

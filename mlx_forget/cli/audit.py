@@ -42,6 +42,7 @@ def audit(
     from mlx_forget.audit.table import print_table
     from mlx_forget.audit.texts import parse_texts
     from mlx_forget.audit.verdict import failure
+    from mlx_forget.cli.answers import emit_text, works_in
     from mlx_forget.config import from_layers
     from mlx_forget.errors import RunFailed
     from mlx_forget.progress import Preparation
@@ -55,11 +56,12 @@ def audit(
     progress = Preparation(console)
     plan = plan_audit(base, tuned, parse_texts(data or []), config, say=say, progress=progress)
     folder = output or Path("audits") / plan.tuned.name
+    works_in(folder)
     make_folder(folder)
     found = execute_audit(plan, say=say, progress=progress)
     write_audit(found, folder)
     if as_json:
-        print(to_json(found))
+        emit_text(to_json(found))
     else:
         print_table(found)
     say(f"Wrote {folder / 'audit.html'} and audit.json")

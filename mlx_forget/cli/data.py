@@ -1,10 +1,11 @@
 """`forget data`: look into a store, merge its parts, list recipes."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from mlx_forget.cli.answers import emit, works_in
 
 if TYPE_CHECKING:
     from mlx_forget.pipeline.store import TokenStore
@@ -65,7 +66,7 @@ def verify(store: Store, as_json: AsJson = False) -> None:
 
     opened = open_store(store, verify=True)
     if as_json:
-        print(json.dumps({"store": str(store), "whole": True, "fingerprint": opened.fingerprint}))
+        emit({"store": str(store), "whole": True, "fingerprint": opened.fingerprint})
     else:
         print(f"{store} is whole: {opened.fingerprint}")
 
@@ -93,7 +94,7 @@ def stats(
         _check_same_tokenizer(opened, other)
         overlaps.append((f"validation of {against} in train", store_overlap(other.split("validation"), opened.split("train"))))
     if as_json:
-        print(json.dumps({"store": str(store), "splits": splits, "overlap": dict(overlaps)}))
+        emit({"store": str(store), "splits": splits, "overlap": dict(overlaps)})
         return
     for name, row in splits.items():
         print(
@@ -122,6 +123,7 @@ def merge(
     """
     from mlx_forget.pipeline.store import merge_stores, open_store
 
+    works_in(output)
     print_facts(merge_stores([open_store(part) for part in parts], output), as_json=as_json)
 
 
@@ -137,7 +139,7 @@ def recipes(as_json: AsJson = False) -> None:
 
     found = [load(name) for name in names()]
     if as_json:
-        print(json.dumps({"recipes": [asdict(recipe) for recipe in found]}))
+        emit({"recipes": [asdict(recipe) for recipe in found]})
         return
     for recipe in found:
         size = f", {recipe.num_bytes / 1e9:.2f} GB" if recipe.num_bytes else ""
@@ -173,7 +175,7 @@ def print_facts(store: "TokenStore", *, as_json: bool) -> None:
         "skipped": dict(store.skipped),
     }
     if as_json:
-        print(json.dumps(facts))
+        emit(facts)
         return
     print(
         f"source       {store.source}\nfingerprint  {store.fingerprint}\ntokenizer    {store.tokenizer_hash} ({store.vocab_size:,} pieces)"
@@ -204,14 +206,8 @@ def _print_documents(folder: Path, split: str, num: int | None, *, as_json: bool
     tokenizer = load_vocabulary(tokenizer_in(folder))
     texts = [marked_text(tokenizer, chosen.document(int(index))) for index in order]
     if as_json:
-        print(
-            json.dumps(
-                {
-                    "split": split,
-                    "documents": [{"index": int(i), "text": text} for i, text in zip(order, texts, strict=True)],
-                }
-            )
-        )
+        documents = [{"index": int(i), "text": text} for i, text in zip(order, texts, strict=True)]
+        emit({"store": str(folder), "split": split, "documents": documents})
         return
     for index, text in zip(order, texts, strict=True):
         print(f"--- document {index:,} of {chosen.num_documents:,} ({split})\n{text}")

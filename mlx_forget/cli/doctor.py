@@ -1,28 +1,45 @@
 """`forget doctor`."""
 
-import json
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from mlx_forget.cli import completion
+from mlx_forget.cli.answers import emit
+
+if TYPE_CHECKING:
+    from mlx_forget.needs import Found
 
 app = typer.Typer()
 
 
 @app.command()
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
+def doctor(
+    purposes: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="What you want: mlx, cuda, hf-mlx, hf-cuda, hub, lora, eval, ray, slurm, tracking. Exit code 1 where something is "
+            "missing for it. \\[default: all, to look at]",
+            autocompletion=completion.purposes,
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
     """What this machine can run, and what is missing.
 
-    Example: forget doctor
+    Example: forget doctor cuda ray
     """
     import os
     import platform
     import shutil
 
     from mlx_forget import trainer
-    from mlx_forget.errors import UserError
+    from mlx_forget.errors import RunFailed, UserError
+    from mlx_forget.needs import look
     from mlx_forget.pipeline.corpora import forget_home
     from mlx_forget.records import installed_versions
 
+    found = look(purposes or ())
     backends: dict[str, Any] = {}
     for name in trainer.backend_names():
         try:
@@ -51,19 +68,49 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
         "backends": backends,
         "auto": {"backend": chosen, "reason": reason},
         "compiler": compiler,
+        "purposes": {
+            one.need.name: {
+                "purpose": one.need.purpose,
+                "ready": one.is_ready,
+                "missing": list(one.missing),
+                "install": one.install or None,
+                "notes": list(one.notes),
+            }
+            for one in found
+        },
         "cache": {"folder": str(home), "writable": writable, "free_gb": free_gb},
     }
     if as_json:
-        print(json.dumps(facts))
-        return
+        emit(facts)
+    else:
+        if not purposes:
+            _print_machine(facts)
+        _print_purposes(found)
+    lacking = [one.need.name for one in found if not one.is_ready]
+    if purposes and lacking:
+        raise RunFailed(f"Something is missing for {', '.join(lacking)}.")
+
+
+def _print_machine(facts: dict[str, Any]) -> None:
+    cache, chosen = facts["cache"], facts["auto"]
     print(f"Python {facts['python']} on {facts['system']}, {facts['cores']} cores")
-    print("packages   " + ", ".join(f"{name} {number}" for name, number in installed_versions().items()))
-    for name, row in backends.items():
+    print("packages   " + ", ".join(f"{name} {number}" for name, number in facts["versions"].items()))
+    for name, row in facts["backends"].items():
         if row["usable"]:
             where = "on an accelerator" if row["accelerator"] else "on the CPU"
             print(f"{name:<10} usable {where}; auto precision {'bf16' if row['fast_bf16'] else 'fp32'}")
         else:
             print(f"{name:<10} not usable: {row['missing']}")
-    print(f"auto       {chosen or 'nothing'}: {reason}")
-    print(f"compiler   {compiler or 'none: torch.compile is off'}")
-    print(f"cache      {home} ({free_gb} GB free{'' if writable else ', NOT writable'})")
+    print(f"auto       {chosen['backend'] or 'nothing'}: {chosen['reason']}")
+    print(f"compiler   {facts['compiler'] or 'none: torch.compile is off'}")
+    print(f"cache      {cache['folder']} ({cache['free_gb']} GB free{'' if cache['writable'] else ', NOT writable'})")
+    print()
+
+
+def _print_purposes(found: "list[Found]") -> None:
+    """What each purpose lacks, and the way to it."""
+    width = max(len(one.need.name) for one in found)
+    for one in found:
+        print(f"{one.need.name:<{width}}  {'ready  ' if one.is_ready else 'MISSING'}  {one.need.purpose}")
+        for line in (*(f"missing: {what}" for what in one.missing), *([one.install] if one.install else []), *one.notes):
+            print(f"{'':<{width}}           {line}")

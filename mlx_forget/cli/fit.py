@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlx_forget.cli.answers import Json, clean, emit, numbers, pairs, say
+from mlx_forget.cli import completion
+from mlx_forget.cli.answers import Json, clean, emit, numbers, pairs, say, tell
 from mlx_forget.errors import UserError, unknown
 
 if TYPE_CHECKING:
@@ -25,7 +26,9 @@ app = typer.Typer()
 @app.command("fit")
 def fit_command(
     table: Annotated[Path, typer.Argument(help="CSV, Parquet, Arrow or JSONL, or a folder of runs.")],
-    law: Annotated[str | None, typer.Option(help=f"A law of `forget laws`. \\[default: {DEFAULT_LAW}]")] = None,
+    law: Annotated[
+        str | None, typer.Option(help=f"A law of `forget laws`. \\[default: {DEFAULT_LAW}]", autocompletion=completion.laws)
+    ] = None,
     by: Annotated[str | None, typer.Option(help="Fit every value of this column.")] = None,
     shared: Annotated[list[str] | None, typer.Option(help="A parameter that all groups share (joint fit).")] = None,
     fix: Annotated[list[str] | None, typer.Option(help="Hold a parameter: NAME=VALUE.")] = None,
@@ -44,8 +47,13 @@ def fit_command(
     link: Annotated[str | None, typer.Option(help="log or linear.")] = None,
     delta: Annotated[float | None, typer.Option(help="Huber delta; inf for least squares.")] = None,
     bootstrap: Annotated[int | None, typer.Option(help="Resamples of the independent observations.")] = None,
-    cluster: Annotated[str | None, typer.Option(help="What one observation is: auto, row, run, repeat or base.")] = None,
-    intervals: Annotated[str | None, typer.Option(help="auto, cluster, profile, residual or bayesian.")] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(help="What one observation is: auto, row, run, repeat or base.", autocompletion=completion.cluster_levels),
+    ] = None,
+    intervals: Annotated[
+        str | None, typer.Option(help="auto, cluster, profile, residual or bayesian.", autocompletion=completion.interval_methods)
+    ] = None,
     level: Annotated[float | None, typer.Option(help="Coverage of the intervals.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the resampling.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write figures into this folder.")] = None,
@@ -117,11 +125,11 @@ def fit_command(
         say(f"note: {hint}")
     for group, uncertainty in fits.items():
         for line in describe_fit(uncertainty, group):
-            say(line)
+            tell(line)
         if group in beside:
-            say(describe_outliers(beside[group], dropped=drop is not None))
+            tell(describe_outliers(beside[group], dropped=drop is not None))
     if extrapolation is not None:
-        say(
+        tell(
             f"held out {extrapolation['num_test']} rows (trained on {train_on}): mean error "
             f"{100 * extrapolation['mre']:.3g}%, largest {100 * extrapolation['max']:.3g}%"
         )
@@ -133,12 +141,12 @@ def fit_command(
     content = clean(content)
     if output is not None:
         content["draws"] = write_fit(output, content, fits).with_suffix(".draws.npz").name
-        say(f"wrote {output}")
+        say(f"Wrote {output}")
     if plot is not None:
         from mlx_forget.law_plots import plot_fits
 
         for path in plot_fits(fits, plot):
-            say(f"wrote {path}")
+            say(f"Wrote {path}")
     if as_json:
         emit(content)
 
@@ -291,7 +299,7 @@ def hold_outs(
                     "covered": held.covered,
                 }
             )
-            say(
+            tell(
                 f"{group}: " * bool(group) + f"without {held.name}: mean error {100 * held.mre:.3g}% over {held.test.num_rows} rows"
                 f", {100 * held.covered:.0f}% inside 95% intervals" * bool(resampling.num_resamples)
             )
@@ -305,7 +313,7 @@ def selections(parts: "Mapping[str, Table]", law: "Law", condition: str | None, 
     made = {}
     for group, part in parts.items():
         verdict = select(part, law, condition=condition, options=options)
-        say(f"{group}: " * bool(group) + verdict.verdict)
+        tell(f"{group}: " * bool(group) + verdict.verdict)
         made[group] = {
             "chosen": verdict.chosen,
             "verdict": verdict.verdict,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from mlx_forget.cli.answers import Json, emit, say
+from mlx_forget.cli.answers import Json, emit, say, works_in
 
 app = typer.Typer()
 
@@ -30,6 +30,7 @@ def fuse_command(
     from mlx_forget.fuse import fuse
 
     found = find_checkpoint(run.expanduser(), trust_remote_code=trust_remote_code)
+    works_in(output)
     made = fuse(found, output.expanduser(), base=None if base is None else base.expanduser())
     if as_json:
         emit({"folder": str(made.folder), "step": made.state["step"], "fused_from": made.state["fused_from"]})

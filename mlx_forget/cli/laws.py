@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlx_forget.cli.answers import Json, emit, say
+from mlx_forget.cli import completion
+from mlx_forget.cli.answers import Json, emit, tell
 
 if TYPE_CHECKING:
     from mlx_forget.laws.forms import Law
@@ -14,7 +15,7 @@ app = typer.Typer()
 
 @app.command("laws")
 def laws_command(
-    name: Annotated[str | None, typer.Argument(help="One law, in full.")] = None,
+    name: Annotated[str | None, typer.Argument(help="One law, in full.", autocompletion=completion.laws)] = None,
     as_json: Json = None,
 ) -> None:
     """The laws that can be fitted: formula, columns, parameters, source.
@@ -28,16 +29,16 @@ def laws_command(
         emit({"laws": [law_json(law) for law in chosen]})
         return
     for law in chosen:
-        say(f"{law.name:26} {law.formula}")
+        tell(f"{law.name:26} {law.formula}")
         if name is not None:
-            say(f"  source      {law.source}")
-            say(f"  columns     {', '.join(law.columns)}, loss")
-            say(f"  linear in   {', '.join(law.linear) or '-'}")
+            tell(f"  source      {law.source}")
+            tell(f"  columns     {', '.join(law.columns)}, loss")
+            tell(f"  linear in   {', '.join(law.linear) or '-'}")
             for parameter in law.parameters:
                 unit = f" [{parameter.unit}]" if parameter.unit else ""
-                say(f"  {parameter.name:10}  {parameter.meaning}{unit}; {parameter.low:g} to {parameter.high:g}")
+                tell(f"  {parameter.name:10}  {parameter.meaning}{unit}; {parameter.low:g} to {parameter.high:g}")
             if law.alternatives:
-                say(f"  rivals      {', '.join(alternative.name for alternative in law.alternatives)}")
+                tell(f"  rivals      {', '.join(alternative.name for alternative in law.alternatives)}")
 
 
 def law_json(law: "Law") -> dict[str, Any]:

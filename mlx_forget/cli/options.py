@@ -9,6 +9,8 @@ from typing import Any
 
 import typer
 
+from mlx_forget.cli.completion import OF_KEYS
+
 
 def options_of(kind: type) -> list[inspect.Parameter]:
     """One keyword parameter for each field of the dataclass that the command line offers."""
@@ -22,7 +24,8 @@ def options_of(kind: type) -> list[inspect.Parameter]:
         if plain is bool:
             names[0] += f"/--no-{f.name.replace('_', '-')}"
         default = "" if f.default is None or plain is bool else f" \\[default: {f.default}]"
-        option = typer.Option(None, *names, help=f.metadata["help"] + default, show_default=False)
+        offer = OF_KEYS.get(f.name) or _offer(plain)
+        option = typer.Option(None, *names, help=f.metadata["help"] + default, show_default=False, autocompletion=offer)
         annotation = bool | None if plain is bool else str | None
         parameters.append(inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=annotation))
     return parameters
@@ -45,6 +48,14 @@ def with_options(kind: type) -> Callable[[Callable[..., Any]], Callable[..., Any
 def given(values: dict[str, Any]) -> dict[str, Any]:
     """The options that were given."""
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _offer(plain: Any) -> Callable[[], list[str]] | None:
+    """What a shell offers for a type: the values of a literal."""
+    if typing.get_origin(plain) is not typing.Literal:
+        return None
+    values = [str(value) for value in typing.get_args(plain)]
+    return lambda: values
 
 
 def _plain_type(hint: Any) -> Any:

@@ -1,12 +1,16 @@
 """`forget plot`."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mlx_forget.cli import completion
+from mlx_forget.cli.answers import emit, say, works_in
+
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from mlx_forget.capacity_slices import Axis
     from mlx_forget.figure1 import Row
     from mlx_forget.method_comparison import Trajectory
@@ -28,7 +32,8 @@ def plot(
         str | None,
         typer.Option(
             help="figure1 (runs that differ in p), methods, learning-rate, model-size, pretrain-length, stages, or ranks (runs compared "
-            "with their start model). \\[default: what the runs differ in]"
+            "with their start model). \\[default: what the runs differ in]",
+            autocompletion=completion.figures,
         ),
     ] = None,
     max_forgetting: Annotated[
@@ -45,12 +50,10 @@ def plot(
 
     Example: forget plot runs/figure1 --output figures
     """
-    from rich.console import Console
-
     from mlx_forget.errors import UserError, unknown
     from mlx_forget.figure1 import as_json as table_json
     from mlx_forget.figure1 import load_curves, table, write_csv
-    from mlx_forget.plots import draw_figure1, save_figure
+    from mlx_forget.plots import draw_figure1
     from mlx_forget.records import find_runs
 
     if not sweep.is_dir():
@@ -59,7 +62,8 @@ def plot(
     chosen = kind or ("stages" if (sweep / "stages.json").is_file() else _kind_of(runs))
     if chosen not in KINDS:
         raise unknown("kind of figure", chosen, KINDS)
-    folder, stem = output or Path("figures"), name or sweep.name
+    folder, stem = output or Path("figures"), name or sweep.resolve().name
+    works_in(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -73,7 +77,7 @@ def plot(
             _plot_slices(runs, folder / stem, seed, chosen, as_json=as_json)
         else:
             (_plot_ranks if chosen == "ranks" else _plot_rates)(runs, folder / stem, seed, as_json=as_json)
-        Console(stderr=True).print(f"Wrote {folder / stem}.png, .pdf, .csv", highlight=False, soft_wrap=True)
+        say(f"Wrote {folder / stem}.png, .pdf, .csv")
         return
     curves = load_curves(runs, seed)
     rows = table(curves)
@@ -81,37 +85,27 @@ def plot(
     config = record["config"]
     title = f"{record['num_params'] / 1e6:.2g}M parameters, {config['pretrain']} to {config['target']}, seed {record['seed']}"
     figure = draw_figure1(curves, title=title)
-    for suffix in (".png", ".pdf"):
-        save_figure(figure, folder / f"{stem}{suffix}")
+    _save(figure, folder / stem)
     write_csv(curves, folder / f"{stem}.csv")
     if as_json:
-        print(
-            json.dumps(
-                {
-                    "rows": table_json(rows),
-                    "files": [str(folder / f"{stem}{s}") for s in (".png", ".pdf", ".csv")],
-                }
-            )
-        )
+        emit({"rows": table_json(rows), "files": _files(folder / stem)})
     else:
         _print_table(rows)
-    Console(stderr=True).print(f"Wrote {folder / stem}.png, .pdf, .csv", highlight=False, soft_wrap=True)
+    say(f"Wrote {folder / stem}.png, .pdf, .csv")
 
 
 def _plot_methods(runs: "list[Run]", stem: Path, seed: int | None, max_forgetting: float | None, *, as_json: bool) -> None:
     from mlx_forget.method_comparison import as_json as table_json
     from mlx_forget.method_comparison import load_trajectories, table, table_lines, write_csv
     from mlx_forget.method_plots import draw_methods
-    from mlx_forget.plots import save_figure
 
     trajectories = load_trajectories(runs, seed)
     rows = table(trajectories, max_forgetting=max_forgetting)
     figure = draw_methods(trajectories, title=f"{_setting(trajectories)}, seed {trajectories[0].seed}")
-    for suffix in (".png", ".pdf"):
-        save_figure(figure, stem.with_name(stem.name + suffix))
+    _save(figure, stem)
     write_csv(trajectories, stem.with_name(f"{stem.name}.csv"))
     if as_json:
-        print(json.dumps({"rows": table_json(rows), "files": _files(stem)}))
+        emit({"rows": table_json(rows), "files": _files(stem)})
     else:
         print("\n".join(table_lines(rows)))
 
@@ -119,17 +113,15 @@ def _plot_methods(runs: "list[Run]", stem: Path, seed: int | None, max_forgettin
 def _plot_rates(runs: "list[Run]", stem: Path, seed: int | None, *, as_json: bool) -> None:
     from mlx_forget.method_comparison import load_trajectories, write_csv
     from mlx_forget.method_plots import draw_rates
-    from mlx_forget.plots import save_figure
     from mlx_forget.rate_tradeoff import common_target_loss, point_lines, points, points_as_json
 
     trajectories = load_trajectories(runs, seed)
     level, found = common_target_loss(trajectories), points(trajectories)
     figure = draw_rates(found, level, title=_setting(trajectories))
-    for suffix in (".png", ".pdf"):
-        save_figure(figure, stem.with_name(stem.name + suffix))
+    _save(figure, stem)
     write_csv(trajectories, stem.with_name(f"{stem.name}.csv"))
     if as_json:
-        print(json.dumps({**points_as_json(found, level), "files": _files(stem)}))
+        emit({**points_as_json(found, level), "files": _files(stem)})
     else:
         print("\n".join(point_lines(found, level)))
 
@@ -138,7 +130,6 @@ def _plot_slices(runs: "list[Run]", stem: Path, seed: int | None, kind: str, *, 
     from mlx_forget.capacity_slices import slice_lines, slice_points, slices_as_json, target_loss
     from mlx_forget.method_comparison import load_trajectories, write_csv
     from mlx_forget.method_plots import draw_slices
-    from mlx_forget.plots import save_figure
 
     axis: Axis = "model-size" if kind == "model-size" else "pretrain-length"
     trajectories = load_trajectories(runs, seed)
@@ -146,18 +137,16 @@ def _plot_slices(runs: "list[Run]", stem: Path, seed: int | None, kind: str, *, 
     found = slice_points(trajectories, axis, level)
     config = trajectories[0].record["config"]
     figure = draw_slices(found, axis, level, title=f"{config['pretrain']} to {config['target']}")
-    for suffix in (".png", ".pdf"):
-        save_figure(figure, stem.with_name(stem.name + suffix))
+    _save(figure, stem)
     write_csv(trajectories, stem.with_name(f"{stem.name}.csv"))
     if as_json:
-        print(json.dumps({**slices_as_json(found, axis, level), "files": _files(stem)}))
+        emit({**slices_as_json(found, axis, level), "files": _files(stem)})
     else:
         print("\n".join(slice_lines(found, axis, level)))
 
 
 def _plot_ranks(runs: "list[Run]", stem: Path, seed: int | None, *, as_json: bool) -> None:
     from mlx_forget import rank_study
-    from mlx_forget.plots import save_figure
     from mlx_forget.rank_plots import draw_study
 
     points = rank_study.load_points(runs, seed)
@@ -166,12 +155,9 @@ def _plot_ranks(runs: "list[Run]", stem: Path, seed: int | None, *, as_json: boo
     record = next(run.record for run in runs if run.record["run_id"] == points[0].run)
     title = f"{record['num_params'] / 1e6:.2g}M parameters, pretrained on {record['config']['pretrain']}"
     figure = draw_study(points, lines, joint, title=title)
-    for suffix in (".png", ".pdf"):
-        save_figure(figure, stem.with_name(stem.name + suffix))
+    _save(figure, stem)
     rank_study.write_csv(points, stem.with_name(f"{stem.name}.csv"))
     if as_json:
-        from mlx_forget.cli.answers import emit
-
         emit({**rank_study.as_json(lines, beside, joint), "files": _files(stem)})
     else:
         print("\n".join(rank_study.study_lines(lines, beside, joint)))
@@ -180,18 +166,18 @@ def _plot_ranks(runs: "list[Run]", stem: Path, seed: int | None, *, as_json: boo
 def _plot_stages(sweep: Path, stem: Path, *, as_json: bool) -> None:
     from mlx_forget.errors import UserError
     from mlx_forget.loss_matrix import FILE, read_matrices, summary, table_lines, write_csv
-    from mlx_forget.plots import save_figure
     from mlx_forget.stage_plots import draw_stages
 
     matrices = read_matrices(sweep / FILE)
     if not matrices:
         raise UserError(f"{sweep} holds no finished stages ({FILE}): run a recipe with stages into it.")
-    figure = draw_stages(matrices, title=f"stages of {sweep.name}: {', '.join(matrices[0].columns[matrices[0].first_stage :])}")
-    for suffix in (".png", ".pdf"):
-        save_figure(figure, stem.with_name(stem.name + suffix))
+    figure = draw_stages(
+        matrices, title=f"{sweep.resolve().name}: {', then '.join(matrices[0].columns[matrices[0].first_stage :])}"
+    )
+    _save(figure, stem)
     write_csv(matrices, stem.with_name(f"{stem.name}.csv"))
     if as_json:
-        print(json.dumps({"chains": [summary(matrix) for matrix in matrices], "files": _files(stem)}))
+        emit({"chains": [summary(matrix) for matrix in matrices], "files": _files(stem)})
     else:
         print("\n".join(table_lines(matrices)))
 
@@ -214,6 +200,13 @@ def _kind_of(runs: "list[Run]") -> str:
 def _setting(trajectories: "list[Trajectory]") -> str:
     record = trajectories[0].record
     return f"{record['num_params'] / 1e6:.2g}M parameters, {record['config']['pretrain']} to {record['config']['target']}"
+
+
+def _save(figure: "Figure", stem: Path) -> None:
+    from mlx_forget.plots import save_figure
+
+    for suffix in (".png", ".pdf"):
+        save_figure(figure, stem.with_name(stem.name + suffix))
 
 
 def _files(stem: Path) -> list[str]:

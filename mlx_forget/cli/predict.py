@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mlx_forget.cli.answers import Json, emit, say
+from mlx_forget.cli.answers import Json, emit, tell
 from mlx_forget.errors import UserError
 
 if TYPE_CHECKING:
@@ -104,8 +104,8 @@ def predict_command(
             }
         )
     ends = f" [{low:.5g}, {high:.5g}]" if has_interval else " (no interval: the fit has no draws)"
-    say(f"{'forgetting' if is_forgetting else 'loss'} {value:.5g} nats per token{ends}")
+    tell(f"{'forgetting' if is_forgetting else 'loss'} {value:.5g} nats per token{ends}")
     if distance:
-        say(f"outside the data: {distance}")
+        tell(f"outside the data: {distance}")
     for name, words in predictor.unidentified.items():
-        say(f"{name} is not determined: {words}")
+        tell(f"{name} is not determined: {words}")

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mlx_forget.cli import completion
+
 if TYPE_CHECKING:
     from mlx_forget.pipeline.catalog import NamedDocuments
     from mlx_forget.pipeline.tokenise import Progress
@@ -19,7 +21,7 @@ _SOURCES = (
 
 @app.command()
 def prepare(
-    sources: Annotated[list[str], typer.Argument(help=_SOURCES)],
+    sources: Annotated[list[str], typer.Argument(help=_SOURCES, autocompletion=completion.sources)],
     output: Annotated[Path, typer.Option("-o", "--output", help="The store to make; must not exist.")],
     tokenizer: Annotated[
         str | None,
@@ -64,6 +66,7 @@ def prepare(
 
     from rich.console import Console
 
+    from mlx_forget.cli.answers import works_in
     from mlx_forget.cli.data import print_facts
     from mlx_forget.errors import UserError, unknown
     from mlx_forget.pipeline.catalog import documents_of, held_out_of, write_store
@@ -75,6 +78,7 @@ def prepare(
     progress = Preparation(console)
     if output.exists():
         raise UserError(f"{output} exists already: choose another place or remove it.")
+    works_in(output)
     if on_error not in (None, "stop", "skip"):
         raise unknown("--on-error", on_error, ["stop", "skip"])
     for name, value in (("--min-chars", min_chars), ("--max-chars", max_chars)):

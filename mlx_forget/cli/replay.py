@@ -5,6 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from mlx_forget.cli import completion
+
 app = typer.Typer()
 
 
@@ -18,9 +20,14 @@ def replay(
     temperature: Annotated[float | None, typer.Option(help="1 is the model's own distribution. \\[default: 1]")] = None,
     prompt: Annotated[str | None, typer.Option(help="Text that every row starts with. \\[default: none, BOS alone]")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows sampled at once; the rows are the same. \\[default: 64]")] = None,
-    backend: Annotated[str | None, typer.Option(help="mlx, cuda (PyTorch, also on a CPU) or auto. \\[default: auto]")] = None,
+    backend: Annotated[
+        str | None,
+        typer.Option(help="mlx, cuda (PyTorch, also on a CPU) or auto. \\[default: auto]", autocompletion=completion.backends),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="Insist on a device such as cuda:1 or cpu.")] = None,
-    precision: Annotated[str | None, typer.Option(help="fp32 or bf16. \\[default: fp32]")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="fp32 or bf16. \\[default: fp32]", autocompletion=completion.precisions)
+    ] = None,
     num_threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
     log_probs: Annotated[
         str | None,
@@ -44,6 +51,7 @@ def replay(
     from rich.console import Console
 
     from mlx_forget.checkpoint import find_checkpoint
+    from mlx_forget.cli.answers import works_in
     from mlx_forget.cli.data import print_facts
     from mlx_forget.cli.signals import graceful_stop
     from mlx_forget.errors import UserError, unknown
@@ -66,6 +74,7 @@ def replay(
     def say(sentence: str) -> None:
         console.print(sentence, highlight=False, soft_wrap=True)
 
+    works_in(output)
     if log_probs is not None:
         parse_kind(log_probs)
     # What is left of an interrupted call beside a whole store is removed by the next one.
@@ -109,7 +118,7 @@ def replay(
         if log_probs is not None:
             # As `--replay-data` reads a sample, or a store in packed rows.
             kept = keep_log_probs(RowSubset.of_tokens(store.split("train"), row, None), trainer, start, log_probs, **how)
-            say(f"Kept in {kept.folder}: {', '.join(f'{value:.3g} {name}' for name, value in kept.measured.items())}")
+            say(f"Kept in {kept.folder}: {kept.in_words()}")
     print_facts(store, as_json=as_json)
     if as_json or is_there:
         return

@@ -1,12 +1,12 @@
 """`forget report`: what a sweep found, as one page."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mlx_forget.cli.answers import clean, say
+from mlx_forget.cli import completion
+from mlx_forget.cli.answers import emit, say, works_in
 
 app = typer.Typer()
 
@@ -23,7 +23,7 @@ def report(
     ] = None,
     confidence: Annotated[float | None, typer.Option(help="That a budget holds. \\[default: 0.9]")] = None,
     where: Annotated[str | None, typer.Option(help="Only these runs, as in forget runs list.")] = None,
-    status: Annotated[str | None, typer.Option(help="finished, stopped or diverged.")] = None,
+    status: Annotated[str | None, typer.Option(help="finished, stopped or diverged.", autocompletion=completion.statuses)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what the page says as one JSON object.")] = False,
 ) -> None:
     """What a sweep found, as one HTML page: runs, U-curves, forgetting, laws with hold-outs, and which p keeps within a budget.
@@ -37,11 +37,12 @@ def report(
     from mlx_forget.report.page import render
 
     page = output or Path("report.html")
+    works_in(page.parent)
     make_folder(page.parent)
     made = make_report(sweep, where=where, status=status, budgets=max_forgetting or [], confidence=confidence)
     aside = page.with_name(f".{page.name}.part")
     aside.write_text(render(made), encoding="utf-8")
     os.replace(aside, page)
-    say(f"wrote {page}: {len(made.runs.rows):,} runs")
+    say(f"Wrote {page}: {len(made.runs.rows):,} runs")
     if as_json:
-        print(json.dumps(clean({"file": str(page), **made.as_json()}), allow_nan=False))
+        emit({"file": str(page), **made.as_json()})

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import typer.core
 
-from mlx_forget.cli.answers import say
+from mlx_forget.cli import completion
+from mlx_forget.cli.answers import clean, emit, emit_text, say
 
 if TYPE_CHECKING:
     from mlx_forget.runs.index import RunIndex
@@ -21,6 +22,9 @@ class ListByDefault(typer.core.TyperGroup):
     """`forget runs [FOLDER]` is `forget runs list [FOLDER]`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if ctx.resilient_parsing and not args:
+            # A shell asks what could come next.
+            return super().parse_args(ctx, args)
         if not args or (args[0] not in self.commands and args[0] not in ctx.help_option_names):
             args = ["list", *args]
         return super().parse_args(ctx, args)
@@ -32,7 +36,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Folder = Annotated[Path | None, typer.Argument(help="Where to look, at any depth. \\[default: runs]")]
 Within = Annotated[Path | None, typer.Option("--in", help="Where to look for a run id. \\[default: runs]")]
 Where = Annotated[str | None, typer.Option(help="Keep these runs, as in forget fit: 'N <= 3.4e8 and method == \"injection\"'.")]
-Status = Annotated[str | None, typer.Option(help="finished, stopped or diverged.")]
+Status = Annotated[str | None, typer.Option(help="finished, stopped or diverged.", autocompletion=completion.statuses)]
 Sort = Annotated[str | None, typer.Option(help="A column, such as forgetting_nats; -forgetting_nats puts the largest first.")]
 
 
@@ -68,10 +72,10 @@ def show(
     from mlx_forget.runs.selection import find_run
 
     record = finished(find_run(run, folder=within))
-    print(
-        json.dumps(record) if as_json else yaml.safe_dump(record, sort_keys=False, allow_unicode=True),
-        end="\n" if as_json else "",
-    )
+    if as_json:
+        emit(record)
+    else:
+        print(yaml.safe_dump(record, sort_keys=False, allow_unicode=True), end="")
 
 
 @app.command()
@@ -101,8 +105,11 @@ def compare(
             raise unknown("figure format", plot.suffix or plot.name, (".png", ".pdf", ".svg"))
         plot.parent.mkdir(parents=True, exist_ok=True)
         save_figure(draw_histories(made.runs), plot)
-        say(f"wrote {plot}")
-    print(json.dumps(content) if as_json else "\n".join(lines(made)))
+        say(f"Wrote {plot}")
+    if as_json:
+        emit(content)
+    else:
+        print("\n".join(lines(made)))
 
 
 @app.command()
@@ -137,9 +144,9 @@ def export(
     }
     columns = write(rows, path, provenance=provenance)
     say_others(index)
-    say(f"wrote {path}: {len(rows):,} runs, {len(columns)} columns")
+    say(f"Wrote {path}: {len(rows):,} runs, {len(columns)} columns")
     if as_json:
-        print(json.dumps({"file": str(path), "num_runs": len(rows), "columns": columns, **others(index)}))
+        emit({"file": str(path), "num_runs": len(rows), "columns": columns, **others(index)})
 
 
 @app.command()
@@ -183,15 +190,13 @@ def prune(
         remove(list(found.checkpoints))
     say(f"{'Removed' if removed else 'Would remove' if found.checkpoints else 'Nothing to remove:'} {total}.")
     if as_json:
-        print(
-            json.dumps(
-                {
-                    "checkpoints": [{"folder": str(path), "bytes": size} for path, size in found.checkpoints.items()],
-                    "bytes": found.num_bytes,
-                    "kept": {str(path): reason for path, reason in found.kept.items()},
-                    "removed": removed,
-                }
-            )
+        emit(
+            {
+                "checkpoints": [{"folder": str(path), "bytes": size} for path, size in found.checkpoints.items()],
+                "bytes": found.num_bytes,
+                "kept": {str(path): reason for path, reason in found.kept.items()},
+                "removed": removed,
+            }
         )
 
 
@@ -216,7 +221,7 @@ def verify(
     problems = verify_runs(index, hashes=hashes)
     begun = {name: describe_begun(index.root / name) for name in index.begun}
     if as_json:
-        print(json.dumps({"num_runs": index.num_records, "problems": problems, "begun": begun}))
+        emit({"num_runs": index.num_records, "problems": problems, "begun": begun})
     else:
         for name, phrases in problems.items():
             for phrase in phrases:
@@ -272,8 +277,10 @@ def print_json(index: "RunIndex", rows: "list[Row]") -> None:
     for row in rows:
         folder = index.folder_of(row)
         text = (folder / RECORD).read_text(encoding="utf-8").replace("\n", "").strip()
+        if "NaN" in text or "Infinity" in text:
+            text = json.dumps(clean(json.loads(text)))
         whole.append(f'{{"folder": {json.dumps(str(folder))}, {text.removeprefix("{").lstrip()}')
-    print(f'{{"runs": [{", ".join(whole)}], {json.dumps(others(index)).removeprefix("{")}')
+    emit_text(f'{{"runs": [{", ".join(whole)}], {json.dumps(others(index)).removeprefix("{")}')
 
 
 def others(index: "RunIndex") -> dict[str, Any]:

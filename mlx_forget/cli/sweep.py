@@ -1,14 +1,16 @@
 """`forget sweep`."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mlx_forget.cli import completion
+from mlx_forget.cli.answers import emit, works_in
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from rich.console import Console
 
@@ -27,7 +29,9 @@ _FAILURES_SHOWN = 20
 
 @app.command()
 def sweep(
-    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of one that comes with mlx-forget.")],
+    recipe: Annotated[
+        str, typer.Argument(help="A recipe file, or the name of one that comes with mlx-forget.", autocompletion=completion.recipes)
+    ],
     output: Annotated[Path | None, typer.Option(help="Sweep folder; several sweeps may share one. \\[default: runs/NAME]")] = None,
     settings: Annotated[
         list[str] | None,
@@ -37,7 +41,11 @@ def sweep(
         ),
     ] = None,
     engine: Annotated[
-        str | None, typer.Option(help="processes, in-process, ray or slurm: where runs are trained. \\[default: processes]")
+        str | None,
+        typer.Option(
+            help="processes, in-process, ray or slurm: where runs are trained. \\[default: processes]",
+            autocompletion=completion.engines,
+        ),
     ] = None,
     workers: Annotated[
         int | None,
@@ -64,7 +72,11 @@ def sweep(
         str | None, typer.Option(help="Train this many runs of one shape as one; off, or auto: where it pays. \\[default: auto]")
     ] = None,
     log_to: Annotated[
-        str | None, typer.Option(help="Write the losses of every run for tensorboard or wandb (offline) too, into its folder.")
+        str | None,
+        typer.Option(
+            help="Write the losses of every run for tensorboard or wandb (offline) too, into its folder.",
+            autocompletion=completion.sinks,
+        ),
     ] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Train what failed before once more.")] = False,
     dry_run: Annotated[
@@ -72,7 +84,10 @@ def sweep(
     ] = False,
     on: Annotated[
         str | None,
-        typer.Option(help="With --dry-run: the device to assume for the hours, such as h100. \\[default: as finished runs were]"),
+        typer.Option(
+            help="With --dry-run: the device to assume for the hours, such as h100. \\[default: as finished runs were]",
+            autocompletion=completion.devices,
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as one JSON object.")] = False,
 ) -> None:
@@ -106,6 +121,7 @@ def sweep(
     name = engine or "processes"
     read = read_recipe(find_recipe(recipe))
     folder = output or Path("runs") / read.name
+    works_in(folder)
     watch = Watch(say=say, progress=Preparation(console))
     overrides = _parse(settings or []) | ({} if log_to is None else {"log_to": log_to})
     wanted = _wanted(stack)
@@ -186,6 +202,7 @@ def train_runs(
         return RunProgress(console, title, folder)
 
     watch = dataclasses.replace(watch, observer=observer)
+    works_in(planned.folder, lambda: {"runs": job_rows([*planned.bases, *planned.jobs])})
     engine = open_engine(name, demand, watch)
     if engine.speaks or not console.is_terminal:
         return execute_sweep(planned, engine, retry_failed=retry_failed, on_change=view.lines, watch=watch)
@@ -193,6 +210,20 @@ def train_runs(
         return execute_sweep(
             planned, engine, retry_failed=retry_failed, on_change=lambda jobs: live.update(view.table(jobs)), watch=watch
         )
+
+
+def job_rows(jobs: "Iterable[Job]") -> list[dict[str, Any]]:
+    """Where the runs of a sweep stand, for --json."""
+    return [
+        {
+            "run_id": job.plan.run_id,
+            "title": job.title,
+            "state": job.state,
+            "reason": job.reason,
+            "folder": str(job.plan.folder),
+        }
+        for job in jobs
+    ]
 
 
 def report(folder: Path, done: "list[Job]", say: "Callable[[str], None]", *, as_json: bool, **more: Any) -> None:
@@ -204,17 +235,7 @@ def report(folder: Path, done: "list[Job]", say: "Callable[[str], None]", *, as_
     from mlx_forget.errors import RunFailed
 
     if as_json:
-        rows = [
-            {
-                "run_id": job.plan.run_id,
-                "title": job.title,
-                "state": job.state,
-                "reason": job.reason,
-                "folder": str(job.plan.folder),
-            }
-            for job in done
-        ]
-        print(json.dumps({"folder": str(folder), "runs": rows, **more}))
+        emit({"folder": str(folder), "runs": job_rows(done), **more})
     failed = [job for job in done if job.state == "failed"]
     blocked = sum(job.state == "blocked" for job in done)
     say(f"{sum(job.state == 'done' for job in done)} of {len(done)} runs done: {folder}")

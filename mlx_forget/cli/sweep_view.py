@@ -1,6 +1,5 @@
 """What a person sees of a sweep: a live table on a terminal, lines elsewhere, and the plan before anything is spent."""
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from rich.console import Console, Group
 from rich.table import Table
 
+from mlx_forget.cli.answers import emit
 from mlx_forget.dispatch import states
 from mlx_forget.progress import duration
 from mlx_forget.sweep import Job
@@ -108,7 +108,7 @@ def print_plan(
         "disk_bytes": disk_bytes,
     }
     if as_json:
-        print(json.dumps({"folder": folder, "runs": list(rows), "stacks": stacks, "notes": notes, "totals": totals}))
+        emit({"folder": folder, "runs": list(rows), "stacks": stacks, "notes": notes, "totals": totals})
         return
     width = max(24, *(len(row["title"]) for row in rows))
     for row in rows:
@@ -120,10 +120,10 @@ def print_plan(
             f"{row['num_tokens']:>13,} tokens {row['train_flops']:.2e} FLOPs {hours_text(row['hours']):>9} "
             f"{size_text(row['kept_disk_bytes']):>8}{state}"
         )
+    times = f"{hours_text(hours)} of training, {hours_text(totals['wall_hours'])} with {workers} at a time"
     print(
         f"{len(rows)} runs, {totals['num_tokens']:,} tokens, {totals['train_flops']:.2e} FLOPs, "
-        f"{hours_text(hours)} of training, {hours_text(totals['wall_hours'])} with {workers} at a time, "
-        f"{size_text(disk_bytes)} of disk"
+        f"{'hours unknown until a run is done (or --on DEVICE)' if hours is None else times}, {size_text(disk_bytes)} of disk"
     )
     for run_ids in stacks:
         print(f"trained as one: {', '.join(run_ids)}")

@@ -1,12 +1,12 @@
 """`forget train`."""
 
-import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mlx_forget.cli import completion
+from mlx_forget.cli.answers import emit, works_in
 from mlx_forget.cli.options import given, with_options
 from mlx_forget.config import TrainConfig, from_layers, read_yaml, scale_defaults
 
@@ -34,7 +34,10 @@ def train(
     ] = None,
     on: Annotated[
         str | None,
-        typer.Option(help="With --dry-run: the device to assume for the hours, such as h100. \\[default: this machine's]"),
+        typer.Option(
+            help="With --dry-run: the device to assume for the hours, such as h100. \\[default: this machine's]",
+            autocompletion=completion.devices,
+        ),
     ] = None,
     devices: Annotated[int | None, typer.Option(min=1, help="With --dry-run: how many of them. \\[default: 1]")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record (or the dry run) as one JSON object.")] = False,
@@ -54,11 +57,12 @@ def train(
 
     from mlx_forget.cli.signals import graceful_stop
     from mlx_forget.costs import device_named
-    from mlx_forget.errors import UserError
+    from mlx_forget.errors import RunFailed, UserError
     from mlx_forget.measure import measured_rate
     from mlx_forget.plan import Target, plan_run
     from mlx_forget.progress import SUPERVISOR, Preparation, RunProgress, supervisor
     from mlx_forget.progress import console as make_console
+    from mlx_forget.records import read_record
     from mlx_forget.run import execute
     from mlx_forget.watch import Watch
 
@@ -90,6 +94,8 @@ def train(
             assert output is not None
             _train_stack([output, *stack_with], watch)
             return
+        if output is not None:
+            works_in(output)
         target = Target(device=device, num_devices=devices)
         plan = plan_run(resolved, folder=output, watch=watch, target=target)
         if dry_run:
@@ -97,17 +103,22 @@ def train(
             if plan.group.rank == 0:
                 _print_plan(_with_cost(plan, rate, device), as_json=as_json)
             return
+        works_in(plan.folder, lambda: {"run_id": plan.run_id})
         try:
             # The runs of a sweep that was killed may still be writing their last checkpoint.
             record = execute(plan, resume=resume, watch=watch, wait=supervised)
+        except RunFailed:
+            diverged = read_record(plan.folder)
+            if as_json and diverged is not None and plan.group.rank == 0:
+                emit(diverged)
+            raise
         finally:
             for progress in watched:
                 progress.close()
     if plan.group.rank:
         return
     if as_json:
-        json.dump(record, sys.stdout)
-        sys.stdout.write("\n")
+        emit(record)
     else:
         _print_record(record)
     say(f"Record: {plan.folder / 'record.json'}")
@@ -150,7 +161,7 @@ def _with_cost(plan: "Plan", rate: "Rate | None", device: "Device | None") -> di
 
 def _print_plan(summary: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(summary))
+        emit(summary)
         return
     from mlx_forget.costs import in_words
 

@@ -14,7 +14,7 @@ from scipy.special import ndtri, stdtrit
 
 from mlx_forget.errors import UserError
 from mlx_forget.laws.clusters import Clusters, cluster_rows
-from mlx_forget.laws.fit import Fit
+from mlx_forget.laws.fitted import Fit
 from mlx_forget.laws.forms import Array
 from mlx_forget.laws.objective import LawProblem, TangentProblem
 from mlx_forget.laws.solver import CONVERGED, Solution, minimise

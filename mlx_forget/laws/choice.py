@@ -20,6 +20,9 @@ class Choice:
 def choose_law(table: Table, *, response: str) -> Choice:
     """The law of forgetting (response "pretraining") or of the finetuning loss ("target") that these runs allow.
 
+    Args:
+        table: a column that it lacks counts as one that does not vary.
+
     Raises:
         UserError: nothing varies that the law would describe.
     """
@@ -46,7 +49,7 @@ def choose_law(table: Table, *, response: str) -> Choice:
 
 
 def _num_values(table: Table, name: str) -> int:
-    return len(set(table.columns[name].tolist()))
+    return len(set(table.columns[name].tolist())) if name in table.columns else 0
 
 
 def _why(sizes: int, tokens: int, shares: int) -> str:

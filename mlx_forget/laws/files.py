@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mlx_forget.errors import UserError
-from mlx_forget.laws.fit import Fit
+from mlx_forget.laws.fitted import Fit
 from mlx_forget.laws.forms import Law, get_law
 from mlx_forget.laws.predictor import Predictor
 from mlx_forget.laws.profiles import Interval

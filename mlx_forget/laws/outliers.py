@@ -6,7 +6,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_forget.errors import UserError
-from mlx_forget.laws.fit import DEFAULTS, Fit, FitOptions, fit_law
+from mlx_forget.laws.fit import DEFAULTS, FitOptions, fit_law
+from mlx_forget.laws.fitted import Fit
 
 # In standard deviations of the noise, which is read from the median and so does not grow with the outliers.
 FAR = 5.0

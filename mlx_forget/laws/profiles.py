@@ -8,7 +8,7 @@ import numpy.typing as npt
 from scipy.special import fdtri
 
 from mlx_forget.laws.bootstrap import law_problem, part_of
-from mlx_forget.laws.fit import Fit, predict_at
+from mlx_forget.laws.fitted import Fit, predict_at
 from mlx_forget.laws.forms import Array
 from mlx_forget.laws.objective import LawProblem
 from mlx_forget.laws.solver import CONVERGED, minimise

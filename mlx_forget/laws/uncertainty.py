@@ -17,7 +17,7 @@ from scipy.special import stdtrit
 from mlx_forget.errors import UserError
 from mlx_forget.laws.bootstrap import FEW_CLUSTERS, Draws, Quantity, bootstrap, draws_interval
 from mlx_forget.laws.clusters import AUTO, Clusters, cluster_rows
-from mlx_forget.laws.fit import Fit, predict_at
+from mlx_forget.laws.fitted import Fit, predict_at
 from mlx_forget.laws.forms import Array
 from mlx_forget.laws.profiles import Interval, Profile, profile_coordinates, profile_prediction
 

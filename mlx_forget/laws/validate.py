@@ -8,7 +8,8 @@ import numpy.typing as npt
 from scipy.special import fdtrc
 
 from mlx_forget.errors import UserError
-from mlx_forget.laws.fit import DEFAULTS, Fit, FitOptions, fit_law, num_free
+from mlx_forget.laws.fit import DEFAULTS, FitOptions, fit_law, num_free
+from mlx_forget.laws.fitted import Fit
 from mlx_forget.laws.forms import Alternative, Array, Law, get_law
 from mlx_forget.laws.model import FREE, Constraints
 from mlx_forget.laws.noise import estimate_noise

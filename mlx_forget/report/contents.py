@@ -58,8 +58,11 @@ class Report:
         return self.runs.finetunes
 
     def distinct(self, column: str) -> list[Any]:
-        """The values of a column over all runs, in order of appearance."""
-        return [value for value in dict.fromkeys(row.get(column) for row in self.runs.rows) if value is not None]
+        """The values of a column over all runs, in order of appearance; of fingerprints, those of each source."""
+        found = [value for value in dict.fromkeys(row.get(column) for row in self.runs.rows) if value is not None]
+        if column != "fingerprints":
+            return found
+        return list(dict.fromkeys(source for value in found for source in str(value).split(", ")))
 
     def as_json(self) -> dict[str, Any]:
         """The report as plain values."""

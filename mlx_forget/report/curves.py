@@ -74,6 +74,10 @@ def _panel(key: tuple[str, float, float, object], rows: list[Row], root: Path) -
     axes = list(recipe_of(rows).axes)
     # A method is told with its coefficient and its data.
     by = tuple(key for key in axes if "method" not in axes or key not in ("replay_data", "coefficient"))
+    without_start = tuple(key for key in by if key != "init")
+    if len({name_of(row, without_start) for row in rows}) == len(rows):
+        # Runs of a stage start from runs of the stage before.
+        by = without_start
     order = list(METHODS)
     ordered = sorted(
         rows,
@@ -81,6 +85,8 @@ def _panel(key: tuple[str, float, float, object], rows: list[Row], root: Path) -
             order.index(row["method"]) if row["method"] in order else len(order),
             row.get("replay_data") not in (None, REPLAY_SELF),
             row.get("coefficient") or 0.0,
+            row.get("fine_tune_type") or "full",
+            row.get("lora_rank") or 0,
             row["p"] or 0.0,
             -(row["learning_rate"] or 0.0),
             str(row["run"]),
@@ -106,8 +112,11 @@ def _panel(key: tuple[str, float, float, object], rows: list[Row], root: Path) -
 def name_of(row: Row, by: Sequence[str]) -> str:
     """A run by the keys in which it differs from the others."""
     parts = []
-    if "method" in by:
-        config = {key: row.get(key) for key in ("method", "coefficient", "replay_data")} | {"p": row["p_asked"]}
+    told = {key for key in by if key.startswith("lora_") or key in ("method", "fine_tune_type")}
+    if told:
+        config = {key: row.get(key) for key in ("method", "coefficient", "replay_data", "fine_tune_type")}
+        config |= {key: value for key, value in row.items() if key.startswith("lora_")}
+        config |= {"p": row["p_asked"] if told & {"method"} or "p" in by else "0"}
         parts.append(
             describe(
                 {
@@ -117,11 +126,13 @@ def name_of(row: Row, by: Sequence[str]) -> str:
             )
         )
     for key in by:
-        if key == "p" and "method" not in by:
+        if key in told:
+            continue
+        if key == "p" and not told:
             parts.append(f"p = {share_text(row)}")
         elif key == "learning_rate":
             parts.append(f"rate {row['learning_rate']:.3g}")
-        elif key not in ("method", "p", "seed"):
+        elif key not in ("p", "seed"):
             parts.append(f"{key} = {row.get(key)}")
     return ", ".join(parts) or f"p = {share_text(row)}"
 

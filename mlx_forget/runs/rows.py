@@ -121,7 +121,7 @@ def fitted_row(row: Mapping[str, Any], *, response: str, adapters: bool = True) 
     if row["base"] == "scratch" and response != "loss":
         return "pretrained from scratch, where nothing could be forgotten"
     if not adapters and (kind := row.get("fine_tune_type") or "full") != "full":
-        return f"trained with {kind}, which this law does not describe,"
+        return f"trained with {kind}, which this law does not describe"
     made = dict(row)
     if response == "forgetting":
         if row.get("forgetting_ce") is None:

@@ -24,7 +24,8 @@ from scipy.optimize import least_squares, minimize
 
 from mlx_forget.law_plots import plot_parameters, plot_predicted
 from mlx_forget.laws.bootstrap import bootstrap
-from mlx_forget.laws.fit import Fit, FitOptions, fit_groups, fit_law
+from mlx_forget.laws.fit import FitOptions, fit_groups, fit_law
+from mlx_forget.laws.fitted import Fit
 from mlx_forget.laws.forms import get_law
 from mlx_forget.laws.objective import Objective
 from mlx_forget.laws.table import Table

@@ -5,6 +5,7 @@ import pytest
 
 from mlx_forget.errors import UserError
 from mlx_forget.laws.advise import AdviceOptions, pareto, run_cost, solve
+from mlx_forget.laws.choice import choose_law
 from mlx_forget.laws.design import next_runs, probe_runs
 from mlx_forget.laws.fit import fit_law
 from mlx_forget.laws.forms import get_law
@@ -235,3 +236,14 @@ def test_the_probe_determines_the_law_of_one_model():
 def test_a_probe_that_makes_no_sense_is_refused(tokens, count):
     with pytest.raises(UserError):
         probe_runs(tokens, count)
+
+
+def test_the_law_is_chosen_by_what_varies_and_a_column_that_is_not_there_does_not():
+    columns = {"D": [1e6, 3e6, 1e7, 1e6], "p": [0.0, 0.0, 0.01, 0.05], "L0": [3.0] * 4}
+    table = Table.of(**{name: np.array(values) for name, values in columns.items()}, loss=np.array([3.1, 3.2, 3.2, 3.05]))
+    choice = choose_law(table, response="pretraining")
+    assert (choice.law.name, dict(choice.constraints.fixed)) == ("forgetting-fixed-n", {})
+    alone = choose_law(table.select(table.columns["D"] == 1e6), response="pretraining")
+    assert (alone.law.name, dict(alone.constraints.fixed)) == ("forgetting-fixed-n", {"beta": 0.0})
+    bare = choose_law(table.select(table.columns["p"] == 0), response="pretraining")
+    assert bare.law.name == "forgetting-fixed-n/no-p"

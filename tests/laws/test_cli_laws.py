@@ -307,7 +307,7 @@ def test_a_probe_becomes_advice_for_one_model(forget, tmp_path):
 def test_laws_lists_every_law_with_its_formula(forget):
     content = forget("laws", "--json").json
     assert {"chinchilla", "d-cpt", "overfitting-gap"} <= {law["name"] for law in content["laws"]}
-    one = forget("laws", "bethune-forgetting").stderr
+    one = forget("laws", "bethune-forgetting").stdout
     assert "(1 + B p) N" in one
     assert "rivals" in one
 
@@ -420,7 +420,7 @@ def test_damaged_draws_are_refused_and_missing_ones_announced(forget, runs, one,
     (tmp_path / "fit.draws.npz").write_bytes(b"PK junk")
     assert "fit.draws.npz is damaged" in forget(*ask).stderr
     (tmp_path / "fit.draws.npz").unlink()
-    assert "no interval: the fit has no draws" in forget(*ask).stderr
+    assert "no interval: the fit has no draws" in forget(*ask).stdout
 
 
 def test_untrustworthy_numbers_are_printed_with_the_reason(forget, runs):

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from scipy.optimize import curve_fit, minimize
 
-from mlx_forget.laws.fit import Fit, FitOptions, fit_groups, fit_law
+from mlx_forget.laws.fit import FitOptions, fit_groups, fit_law
+from mlx_forget.laws.fitted import Fit
 from mlx_forget.laws.forms import get_law, law_contrasts
 from mlx_forget.laws.model import Constraints
 from mlx_forget.laws.objective import Objective

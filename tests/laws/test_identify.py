@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from mlx_forget.laws.fit import Fit, fit_law
+from mlx_forget.laws.fit import fit_law
+from mlx_forget.laws.fitted import Fit
 from mlx_forget.laws.forms import get_law
 from mlx_forget.laws.identify import design_flags
 from mlx_forget.laws.table import Table

@@ -292,3 +292,21 @@ def test_counts_are_short(value, text):
 def test_a_report_needs_a_finetune(tmp_path):
     with pytest.raises(UserError, match="There is nothing"):
         make_report(tmp_path / "none")
+
+
+def test_runs_with_adapters_are_called_in_words():
+    from mlx_forget.report.curves import name_of
+
+    lora = {"fine_tune_type": "lora", "lora_alpha": 1.0, "lora_scaling": "alpha/sqrt(r)", "lora_target_modules": "all-linear"}
+    row = {
+        "method": "plain",
+        "coefficient": None,
+        "replay_data": None,
+        "p_asked": "0",
+        "learning_rate": 0.01,
+        "lora_rank": 4,
+        **lora,
+    }
+    assert name_of(row, ("lora_rank", "learning_rate")) == "LoRA r = 4, all-linear, α/√r, α = 1, rate 0.01"
+    assert name_of(row | {"fine_tune_type": "full"}, ("fine_tune_type",)) == "plain finetuning"
+    assert name_of(row | {"fine_tune_type": "full", "p_asked": "1%"}, ("p",)) == "p = 1%"

@@ -1,114 +1,20 @@
-"""Questions and answers from school mathematics, drawn from a seed; after DM Mathematics (Saxton 2019).
+"""The families of questions: functions of a random source and a difficulty (0 easy, 1 medium, 2 hard) that return a question and its answer."""
 
-A family is a function of a random source and a difficulty (0 easy, 1 medium, 2 hard) that returns a question
-and its answer. Numbers are written with digits, polynomials as `3*x**2 - x + 4`, fractions as `3/4`. The
-stream is lazy and without end; no question comes twice, and the hash of a question alone decides its split.
-"""
-
-import hashlib
 import math
-import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from fractions import Fraction
-from typing import Literal, TypeVar
 
-Split = Literal["train", "validation"]
-Item = TypeVar("Item")
-NUM_DIFFICULTIES = 3
-DOCUMENT_BYTES = 4_000
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question, its answer, and where they come from."""
-
-    family: str
-    difficulty: int
-    question: str
-    answer: str
-
-    @property
-    def text(self) -> str:
-        return f"Q: {self.question}\nA: {self.answer}\n"
-
-
-def questions(seed: int = 0) -> Iterator[Question]:
-    """Questions without end: families and difficulties in equal parts, until one has no new ones left."""
-    names = sorted(FAMILIES)
-    draw = Draw(seed)
-    seen: set[bytes] = set()
-    while True:
-        name = draw.one_of(names)
-        difficulty = draw.below(NUM_DIFFICULTIES)
-        question, answer = FAMILIES[name](draw, difficulty)
-        key = hashlib.blake2b(question.encode(), digest_size=8).digest()
-        if key not in seen:
-            seen.add(key)
-            yield Question(name, difficulty, question, answer)
-
-
-def split_of(question: str, *, validation_share: float) -> Split:
-    """The split of a question: a pure function of its text."""
-    digest = hashlib.sha256(question.encode()).digest()
-    return "validation" if int.from_bytes(digest[:8]) < validation_share * 2**64 else "train"
-
-
-def documents(*, num_bytes: int, validation_share: float, seed: int = 0) -> Iterator[tuple[Split, str]]:
-    """Blocks of questions of some 4 KB, each with the split of all its questions, `num_bytes` in all."""
-    pending: dict[Split, list[str]] = {"train": [], "validation": []}
-    sizes: dict[Split, int] = {"train": 0, "validation": 0}
-    total = 0
-    for question in questions(seed):
-        split = split_of(question.question, validation_share=validation_share)
-        pending[split].append(question.text)
-        sizes[split] += len(question.text)
-        total += len(question.text)
-        if sizes[split] >= DOCUMENT_BYTES:
-            yield split, "".join(pending[split])
-            pending[split], sizes[split] = [], 0
-        if total >= num_bytes:
-            break
-    for split, rest in pending.items():
-        if rest:
-            yield split, "".join(rest)
-
-
-class Draw:
-    """Random choices through `randrange` only, whose sequence Python keeps from version to version."""
-
-    def __init__(self, seed: int) -> None:
-        self._random = random.Random(seed)
-
-    def below(self, stop: int) -> int:
-        return self._random.randrange(stop)
-
-    def between(self, low: int, high: int) -> int:
-        """An integer in [low, high]."""
-        return low + self._random.randrange(high - low + 1)
-
-    def nonzero(self, size: int) -> int:
-        """An integer in [-size, size] other than 0."""
-        value = self.between(1, size)
-        return value if self.below(2) else -value
-
-    def number(self, digits: int) -> int:
-        """A positive integer with up to `digits` digits, short ones as likely as long ones."""
-        return self.between(1, 10 ** self.between(1, digits))
-
-    def decimal(self, digits: int, places: int) -> Fraction:
-        """A number with up to `digits` digits before the point and exactly `places` behind it."""
-        scale: int = 10**places
-        return Fraction(self.number(digits) * scale + self.below(scale), scale) * (1 if self.below(3) else -1)
-
-    def one_of(self, choices: Sequence[Item]) -> Item:
-        return choices[self.below(len(choices))]
-
-    def some_of(self, choices: Sequence[Item], count: int) -> list[Item]:
-        """`count` different items, in random order."""
-        left = list(choices)
-        return [left.pop(self.below(len(left))) for _ in range(count)]
-
+from mlx_forget.pipeline.mathematics.draw import Draw
+from mlx_forget.pipeline.mathematics.notation import (
+    in_base,
+    in_decimal,
+    in_parentheses,
+    linear_sum,
+    multiply,
+    polynomial,
+    prime_factors,
+    round_half_away,
+)
 
 Answered = tuple[str, str]
 
@@ -147,7 +53,7 @@ def _linear_equation(draw: Draw, level: int) -> Answered:
         right = 0
     constant = draw.nonzero(size * 3)
     other = (left - right) * solution + constant
-    question = f"{_polynomial([constant, left], name)} = {_polynomial([other, right], name)}"
+    question = f"{polynomial([constant, left], name)} = {polynomial([other, right], name)}"
     return draw.one_of([f"Solve {question} for {name}.", f"Find {name} if {question}."]), str(solution)
 
 
@@ -159,8 +65,8 @@ def _linear_system(draw: Draw, level: int) -> Answered:
         a, b, c, d = (draw.nonzero(size) for _ in range(4))
         if a * d != b * c:
             break
-    first = f"{_sum([(a, x), (b, y)])} = {a * x_value + b * y_value}"
-    second = f"{_sum([(c, x), (d, y)])} = {c * x_value + d * y_value}"
+    first = f"{linear_sum([(a, x), (b, y)])} = {a * x_value + b * y_value}"
+    second = f"{linear_sum([(c, x), (d, y)])} = {c * x_value + d * y_value}"
     asked, value = draw.one_of([(x, x_value), (y, y_value)])
     return f"Solve {first}, {second} for {asked}.", str(value)
 
@@ -204,18 +110,18 @@ def _polynomial_value(draw: Draw, level: int) -> Answered:
     coefficients = _coefficients(draw, draw.between(1, 2 + level // 2), 9 * 2**level)
     function, name, point = draw.one_of("fghpqru"), draw.one_of("xyztwn"), draw.between(-6 - level, 6 + level)
     value = sum(c * point**i for i, c in enumerate(coefficients))
-    return f"Let {function}({name}) = {_polynomial(coefficients, name)}. What is {function}({point})?", str(value)
+    return f"Let {function}({name}) = {polynomial(coefficients, name)}. What is {function}({point})?", str(value)
 
 
 def _derivative(draw: Draw, level: int) -> Answered:
     name = draw.one_of("xyztwnab")
     coefficients = _coefficients(draw, draw.between(1 + level, 2 + level), 10 * 3**level)
-    text = _polynomial(coefficients, name)
+    text = polynomial(coefficients, name)
     order = 2 if level == 2 and draw.below(2) else 1
     for _ in range(order):
         coefficients = [i * c for i, c in enumerate(coefficients)][1:] or [0]
     words = "second derivative" if order == 2 else "derivative"
-    return f"What is the {words} of {text} with respect to {name}?", _polynomial(coefficients, name)
+    return f"What is the {words} of {text} with respect to {name}?", polynomial(coefficients, name)
 
 
 def _expansion(draw: Draw, level: int) -> Answered:
@@ -223,9 +129,9 @@ def _expansion(draw: Draw, level: int) -> Answered:
     factors = [_coefficients(draw, 1 + (level > 0 and draw.below(2)), size) for _ in range(2 + (level == 2))]
     product = [1]
     for factor in factors:
-        product = _multiply(product, factor)
-    text = "*".join(f"({_polynomial(factor, name)})" for factor in factors)
-    return f"Expand {text}.", _polynomial(product, name)
+        product = multiply(product, factor)
+    text = "*".join(f"({polynomial(factor, name)})" for factor in factors)
+    return f"Expand {text}.", polynomial(product, name)
 
 
 def _roots(draw: Draw, level: int) -> Answered:
@@ -233,8 +139,8 @@ def _roots(draw: Draw, level: int) -> Answered:
     roots = sorted({draw.between(-size, size), draw.between(-size, size)})
     scale = draw.nonzero(1 + 3 * level)
     first, last = roots[0], roots[-1]
-    product = _multiply([-first, 1], [-last, 1])
-    text = _polynomial([scale * c for c in product], name)
+    product = multiply([-first, 1], [-last, 1])
+    text = polynomial([scale * c for c in product], name)
     return f"Solve {text} = 0 for {name}.", ", ".join(map(str, roots))
 
 
@@ -295,11 +201,11 @@ def _rounding(draw: Draw, level: int) -> Answered:
     if draw.below(2):
         value, places = draw.decimal(2 + level, 3 + level), draw.between(1, 2 + level)
         noun = "decimal place" if places == 1 else "decimal places"
-        return f"Round {in_decimal(value)} to {places} {noun}.", in_decimal(_round_half_away(value, places), places)
+        return f"Round {in_decimal(value)} to {places} {noun}.", in_decimal(round_half_away(value, places), places)
     value = Fraction(draw.between(10, 10 ** (4 + level)))
     places = draw.between(1, 2 + level)
     unit = ["ten", "hundred", "thousand", "ten thousand"][places - 1]
-    return f"Round {value} to the nearest {unit}.", str(_round_half_away(value, -places))
+    return f"Round {value} to the nearest {unit}.", str(round_half_away(value, -places))
 
 
 def _modular_arithmetic(draw: Draw, level: int) -> Answered:
@@ -318,7 +224,7 @@ def _fractions(draw: Draw, level: int) -> Answered:
     a, b = (Fraction(draw.nonzero(size), draw.between(2, size)) for _ in range(2))
     sign = draw.one_of("+-*/")
     value = {"+": a + b, "-": a - b, "*": a * b, "/": a / b}[sign]
-    return f"Calculate {_in_parentheses(a)} {sign} {_in_parentheses(b)}.", str(value)
+    return f"Calculate {in_parentheses(a)} {sign} {in_parentheses(b)}.", str(value)
 
 
 def _sorting(draw: Draw, level: int) -> Answered:
@@ -397,6 +303,11 @@ def _mean(draw: Draw, level: int) -> Answered:
     return f"What is the mean of {shown}?", str(Fraction(sum(values), len(values)))
 
 
+def _coefficients(draw: Draw, degree: int, size: int) -> list[int]:
+    """Coefficients from the constant up; the leading one is not 0."""
+    return [*(draw.between(-size, size) for _ in range(degree)), draw.nonzero(size)]
+
+
 FAMILIES: dict[str, Callable[[Draw, int], Answered]] = {
     "arithmetic": _arithmetic,
     "base conversion": _base_conversion,
@@ -422,76 +333,3 @@ FAMILIES: dict[str, Callable[[Draw, int], Answered]] = {
     "sorting": _sorting,
     "unit conversion": _unit_conversion,
 }
-
-
-def prime_factors(number: int) -> list[int]:
-    """The prime factors of a number from 2 on, with repetition, in ascending order."""
-    factors, divisor = [], 2
-    while divisor * divisor <= number:
-        while number % divisor == 0:
-            factors.append(divisor)
-            number //= divisor
-        divisor += 1
-    return [*factors, number] if number > 1 else factors
-
-
-def in_base(number: int, base: int) -> str:
-    """A positive integer in base 2 to 16, in lower case."""
-    digits = ""
-    while number:
-        number, digit = divmod(number, base)
-        digits = "0123456789abcdef"[digit] + digits
-    return digits
-
-
-def in_decimal(value: Fraction, places: int | None = None) -> str:
-    """A fraction whose decimal expansion ends, with `places` digits behind the point, or as few as do."""
-    wanted = places
-    if wanted is None:
-        wanted = 0
-        while (value * 10**wanted).denominator != 1:
-            wanted += 1
-    scaled = value * 10**wanted
-    assert scaled.denominator == 1
-    digits = str(abs(scaled.numerator)).rjust(wanted + 1, "0")
-    sign = "-" if scaled < 0 else ""
-    return sign + (f"{digits[:-wanted]}.{digits[-wanted:]}" if wanted else digits)
-
-
-def _round_half_away(value: Fraction, places: int) -> Fraction:
-    """Rounded to 10**-places, halves away from zero, as schools do."""
-    scale = Fraction(10) ** places
-    magnitude = math.floor(abs(value) * scale + Fraction(1, 2)) / scale
-    return magnitude if value >= 0 else -magnitude
-
-
-def _coefficients(draw: Draw, degree: int, size: int) -> list[int]:
-    """Coefficients from the constant up; the leading one is not 0."""
-    return [*(draw.between(-size, size) for _ in range(degree)), draw.nonzero(size)]
-
-
-def _multiply(a: list[int], b: list[int]) -> list[int]:
-    product = [0] * (len(a) + len(b) - 1)
-    for i, left in enumerate(a):
-        for j, right in enumerate(b):
-            product[i + j] += left * right
-    return product
-
-
-def _polynomial(coefficients: list[int], name: str) -> str:
-    """Highest power first: `3*x**2 - x + 4`."""
-    powers = [name if i == 1 else f"{name}**{i}" if i else "" for i in range(len(coefficients))]
-    return _sum([(c, powers[i]) for i, c in reversed(list(enumerate(coefficients))) if c]) or "0"
-
-
-def _sum(terms: list[tuple[int, str]]) -> str:
-    text = ""
-    for factor, what in terms:
-        size = str(abs(factor)) if not what else what if abs(factor) == 1 else f"{abs(factor)}*{what}"
-        sign = ("-" if factor < 0 else "") if not text else (" - " if factor < 0 else " + ")
-        text += sign + size
-    return text
-
-
-def _in_parentheses(value: Fraction) -> str:
-    return str(value) if value.denominator == 1 and value >= 0 else f"({value})"
