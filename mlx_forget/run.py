@@ -21,6 +21,7 @@ from mlx_forget.config import (
     to_yaml,
 )
 from mlx_forget.distributed import Group
+from mlx_forget.durable_files import write_text
 from mlx_forget.errors import Interrupted, RunFailed, UserError
 from mlx_forget.evaluate import progress_lost
 from mlx_forget.fuse import base_of
@@ -339,9 +340,7 @@ def _make_folder(folder: Path) -> None:
 
 
 def _write_config(plan: Plan) -> None:
-    aside = plan.folder / f".{records.CONFIG}.part"
-    aside.write_text(to_yaml(plan.config), encoding="utf-8")
-    os.replace(aside, plan.folder / records.CONFIG)
+    write_text(plan.folder / records.CONFIG, to_yaml(plan.config))
 
 
 @contextmanager

@@ -30,18 +30,16 @@ def report(
 
     Example: forget report runs/figure1 -o figure1.html
     """
-    import os
 
     from mlx_forget.audit.files import make_folder
+    from mlx_forget.durable_files import write_text
     from mlx_forget.report.contents import make_report
     from mlx_forget.report.page import render
 
     page = output or Path("report.html")
     make_folder(page.parent)
     made = make_report(sweep, where=where, status=status, budgets=max_forgetting or [], confidence=confidence)
-    aside = page.with_name(f".{page.name}.part")
-    aside.write_text(render(made), encoding="utf-8")
-    os.replace(aside, page)
+    write_text(page, render(made))
     say(f"wrote {page}: {len(made.runs.rows):,} runs")
     if as_json:
         print(json.dumps(clean({"file": str(page), **made.as_json()}), allow_nan=False))
