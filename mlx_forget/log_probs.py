@@ -26,8 +26,8 @@ from mlx_forget.checkpoint import Checkpoint
 from mlx_forget.durable_files import read_object, replacing, sha256_of, write_text
 from mlx_forget.errors import Interrupted, UserError
 from mlx_forget.npy_files import map_array
-from mlx_forget.pipeline.batches import RowSubset, Side, read_masked
 from mlx_forget.pipeline.reference_rows import Ids, ReferenceRows, index_type, parse_kind, row_bytes
+from mlx_forget.pipeline.sides import RowSubset, Side, read_masked
 from mlx_forget.replay import alone
 from mlx_forget.trainer import Trainer
 

@@ -169,9 +169,8 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "a.txt"
     write_text(path, "öne")
     assert path.read_text(encoding="utf-8") == "öne"
-    with pytest.raises(RuntimeError), replacing(path) as file:
-        file.write(b"half")
-        raise RuntimeError
+    with pytest.raises(TypeError), replacing(path) as file:
+        file.writelines([b"half", None])
     assert path.read_text(encoding="utf-8") == "öne"
     assert [one.name for one in tmp_path.iterdir()] == ["a.txt"]
 

@@ -42,11 +42,11 @@ GROUPS = {
     "checkpoint": Group(
         35,
         ("mlx_forget/checkpoint.py",),
-        ("tests/test_loop.py", "tests/faults/test_damage.py", "tests/test_adapter_runs.py", "tests/test_pretrained.py"),
+        ("tests/test_checkpoint.py", "tests/test_loop.py"),
     ),
     "records": Group(
         25,
         ("mlx_forget/records.py", "mlx_forget/history.py", "mlx_forget/durable_files.py"),
-        ("tests/test_loop.py", "tests/faults/test_damage.py", "tests/runs/test_index.py", "tests/runs/test_cli_runs.py"),
+        ("tests/test_records.py", "tests/test_loop.py"),
     ),
 }
