@@ -54,8 +54,7 @@ def read_object(path: Path) -> dict[str, Any]:
         OSError: it cannot be read, or is no ordinary file (which might never end).
         ValueError: it is no JSON, none that is an object, or nested too deeply to be read.
     """
-    with _ordinary(path) as file:
-        content = file.read()
+    content = read_bytes(path)
     try:
         found = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -63,6 +62,16 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError("it is not one JSON object")
     return found
+
+
+def read_bytes(path: Path) -> bytes:
+    """All of a file.
+
+    Raises:
+        OSError: it cannot be read, or is no ordinary file (which might never end).
+    """
+    with _ordinary(path) as file:
+        return file.read()
 
 
 def sha256_of(path: Path) -> str:

@@ -196,7 +196,7 @@ def _number(value: Any) -> float | None:
     if isinstance(value, bool):
         return None
     if isinstance(value, int):
-        return float(value) if abs(value) < _TOO_LARGE else math.copysign(math.inf, value)
+        return float(value) if abs(value) < _TOO_LARGE else (math.inf if value > 0 else -math.inf)
     if isinstance(value, float):
         return value
     text = str(value).strip().replace("_", "")

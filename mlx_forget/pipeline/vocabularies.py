@@ -16,7 +16,7 @@ from typing import Any, Protocol, final
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_forget.durable_files import read_object
+from mlx_forget.durable_files import read_bytes, read_object
 from mlx_forget.errors import UserError
 from mlx_forget.pipeline.chat_template import TEMPLATE_FILE, ChatTemplate
 from mlx_forget.pipeline.tokenizer import Tokenizer
@@ -205,7 +205,7 @@ def load_vocabulary(path: Path) -> Vocabulary:
         UserError: no such file, or none that can be used (why).
     """
     try:
-        content = path.read_bytes()
+        content = read_bytes(path)
     except OSError as error:
         raise UserError(f"Cannot read the tokenizer {path}: {error.strerror}.") from None
     try:
