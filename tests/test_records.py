@@ -14,6 +14,8 @@ from mlx_forget.history import SCHEMA, HistoryWriter, read_history
 from mlx_forget.npy_files import array_of, map_array
 from mlx_forget.records import find_runs, installed_versions, read_record, write_record
 
+COLUMNS = """step tokens pretrain_tokens learning_rate batch_loss target_train_loss target_val_loss pretrain_val_loss target_val_windows
+    pretrain_val_windows grad_norm num_skipped tokens_per_second wall_seconds forgetting_ce forgetting_ce_hard forgetting_kl start_agreement"""
 ROW = {"step": 1, "tokens": 2, "batch_loss": 3.5, "target_val_windows": [1.0, 2.5], "pretrain_val_windows": None}
 
 
@@ -99,7 +101,9 @@ def test_rows_come_back_with_null_where_nothing_was_said(tmp_path):
     assert table["step"].to_pylist() == [1, 2]
     assert table["target_val_windows"].to_pylist() == [[1.0, 2.5]] * 2
     assert table["forgetting_kl"].to_pylist() == [None, None]
+    assert writer._file.closed
     assert SCHEMA.metadata == {b"schema_version": b"1"}
+    assert SCHEMA.names == COLUMNS.split()
     assert [path.name for path in tmp_path.iterdir()] == ["history.arrows"]
 
 
