@@ -18,7 +18,7 @@ OUTPUT ?= runs/$(RECIPE)-seed$(SEED)
 SETTINGS = --set seed=$(SEED) --set backend=$(BACKEND) $(if $(SIZE),--set model=$(SIZE)) $(if $(DATA),--set target=$(DATA)) $(if $(PRETRAIN),--set pretrain=$(PRETRAIN))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint type test test-full test-faults fuzz bench parity coverage intervals docs pages reproduce-figure1 reproduce-laws reproduce-replay reproduce-toy clean
+.PHONY: help setup lint type test test-full test-faults fuzz mutants audit-dependencies bench parity coverage intervals docs pages reproduce-figure1 reproduce-laws reproduce-replay reproduce-toy clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-20s %s\n", $$1, $$2}'
@@ -55,6 +55,16 @@ COVERAGE = $(BIN)/python -m coverage
 EXAMPLES ?= 10000
 fuzz: setup  ## every file reader on files that are almost right: EXAMPLES= of each
 	FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q -s tests/fuzz
+
+SEED_OF_MUTANTS ?= 0
+mutants: setup  ## 200 small seeded mistakes in laws, mixture, checkpoint and records, and which tests notice; goes on where it was stopped
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python -m tests.mutants --seed $(SEED_OF_MUTANTS)
+
+# In an environment of its own; --strict, so that a package that the database could not be asked about is no success.
+audit-dependencies:  ## known vulnerabilities of the pinned dependencies, by pip-audit; needs pypi.org
+	test -x build/audit/bin/pip-audit || $(PYTHON) -m venv build/audit
+	build/audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
+	build/audit/bin/pip-audit --strict --disable-pip --no-deps --progress-spinner off -r constraints.txt
 
 parity: setup  ## measure how far the two backends differ and write the table into README.md; about five minutes
 	$(BIN)/python -m tests.parity_table README.md

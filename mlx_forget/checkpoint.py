@@ -11,7 +11,6 @@ mlx-lm; `state.json` names the base that they belong to, and `fuse` makes a whol
 leaves `last` or `previous` whole.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -25,7 +24,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from mlx_forget import adapters, pretrained
-from mlx_forget.durable_files import SEAL, is_whole, sealed, sync
+from mlx_forget.durable_files import SEAL, is_whole, read_object, sealed, sha256_of, sync
 from mlx_forget.errors import UserError
 from mlx_forget.ladder import ModelSpec, hf_config, linear_shapes, spec_from_hf_config
 from mlx_forget.pipeline.vocabularies import JSON_FILE, SENTENCEPIECE_FILE, copy_tokenizer, special_ids, tokenizer_in
@@ -164,7 +163,7 @@ def _config_of(model: ModelSpec | PretrainedSpec, tokenizer: Path) -> dict[str, 
 
 def seal(folder: Path, state: dict[str, Any]) -> None:
     """Write `state.json` with the checksums of everything else in a checkpoint's folder, and make sure that all is on disk."""
-    files = {str(path.relative_to(folder)): _sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = {str(path.relative_to(folder)): sha256_of(path) for path in sorted(folder.rglob("*")) if path.is_file()}
     content = {"schema_version": SCHEMA_VERSION, **state, "files": files}
     (folder / STATE).write_text(json.dumps(sealed(content), indent=1), encoding="utf-8")
     for path in [*folder.rglob("*")]:
@@ -178,11 +177,13 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         UserError: no checkpoint there, a schema this version does not read, or a damaged file (named).
     """
     try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        state = read_object(folder / STATE)
         version, files = state["schema_version"], dict(state["files"])
+        if not all(isinstance(name, str) for name in files):
+            raise TypeError
     except FileNotFoundError:
         raise UserError(f"{folder} is not a checkpoint: it has no {STATE}.") from None
-    except (ValueError, KeyError, TypeError, NotADirectoryError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"Checkpoint {folder} is damaged: {STATE} cannot be read.") from None
     if version != SCHEMA_VERSION:
         raise UserError(f"Checkpoint {folder} has schema {version}, this version reads {SCHEMA_VERSION}.")
@@ -193,7 +194,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         path = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise UserError(f"Checkpoint {folder} names files outside of it, which is refused.")
-        if not path.is_file() or _sha256(path) != wanted:
+        if not path.is_file() or sha256_of(path) != wanted:
             raise UserError(f"Checkpoint file {path} is damaged or missing (its checksum does not match).")
     return Checkpoint(folder, state)
 
@@ -284,8 +285,3 @@ def _system_errors(folder: Path) -> Iterator[None]:
         if found is None:
             raise
         raise OSError(int(found[1]), os.strerror(int(found[1])), str(folder)) from None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

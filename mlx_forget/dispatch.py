@@ -16,6 +16,7 @@ from typing import Any
 
 from mlx_forget import records
 from mlx_forget.config import to_yaml
+from mlx_forget.durable_files import read_object, sync
 from mlx_forget.engines import STOPPED, Engine, Exit, Task
 from mlx_forget.engines.child import last_line
 from mlx_forget.errors import Interrupted, UserError
@@ -205,7 +206,7 @@ class _Dispatch:
             for job in unit.left:
                 job.state = "running" if begun else "queued"
                 try:
-                    job.progress = json.loads((job.plan.folder / PROGRESS_FILE).read_text(encoding="utf-8"))
+                    job.progress = read_object(job.plan.folder / PROGRESS_FILE)
                 except (OSError, ValueError):
                     continue
 
@@ -255,7 +256,7 @@ def look_back(job: Job, *, retry: bool) -> None:
         return
     if not retry and (folder / FAILURE).is_file():
         try:
-            found: dict[str, Any] = json.loads((folder / FAILURE).read_text(encoding="utf-8"))
+            found = read_object(folder / FAILURE)
         except (OSError, ValueError):
             found = {}
         job.state, job.reason = "failed", str(found.get("reason", "it failed before"))
@@ -296,6 +297,7 @@ def _note_failure(job: Job, exit_: Exit) -> None:
 def _write(path: Path, text: str) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     aside.write_text(text, encoding="utf-8")
+    sync(aside)
     os.replace(aside, path)
 
 

@@ -1,11 +1,15 @@
 """Files that are whole or absent, on the disk when they are said to be, and that show it when a bit of them has changed."""
 
+import errno
 import hashlib
+import io
 import json
 import os
-from collections.abc import Mapping
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 SEAL = "checksum"
 
@@ -19,14 +23,74 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file, aside first: a reader sees all of the old one or all of the new one, even after a power cut."""
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write, aside first: a reader sees all of the old one or all of the new one, even after a power cut.
+
+    What fails half-way leaves the old one, and nothing beside it. For files that one process writes.
+    """
     aside = path.with_name(f".{path.name}.part")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    try:
+        with aside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file as `replacing` does."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        OSError: it cannot be read, or is no ordinary file (which might never end).
+        ValueError: it is no JSON, none that is an object, or nested too deeply to be read.
+    """
+    content = read_bytes(path)
+    try:
+        found = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"it is not JSON, or nested too deeply: {str(error)[:100]}") from None
+    if not isinstance(found, dict):
+        raise ValueError("it is not one JSON object")
+    return found
+
+
+def read_bytes(path: Path) -> bytes:
+    """All of a file.
+
+    Raises:
+        OSError: it cannot be read, or is no ordinary file (which might never end).
+    """
+    with _ordinary(path) as file:
+        return file.read()
+
+
+def sha256_of(path: Path) -> str:
+    """The checksum of a file.
+
+    Raises:
+        OSError: it cannot be read, or is no ordinary file (which might never end).
+    """
+    with _ordinary(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _ordinary(path: Path) -> io.BufferedReader:
+    # Opening a pipe that nobody writes to would wait for ever.
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is no ordinary file", str(path))
+    return file
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:

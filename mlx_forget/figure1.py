@@ -6,7 +6,6 @@ between runs are paired by window, because all runs share the same frozen window
 
 import csv
 import io
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_forget.durable_files import write_text
 from mlx_forget.errors import UserError
 from mlx_forget.evaluate import Estimate, Losses, estimate, paired_difference
 from mlx_forget.history import read_history
@@ -127,9 +127,7 @@ def write_csv(curves: Sequence[Curve], path: Path) -> None:
     for curve in curves:
         for row in curve.rows:
             writer.writerow([float(curve.p), *(row[column] for column in CSV_COLUMNS[1:])])
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(text.getvalue(), encoding="utf-8")
-    os.replace(aside, path)
+    write_text(path, text.getvalue())
 
 
 def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from mlx_forget import adapters, checkpoint
 from mlx_forget.checkpoint import Checkpoint
+from mlx_forget.durable_files import sync
 from mlx_forget.errors import UserError
 from mlx_forget.ladder import outputs_first, param_shapes
 from mlx_forget.pipeline.corpora import forget_home
@@ -56,6 +57,7 @@ def fuse(found: Checkpoint, folder: Path, *, base: Path | None = None) -> Checkp
     checkpoint.seal(aside, {**kept, "fused_from": fused_from})
     try:
         os.rename(aside, folder)
+        sync(folder.parent)
     except OSError:
         # Another process was faster; what it wrote is checked below.
         if not folder.is_dir():

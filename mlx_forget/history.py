@@ -17,11 +17,12 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.ipc
 
+from mlx_forget.durable_files import read_object
 from mlx_forget.errors import UserError
 
 # Beside every row: Arrow checks its own framing, and no value.
 _SEAL = b"sha256"
-_UNREADABLE = (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError, pa.ArrowKeyError)
+_UNREADABLE = (pa.ArrowException, pa.ArrowInvalid)
 
 SCHEMA = pa.schema(
     [
@@ -101,8 +102,8 @@ def _checksum(batch: pa.RecordBatch) -> bytes:
 def _num_recorded(folder: Path) -> int:
     """Rows that the record of a finished run counts in its history."""
     try:
-        return int(json.loads((folder / "record.json").read_text(encoding="utf-8")).get("history_rows", 0))
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return int(read_object(folder / "record.json").get("history_rows", 0))
+    except (OSError, ValueError, TypeError, OverflowError):
         return 0
 
 

@@ -308,7 +308,7 @@ def spec_from_hf_config(config: dict[str, Any]) -> ModelSpec:
         "model_type": ("gpt2",),
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
         "layer_norm_epsilon": (LAYER_NORM_EPSILON,),
-        "n_inner": (None, 4 * int(config.get("n_embd") or 0)),
+        "n_inner": (None, 4 * width if isinstance(width := config.get("n_embd"), int) else None),
         "tie_word_embeddings": (True,),
         "scale_attn_weights": (True,),
         "scale_attn_by_inverse_layer_idx": (False,),
@@ -330,3 +330,7 @@ def spec_from_hf_config(config: dict[str, Any]) -> ModelSpec:
         )
     except KeyError as missing:
         raise UserError(f"Not a ladder checkpoint: config.json has no {missing.args[0]!r}.") from None
+    except (TypeError, ValueError, OverflowError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"Not a ladder checkpoint: a size in config.json is no number ({error}).") from None

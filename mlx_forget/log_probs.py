@@ -11,7 +11,7 @@ is a lower bound, and a run's record says how far below the whole one it was at 
 
 import hashlib
 import json
-import os
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +23,9 @@ import numpy.typing as npt
 
 from mlx_forget import checkpoint
 from mlx_forget.checkpoint import Checkpoint
+from mlx_forget.durable_files import read_object, replacing, sha256_of, write_text
 from mlx_forget.errors import Interrupted, UserError
+from mlx_forget.npy_files import map_array
 from mlx_forget.pipeline.reference_rows import Ids, ReferenceRows, index_type, parse_kind, row_bytes
 from mlx_forget.pipeline.sides import RowSubset, Side, read_masked
 from mlx_forget.replay import alone
@@ -82,7 +84,7 @@ class LogProbs:
 
     def _shard(self, number: int, part: str) -> npt.NDArray[Any]:
         if (number, part) not in self._open:
-            self._open[number, part] = np.load(self.folder / _file(number, part), mmap_mode="r", allow_pickle=False)
+            self._open[number, part] = map_array(self.folder / _file(number, part))
         return self._open[number, part]
 
 
@@ -170,11 +172,11 @@ def keep_log_probs(
                     kept, error = _score(trainer, subset, rows, top, vocab_size)
                     _write_shard(folder, number, kept, vocab_size)
                     measured = measured or error
-                files |= {_file(number, part): _sha256(folder / _file(number, part)) for part in _PARTS[: 1 if top is None else 3]}
-            _write_json(
-                folder / MANIFEST,
-                {**identity, "backend": backend, "num_rows": subset.num_rows, "files": files, "measured": measured},
-            )
+                files |= {
+                    _file(number, part): sha256_of(folder / _file(number, part)) for part in _PARTS[: 1 if top is None else 3]
+                }
+            content = {**identity, "backend": backend, "num_rows": subset.num_rows, "files": files, "measured": measured}
+            write_text(folder / MANIFEST, json.dumps(content, indent=1))
         except OSError as error:
             raise UserError(f"Cannot write {folder}: {error.strerror or error}. The same command goes on from there.") from None
         progress(f"log-probabilities of {start.state['run_id']}", 1.0)
@@ -230,17 +232,22 @@ def _identity_of(subset: RowSubset) -> dict[str, Any]:
 def _read_manifest(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     """What is kept in a folder, if it is of the same store, weights and rows."""
     try:
-        found: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        found = read_object(folder / MANIFEST)
+        if {key: found.get(key) for key in identity} != identity:
+            return None
+        whole = isinstance(found["num_rows"], int) and isinstance(found["measured"], dict)
+        if not whole or not all(re.fullmatch(r"\d{5}\.\w+\.npy", name) for name in found["files"]):
+            raise ValueError
     except FileNotFoundError:
         return None
-    except ValueError:
+    except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{folder / MANIFEST} is damaged: remove {folder}, and it is computed again.") from None
-    return found if {key: found.get(key) for key in identity} == identity else None
+    return found
 
 
 def _check_files(folder: Path, files: dict[str, str], num_shards: int) -> None:
     for name, wanted in files.items():
-        if int(name.partition(".")[0]) < num_shards and (not (folder / name).is_file() or _sha256(folder / name) != wanted):
+        if int(name.partition(".")[0]) < num_shards and (not (folder / name).is_file() or sha256_of(folder / name) != wanted):
             raise UserError(f"{folder / name} is damaged or missing: remove {folder}, and it is computed again.")
 
 
@@ -257,19 +264,20 @@ def _open_folder(folder: Path, identity: dict[str, Any]) -> None:
     """A folder for files of this reference and these rows; what it holds of others is removed."""
     note = folder / "identity.json"
     folder.mkdir(parents=True, exist_ok=True)
-    if not note.is_file() or json.loads(note.read_text(encoding="utf-8")) != identity:
+    try:
+        same = read_object(note) == identity
+    except (OSError, ValueError):
+        same = False
+    if not same:
         for path in folder.iterdir():
             path.unlink()
-        _write_json(note, identity)
+        write_text(note, json.dumps(identity, indent=1))
 
 
 def _is_whole(folder: Path, number: int, num_rows: int, top: int | None) -> bool:
     try:
-        shapes = [
-            np.load(folder / _file(number, part), mmap_mode="r", allow_pickle=False).shape
-            for part in _PARTS[: 1 if top is None else 3]
-        ]
-    except (OSError, ValueError, EOFError):
+        shapes = [map_array(folder / _file(number, part)).shape for part in _PARTS[: 1 if top is None else 3]]
+    except (OSError, ValueError):
         return False
     return all(shape[0] == num_rows for shape in shapes)
 
@@ -278,27 +286,12 @@ def _write_shard(folder: Path, number: int, kept: ReferenceRows, vocab_size: int
     top = None if kept.top is None else kept.top.astype(index_type(vocab_size))
     for part, values in zip(_PARTS, (kept.log_probs, top, kept.tail), strict=True):
         if values is not None:
-            aside = folder / f".{_file(number, part)}.part"
-            with aside.open("wb") as file:
+            with replacing(folder / _file(number, part)) as file:
                 np.save(file, values)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, folder / _file(number, part))
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    os.replace(aside, path)
 
 
 def _file(number: int, part: str) -> str:
     return f"{number:05d}.{part}.npy"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def kept_members(members: Sequence[LogProbs]) -> LogProbs | BlendedLogProbs:

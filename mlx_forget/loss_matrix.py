@@ -14,7 +14,6 @@ import hashlib
 import io
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ import numpy.typing as npt
 
 from mlx_forget import checkpoint
 from mlx_forget.checkpoint import Checkpoint
+from mlx_forget.durable_files import read_object, write_text
 from mlx_forget.errors import UserError
 from mlx_forget.evaluate import Estimate, Losses, Windows, estimate, paired_difference, window_losses
 from mlx_forget.fuse import whole_checkpoint
@@ -173,9 +173,7 @@ def _checksum(tokens: npt.NDArray[np.int32]) -> str:
 def write_matrices(path: Path, recipe: str, matrices: Sequence[LossMatrix]) -> None:
     """Write `stages.json`, aside first: every chain with its losses, what was forgotten, and the losses of the windows."""
     chains = [{**summary(m), "window_losses": [[losses.tolist() for losses in row] for row in m.losses]} for m in matrices]
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(json.dumps({"schema_version": SCHEMA_VERSION, "recipe": recipe, "chains": chains}), encoding="utf-8")
-    os.replace(aside, path)
+    write_text(path, json.dumps({"schema_version": SCHEMA_VERSION, "recipe": recipe, "chains": chains}))
 
 
 def read_matrices(path: Path) -> list[LossMatrix]:
@@ -185,13 +183,13 @@ def read_matrices(path: Path) -> list[LossMatrix]:
         UserError: the file is damaged or of another schema.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_object(path)
         if content["schema_version"] != SCHEMA_VERSION:
             raise UserError(f"{path} has schema {content['schema_version']}, this version reads {SCHEMA_VERSION}.")
         return [_from_json(chain) for chain in content["chains"]]
     except FileNotFoundError:
         return []
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path} is damaged: remove it, and the same sweep measures it again.") from None
@@ -237,9 +235,7 @@ def write_csv(matrices: Sequence[LossMatrix], path: Path) -> None:
             for j, column in enumerate(matrix.columns):
                 cell = matrix.loss(i, j)
                 writer.writerow([matrix.label, i, row, column, cell.mean, cell.stderr])
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(text.getvalue(), encoding="utf-8")
-    os.replace(aside, path)
+    write_text(path, text.getvalue())
 
 
 def table_lines(matrices: Sequence[LossMatrix]) -> list[str]:

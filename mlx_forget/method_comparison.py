@@ -9,7 +9,6 @@ standard deviation over them.
 import csv
 import io
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 
 from mlx_forget.adapters import ATTENTION
 from mlx_forget.config import REFERENCE_LIVE, REPLAY_PRETRAIN, REPLAY_SELF, TrainConfig
+from mlx_forget.durable_files import write_text
 from mlx_forget.errors import UserError
 from mlx_forget.history import read_history
 from mlx_forget.methods import METHODS
@@ -291,6 +291,4 @@ def write_csv(trajectories: Sequence[Trajectory], path: Path) -> None:
     for t in trajectories:
         for row in t.rows:
             writer.writerow([t.label, t.seed, *(row[column] for column in CSV_COLUMNS[2:])])
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(text.getvalue(), encoding="utf-8")
-    os.replace(aside, path)
+    write_text(path, text.getvalue())

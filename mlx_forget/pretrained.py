@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mlx_forget.durable_files import read_object, sha256_of
 from mlx_forget.errors import UserError
 
 CONFIG = "config.json"
@@ -137,7 +138,8 @@ def read_pretrained(folder: Path, *, trust_remote_code: bool = False) -> Pretrai
     config = read_config(folder)
     files = weight_files(folder)
     facts = {**config, **config["text_config"]} if isinstance(config.get("text_config"), dict) else config
-    architecture = str((config.get("architectures") or ["?"])[0])
+    named = config.get("architectures")
+    architecture = str(named[0]) if isinstance(named, list) and named else "?"
     if not trust_remote_code and "model_file" in config:
         raise UserError(f"{folder} comes with code ({config['model_file']}): read it, then give --trust-remote-code to run it.")
     quantised = config.get("quantization") or config.get("quantization_config") or {}
@@ -157,7 +159,9 @@ def read_pretrained(folder: Path, *, trust_remote_code: bool = False) -> Pretrai
             folder=folder,
             trust_remote_code=trust_remote_code,
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{folder / CONFIG} does not describe a language model: {error}") from None
 
 
@@ -168,14 +172,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         UserError: missing or damaged.
     """
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        return read_object(folder / CONFIG)
     except OSError as error:
         raise UserError(f"Cannot read {folder / CONFIG}: {error.strerror}.") from None
     except ValueError as error:
-        raise UserError(f"{folder / CONFIG} is not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{folder / CONFIG} must be one JSON object.")
-    return config
+        raise UserError(f"{folder / CONFIG} must be one JSON object: {error}") from None
 
 
 def older_keys(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -211,9 +212,13 @@ def weight_files(place: Path) -> list[Path]:
         return [place]
     if (place / INDEX).is_file():
         try:
-            names = sorted(set(json.loads((place / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError):
+            names = sorted(set(read_object(place / INDEX)["weight_map"].values()))
+            if not all(isinstance(name, str) and name for name in names):
+                raise TypeError
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{place / INDEX} is damaged: fetch the checkpoint again.") from None
+        if any(Path(name).name != name for name in names):
+            raise UserError(f"{place / INDEX} names files outside of the checkpoint, which is refused.")
         missing = [name for name in names if not (place / name).is_file()]
         if missing:
             raise UserError(f"{place} lacks {len(missing)} of its {len(names)} weight files ({missing[0]}): fetch it again.")
@@ -248,8 +253,7 @@ def weights_sha256(folder: Path) -> str:
         if _SHA256.fullmatch(name):
             hashes.append(name)
             continue
-        with file.open("rb") as handle:
-            hashes.append(hashlib.file_digest(handle, "sha256").hexdigest())
+        hashes.append(sha256_of(file))
     return hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
 
@@ -335,15 +339,27 @@ def _header(file: Path) -> dict[str, Any]:
             if not 2 <= size <= _HEADER_LIMIT:
                 raise ValueError
             header = json.loads(handle.read(size))
-            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+            end = max((_end_of(entry) for name, entry in header.items() if name != "__metadata__"), default=0)
     except OSError as error:
         raise UserError(f"Cannot read {file}: {error.strerror}.") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{file} is not a whole safetensors file: fetch or convert it again.") from None
     if file.stat().st_size != 8 + size + end:
         raise UserError(f"{file} is cut short ({file.stat().st_size:,} of {8 + size + end:,} bytes): fetch it again.")
     result: dict[str, Any] = header
     return result
+
+
+def _end_of(entry: dict[str, Any]) -> int:
+    """Where the bytes of a tensor end, if they are as many as its shape needs."""
+    begin, end = entry["data_offsets"]
+    shape = entry["shape"]
+    if not all(isinstance(size, int) and size >= 0 for size in (begin, end, *shape)) or not isinstance(entry["dtype"], str):
+        raise TypeError
+    bits = re.fullmatch(r"(?:BF|[FIUC])(\d+)", entry["dtype"])
+    if end < begin or (bits is not None and 8 * (end - begin) != int(bits[1]) * math.prod(shape)):
+        raise ValueError
+    return int(end)
 
 
 def _fact(facts: Mapping[str, Any], *keys: str) -> int:

@@ -8,7 +8,6 @@ are t times the spread over resampled runs, as those of `forget fit`.
 
 import csv
 import io
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_forget.adapters import ALL_LINEAR
+from mlx_forget.durable_files import write_text
 from mlx_forget.errors import UserError
 from mlx_forget.history import read_history
 from mlx_forget.method_comparison import ADAPTERS
@@ -264,9 +264,7 @@ def write_csv(points: Sequence[Point], path: Path) -> None:
     writer.writerow(CSV_COLUMNS)
     for point in points:
         writer.writerow([getattr(point, column) for column in CSV_COLUMNS])
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(text.getvalue(), encoding="utf-8")
-    os.replace(aside, path)
+    write_text(path, text.getvalue())
 
 
 def _described(points: Sequence[Point], target: str) -> list[Point]:

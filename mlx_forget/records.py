@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from mlx_forget.durable_files import SEAL, is_whole, sealed, sync, write_text
+from mlx_forget.durable_files import SEAL, is_whole, read_object, sealed, sync, write_text
 from mlx_forget.errors import UserError
 
 SCHEMA_VERSION = 1
@@ -48,11 +48,11 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     """
     path = folder / RECORD
     try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        record = read_object(path)
         found = record["schema_version"]
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError):
         raise UserError(f"{path} is damaged: remove it, and the run can be resumed or repeated.") from None
     if not is_whole(record):
         raise UserError(f"{path} is damaged (its checksum does not match): remove it, and the run can be resumed or repeated.")

@@ -5,7 +5,6 @@ Validation rows of a store are numbered apart from its training rows.
 
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +16,9 @@ import numpy as np
 
 from mlx_forget import checkpoint
 from mlx_forget.checkpoint import Checkpoint
+from mlx_forget.durable_files import replacing, write_text
 from mlx_forget.errors import Interrupted, UserError
+from mlx_forget.npy_files import map_array
 from mlx_forget.pipeline.sides import MaskedRows
 from mlx_forget.pipeline.store import MANIFEST, StoreWriter, TokenStore, open_store
 from mlx_forget.pipeline.vocabularies import load_vocabulary
@@ -236,7 +237,7 @@ def _open_part(part: Path, identity: dict[str, Any], say: Callable[[str], None])
         part.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"Cannot write {part}: {error.strerror}.") from None
-    found.write_text(text, encoding="utf-8")
+    write_text(found, text)
 
 
 def _sampled_shard(path: Path, shape: tuple[int, int], vocab_size: int) -> SampledRows | None:
@@ -244,24 +245,20 @@ def _sampled_shard(path: Path, shape: tuple[int, int], vocab_size: int) -> Sampl
     if not path.is_file():
         return None
     try:
-        rows: SampledRows = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError):
+        # Mapped, so that a header cannot ask for more than there is.
+        mapped = map_array(path)
+    except (ValueError, OSError):
         return None
     # A sample that was asked for with fewer rows has a shorter last shard.
-    return (
-        rows[: shape[0]]
-        if rows.ndim == 2 and len(rows) >= shape[0] and rows.shape[1] == shape[1] and rows.max() < vocab_size
-        else None
-    )
+    if mapped.dtype != np.int32 or mapped.ndim != 2 or len(mapped) < shape[0] or mapped.shape[1] != shape[1]:
+        return None
+    rows: SampledRows = np.array(mapped[: shape[0]])
+    return rows if not rows.size or (rows.min() >= 0 and rows.max() < vocab_size) else None
 
 
 def _write_shard(path: Path, rows: SampledRows) -> None:
-    aside = path.with_name(f".{path.name}.part")
-    with aside.open("wb") as file:
+    with replacing(path) as file:
         np.save(file, rows)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
 
 
 @contextmanager

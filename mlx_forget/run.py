@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,6 +16,7 @@ from mlx_forget.config import (
     read_yaml,
     to_yaml,
 )
+from mlx_forget.durable_files import write_text
 from mlx_forget.errors import Interrupted, RunFailed, UserError
 from mlx_forget.evaluate import progress_lost
 from mlx_forget.fuse import base_of
@@ -332,6 +332,4 @@ def _check_same_run(plan: Plan, found: str) -> None:
 
 
 def _write_config(plan: Plan) -> None:
-    aside = plan.folder / f".{records.CONFIG}.part"
-    aside.write_text(to_yaml(plan.config), encoding="utf-8")
-    os.replace(aside, plan.folder / records.CONFIG)
+    write_text(plan.folder / records.CONFIG, to_yaml(plan.config))

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +22,9 @@ from mlx_forget.runs.rows import MARK, Row, fitted_rows
 READERS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".arrow", ".arrows", ".feather")
 # Columns that name things, whatever their names look like: a run id of digits is no number.
 NAMES = ("run", "base")
+_MOST_ROWS = 10_000_000
+# Python's integers have no end, and floats do.
+_TOO_LARGE = 10**308
 
 
 def read_table(
@@ -80,7 +85,9 @@ def read_rows(source: Path) -> list[dict[str, Any]]:
                 raise UserError(f"{source} must hold one object per row.")
             return whole
         return _read_arrow(source, kind)
-    except (json.JSONDecodeError, UnicodeDecodeError, csv.Error) as error:
+    except (ValueError, csv.Error, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{source} cannot be read as {kind[1:]}: {error}.") from None
 
 
@@ -89,7 +96,7 @@ def _read_csv(source: Path, reader: Iterable[list[str]]) -> list[dict[str, Any]]
     if not rows:
         return []
     header = [name.strip() for name in rows[0]]
-    twice = sorted({name for name in header if header.count(name) > 1})
+    twice = sorted(name for name, count in Counter(header).items() if count > 1)
     if twice:
         raise UserError(f"{source} has the column {twice[0]!r} twice: rename or remove one.")
     if len(header) == 1 and (";" in header[0] or "\t" in header[0]):
@@ -108,15 +115,20 @@ def _read_arrow(source: Path, kind: str) -> list[dict[str, Any]]:
 
     try:
         if kind == ".parquet":
+            if (num_rows := pyarrow.parquet.read_metadata(source).num_rows) > _MOST_ROWS:
+                raise UserError(f"{source} says that it has {num_rows:,} rows: a table of runs has at most {_MOST_ROWS:,}.")
             return list(pyarrow.parquet.read_table(source).to_pylist())
         with pa.memory_map(str(source)) as stream:
             try:
-                return list(pa.ipc.open_file(stream).read_all().to_pylist())
+                table = pa.ipc.open_file(stream).read_all()
             except pa.ArrowInvalid:
                 stream.seek(0)
-                return list(pa.ipc.open_stream(stream).read_all().to_pylist())
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{source} cannot be read as {kind[1:]}: {str(error).splitlines()[0]}.") from None
+                table = pa.ipc.open_stream(stream).read_all()
+            # Offsets that lead out of the file would be followed.
+            table.validate(full=True)
+            return list(table.to_pylist())
+    except (pa.ArrowException, OSError, OverflowError) as error:
+        raise UserError(f"{source} cannot be read as {kind[1:]}: {(str(error) or 'no memory').splitlines()[0]}.") from None
 
 
 def table_from_rows(rows: Sequence[Mapping[str, Any]], *, mapping: Mapping[str, str] | None = None) -> Table:
@@ -172,7 +184,7 @@ def _numbers(values: Sequence[Any]) -> Sequence[float | None]:
     """The number in each cell, or None where there is text; what a column holds throughout is read once."""
     if values.count(values[0]) == len(values):
         return [_number(values[0])] * len(values)
-    if all(type(value) is float or type(value) is int for value in values):
+    if all(type(value) is float or (type(value) is int and abs(value) < _TOO_LARGE) for value in values):
         return values
     return [_number(value) for value in values]
 
@@ -183,8 +195,10 @@ def _number(value: Any) -> float | None:
         return float("nan")
     if isinstance(value, bool):
         return None
-    if isinstance(value, int | float):
-        return float(value)
+    if isinstance(value, int):
+        return float(value) if abs(value) < _TOO_LARGE else (math.inf if value > 0 else -math.inf)
+    if isinstance(value, float):
+        return value
     text = str(value).strip().replace("_", "")
     if not text:
         return float("nan")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mlx_forget.audit.page import render
 from mlx_forget.audit.run import Audit
+from mlx_forget.durable_files import write_text
 from mlx_forget.errors import UserError
 
 JSON, PAGE = "audit.json", "audit.html"
@@ -28,9 +29,7 @@ def make_folder(folder: Path) -> None:
 def write_audit(audit: Audit, folder: Path) -> None:
     """Write both files; they take the place of an earlier audit's."""
     for name, content in ((JSON, to_json(audit) + "\n"), (PAGE, render(audit))):
-        aside = folder / f".{name}.part"
-        aside.write_text(content, encoding="utf-8")
-        os.replace(aside, folder / name)
+        write_text(folder / name, content)
 
 
 def to_json(audit: Audit) -> str:

@@ -5,7 +5,6 @@ another division of the same file is found too.
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy.typing as npt
 
 from mlx_forget.audit.models import Model
 from mlx_forget.audit.texts import Text
+from mlx_forget.durable_files import read_object
 from mlx_forget.errors import UserError
 from mlx_forget.ladder import default_row_length
 from mlx_forget.pipeline.corpora import forget_home
@@ -119,7 +119,7 @@ def _find_store(name: str, entry: dict[str, Any]) -> TokenStore | None:
     """The store with the fingerprint that a record names: at its own path, or in the cache."""
     for folder in (Path(name).expanduser(), *sorted((forget_home() / "stores").glob("*"))):
         try:
-            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            manifest = read_object(folder / MANIFEST)
         except (OSError, ValueError):
             continue
         if manifest.get("fingerprint") == entry["fingerprint"]:

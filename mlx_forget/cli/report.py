@@ -30,9 +30,9 @@ def report(
 
     Example: forget report runs/figure1 -o figure1.html
     """
-    import os
 
     from mlx_forget.audit.files import make_folder
+    from mlx_forget.durable_files import write_text
     from mlx_forget.report.contents import make_report
     from mlx_forget.report.page import render
 
@@ -40,9 +40,7 @@ def report(
     works_in(page.parent)
     make_folder(page.parent)
     made = make_report(sweep, where=where, status=status, budgets=max_forgetting or [], confidence=confidence)
-    aside = page.with_name(f".{page.name}.part")
-    aside.write_text(render(made), encoding="utf-8")
-    os.replace(aside, page)
+    write_text(page, render(made))
     say(f"Wrote {page}: {len(made.runs.rows):,} runs")
     if as_json:
         emit({"file": str(page), **made.as_json()})

@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlx_forget.durable_files import read_object
 from mlx_forget.engines import Task
 from mlx_forget.engines.child import Child
 from mlx_forget.errors import UserError
@@ -47,10 +48,9 @@ class Lease:
     def beat(self) -> dict[str, object] | None:
         """What the sweep wrote last; None where there is nothing to read."""
         try:
-            found: dict[str, object] = json.loads((self.folder / "beat.json").read_text(encoding="utf-8"))
+            return read_object(self.folder / "beat.json")
         except (OSError, ValueError):
             return None
-        return found
 
     def mark(self, task: Task) -> Path:
         """The file that says a task is attended."""

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +12,17 @@ from typing import Any
 
 import numpy as np
 
+from mlx_forget.durable_files import read_object, replacing, write_text
 from mlx_forget.errors import UserError
 from mlx_forget.laws.fitted import Fit
 from mlx_forget.laws.forms import Law, get_law
 from mlx_forget.laws.predictor import Predictor
 from mlx_forget.laws.profiles import Interval
 from mlx_forget.laws.uncertainty import Uncertainty
+from mlx_forget.npy_files import array_of
 
+# What the draws of a fit unpack to is some megabytes.
+_MOST_DRAWS_BYTES = 1 << 30
 SCHEMA_VERSION = 1
 
 
@@ -167,14 +172,10 @@ def write_fit(path: str | os.PathLike[str], content: Mapping[str, Any], fits: Ma
         arrays[f"draws_{i}"] = predictor.draws
         arrays |= {f"column_{i}_{name}": values for name, values in predictor.columns.items()}
     sidecar = target.with_suffix(".draws.npz")
-    aside = sidecar.with_name(sidecar.name + ".tmp")
-    with open(aside, "wb") as stream:
+    with replacing(sidecar) as stream:
         np.savez_compressed(stream, allow_pickle=False, **arrays)
-    os.replace(aside, sidecar)
     text = json.dumps({**content, "draws": sidecar.name}, indent=2, allow_nan=False)
-    temporary = target.with_name(target.name + ".tmp")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, target)
+    write_text(target, text + "\n")
     return target
 
 
@@ -216,10 +217,10 @@ def read_fit(path: str | os.PathLike[str]) -> SavedFit:
     if not source.is_file():
         raise UserError(f"No fit at {source}: make one with `forget fit TABLE --law NAME -o {source.name}`.")
     try:
-        content = json.loads(source.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise UserError(f"{source} is not JSON: give a fit.json that `forget fit -o` wrote.") from None
-    if not isinstance(content, dict) or "law" not in content or "params" not in content:
+        content = read_object(source)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source} is not a fit ({error}): give a fit.json that `forget fit -o` wrote.") from None
+    if "law" not in content or "params" not in content:
         raise UserError(f"{source} is not a fit: give a fit.json that `forget fit -o` wrote.")
     version = content.get("schema_version")
     if version != SCHEMA_VERSION:
@@ -227,11 +228,11 @@ def read_fit(path: str | os.PathLike[str]) -> SavedFit:
             f"{source} has schema version {version!r} and this release reads {SCHEMA_VERSION}: fit "
             "again, or use the release that wrote it."
         )
-    law = get_law(content["law"])
+    law = get_law(str(content["law"]))
     arrays = _draws(source, str(content.get("draws") or ""))
     try:
         return SavedFit(content, _predictors(content, law, arrays))
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError):
         raise UserError(f"{source} is damaged: fit again with `forget fit TABLE --law {law.name} -o {source.name}`.") from None
 
 
@@ -269,7 +270,10 @@ def _draws(source: Path, name: str) -> dict[str, Any]:
     if sidecar == source or not sidecar.is_file():
         return {}
     try:
-        with np.load(sidecar, allow_pickle=False) as stored:
-            return dict(stored)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile):
+        with zipfile.ZipFile(sidecar) as archive:
+            if sum(one.file_size for one in archive.infolist()) > _MOST_DRAWS_BYTES:
+                raise ValueError
+            return {one.removesuffix(".npy"): array_of(archive.read(one)) for one in archive.namelist()}
+    # Besides what a damaged archive is: one that is encrypted, or compressed in a way that Python does not know.
+    except (ValueError, OSError, EOFError, LookupError, RuntimeError, zlib.error, zipfile.BadZipFile):
         raise UserError(f"{sidecar} is damaged: fit again, or remove it to go on without intervals.") from None

@@ -7,6 +7,7 @@ trainer on a machine waits for the compiler here, about ten seconds; later ones 
 
 import fcntl
 import functools
+import os
 import tempfile
 from pathlib import Path
 
@@ -24,7 +25,9 @@ _SPEC = ModelSpec(num_layers=1, width=32, num_heads=2, vocab_size=64, context_le
 @functools.cache
 def compile_loops() -> None:
     """Take one step of a tiny model; once per process, and nothing is left of it but the compiled loops."""
-    with (Path(tempfile.gettempdir()) / "mlx-forget-compile.lock").open("a") as lock:
+    # One of each user, and never through a link that another user has put there.
+    path = Path(tempfile.gettempdir()) / f"mlx-forget-compile-{os.getuid()}.lock"
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600), "rb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         ops = operators(dtype=mx.float32, on_cpu=True, fused=True)
         weights = {name: mx.array(value) for name, value in initial_weights(_SPEC, 0)}

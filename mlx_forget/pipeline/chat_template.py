@@ -18,6 +18,7 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_forget.durable_files import read_object
 from mlx_forget.errors import UserError
 
 TEMPLATE_FILE = "chat_template.jinja"
@@ -282,7 +283,6 @@ def _fixed_date(form: str) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_object(path)
+    except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}

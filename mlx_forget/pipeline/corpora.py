@@ -17,8 +17,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
+from mlx_forget.durable_files import read_object
 from mlx_forget.errors import UserError, unknown
 from mlx_forget.pipeline import documents, installation, mathematics
 from mlx_forget.pipeline.documents import Split
@@ -198,9 +199,9 @@ def _open(recipe: _Recipe, corpora: Path, name: str) -> BuiltCorpus | None:
     """The corpus in the cache, or None where it is not, or not all of it."""
     folder = recipe.folder(corpora, name)
     try:
-        manifest: dict[str, Any] = json.loads((folder / "corpus.json").read_text())
+        manifest = read_object(folder / "corpus.json")
         whole = all((folder / f"{split}.arrow").stat().st_size == manifest["file_bytes"][split] for split in SPLITS)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     if not whole:
         return None

@@ -6,6 +6,7 @@ What cannot be read is reported with its file, its line and its first characters
 import codecs
 import io
 import json
+import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -34,6 +35,8 @@ _MOST_BYTES_PER_LINE = 64_000_000
 _BLOCK = 1 << 16
 _ROWS_PER_BATCH = 256
 _EXCERPT = 80
+# Between the elements of an array.
+_SEPARATOR = re.compile(r"\s*,?\s*")
 
 _UNREADABLE = (OSError, EOFError, zlib.error, pa.ArrowException, UnicodeDecodeError)
 
@@ -250,24 +253,33 @@ def _array(start: bytes, handle: io.BufferedReader, file: Path, bad: BadInput) -
     """The elements of a JSON array of any length, one after the other."""
     decoder = json.JSONDecoder()
     blocks = _decoded(_Joined(start, handle), file, bad)
-    text, number, more = "", 0, True
+    text, number, more, enough = "", 0, True, 0
     while more or text:
-        if more:
+        read, size = [text], len(text)
+        while more and size <= enough:
             block = next(blocks, "")
-            text, more = text + block, bool(block)
-        while text := text.lstrip().removeprefix(",").lstrip():
-            if text.startswith("]"):
+            more = bool(block)
+            read.append(block)
+            size += len(block)
+        text, position, enough = "".join(read), 0, 0
+        while (position := _SEPARATOR.match(text, position).end()) < len(text):  # type: ignore[union-attr]
+            if text[position] == "]":
                 return
             try:
-                record, end = decoder.raw_decode(text)
+                record, position = decoder.raw_decode(text, position)
             except (ValueError, RecursionError) as error:
-                if more and len(text) < _MOST_BYTES_PER_LINE and not isinstance(error, RecursionError):
+                left = len(text) - position
+                if more and left < _MOST_BYTES_PER_LINE and not isinstance(error, RecursionError):
+                    # Looked at again when there is twice as much of it: at every block, a long element would take hours.
+                    enough = min(2 * left, _MOST_BYTES_PER_LINE)
                     break
-                bad.report(f"{file}, element {number + 1}", "not valid JSON", excerpt=text[:400], kind="invalid JSON")
+                bad.report(
+                    f"{file}, element {number + 1}", "not valid JSON", excerpt=text[position : position + 400], kind="invalid JSON"
+                )
                 return
             number += 1
             yield number, record
-            text = text[end:]
+        text = text[position:]
 
 
 class _Joined:

@@ -5,6 +5,7 @@ name (also `train-00000-of-00004`), or a README.md that names them as the Hub's 
 split by document hash: 3% validate, more of a small source. `test` files are left out.
 """
 
+import fnmatch
 import glob
 import hashlib
 import os
@@ -28,6 +29,7 @@ from mlx_forget.pipeline.formats import (
     read_texts,
     stem_of,
 )
+from mlx_forget.strict_yaml import parse_yaml
 
 SplitName = Literal["train", "validation"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation")
@@ -314,8 +316,10 @@ def files_below(folder: Path, pattern: str) -> list[Path]:
     """
     if os.path.isabs(pattern) or ".." in Path(pattern).parts:
         raise UserError(f"{folder}: its data files {pattern!r} lead out of it, which is refused.")
-    files = sorted(Path(name) for name in glob.glob(str(Path(glob.escape(str(folder)), pattern)), recursive=True))
-    files = [file for file in files if file.is_file() and format_of(file)]
+    wanted = Path(pattern).parts
+    # Links to folders are not followed: two of them can make more paths than there is time for.
+    below = (Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
+    files = sorted(file for file in below if format_of(file) and _fits(file.relative_to(folder).parts, wanted) and file.is_file())
     home = folder.resolve()
     for file in files:
         if not file.resolve().is_relative_to(home) and not (
@@ -325,10 +329,26 @@ def files_below(folder: Path, pattern: str) -> list[Path]:
     return files
 
 
+def _fits(parts: tuple[str, ...], wanted: tuple[str, ...]) -> bool:
+    """Whether a path is one of a pattern: `**` stands for any folders, and names that begin with a dot must be written out."""
+    # Which beginnings of the pattern the parts so far can be.
+    ends = {0} | ({1} if wanted[:1] == ("**",) else set())
+    for part in parts:
+        found = set()
+        for end in ends:
+            if end and wanted[end - 1] == "**" and not part.startswith("."):
+                found.add(end)
+            is_hidden = part.startswith(".") and end < len(wanted) and not wanted[end].startswith(".")
+            if end < len(wanted) and wanted[end] != "**" and not is_hidden and fnmatch.fnmatchcase(part, wanted[end]):
+                found.add(end + 1)
+        while more := {end + 1 for end in found if end < len(wanted) and wanted[end] == "**"} - found:
+            found |= more
+        ends = found
+    return len(wanted) in ends
+
+
 def _repository_configs(readme: Path) -> dict[str, dict[str, Any]]:
     """The configurations in the YAML head of a dataset repository's README.md, by name."""
-    import yaml
-
     try:
         text = readme.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
@@ -337,10 +357,9 @@ def _repository_configs(readme: Path) -> dict[str, dict[str, Any]]:
     if not text.startswith("---") or len(parts) < 3:
         return {}
     try:
-        head = yaml.safe_load(parts[1])
-    except yaml.YAMLError:
+        configs = parse_yaml(parts[1], str(readme)).get("configs")
+    except UserError:
         return {}
-    configs = head.get("configs") if isinstance(head, dict) else None
     if not isinstance(configs, list):
         return {}
     return {str(c["config_name"]): c for c in configs if isinstance(c, dict) and "config_name" in c and "data_files" in c}
@@ -354,7 +373,8 @@ def _data_files(listed: Any) -> dict[str, list[str]]:
     for entry in listed if isinstance(listed, list) else []:
         if isinstance(entry, dict):
             patterns = entry.get("path", [])
-            splits.setdefault(str(entry.get("split", "train")), []).extend([patterns] if isinstance(patterns, str) else patterns)
+            patterns = patterns if isinstance(patterns, list) else [patterns]
+            splits.setdefault(str(entry.get("split", "train")), []).extend(str(pattern) for pattern in patterns)
         else:
             splits.setdefault("train", []).append(str(entry))
     return splits

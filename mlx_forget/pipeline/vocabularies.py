@@ -16,6 +16,7 @@ from typing import Any, Protocol, final
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_forget.durable_files import read_bytes, read_object
 from mlx_forget.errors import UserError
 from mlx_forget.pipeline.chat_template import TEMPLATE_FILE, ChatTemplate
 from mlx_forget.pipeline.tokenizer import Tokenizer
@@ -204,7 +205,7 @@ def load_vocabulary(path: Path) -> Vocabulary:
         UserError: no such file, or none that can be used (why).
     """
     try:
-        content = path.read_bytes()
+        content = read_bytes(path)
     except OSError as error:
         raise UserError(f"Cannot read the tokenizer {path}: {error.strerror}.") from None
     try:
@@ -313,8 +314,8 @@ def _special_token(folder: Path, key: str) -> str | None:
     """A special token as the files beside a tokenizer.json name it."""
     for name in _CONFIG_FILES:
         try:
-            value = json.loads((folder / name).read_text(encoding="utf-8")).get(key)
-        except (OSError, ValueError, AttributeError, RecursionError):
+            value = read_object(folder / name).get(key)
+        except (OSError, ValueError):
             continue
         token = value.get("content") if isinstance(value, dict) else value
         if isinstance(token, str):

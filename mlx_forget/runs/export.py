@@ -1,12 +1,14 @@
 """Tables of runs for other tools: the law columns, every other column of a row, and where each run lies."""
 
 import csv
+import io
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from mlx_forget.durable_files import replacing
 from mlx_forget.errors import UserError, unknown
 from mlx_forget.runs.rows import LAW_COLUMNS, MARK, Row
 from mlx_forget.runs.selection import columns_of
@@ -45,15 +47,15 @@ def export(rows: Sequence[Row], path: Path, *, provenance: dict[str, Any]) -> li
     rest = [name for name in columns_of(rows) if name not in LAW_COLUMNS and name not in ("folder", MARK)]
     names = [*LAW_COLUMNS, *rest, "folder", MARK]
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")
-    if path.suffix.lower() == ".csv":
-        with aside.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
+    with replacing(path) as file:
+        if path.suffix.lower() == ".csv":
+            text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+            writer = csv.writer(text, lineterminator="\n")
             writer.writerow(names)
             writer.writerows([row.get(name) for name in names] for row in rows)
-    else:
-        _write_parquet(rows, names, aside, provenance)
-    os.replace(aside, path)
+            text.detach()
+        else:
+            _write_parquet(rows, names, file, provenance)
     return names
 
 
@@ -89,7 +91,7 @@ def _parsed(cells: Sequence[Any], name: str) -> list[Any]:
     return [{"True": True, "False": False}.get(cell, cell) for cell in cells]
 
 
-def _write_parquet(rows: Sequence[Row], names: Sequence[str], path: Path, provenance: dict[str, Any]) -> None:
+def _write_parquet(rows: Sequence[Row], names: Sequence[str], file: IO[bytes], provenance: dict[str, Any]) -> None:
     import pyarrow as pa
     import pyarrow.parquet
 
@@ -101,7 +103,7 @@ def _write_parquet(rows: Sequence[Row], names: Sequence[str], path: Path, proven
         except (pa.ArrowInvalid, pa.ArrowTypeError):
             columns[name] = pa.array([None if value is None else str(value) for value in values])
     table = pa.table(columns).replace_schema_metadata({"mlx_forget": json.dumps(provenance)})
-    pyarrow.parquet.write_table(table, path)
+    pyarrow.parquet.write_table(table, file)
 
 
 def _existing(folder: Path) -> Path:

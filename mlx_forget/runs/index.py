@@ -131,7 +131,7 @@ def _read_row(path: Path) -> Row:
     try:
         with open(path, "rb", buffering=0) as file:
             content = json.loads(file.read())
-    except (ValueError, OSError):
+    except (ValueError, OSError, RecursionError):
         return {"problem": DAMAGED}
     row = read_content(content)
     return {"problem": row} if isinstance(row, str) else row
@@ -148,7 +148,7 @@ def _read_cache(path: Path) -> dict[_Seen, Row]:
         }
         if any(len(values) != len(seen) for values in columns.values()):
             return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
     problems = columns.pop("problem", [None] * len(seen))
     rows = zip(*columns.values(), strict=True) if columns else [()] * len(seen)

@@ -1,11 +1,11 @@
 """Is what runs have left whole? Records, histories and checkpoints, checked against each other."""
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from mlx_forget.checkpoint import STATE, open_checkpoint
+from mlx_forget.durable_files import read_object
 from mlx_forget.errors import UserError
 from mlx_forget.history import read_history
 from mlx_forget.records import CONFIG, FAILURE, HISTORY, RECORD, read_record
@@ -109,11 +109,11 @@ def describe_begun(folder: Path) -> str:
     from mlx_forget.progress import PROGRESS_FILE
 
     try:
-        return f"failed: {json.loads((folder / FAILURE).read_text(encoding='utf-8'))['reason']}"
+        return f"failed: {read_object(folder / FAILURE)['reason']}"
     except (OSError, ValueError, KeyError, TypeError):
         pass
     try:
-        progress = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8"))
+        progress = read_object(folder / PROGRESS_FILE)
         return f"begun, at step {progress['step']:,} of {progress['num_steps']:,} when last heard of"
     except (OSError, ValueError, KeyError, TypeError):
         return "begun, without an evaluation yet"

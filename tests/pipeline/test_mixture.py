@@ -115,3 +115,20 @@ def test_shares_are_read_exactly(text, share):
 def test_shares_outside_the_range_are_refused(text):
     with pytest.raises(UserError, match="p must"):
         parse_share(text)
+
+
+def test_the_stream_is_the_one_that_published_results_were_made_with():
+    exact, drawn = (Mixture(16, 40, Fraction(1, 3), 5, mode).rows(0, 16) for mode in ("exact", "bernoulli"))
+    assert exact[0].tolist() == [1, 0, 0] * 5 + [1]
+    assert exact[1].tolist() == [5, 3, 5, 30, 8, 10, 23, 0, 2, 29, 9, 1, 25, 11, 4, 37]
+    assert drawn[0].tolist() == [0, 0, 0, 0, 0, 0, 1, 0, 0, 1, 0, 1, 0, 0, 0, 0]
+    assert drawn[1].tolist() == [3, 5, 8, 10, 0, 2, 5, 9, 1, 30, 11, 23, 4, 6, 13, 7]
+    assert permute(np.arange(5), 5, stream_key(5, 3)).tolist() == [3, 2, 1, 4, 0]
+    assert stream_key(7, 2, np.array([0, 1])).tolist() == [2891354267581229779, 3504140368283877498]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 64, 65])
+def test_rows_that_are_drawn_together_are_those_that_are_drawn_one_by_one(size):
+    key = stream_key(3, 4)
+    together = permute(np.tile(np.arange(size), 20), size, key)
+    assert together.tolist() == [int(permute(np.array([row]), size, key)[0]) for row in range(size)] * 20

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 from mlx_forget.errors import UserError
 from mlx_forget.pipeline.mixture import Member, Mixture
-from mlx_forget.pipeline.shares import ShareSchedule, Split, constant_share, describe_share, parse_sources, parse_stages
+from mlx_forget.pipeline.shares import (
+    ShareSchedule,
+    Split,
+    constant_share,
+    describe_share,
+    parse_share,
+    parse_sources,
+    parse_stages,
+)
 
 PARTS = st.fractions(min_value=0, max_value=Fraction(999, 1000), max_denominator=1000)
 
@@ -191,3 +199,19 @@ def test_sources_and_their_shares_are_read(text, expected):
 def test_shares_of_sources_that_do_not_add_up_are_refused(text):
     with pytest.raises(UserError, match=r"add up|Sources are|given twice"):
         parse_sources(text)
+
+
+@pytest.mark.parametrize("text, words", [("a=50%,a=50%", "a is given twice"), ("a=1.5,b=1", "'a=1.5' is not")])
+def test_what_is_wrong_with_sources_is_said(text, words):
+    with pytest.raises(UserError, match=words):
+        parse_sources(text)
+
+
+def test_the_smallest_sources_are_joined_first_in_whatever_order_they_come():
+    root = Split((Fraction(5, 8), Fraction(1, 8), Fraction(2, 8)), (0, 0))._tree()
+    assert (root.right, root.left.left, root.left.right) == (0, 1, 2)
+    assert (root.share, root.left.share) == (Fraction(3, 8), Fraction(1, 3))
+
+
+def test_a_share_is_rounded_to_a_denominator_that_positions_can_be_multiplied_with():
+    assert parse_share("0.12345678912345") == Fraction("0.12345678912345").limit_denominator(10**9)

@@ -1,6 +1,5 @@
 """The Arrow files of a store: one record batch each, memory-mapped, with a checksum."""
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.ipc
 
+from mlx_forget.durable_files import sha256_of
 from mlx_forget.errors import UserError
-
-
-def sha256_of(path: Path) -> str:
-    """The checksum of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_file(path: Path, wanted: str) -> None:

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_forget.durable_files import sealed, sync, write_text
-from mlx_forget.pipeline.store.arrow_files import sha256_of
+from mlx_forget.durable_files import sealed, sha256_of, sync, write_text
 
 MANIFEST = "manifest.json"
 # Version 2 adds loss masks and sources; a store that has neither is still written as version 1.

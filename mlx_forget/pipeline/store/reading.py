@@ -1,6 +1,5 @@
 """Opening a store: its manifest, its splits, and the check of every byte."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from mlx_forget.durable_files import is_whole
+from mlx_forget.durable_files import is_whole, read_object
 from mlx_forget.errors import UserError
 from mlx_forget.pipeline.store.arrow_files import check_file, map_tokens
 from mlx_forget.pipeline.store.manifest import MANIFEST, SCHEMA_VERSION, fingerprint_of
-from mlx_forget.pipeline.store.split import Shard, Split
+from mlx_forget.pipeline.store.split import Shard, Split, Tokens
 
 
 @dataclass(frozen=True)
@@ -63,11 +62,11 @@ def open_store(folder: Path | str, *, verify: bool = True) -> TokenStore:
     """
     folder = Path(folder)
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_object(folder / MANIFEST)
         version = manifest["schema_version"]
     except FileNotFoundError:
         raise UserError(f"{folder} is not a token store: it has no {MANIFEST}. Make one with: forget prepare") from None
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError):
         raise UserError(f"{folder / MANIFEST} is damaged: prepare the store again.") from None
     if not isinstance(version, int) or not 1 <= version <= SCHEMA_VERSION:
         raise UserError(
@@ -91,6 +90,8 @@ def open_store(folder: Path | str, *, verify: bool = True) -> TokenStore:
                     check_file(folder / shard.documents, shard.documents_sha256)
             mapped = [map_tokens(folder / shard.tokens, shard.num_tokens, dtype) for shard in listed]
             arrays, masks = tuple(tokens for tokens, _ in mapped), tuple(mask for _, mask in mapped)
+            if verify:
+                _check_ids(folder, manifest, arrays)
             splits[name] = Split(name, listed, arrays, folder, manifest["bos_id"], manifest["eos_id"], masks)
         if manifest["fingerprint"] != fingerprint_of(manifest):
             raise UserError(f"{folder / MANIFEST} is damaged (its fingerprint does not match): prepare the store again.")
@@ -113,3 +114,11 @@ def open_store(folder: Path | str, *, verify: bool = True) -> TokenStore:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{folder / MANIFEST} is damaged: prepare the store again.") from None
+
+
+def _check_ids(folder: Path, manifest: Mapping[str, Any], arrays: tuple[Tokens, ...]) -> None:
+    """Every id must be one of the vocabulary: a model would read outside of its table."""
+    size = manifest["vocab_size"]
+    most = max((int(tokens.max()) for tokens in arrays if len(tokens)), default=0)
+    if not all(0 <= one < size for one in (most, manifest["bos_id"], manifest["eos_id"])):
+        raise UserError(f"{folder} holds ids outside of its vocabulary of {size}: prepare the store again.")

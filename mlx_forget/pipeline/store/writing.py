@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mlx_forget.durable_files import is_whole, sealed, sync, write_text
+from mlx_forget.durable_files import is_whole, read_object, sealed, sha256_of, sync, write_text
 from mlx_forget.errors import UserError
-from mlx_forget.pipeline.store.arrow_files import sha256_of, write_batch
+from mlx_forget.pipeline.store.arrow_files import write_batch
 from mlx_forget.pipeline.store.manifest import write_manifest
 from mlx_forget.pipeline.store.reading import TokenStore, open_store
 from mlx_forget.pipeline.vocabularies import copy_tokenizer
@@ -233,10 +233,10 @@ class StoreWriter:
         """Take the folder aside for this process, with the whole shards of an earlier one that had the same key."""
         self._lock = acquire(self._aside, self.folder, wait=self.wait)
         try:
-            journal = json.loads((self._aside / _JOURNAL).read_text(encoding="utf-8"))
+            journal = read_object(self._aside / _JOURNAL)
             same = self.key is not None and is_whole(journal) and journal["key"] == self._journal_key()
             found, self._masked = (journal["shards"], journal["masked"]) if same else ({}, False)
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError):
             found = {}
         for split, shards in found.items():
             whole = []

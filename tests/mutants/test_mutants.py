@@ -1,0 +1,66 @@
+"""The mutants themselves: a mistake is one change, what is drawn is drawn again, and a test that fails kills."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from tests.mutants.__main__ import JUDGED, ROOT, drawn
+from tests.mutants.groups import GROUPS
+from tests.mutants.sites import mutated, sites
+from tests.mutants.trial import put_in_place
+
+SOURCE = '''
+"""A docstring, 1."""
+__all__ = ["f"]
+def f(a: int = 3) -> int:
+    """Another, 2."""
+    assert a > 4
+    if a < 5 and f"{a + 6}":
+        raise ValueError("some words" + "x")
+    return min(a, -7)
+'''
+
+
+def test_every_mistake_is_one_change_and_what_only_tells_people_is_left_alone(tmp_path):
+    (tmp_path / "m.py").write_text(SOURCE)
+    found = sites(tmp_path, "m.py")
+    assert [site.what for site in found] == [
+        "3  ->  4",
+        "a < 5 and f'{a + 6}'  ->  a < 5 or f'{a + 6}'",
+        "a < 5  ->  a <= 5",
+        "5  ->  6",
+        "raise ValueError('some words' + 'x')  ->  left out",
+        "return min(a, -7)  ->  return None",
+        "min  ->  max",
+        "-7  ->  +7",
+        "7  ->  8",
+    ]
+    whole = ast.unparse(ast.parse(SOURCE))
+    texts = {ast.unparse(mutated(tmp_path, site)) for site in found}
+    assert len(texts) == len(found)
+    assert whole not in texts
+
+
+def test_the_same_seed_draws_the_same_two_hundred():
+    first, again, other = drawn(0), drawn(0), drawn(1)
+    assert first == again != other
+    assert sum(map(len, first.values())) == sum(group.num for group in GROUPS.values()) == 200
+
+
+def test_what_was_judged_is_named_with_a_reason():
+    import tomllib
+
+    for one in tomllib.loads(JUDGED.read_text())["mutant"]:
+        assert Path(ROOT, one["mutant"].split(" ")[0]).is_file()
+        assert one["reason"]
+
+
+def test_a_mistake_takes_the_place_of_a_function_in_this_process(monkeypatch):
+    from mlx_forget.pipeline import mixture
+
+    site = next(one for one in sites(ROOT, "mlx_forget/pipeline/mixture.py") if one.function == "_mix" and "return" in one.what)
+    monkeypatch.setattr(mixture._mix, "__code__", mixture._mix.__code__)
+    put_in_place(ROOT, site)
+    with pytest.raises(TypeError):
+        mixture.stream_key(0, 1)
