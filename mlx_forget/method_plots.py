@@ -31,6 +31,8 @@ def draw_methods(trajectories: Sequence[Trajectory], *, title: str) -> "Figure":
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
     start = drawn[0].rows[0]
+    # The start is the lowest point, and its name stands below it.
+    whole.margins(y=0.1)
     whole.plot(start["target_val_loss"], start["pretrain_val_loss"], "k*", markersize=12)
     whole.annotate(
         "start", (start["target_val_loss"], start["pretrain_val_loss"]), xytext=(-10, -13), textcoords="offset points", ha="right"
@@ -101,8 +103,12 @@ def draw_slices(found: "Sequence[SlicePoint]", axis: "Axis", level: float, *, ti
             places, [point.before + point.forgetting for point in line], label=key[0] if key[1] == found[0].seed else None, **style
         )
         right.plot(places, [point.forgetting for point in line], **style)
+    shown = sorted({point.x for point in found})
     for panel, name in ((left, "pretraining validation loss (nats per token)"), (right, "forgetting (nats per token)")):
         panel.set_xscale("log")
+        # A factor of a few has no power of ten in it: the places themselves are named.
+        panel.set_xticks(shown, [f"{x / 1e6:.2g}M" if axis == "model-size" else f"{x:.3g}" for x in shown])
+        panel.minorticks_off()
         panel.set_xlabel(AXES[axis])
         panel.set_ylabel(name)
         panel.grid(alpha=0.25, linewidth=0.6, which="both")
