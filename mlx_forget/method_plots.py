@@ -103,9 +103,11 @@ def draw_slices(found: "Sequence[SlicePoint]", axis: "Axis", level: float, *, ti
             places, [point.before + point.forgetting for point in line], label=key[0] if key[1] == found[0].seed else None, **style
         )
         right.plot(places, [point.forgetting for point in line], **style)
+    shown = sorted({point.x for point in found})
     for panel, name in ((left, "pretraining validation loss (nats per token)"), (right, "forgetting (nats per token)")):
         panel.set_xscale("log")
-        panel.set_xticks([x for x, _ in start], [f"{x / 1e6:.2g}M" if axis == "model-size" else f"{x:.3g}" for x, _ in start])
+        # A factor of a few has no power of ten in it: the places themselves are named.
+        panel.set_xticks(shown, [f"{x / 1e6:.2g}M" if axis == "model-size" else f"{x:.3g}" for x in shown])
         panel.minorticks_off()
         panel.set_xlabel(AXES[axis])
         panel.set_ylabel(name)

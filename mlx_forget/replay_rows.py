@@ -33,12 +33,13 @@ ROWS_COMPARED = 8
 def with_replay(plan: Plan, trainer: Trainer, watch: Watch) -> Plan:
     """The plan with the rows that its method replays; the model, which holds the start weights, is sampled here if it is to write them."""
     name, config = replay_name(plan.config), plan.config
-    if name is None:
+    term = config.method_spec().replay_term
+    # With a coefficient of 0 nothing reads them.
+    if name is None or (term is None and not config.method_spec().ewc):
         return plan
     assert plan.start is not None
     length = plan.stream.target.row_length
     rows_per_step = replay_rows_per_step(config)
-    term = config.method_spec().replay_term
     bos_id, eos_id = special_ids(plan.start.tokenizer)
     if name == REPLAY_ONLINE:
         assert term is not None

@@ -1,7 +1,11 @@
 """Self-generated replay: rows that are functions of (weights, seed, row), their distribution, and the store that holds them."""
 
+import hashlib
 import json
+import subprocess
+import sys
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,6 +85,54 @@ def test_samples_have_the_models_probabilities(backend, temperature):
         counts = np.bincount(rows[:, column], minlength=20)
         assert stats.chisquare(counts, exact * num_rows).pvalue > 1e-4
         assert stats.chisquare(counts, np.full(20, num_rows / 20)).pvalue < 1e-6
+
+
+def test_whole_rows_after_a_prompt_have_their_joint_probability(backend):
+    """Chi-square over every continuation of three tokens: what is cached of earlier tokens is what the model would have seen."""
+    spec, temperature, num_rows, V = model_spec("2x32", vocab_size=6, context_length=8), 0.5, 8000, 6
+    trainer = trainer_of(backend, spec, seed=3)
+    if backend is BigramTrainer:
+        trainer.weight *= 25
+    sampling = SampleSpec(num_tokens=1, length=5, seed=4, temperature=temperature, prompt=(4, 2), batch_size=997)
+    rows = sample_rows(trainer, sampling, 0, num_rows)
+    assert (rows[:, :2] == [4, 2]).all()
+    tokens = np.stack(np.meshgrid(*[np.arange(V)] * 3, indexing="ij"), -1).reshape(-1, 3)
+    prompts = np.tile(np.array([BOS, 4, 2]), (len(tokens), 1))
+    nll = trainer.token_losses(np.concatenate([prompts, tokens], axis=1).astype(np.int32))[:, -3:].astype(np.float64)
+    joint = np.ones((V, V, V))
+    for place in range(3):
+        conditional = np.exp(-nll[:, place].reshape(V, V, V) / temperature)
+        own = conditional[(..., *[slice(1)] * (2 - place))]
+        assert np.allclose(conditional, own, rtol=1e-4), "the loss of a token does not depend on those after it"
+        joint *= own / own.sum(axis=place, keepdims=True)
+    counts = np.bincount(rows[:, 2:] @ [V * V, V, 1], minlength=V**3)
+    marginals = [joint.sum(axis=tuple({0, 1, 2} - {place})) for place in range(3)]
+    independent = np.einsum("a,b,c->abc", *marginals)
+    assert stats.chisquare(counts, joint.ravel() * num_rows).pvalue > 1e-4
+    assert stats.chisquare(counts, independent.ravel() * num_rows).pvalue < 1e-6, (
+        "tokens that did not depend on one another would be seen"
+    )
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_another_process_samples_the_same_rows(name):
+    script = (
+        "import hashlib\n"
+        "from mlx_forget.sampling import SampleSpec, sample_rows\n"
+        "from tests.test_replay import SMALL, load_backend, trainer_of\n"
+        f"trainer = trainer_of(load_backend({name!r}), seed=6)\n"
+        "rows = sample_rows(trainer, SampleSpec(num_tokens=1, length=12, seed=9, batch_size=BATCH), 5, 60)\n"
+        "print(hashlib.sha256(rows.tobytes()).hexdigest())\n"
+    )
+    there = subprocess.run(
+        [sys.executable, "-c", script.replace("BATCH", "7")],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[1],
+    ).stdout.split()[-1]
+    rows = sample_rows(trainer_of(load_backend(name), seed=6), SampleSpec(num_tokens=1, length=12, seed=9), 0, 65)[5:]
+    assert there == hashlib.sha256(rows.tobytes()).hexdigest()
 
 
 def test_online_rows_are_those_of_the_sample_whatever_the_step_and_rank(backend):

@@ -1,5 +1,6 @@
 """Whole runs with each method: the command line's requests, exact resume with a reference, and ids that do not move."""
 
+import itertools
 import json
 
 import numpy as np
@@ -89,17 +90,36 @@ def test_progress_lost_is_read_on_the_curve_of_the_same_text_only():
     assert other == {"loss_fraction": None, "token_equivalent": None}
 
 
+@pytest.mark.parametrize("backend", ["fake", *(pytest.param(name, marks=pytest.mark.full) for name in available_backends())])
 @pytest.mark.parametrize("method", METHOD_RUNS)
-def test_a_run_with_each_method_says_what_it_did(method):
-    plan = plan_run(config("fake", method=method, **METHOD_RUNS[method]))
+def test_a_run_with_each_method_says_what_it_did(backend, method):
+    plan = plan_run(config(backend, method=method, **METHOD_RUNS[method]))
     record = execute(plan)
     assert record["status"] == "finished"
+    assert all(np.isfinite(value) for losses in record["losses"].values() for value in losses.values())
     assert record["method"]["name"] == method
     replay = {name: row for name, row in record["data"].items() if row["role"] == "replay"}
     expected = {"kl-replay": {"replay:self": 12 * 2 * 128}, "ntp-replay": {"replay:prose": 12 * 3 * 128}}
     assert {name: row["tokens_seen"] for name, row in replay.items()} == expected.get(method, {})
-    assert record["learning_rate"] == pytest.approx(plan_run(config("fake")).schedule.peak * (0.1 if method == "low-lr" else 1))
+    assert record["learning_rate"] == pytest.approx(plan_run(config(backend)).schedule.peak * (0.1 if method == "low-lr" else 1))
     assert record["p"]["rows"] == 0
+
+
+@pytest.mark.parametrize(
+    "method, replay_data",
+    [
+        *itertools.product(["kl-replay", "ntp-replay"], ["self", "online", "pretrain"]),
+        ("ewc", "self"),
+        ("lwf", "self"),
+        ("l2-sp", "self"),
+    ],
+)
+def test_a_coefficient_of_zero_is_plain_finetuning_and_samples_nothing(method, replay_data, monkeypatch):
+    monkeypatch.setattr("tests.fakes.BigramTrainer.sample", None)
+    plain = execute(plan_run(config("fake", method="plain")))
+    record = execute(plan_run(config("fake", method=method, coefficient=0.0, replay_data=replay_data)))
+    assert record["losses"] == plain["losses"]
+    assert not any(row["role"] == "replay" for row in record["data"].values())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

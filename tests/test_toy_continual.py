@@ -1,12 +1,19 @@
 """The toy of continual learning: its tasks, its measure, and that replay does what it is for."""
 
+import csv
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 
-from mlx_forget import toy_continual
-from mlx_forget.toy_continual import LENGTH, TASKS, ToySpec, exact_match, examples, main, run_toy
+from mlx_forget.errors import Interrupted, UserError
+from mlx_forget.toy_continual import FILE, PLAIN, REPLAYED, ToySpec, main, read_outcome, run_toy
+from mlx_forget.toy_tasks import LENGTH, TASKS, bos_of, exact_match, examples
 from mlx_forget.trainer import RuntimeSpec, available_backends
 
 NETWORKS = available_backends()
@@ -21,7 +28,7 @@ def number(digits):
 def test_answers_are_right(task):
     rows = examples(task, 200, 3)
     assert rows.shape == (200, LENGTH)
-    assert (rows[:, 0] == toy_continual.bos_of(task)).all()
+    assert (rows[:, 0] == bos_of(task)).all()
     for row in rows.tolist():
         a, answer = number(row[1:4]), number(row[9:13])
         if task in ("add", "modadd"):
@@ -65,34 +72,112 @@ SMALL = {
 }
 
 
+def run_small(folder, backend=NETWORKS[0] if NETWORKS else "", *, interrupted=lambda: None, **keys):
+    return run_toy(ToySpec(**SMALL | keys), folder, backend=backend, runtime=RuntimeSpec(num_threads=1), interrupted=interrupted)
+
+
 @needs_a_network
-def test_both_arms_learn_the_first_task_alike_and_replay_only_later():
-    plain, replayed = (
-        run_toy(ToySpec(**SMALL), replay=r, backend=NETWORKS[0], runtime=RuntimeSpec(num_threads=1)) for r in (False, True)
-    )
-    assert [list(row) for row in plain] == [["reversal", "sort"]] * 2
-    assert plain[0] == replayed[0]
+def test_both_arms_share_the_first_task_and_are_read_at_the_same_steps(tmp_path):
+    outcome = run_small(tmp_path)
+    assert [row["step"] for row in outcome.arms[PLAIN]] == [row["step"] for row in outcome.arms[REPLAYED]] == list(range(1, 13))
+    assert outcome.arms[PLAIN][:6] == outcome.arms[REPLAYED][:6]
+    assert list(outcome.after(PLAIN, 1)) == ["reversal", "sort"]
+    assert [path.name for path in tmp_path.iterdir()] == [FILE], "weights are gone when all is learnt"
+    again = run_small(tmp_path)
+    assert again.as_json() == read_outcome(tmp_path).as_json() == outcome.as_json()
+
+
+@needs_a_network
+@pytest.mark.parametrize("backend", NETWORKS)
+def test_an_interrupted_toy_ends_as_if_it_had_not_been(backend, tmp_path):
+    keys = {"tasks": ("sort", "reversal", "add"), "steps": 7, "learning_rate": 3e-2, "num_valid": 256}
+    straight = run_small(tmp_path / "straight", backend, **keys)
+    assert any(share for row in straight.arms[REPLAYED] for share in row["exact_match"].values()), "scores that could differ"
+
+    class After:
+        """A stop after some steps."""
+
+        def __init__(self, steps):
+            self.left = steps
+
+        def __call__(self):
+            self.left -= 1
+            return 15 if self.left < 0 else None
+
+    num_stops = 0
+    while True:
+        try:
+            resumed = run_small(tmp_path / "broken", backend, interrupted=After(7), **keys)
+            break
+        except Interrupted:
+            num_stops += 1
+    assert num_stops > 2
+    assert resumed.arms == straight.arms
+
+
+@needs_a_network
+def test_a_killed_toy_goes_on_and_ends_with_the_same_readings(tmp_path):
+    keys = {**SMALL, "steps": 60, "num_valid": 64}
+    options = [f"--{key.replace('_', '-')}={','.join(value) if key == 'tasks' else value}" for key, value in keys.items()]
+    command = [sys.executable, "-m", "mlx_forget.toy_continual", *options, "--backend", NETWORKS[0], "--num-threads", "1", "--json"]
+    killed = subprocess.Popen([*command, "-o", "killed"], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "killed").glob("*/[01]-*")) and killed.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert killed.poll() is None, "killed while it learns"
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    before = len(read_outcome(tmp_path / "killed").arms[PLAIN])
+    assert 1 <= before < 20
+    finished = [
+        subprocess.run([*command, "-o", name], cwd=tmp_path, capture_output=True, check=True) for name in ("killed", "whole")
+    ]
+    resumed, whole = (json.loads(one.stdout) for one in finished)
+    assert resumed["arms"] == whole["arms"]
 
 
 @needs_a_network
 @pytest.mark.full
-def test_replay_keeps_the_first_task_where_plain_training_loses_it():
-    spec = ToySpec(**{**SMALL, "shape": "2x64", "batch_size": 64, "steps": 300, "learning_rate": 3e-3, "warmup_steps": 20,
-                      "num_train": 4096, "num_valid": 256})  # fmt: skip
-    plain, replayed = (run_toy(spec, replay=r, backend=NETWORKS[0], runtime=RuntimeSpec(num_threads=1)) for r in (False, True))
-    assert plain[0]["reversal"] > 0.95
-    assert plain[1]["reversal"] < 0.5
-    assert replayed[1]["reversal"] > 0.95
-    assert replayed[1]["sort"] > 0.7
+def test_replay_keeps_the_first_task_where_plain_training_loses_it(tmp_path):
+    outcome = run_small(tmp_path, shape="2x64", batch_size=64, steps=300, learning_rate=3e-3, warmup_steps=20, num_train=4096,
+                        num_valid=256)  # fmt: skip
+    assert outcome.after(PLAIN, 0)["reversal"] > 0.95
+    assert outcome.after(PLAIN, 1)["reversal"] < 0.5
+    assert outcome.after(REPLAYED, 1)["reversal"] > 0.95
+    assert outcome.after(REPLAYED, 1)["sort"] > 0.7
 
 
 @needs_a_network
-def test_the_command_prints_both_arms_as_one_json_object(capsys):
+def test_the_command_prints_one_json_object_and_its_folder_becomes_a_figure(capfd, tmp_path, run_forget):
     options = [f"--{key.replace('_', '-')}={','.join(value) if key == 'tasks' else value}" for key, value in SMALL.items()]
-    main([*options, "--backend", NETWORKS[0], "--num-threads", "1", "--json"])
-    answer = json.loads(capsys.readouterr().out)
-    assert set(answer["exact_match"]) == {"without replay", "with self-generated replay"}
+    main([*options, "--backend", NETWORKS[0], "--num-threads", "1", "--json", "--output", str(tmp_path / "toy")])
+    answer = json.loads(capfd.readouterr().out)
+    assert set(answer["arms"]) == {PLAIN, REPLAYED}
+    assert answer["finished"] is True
     assert answer["spec"]["batch_size"] == 8
+    assert answer["command"].startswith("python -m mlx_forget.toy_continual --tasks reversal,sort --steps 6 --batch-size 8")
+    code, out, err = run_forget("plot", tmp_path / "toy", "-o", tmp_path / "f", "--json")
+    assert code == 0, err
+    assert json.loads(out)["arms"] == answer["arms"]
+    assert (tmp_path / "f" / "toy.png").stat().st_size > 8_000
+    with (tmp_path / "f" / "toy.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 2 * 12 * 2
+    code, out, _ = run_forget("plot", tmp_path / "toy", "-o", tmp_path / "f")
+    assert "with self-generated replay  sort" in out
+    code, _, err = run_forget("plot", tmp_path, "--kind", "toy")
+    assert code == 2
+    assert "holds no toy.json" in err
+
+
+def test_a_folder_of_another_experiment_or_a_damaged_one_is_refused(tmp_path):
+    spec = ToySpec(**SMALL)
+    (tmp_path / FILE).write_text(json.dumps({"schema_version": 1, "spec": {**SMALL, "seed": 7}, "backend": "x", "device": "",
+                                             "arms": {PLAIN: [], REPLAYED: []}}))  # fmt: skip
+    with pytest.raises(UserError, match=r"holds another experiment .*--seed 7"):
+        run_toy(spec, tmp_path, backend="x", runtime=RuntimeSpec())
+    (tmp_path / FILE).write_text("{")
+    with pytest.raises(UserError, match="is damaged: remove"):
+        read_outcome(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +186,7 @@ def test_the_command_prints_both_arms_as_one_json_object(capsys):
         (["--tasks", "add"], "at least two tasks"),
         (["--tasks", "add,sortt"], "Did you mean 'sort'"),
         (["--steps", "0"], "steps must be positive"),
+        (["--output", "/dev/null/toy"], "Cannot write to /dev/null/toy"),
     ],
 )
 def test_wrong_requests_are_one_line(capsys, options, message):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 SLICES = ("model-size", "pretrain-length")
-KINDS = ("figure1", "methods", "learning-rate", *SLICES, "stages", "ranks")
+KINDS = ("figure1", "methods", "learning-rate", *SLICES, "stages", "toy", "ranks")
 
 
 @app.command()
@@ -31,8 +31,8 @@ def plot(
     kind: Annotated[
         str | None,
         typer.Option(
-            help="figure1 (runs that differ in p), methods, learning-rate, model-size, pretrain-length, stages, or ranks (runs compared "
-            "with their start model). \\[default: what the runs differ in]",
+            help="figure1 (runs that differ in p), methods, learning-rate, model-size, pretrain-length, stages, toy (of "
+            "mlx_forget.toy_continual), or ranks (runs compared with their start model). \\[default: what the runs differ in]",
             autocompletion=completion.figures,
         ),
     ] = None,
@@ -59,7 +59,8 @@ def plot(
     if not sweep.is_dir():
         raise UserError(f"There is no sweep folder {sweep}.")
     runs = list(find_runs(sweep))
-    chosen = kind or ("stages" if (sweep / "stages.json").is_file() else _kind_of(runs))
+    said = next((name for name in ("stages", "toy") if (sweep / f"{name}.json").is_file()), None)
+    chosen = kind or said or _kind_of(runs)
     if chosen not in KINDS:
         raise unknown("kind of figure", chosen, KINDS)
     folder, stem = output or Path("figures"), name or sweep.resolve().name
@@ -71,6 +72,8 @@ def plot(
     if chosen != "figure1":
         if chosen == "stages":
             _plot_stages(sweep, folder / stem, as_json=as_json)
+        elif chosen == "toy":
+            _plot_toy(sweep, folder / stem, as_json=as_json)
         elif chosen == "methods":
             _plot_methods(runs, folder / stem, seed, max_forgetting, as_json=as_json)
         elif chosen in SLICES:
@@ -180,6 +183,25 @@ def _plot_stages(sweep: Path, stem: Path, *, as_json: bool) -> None:
         emit({"chains": [summary(matrix) for matrix in matrices], "files": _files(stem)})
     else:
         print("\n".join(table_lines(matrices)))
+
+
+def _plot_toy(sweep: Path, stem: Path, *, as_json: bool) -> None:
+    from mlx_forget.errors import UserError
+    from mlx_forget.plots import save_figure
+    from mlx_forget.stage_plots import draw_exact_match
+    from mlx_forget.toy_continual import FILE, read_outcome, table_lines, write_csv
+
+    outcome = read_outcome(sweep)
+    if outcome is None:
+        raise UserError(f"{sweep} holds no {FILE}: python -m mlx_forget.toy_continual --output {sweep}")
+    figure = draw_exact_match(outcome, title=f"{', then '.join(outcome.spec.tasks)}, one after another")
+    for suffix in (".png", ".pdf"):
+        save_figure(figure, stem.with_name(stem.name + suffix))
+    write_csv(outcome, stem.with_name(f"{stem.name}.csv"))
+    if as_json:
+        print(json.dumps({**outcome.as_json(), "files": _files(stem)}))
+    else:
+        print("\n".join(table_lines(outcome)))
 
 
 def _kind_of(runs: "list[Run]") -> str:
