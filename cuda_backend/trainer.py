@@ -22,7 +22,15 @@ from cuda_backend.distributed import TorchGroup, join, local_rank
 from cuda_backend.optimizer import make_optimizer
 from cuda_backend.reference import add_penalty_gradients, pull_to_reference
 from cuda_backend.stored_reference import FusedStoredKL
-from mlx_forget.adapters import file_name, initial_adapters, is_adapter, num_trainable, parameter_name, parameter_shapes
+from mlx_forget.adapters import (
+    file_name,
+    initial_adapters,
+    is_adapter,
+    num_trainable,
+    parameter_name,
+    parameter_shapes,
+    trained_names,
+)
 from mlx_forget.comparison import MEASURES, portions
 from mlx_forget.distributed import Group
 from mlx_forget.errors import OutOfMemory, UserError
@@ -117,7 +125,7 @@ class TorchTrainer(Trainer):
         return Capabilities(
             precisions=("fp32", "bf16"),
             terms=(TERM_TASK, TERM_REPLAY_NTP, TERM_REPLAY_KL),
-            adapters=("lora", "dora"),
+            adapters=("lora", "dora", "ia3"),
             anchor=True,
             fisher=True,
             sample=True,
@@ -565,8 +573,9 @@ class TorchTrainer(Trainer):
             weights |= {name: torch.empty(shape, device=self._torch_device) for name, shape in shapes.items()}
             weights |= self._initial_adapters()
             lora.restart_magnitudes(weights, outputs_first=self._outputs_first)
+        trained = set(trained_names(weights, self.spec.adapter, self.spec.num_layers))
         for name, value in weights.items():
-            value.requires_grad_(self.spec.adapter is None or is_adapter(name))
+            value.requires_grad_(name in trained)
         return weights
 
     def _initial_adapters(self) -> dict[str, Tensor]:
@@ -577,7 +586,7 @@ class TorchTrainer(Trainer):
     @property
     def _trained(self) -> list[str]:
         """The names of what a step changes."""
-        return [name for name in self._weights if self.spec.adapter is None or is_adapter(name)]
+        return trained_names(self._weights, self.spec.adapter, self.spec.num_layers)
 
     def _trained_weights(self) -> dict[str, Tensor]:
         return {name: self._weights[name] for name in self._trained}

@@ -111,9 +111,8 @@ class Plan:
 
     @property
     def num_trainable_params(self) -> int:
-        """Parameters that the run changes: all, or those of its adapters."""
-        adapter = self.config.adapter()
-        return num_params(self.model) if adapter is None else num_trainable(linear_shapes(self.model), adapter)
+        """Parameters that the run changes: all, those of its last blocks, or those of its adapters."""
+        return sum(math.prod(shape) for shape in self.step().trained.values())
 
     def summary(self) -> dict[str, Any]:
         """What the run will be and cost."""
@@ -306,6 +305,7 @@ def _step(
         num_devices=num_devices,
         kl_rows=math.ceil(kl_rows / num_devices),
         adapter=config.adapter(),
+        num_layers=config.trained_layers,
     )
 
 
@@ -404,6 +404,11 @@ def _check_method(config: TrainConfig, backend: str, capabilities: Capabilities)
     row = METHODS[config.method]
     if config.fine_tune_type != "full":
         _check_adapters(config, backend, capabilities)
+    elif config.trained_layers is not None and (config.is_pretraining or config.shard or method.has_anchor):
+        what = "starts from scratch" if config.is_pretraining else "shares weights" if config.shard else f"is by {config.method}"
+        raise UserError(
+            f"--num-layers freezes all weights but those of the last blocks, and this run {what}: leave one of them out."
+        )
     if config.compare_to_start and (config.is_pretraining or config.pretrain is None):
         raise UserError(
             "--compare-to-start reads the pretraining windows of a finetune: give --init and --pretrain, or leave it out."

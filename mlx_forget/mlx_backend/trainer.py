@@ -14,7 +14,15 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save_file
 
-from mlx_forget.adapters import file_name, initial_adapters, is_adapter, num_trainable, parameter_name, parameter_shapes
+from mlx_forget.adapters import (
+    file_name,
+    initial_adapters,
+    is_adapter,
+    num_trainable,
+    parameter_name,
+    parameter_shapes,
+    trained_names,
+)
 from mlx_forget.comparison import MEASURES, portions
 from mlx_forget.distributed import Group
 from mlx_forget.errors import OutOfMemory, UserError
@@ -121,7 +129,7 @@ class MLXTrainer(Trainer):
         return Capabilities(
             precisions=("fp32", "bf16"),
             terms=(TERM_TASK, TERM_REPLAY_NTP, TERM_REPLAY_KL),
-            adapters=("lora", "dora"),
+            adapters=("lora", "dora", "ia3"),
             anchor=True,
             fisher=True,
             sample=True,
@@ -429,7 +437,7 @@ class MLXTrainer(Trainer):
 
         parts: list[Arrays] = []
         adapter, shares = self.spec.adapter, _shares(tokens.shape[-2], len(self._streams))
-        weights = lora.folded(weights, adapter, outputs_first=self._outputs_first)
+        own, weights = weights, lora.folded(weights, adapter, outputs_first=self._outputs_first)
         keys = None if dropout_key is None else mx.random.split(dropout_key, len(shares))
         for number, rows in enumerate(shares):
             kl_term = None if kl_terms is None else kl_terms[number]
@@ -455,7 +463,9 @@ class MLXTrainer(Trainer):
         for part in parts[1:]:
             total = {name: value + part[name] for name, value in total.items()}
         sums = total.pop(SUMS)
-        return {**lora.parameter_gradients(total, weights, adapter), SUMS: sums}
+        found = lora.parameter_gradients(total, own, weights, adapter, outputs_first=self._outputs_first)
+        # What is not trained is never computed: arrays are lazy.
+        return {**{name: found[name] for name in trained_names(own, adapter, self.spec.num_layers)}, SUMS: sums}
 
     def _kl_terms(self, batch: Batch, part: slice, kl_weight: npt.NDArray[np.float32] | None) -> "list[gpt2.KLTerm] | None":
         """What each thread's share of some rows needs for their KL term; None where no row has one."""
@@ -549,7 +559,7 @@ class MLXTrainer(Trainer):
     @property
     def _trained(self) -> list[str]:
         """The names of what a step changes."""
-        return [name for name in self._weights if self.spec.adapter is None or is_adapter(name)]
+        return trained_names(self._weights, self.spec.adapter, self.spec.num_layers)
 
     def _trained_weights(self) -> Arrays:
         return {name: self._weights[name] for name in self._trained}
