@@ -104,6 +104,7 @@ class MLXTrainer(Trainer):
         self._weights: Arrays = {} if runtime.reads_only else dict(self._decoder.start_weights(spec.seed))
         if spec.adapter is not None and not runtime.reads_only:
             self._weights = self._with_new_adapters(self._weights)
+        self._trained = trained_names(self._weights, spec.adapter, spec.num_layers)
         self._num_calls = 0
         self._moments = optimizer.initial_moments(spec.optim, self._trained_weights())
         self._step = mx.array(0.0)
@@ -291,6 +292,7 @@ class MLXTrainer(Trainer):
             self._weights = {**self._weights, **weights}
         else:
             self._weights = self._with_new_adapters(weights)
+        self._trained = trained_names(self._weights, self.spec.adapter, self.spec.num_layers)
 
     def save_state(self, path: Path) -> None:
         save_file(_to_numpy(self._moments | {"step": self._step.reshape(1)}), path)
@@ -465,7 +467,7 @@ class MLXTrainer(Trainer):
         sums = total.pop(SUMS)
         found = lora.parameter_gradients(total, own, weights, adapter, outputs_first=self._outputs_first)
         # What is not trained is never computed: arrays are lazy.
-        return {**{name: found[name] for name in trained_names(own, adapter, self.spec.num_layers)}, SUMS: sums}
+        return {**{name: found[name] for name in self._trained}, SUMS: sums}
 
     def _kl_terms(self, batch: Batch, part: slice, kl_weight: npt.NDArray[np.float32] | None) -> "list[gpt2.KLTerm] | None":
         """What each thread's share of some rows needs for their KL term; None where no row has one."""
@@ -555,11 +557,6 @@ class MLXTrainer(Trainer):
         weights = {**base, **start}
         weights |= lora.start_magnitudes(weights, adapter, outputs_first=self._outputs_first)
         return {**base, **{name: weights[name] for name in parameter_shapes(linears, adapter)}}
-
-    @property
-    def _trained(self) -> list[str]:
-        """The names of what a step changes."""
-        return trained_names(self._weights, self.spec.adapter, self.spec.num_layers)
 
     def _trained_weights(self) -> Arrays:
         return {name: self._weights[name] for name in self._trained}
