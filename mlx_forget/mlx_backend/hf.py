@@ -407,7 +407,8 @@ def _load(spec: PretrainedSpec) -> Any:
     options: dict[str, Any] = {"trust_remote_code": True} if spec.trust_remote_code else {}
     try:
         module, _ = load_model(spec.folder, lazy=True, model_config=config, **options)
-    except (ValueError, KeyError, TypeError, OSError, AttributeError) as error:
+    # What mlx-lm finds wrong with somebody's files may be any Python error.
+    except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"mlx-lm cannot load {spec.architecture} from {spec.folder}: {reason} The other backend may: --backend cuda."
