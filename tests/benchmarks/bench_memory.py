@@ -1,6 +1,6 @@
 """How much memory a finetuning step takes: the peak of two steps on a small Llama checkpoint, each case in a process of its own.
 
-    python -m tests.benchmarks.bench_memory [--layers 8] [--width 256] [--rows 8] [--length 256]
+    python -m tests.benchmarks.bench_memory [--layers 8] [--width 128] [--rows 4] [--length 256]
 
 On MLX the allocator counts (what is in use at its highest, weights included); of PyTorch on a CPU it is the process's resident memory at
 its highest less what it was before the model was made (Linux). Quantised bases are MLX's.
@@ -101,8 +101,8 @@ def _resident(which: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--child")
     parser.add_argument("--model")
