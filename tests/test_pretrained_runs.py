@@ -234,6 +234,7 @@ WRONG = [
     (("--model", "untokenised"), "has no tokenizer.json and no tokenizer.model"),
     (("--model", "strange"), "cannot load StrangeForCausalLM"),
     (("--model", "coded"), "give --trust-remote-code"),
+    (("--model", "theirs"), "holds another tool's adapters without their base"),
     (("--model", "inconsistent", "--backend", "cuda"), "transformers cannot load Qwen3ForCausalLM"),
     (("--model", "lacking", "--backend", "cuda"), "lacks 1 of the 21 weights of its LlamaForCausalLM (model.norm.weight)"),
     (
@@ -303,6 +304,11 @@ def prepare_wrong(place):
     weights = copy("cut") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     (copy("untokenised") / "tokenizer.json").unlink()
+    (place / "theirs").mkdir()
+    (place / "theirs" / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "modules_to_save": ["lm_head"], "rank_pattern": {"q_proj": 4}}'
+    )
+    save_file({"x": np.zeros(2, np.float32)}, place / "theirs" / "adapter_model.safetensors")
     copy("strange", model_type="strange", architectures=["StrangeForCausalLM"])
     copy("coded", model_file="model.py")
     copy("large-words", vocab_size=100)
