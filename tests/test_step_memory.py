@@ -52,9 +52,9 @@ def test_a_process_takes_less(backend, tmp_path):
     if backend == "cuda" and sys.platform != "linux":
         pytest.skip("reads Linux's count of resident memory")
     base = bench_memory.write_base(tmp_path / "base", layers=8, width=128)
-    sizes = {"rows": 4, "length": 256}
+    sizes = {"rows": 8, "length": 512}
     whole, recomputed = (
         bench_memory.measure(backend, base, bench_memory.CASES[name], **sizes)
         for name in ("all weights", "all weights, recomputed activations")
     )
-    assert recomputed < 0.75 * whole
+    assert recomputed < 0.7 * whole
