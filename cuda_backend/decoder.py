@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from cuda_backend import lora
 from cuda_backend.architectures import functions_of
 from cuda_backend.sample import sample
 from mlx_forget.ladder import ModelSpec, head_name, initial_weights, param_shapes
@@ -67,24 +68,27 @@ class Ladder:
     def hidden_states(
         self, weights: Weights, tokens_BT: Tensor, segment_BT: Tensor | None = None, *, grad_checkpoint: bool = False
     ) -> Tensor:
-        states: Tensor = self._functions.hidden_states(weights, self._spec, tokens_BT, segment_BT, grad_checkpoint=grad_checkpoint)
+        states: Tensor = self._functions.hidden_states(
+            lora.scaled(weights), self._spec, tokens_BT, segment_BT, grad_checkpoint=grad_checkpoint
+        )
         return states
 
     def hidden_states_of_two(
         self, weights: Weights, reference: Weights, tokens_BT: Tensor, *, shared: int
     ) -> tuple[Tensor, Tensor]:
+        weights, reference = lora.scaled(weights), lora.scaled(reference)
         pair: tuple[Tensor, Tensor] = self._functions.hidden_states_of_two(weights, reference, self._spec, tokens_BT, shared=shared)
         return pair
 
     def num_shared_blocks(self, weights: Weights, reference: Weights) -> int:
-        shared: int = self._functions.num_shared_blocks(weights, reference, self._spec)
+        shared: int = self._functions.num_shared_blocks(lora.scaled(weights), reference, self._spec)
         return shared
 
     def head(self, weights: Weights) -> Tensor | None:
         return weights[head_name(self._spec)]
 
     def sample(self, weights: Weights, prompts_BP: Tensor, u_BT: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
-        own = {name: value.detach().to(dtype) for name, value in weights.items()}
+        own = {name: value.detach().to(dtype) for name, value in lora.scaled(weights).items()}
         return sample(own, self._spec, prompts_BP, u_BT, temperature)
 
 

@@ -19,7 +19,7 @@ from torch.func import functional_call
 from cuda_backend import lora
 from cuda_backend.gpt2 import segment_positions
 from cuda_backend.sample import draw
-from mlx_forget.adapters import A
+from mlx_forget.adapters import VECTOR, A
 from mlx_forget.errors import UserError
 from mlx_forget.pretrained import PretrainedSpec
 
@@ -43,11 +43,7 @@ class Pretrained:
         self.module = _load(spec, device)
         own = {name: tuple(value.shape) for name, value in self.module.named_parameters()}
         if own != dict(spec.shapes):
-            odd = sorted(set(own.items()) ^ set(spec.shapes))[0][0]
-            raise UserError(
-                f"{spec.folder}: transformers holds the weights of {spec.architecture} in another form than its files do ({odd}), so that "
-                "they could not be saved as they were: this architecture is not supported."
-            )
+            raise UserError(spec.mismatch(own, "transformers", "this architecture is not supported"))
         for layer in self.module.modules():
             if isinstance(layer, nn.Embedding):
                 # The padding token is often one that rows contain: its embedding learns like any other.
@@ -142,13 +138,23 @@ class Pretrained:
                 self._adapters = before
 
     def _hook_linear_maps(self) -> None:
-        """Let every linear map of the blocks add what its adapter adds, where the weights of a call have one."""
+        """Let every linear map of the blocks compute with its adapter, where the weights of a call have one."""
+        from transformers.pytorch_utils import Conv1D
+
         for name, layer in self.module.named_modules():
-            if isinstance(layer, nn.Linear):
+            if isinstance(layer, (nn.Linear, Conv1D)):
+                layer.register_forward_pre_hook(partial(self._scale_input, name))
                 layer.register_forward_hook(partial(self._add_adapter, name))
         self._hooked = True
 
+    def _scale_input(self, name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        vector = self._adapters.get(name + VECTOR)
+        return inputs if vector is None or vector.shape[0] != 1 else (inputs[0] * vector[0], *inputs[1:])
+
     def _add_adapter(self, name: str, layer: nn.Module, inputs: tuple[Tensor, ...], product: Tensor) -> Tensor:
+        vector = self._adapters.get(name + VECTOR)
+        if vector is not None and vector.shape[1] == 1:
+            return product * vector[:, 0]
         if name + A not in self._adapters:
             return product
         bias: Any = layer.bias
@@ -228,7 +234,8 @@ def _load(spec: PretrainedSpec, device: torch.device) -> Any:
         module: Any = AutoModelForCausalLM.from_pretrained(
             spec.folder, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust, local_files_only=True
         )
-    except (ValueError, KeyError, OSError, ImportError, RuntimeError) as error:
+    # What transformers finds wrong with somebody's files may be any Python error.
+    except Exception as error:
         reason = " ".join(str(error).split())[:200]
         if not trust and "trust_remote_code" in str(error):
             raise UserError(f"{spec.folder} comes with code: read it, then give --trust-remote-code to run it.") from None

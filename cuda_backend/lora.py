@@ -1,7 +1,8 @@
-"""Low-rank adapters on the weights of a model that is a function of its weights (see `mlx_forget.adapters`).
+"""Adapters on the weights of a model that is a function of its weights (see `mlx_forget.adapters`).
 
 Before a pass, the adapters are folded: B is multiplied by the scale, and DoRA's magnitudes become the factor of every output. The model
-then finds, beside a module's weight, all that its adapter adds.
+then finds, beside a module's weight, all that its adapter adds. The vectors of IA3 are multiplied into the weights (`scaled`), or, in a
+module of another tool, into what enters or leaves its maps.
 
 Shapes: N tokens, r rank.
 """
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlx_forget.adapters import MAGNITUDE, A, B, fused, is_adapter
+from mlx_forget.adapters import MAGNITUDE, VECTOR, A, B, fused, fused_bias, is_adapter
 from mlx_forget.trainer import AdapterSpec
 
 Weights = Mapping[str, Tensor]
@@ -46,6 +47,19 @@ def folded(
     return ready
 
 
+def scaled(weights: Weights) -> Weights:
+    """The weights with the vectors of IA3 in them, of a model whose matrices are [in, out]; without vectors, the weights themselves."""
+    vectors = {name.removesuffix(VECTOR): value for name, value in weights.items() if name.endswith(VECTOR)}
+    if not vectors:
+        return weights
+    ready = {name: value for name, value in weights.items() if not name.endswith(VECTOR)}
+    for module, vector in vectors.items():
+        ready[module + ".weight"] = ready[module + ".weight"] * vector.T
+        if vector.shape[1] == 1 and module + ".bias" in ready:
+            ready[module + ".bias"] = ready[module + ".bias"] * vector[:, 0]
+    return ready
+
+
 def linear(x: Tensor, weights: Weights, name: str, bias: Tensor | None = None) -> Tensor:
     """[N, out] of [N, in]; the module `name` has a folded adapter."""
     weight, factor = weights[name + ".weight"], weights.get(name + FACTOR)
@@ -66,11 +80,15 @@ def restart_magnitudes(weights: dict[str, Tensor], *, outputs_first: bool = Fals
 def whole(weights: Weights, adapter: AdapterSpec, *, outputs_first: bool = False) -> Iterator[tuple[str, Tensor]]:
     """Every weight of the base in order, adapters fused in."""
     for name, value in weights.items():
-        module = name.removesuffix(".weight")
+        module, _, kind = name.rpartition(".")
         if is_adapter(name):
             continue
-        parts = {part: weights[module + part].detach().cpu().numpy() for part in (A, B, MAGNITUDE) if module + part in weights}
-        if parts:
+        parts = {
+            part: weights[module + part].detach().cpu().numpy() for part in (A, B, MAGNITUDE, VECTOR) if module + part in weights
+        }
+        if parts and kind == "bias":
+            yield name, torch.from_numpy(fused_bias(value.detach().cpu().numpy(), parts))
+        elif parts:
             yield name, torch.from_numpy(fused(value.detach().cpu().numpy(), parts, adapter, outputs_first=outputs_first))
         else:
             yield name, value

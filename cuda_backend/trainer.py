@@ -5,7 +5,7 @@ import os
 import resource
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,15 @@ from cuda_backend.distributed import TorchGroup, join, local_rank
 from cuda_backend.optimizer import make_optimizer
 from cuda_backend.reference import add_penalty_gradients, pull_to_reference
 from cuda_backend.stored_reference import FusedStoredKL
-from mlx_forget.adapters import file_name, initial_adapters, is_adapter, num_trainable, parameter_name, parameter_shapes
+from mlx_forget.adapters import (
+    file_name,
+    initial_adapters,
+    is_adapter,
+    num_trainable,
+    parameter_name,
+    parameter_shapes,
+    trained_names,
+)
 from mlx_forget.comparison import MEASURES, portions
 from mlx_forget.distributed import Group
 from mlx_forget.errors import OutOfMemory, UserError
@@ -100,7 +108,7 @@ class TorchTrainer(Trainer):
         self._outputs_first = outputs_first(spec.model)
         self._decoder = build_decoder(spec.model, self._torch_device, reads_only=runtime.reads_only)
         self._weights = self._start_weights()
-        self._trained = _trained_names(self._weights, spec)
+        self._trained = trained_names(self._weights, spec.adapter, spec.num_layers)
         self._num_calls = 0
         self._micro_batch_size = runtime.micro_batch_size
         self._optimizer = make_optimizer(spec.optim, self._trained_weights())
@@ -118,7 +126,7 @@ class TorchTrainer(Trainer):
         return Capabilities(
             precisions=("fp32", "bf16"),
             terms=(TERM_TASK, TERM_REPLAY_NTP, TERM_REPLAY_KL),
-            adapters=("lora", "dora"),
+            adapters=("lora", "dora", "ia3"),
             anchor=True,
             fisher=True,
             sample=True,
@@ -312,7 +320,7 @@ class TorchTrainer(Trainer):
     def load(self, path: Path) -> None:
         weights = self._read_weights(path, or_adapters=True)
         if self.spec.runtime.reads_only:
-            self._weights, self._trained = weights, _trained_names(weights, self.spec)
+            self._weights, self._trained = weights, trained_names(weights, self.spec.adapter, self.spec.num_layers)
             return
         adapters_alone = any(map(is_adapter, weights))
         if self.spec.adapter is not None and not adapters_alone:
@@ -566,8 +574,9 @@ class TorchTrainer(Trainer):
             weights |= {name: torch.empty(shape, device=self._torch_device) for name, shape in shapes.items()}
             weights |= self._initial_adapters()
             lora.restart_magnitudes(weights, outputs_first=self._outputs_first)
+        trained = set(trained_names(weights, self.spec.adapter, self.spec.num_layers))
         for name, value in weights.items():
-            value.requires_grad_(self.spec.adapter is None or is_adapter(name))
+            value.requires_grad_(name in trained)
         return weights
 
     def _initial_adapters(self) -> dict[str, Tensor]:
@@ -597,11 +606,6 @@ class TorchTrainer(Trainer):
 
     def _read_state(self, path: Path) -> dict[str, Tensor]:
         return load_file(path, device=str(self._torch_device))
-
-
-def _trained_names(weights: Iterable[str], spec: TrainerSpec) -> list[str]:
-    """The names of what a step changes."""
-    return [name for name in weights if spec.adapter is None or is_adapter(name)]
 
 
 def _in_rows(values: Tensor, rows: slice | Tensor, inputs: Tensor) -> Tensor:

@@ -219,6 +219,11 @@ def find_checkpoint(name: str | Path, *, trust_remote_code: bool = False) -> Che
         return _of_another_tool(str(name), found, trust_remote_code=trust_remote_code)
     if path.exists():
         refuse_pickles(path)
+        if (path / adapters.CONFIG).is_file():
+            raise UserError(
+                f"{path} holds another tool's adapters without their base: merge them there (peft's merge_and_unload and save_pretrained, or "
+                "mlx_lm.fuse), then give the folder of the result."
+            )
         raise UserError(
             f"{path} holds no checkpoint: give a run folder, one of its checkpoints/last or checkpoints/best, or a Hugging Face folder."
         )

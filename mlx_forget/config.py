@@ -96,8 +96,10 @@ class TrainConfig:
     replay_tokens: int | None = _key(
         None, "Tokens to sample where replay_data is self; default: what the run needs, at most 2M, then they repeat."
     )
-    fine_tune_type: Literal["full", "lora", "dora"] = _key(
-        "full", "full: train every weight; lora, dora: freeze them and train low-rank adapters, which are all that is saved."
+    fine_tune_type: Literal["full", "lora", "dora", "ia3"] = _key(
+        "full",
+        "full: train every weight; lora, dora: freeze them and train low-rank adapters, which are all that is saved; ia3: vectors that scale "
+        "keys, values and what enters the feed-forward's last map.",
     )
     lora_rank: int = _key(8, "Rank of the adapters.", aliases=("lora_r", "rank"))
     lora_alpha: float = _key(16.0, "What the adapters' product is multiplied by, together with --lora-scaling.")
@@ -110,7 +112,11 @@ class TrainConfig:
         f"What gets an adapter: {ATTENTION}, {ALL_LINEAR}, or names of modules such as attn.c_attn,mlp.c_fc.",
         aliases=("lora_target", "target_modules"),
     )
-    lora_num_layers: int | None = _key(None, "Only the last so many blocks get adapters; default: all.", aliases=("num_layers",))
+    lora_num_layers: int | None = _key(
+        None,
+        "Only the last so many blocks are trained: their adapters, or with --fine-tune-type full their weights; default: all.",
+        aliases=("num_layers",),
+    )
     compare_to_start: bool = _key(
         False,
         "Compare with the start model at every evaluation: cross-entropy to its distribution (the forgetting L_f of Kalajdzievski 2024), KL "
@@ -216,6 +222,11 @@ class TrainConfig:
         return self.init == "scratch"
 
     @property
+    def trained_layers(self) -> int | None:
+        """Without adapters, the last so many blocks, whose weights alone are trained; None where all are."""
+        return self.lora_num_layers if self.fine_tune_type == "full" else None
+
+    @property
     def start_name(self) -> str | None:
         """The checkpoint to start from, as the user named it; None where the model is trained here first."""
         if self.init not in ("auto", "scratch"):
@@ -232,13 +243,15 @@ class TrainConfig:
         """The adapters that are trained, or None where every weight is."""
         if self.fine_tune_type == "full":
             return None
+        # The vectors of IA3 have a place of their own.
+        by_default = self.fine_tune_type == "ia3" and self.lora_target_modules == ATTENTION
         return AdapterSpec(
             kind=self.fine_tune_type,
             rank=self.lora_rank,
             alpha=self.lora_alpha,
             scaling=self.lora_scaling,
             dropout=self.lora_dropout,
-            target_modules=tuple(name.strip() for name in self.lora_target_modules.split(",")),
+            target_modules=() if by_default else tuple(name.strip() for name in self.lora_target_modules.split(",")),
             num_layers=self.lora_num_layers,
         )
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mlx_forget.errors import UserError, unknown
 from mlx_forget.pipeline.reference_rows import parse_kind
@@ -60,8 +60,9 @@ def check_config(config: "TrainConfig") -> None:
             raise UserError(f"{name} must not be negative, it is {getattr(config, name)}.")
     if not 0 <= config.lora_dropout < 1:
         raise UserError(f"lora_dropout must be at least 0 and below 1, it is {config.lora_dropout:g}.")
-    if config.fine_tune_type == "full" and (idle := [f.name for f in _lora_fields(config) if getattr(config, f.name) != f.default]):
-        raise UserError(f"{idle[0]} is given, but --fine-tune-type is full and has no adapters: give lora or dora.")
+    if idle := _idle_lora_fields(config):
+        has = "is full and has no adapters" if config.fine_tune_type == "full" else "is ia3, which has no rank"
+        raise UserError(f"{idle[0]} is given, but --fine-tune-type {has}: give lora or dora.")
     for name in ("warmup", "lr_final", "lr_decay_share", "lr_cooldown_share", "lr_plateau"):
         if not 0 <= getattr(config, name) <= 1:
             raise UserError(f"{name} is a share, from 0 to 1, it is {getattr(config, name)}.")
@@ -81,8 +82,12 @@ def check_config(config: "TrainConfig") -> None:
         raise UserError(f"p is {config.p}, but there is no pretraining data to inject: give --pretrain, or --p 0.")
 
 
-def _lora_fields(config: "TrainConfig") -> "list[dataclasses.Field[Any]]":
-    return [f for f in dataclasses.fields(config) if f.name.startswith("lora_")]
+def _idle_lora_fields(config: "TrainConfig") -> list[str]:
+    """Keys that say something of adapters that this run does not have."""
+    read = {"full": ("lora_num_layers",), "ia3": ("lora_num_layers", "lora_target_modules")}.get(config.fine_tune_type)
+    fields = [f for f in dataclasses.fields(config) if f.name.startswith("lora_")]
+    given = [f.name for f in fields if getattr(config, f.name) != f.default]
+    return [] if read is None else [name for name in given if name not in read]
 
 
 def _positive(name: str, value: float) -> None:

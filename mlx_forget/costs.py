@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from mlx_forget.adapters import parameter_shapes
+from mlx_forget.adapters import parameter_shapes, trained_names
 from mlx_forget.errors import UserError, unknown
 from mlx_forget.ladder import ModelSpec, linear_shapes, moment_shapes, num_params, param_shapes, train_flops_per_token
 from mlx_forget.methods import MethodSpec
@@ -81,6 +81,7 @@ class Step:
         num_shards: devices that share weights, gradients and moments.
         kl_rows: rows of a step whose reference distribution is computed too.
         adapter: what is trained on a frozen base; None trains every weight.
+        num_layers: without an adapter, only the weights of the last so many blocks are trained.
     """
 
     model: ModelSpec | PretrainedSpec
@@ -94,11 +95,15 @@ class Step:
     num_devices: int = 1
     kl_rows: int = 0
     adapter: AdapterSpec | None = None
+    num_layers: int | None = None
 
     @property
     def trained(self) -> dict[str, tuple[int, ...]]:
         """Shape of every parameter that a step changes."""
-        return param_shapes(self.model) if self.adapter is None else parameter_shapes(linear_shapes(self.model), self.adapter)
+        if self.adapter is not None:
+            return parameter_shapes(linear_shapes(self.model), self.adapter)
+        shapes = param_shapes(self.model)
+        return {name: shapes[name] for name in trained_names(shapes, None, self.num_layers)}
 
     @property
     def flops(self) -> float:
@@ -183,7 +188,8 @@ def kept_disk_bytes(step: Step) -> int:
 
 def _saved_bytes(step: Step) -> tuple[int, int]:
     """Weights and moments of a checkpoint. Of adapters there are two copies in each, one for peft and one for mlx-lm."""
-    weights = (1 if step.adapter is None else 2) * 4 * sum(math.prod(shape) for shape in step.trained.values())
+    saved = param_shapes(step.model) if step.adapter is None else step.trained
+    weights = (1 if step.adapter is None else 2) * 4 * sum(math.prod(shape) for shape in saved.values())
     moments = 4 * sum(math.prod(shape) for shape in moment_shapes(step.optim.name, step.trained).values())
     return weights, moments
 

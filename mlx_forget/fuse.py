@@ -117,9 +117,9 @@ def _write_fused(start: Checkpoint, found: Checkpoint, target: Path) -> None:
     for file_name, value in load_file(found.weights).items():
         name = adapters.parameter_name(file_name)
         module = adapters.module_of(name)
-        parts.setdefault(f"{module}.weight", {})[name.removeprefix(module)] = value
+        parts.setdefault(module, {})[name.removeprefix(module)] = value
     shapes = param_shapes(model)
-    for name in parts.keys() - set(shapes):
+    for name in {f"{module}.weight" for module in parts} - set(shapes):
         raise UserError(f"{found.weights} has adapters for {name}, which {start.folder} does not have.")
     places = {
         name: (file, name_in_file)
@@ -129,7 +129,14 @@ def _write_fused(start: Checkpoint, found: Checkpoint, target: Path) -> None:
 
     def tensors() -> Iterator[npt.NDArray[np.float32]]:
         for name in shapes:
-            value, own = read_tensor(*places[name]), parts.get(name)
-            yield value if own is None else adapters.fused(value, own, adapter, outputs_first=outputs_first(model))
+            value = read_tensor(*places[name])
+            module, _, kind = name.rpartition(".")
+            own = parts.get(module)
+            if own is None:
+                yield value
+            elif kind == "bias":
+                yield adapters.fused_bias(value, own)
+            else:
+                yield adapters.fused(value, own, adapter, outputs_first=outputs_first(model))
 
     write_tensors(target, shapes, tensors())

@@ -222,10 +222,14 @@ def train_bytes(spec: ModelSpec, num_tokens: int) -> int:
 
 
 def decays(name: str) -> bool:
-    """Whether weight decay applies to a parameter: to matrices, both embeddings and the factors of adapters, never to biases, norms and
-    magnitudes."""
+    """Whether weight decay applies to a parameter: to matrices, both embeddings and the factors of adapters, never to biases, norms,
+    magnitudes and the vectors of IA3."""
     module = name.removesuffix(".weight").rsplit(".", 1)[-1]
-    return name.endswith(".weight") and not module.startswith("ln_") and "norm" not in module and "magnitude" not in module
+    return (
+        name.endswith(".weight")
+        and not module.startswith("ln_")
+        and not any(kind in module for kind in ("norm", "magnitude", "ia3_l"))
+    )
 
 
 def is_factored(shape: tuple[int, ...]) -> bool:

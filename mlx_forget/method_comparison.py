@@ -43,7 +43,7 @@ _TEXTS = {
     "low-lr": "lower rate",
 }
 # What kinds of adapters are called.
-ADAPTERS = {"lora": "LoRA", "dora": "DoRA"}
+ADAPTERS = {"lora": "LoRA", "dora": "DoRA", "ia3": "IA3"}
 _SYMBOLS = {"lambda": "λ", "c": "c", "factor": "×"}
 
 
@@ -124,7 +124,7 @@ def load_trajectories(runs: Sequence[Run], seed: int | None = None) -> list[Traj
     if not found:
         raise UserError("There are no finished finetuning runs here that measured a pretraining loss.")
     # Adapters by themselves come after plain finetuning.
-    names = ["plain", "lora", "dora", *(name for name in METHODS if name != "plain")]
+    names = ["plain", "lora", "dora", "ia3", *(name for name in METHODS if name != "plain")]
     found.sort(key=lambda t: (names.index(t.method), t.record["config"].get("replay_data") != REPLAY_SELF, t.label, t.seed))
     return found
 
@@ -141,6 +141,8 @@ def _name_of(config: dict[str, Any]) -> str:
 
 
 def _adapters(config: dict[str, Any]) -> str:
+    if config["fine_tune_type"] == "ia3":
+        return ADAPTERS["ia3"]
     kind = ADAPTERS[config["fine_tune_type"]]
     scaling = {"alpha/r": "α/r", "alpha/sqrt(r)": "α/√r", "none": "unscaled"}[config["lora_scaling"]]
     alpha = "" if config["lora_scaling"] == "none" else f", α = {config['lora_alpha']:g}"
@@ -159,6 +161,8 @@ def describe(config: dict[str, Any], *, with_strength: bool = True) -> str:
         # Adapters are compared at rates of their own.
         rate = f", rate {config['learning_rate']:g}" if config.get("learning_rate") else ""
         parts = [f"{_adapters(config)}{rate}" + ("" if name == "plain" else f": {_TEXTS[name]}")]
+    elif config.get("lora_num_layers"):
+        parts.append(f"last {config['lora_num_layers']} blocks")
     if method.reads_replay and name != "ewc":
         data = config["replay_data"]
         parts.append({REPLAY_SELF: "self-generated", REPLAY_PRETRAIN: "real data"}.get(data, str(data)))

@@ -102,9 +102,8 @@ class Plan:
 
     @property
     def num_trainable_params(self) -> int:
-        """Parameters that the run changes: all, or those of its adapters."""
-        adapter = self.config.adapter()
-        return num_params(self.model) if adapter is None else num_trainable(linear_shapes(self.model), adapter)
+        """Parameters that the run changes: all, those of its last blocks, or those of its adapters."""
+        return sum(math.prod(shape) for shape in self.step().trained.values())
 
     def summary(self) -> dict[str, Any]:
         """What the run will be and cost."""
@@ -318,6 +317,7 @@ def _step(
         num_devices=num_devices,
         kl_rows=math.ceil(kl_rows / num_devices),
         adapter=config.adapter(),
+        num_layers=config.trained_layers,
     )
 
 

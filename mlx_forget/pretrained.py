@@ -98,6 +98,23 @@ class PretrainedSpec:
             whole[name] = (*shape[:-1], shape[-1] * 32 // self.bits) if packed and kind == "weight" else shape
         return whole
 
+    def mismatch(self, own: Mapping[str, tuple[int, ...]], library: str, way_out: str) -> str:
+        """What is wrong with its files, in a sentence, given the name and shape of every weight that a library's module has."""
+        stored = dict(self.shapes)
+        lacking, unknown = sorted(own.keys() - stored.keys()), sorted(stored.keys() - own.keys())
+        if lacking and not unknown:
+            return f"{self.folder} lacks {len(lacking)} of the {len(own)} weights of its {self.architecture} ({lacking[0]}): fetch it again."
+        if unknown and not lacking:
+            return (
+                f"{self.folder} holds {len(unknown)} weights that {library}'s {self.architecture} does not know ({unknown[0]}), so that they "
+                "would be lost: give the original checkpoint, or one without them."
+            )
+        odd = (lacking or sorted(name for name in own if own[name] != stored[name]))[0]
+        return (
+            f"{self.folder}: {library} holds the weights of {self.architecture} in another form than its files do ({odd}), so that they "
+            f"could not be saved as they were: {way_out}."
+        )
+
     @property
     def num_params(self) -> int:
         """All parameters, a tied matrix once; of packed weights as many as they stand for."""

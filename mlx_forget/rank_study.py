@@ -135,14 +135,18 @@ def load_points(runs: Sequence[Run], seed: int | None = None) -> list[Point]:
         adapted = config["fine_tune_type"] != "full"
         modules, last = config["lora_target_modules"], config.get("lora_num_layers")
         place = modules if last is None else f"{modules} of the last {last} blocks"
+        whole = "all weights" if last is None else f"weights of the last {last} blocks"
+        rank = None if config["fine_tune_type"] in ("full", "ia3") else config["lora_rank"]
+        ranked = ADAPTERS[config["fine_tune_type"]] + (f" r = {rank}, {place}" if rank is not None else "") if adapted else ""
+        arm = ranked or whole
         warmup = WARMUP_SHARE * record["num_steps"]
         for row in read_history(run.history).to_pylist():
             points.append(
                 Point(
                     target=config["target"],
-                    arm=f"{ADAPTERS[config['fine_tune_type']]} r = {config['lora_rank']}, {place}" if adapted else "all weights",
-                    on_all=adapted and place == ALL_LINEAR,
-                    rank=config["lora_rank"] if adapted else None,
+                    arm=arm,
+                    on_all=rank is not None and place == ALL_LINEAR,
+                    rank=rank,
                     seed=record["seed"],
                     run=record["run_id"],
                     P=record["num_trainable_params"],

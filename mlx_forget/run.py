@@ -102,6 +102,7 @@ def trainer_spec(plan: Plan) -> TrainerSpec:
         optim=plan.config.optim(),
         method=plan.config.method_spec(),
         adapter=plan.config.adapter(),
+        num_layers=plan.config.trained_layers,
         runtime=dataclasses.replace(plan.config.runtime(plan.precision), micro_batch_size=plan.micro_batch_size),
         seed=plan.config.seed,
     )

@@ -20,6 +20,11 @@ def check_method(config: TrainConfig, backend: str, capabilities: Capabilities) 
     row = METHODS[config.method]
     if config.fine_tune_type != "full":
         _check_adapters(config, backend, capabilities)
+    elif config.trained_layers is not None and (config.is_pretraining or config.shard or method.has_anchor):
+        what = "starts from scratch" if config.is_pretraining else "shares weights" if config.shard else f"is by {config.method}"
+        raise UserError(
+            f"--num-layers freezes all weights but those of the last blocks, and this run {what}: leave one of them out."
+        )
     if config.compare_to_start and (config.is_pretraining or config.pretrain is None):
         raise UserError(
             "--compare-to-start reads the pretraining windows of a finetune: give --init and --pretrain, or leave it out."

@@ -14,9 +14,10 @@ Optimizer = Literal["adamw", "adafactor"]
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """Low-rank adapters on a frozen base (see `adapters`).
+    """Adapters on a frozen base (see `adapters`).
 
     Args:
+        kind: low-rank products (`lora`, `dora`), or vectors that outputs and inputs are multiplied by (`ia3`), which have no rank.
         scaling: what the product of the factors is multiplied by: alpha/r (Hu et al. 2022), alpha/sqrt(r) (rsLoRA, Kalajdzievski 2023),
             or none, which is 1.
         dropout: share of an adapter's inputs that a training step leaves out.
@@ -24,7 +25,7 @@ class AdapterSpec:
         num_layers: only the last so many blocks have adapters; None is all.
     """
 
-    kind: Literal["lora", "dora"] = "lora"
+    kind: Literal["lora", "dora", "ia3"] = "lora"
     rank: int = 8
     alpha: float = 16.0
     scaling: Literal["alpha/r", "alpha/sqrt(r)", "none"] = "alpha/r"
@@ -85,7 +86,11 @@ class RuntimeSpec:
 
 @dataclass(frozen=True)
 class TrainerSpec:
-    """Everything a backend is built from: the shape of a ladder model, or a checkpoint of another tool, whose weights it starts with."""
+    """Everything a backend is built from: the shape of a ladder model, or a checkpoint of another tool, whose weights it starts with.
+
+    Args:
+        num_layers: without an adapter, only the weights of the last so many blocks are trained; None is every weight.
+    """
 
     model: ModelSpec | PretrainedSpec
     optim: OptimSpec = field(default_factory=OptimSpec)
@@ -93,3 +98,4 @@ class TrainerSpec:
     adapter: AdapterSpec | None = None
     runtime: RuntimeSpec = field(default_factory=RuntimeSpec)
     seed: int = 0
+    num_layers: int | None = None

@@ -39,7 +39,7 @@ def obstacle(plan: Plan) -> str | None:
         return f"backend {plan.backend!r} does not stack"
     if plan.group.size > 1:
         return "a run on several devices does not stack"
-    if plan.config.adapter() is not None or plan.config.compare_to_start:
+    if plan.config.adapter() is not None or plan.config.trained_layers is not None or plan.config.compare_to_start:
         return "a run with adapters, or one that is compared with its start model, does not stack"
     if method.reference is not None or method.replay_term is not None:
         return f"method {method.name!r} does not stack"

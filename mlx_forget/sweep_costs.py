@@ -167,6 +167,7 @@ def _outline(config: TrainConfig, title: str, backend: str, speed: Speed, asked:
         rows=config.batch_size,
         row_length=row_length,
         adapter=config.adapter(),
+        num_layers=config.trained_layers,
     )
     return {
         "title": title,

@@ -71,14 +71,14 @@ def config_of(kind: str):
     }[kind]()
 
 
-def write_checkpoint(folder: Path, kind: str = "llama", *, seed: int = 0, scale: float = 0.2, **tokenizer) -> Path:
-    """A checkpoint with random weights, large enough that every one of them matters."""
+def write_checkpoint(folder: Path, kind: str = "llama", *, seed: int = 0, scale: float = 0.2, config=None, **tokenizer) -> Path:
+    """A checkpoint with random weights, large enough that every one of them matters; of a configuration of its own where one is given."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_config(config_of(kind))
+    model = AutoModelForCausalLM.from_config(config_of(kind) if config is None else config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for value in model.parameters():

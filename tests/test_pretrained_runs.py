@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from mlx_forget.checkpoint import seal
 from mlx_forget.config import TrainConfig, from_layers
@@ -233,6 +234,14 @@ WRONG = [
     (("--model", "untokenised"), "has no tokenizer.json and no tokenizer.model"),
     (("--model", "strange"), "cannot load StrangeForCausalLM"),
     (("--model", "coded"), "give --trust-remote-code"),
+    (("--model", "theirs"), "holds another tool's adapters without their base"),
+    (("--model", "inconsistent", "--backend", "cuda"), "transformers cannot load Qwen3ForCausalLM"),
+    (("--model", "lacking", "--backend", "cuda"), "lacks 1 of the 21 weights of its LlamaForCausalLM (model.norm.weight)"),
+    (
+        ("--model", "overfull", "--backend", "cuda"),
+        "holds 1 weights that transformers's LlamaForCausalLM does not know (extra.weight)",
+    ),
+    (("--model", "lacking", "--backend", "mlx"), "Missing 1 parameters: model.norm.weight"),
     (("--model", "large-words"), "they do not belong together"),
     (("--model", "refusing", "--target", "chats.jsonl"), "no systems here"),
     (("--model", "llama", "--max-seq-length", "65"), "exceeds the model's context of 64 tokens"),
@@ -295,9 +304,21 @@ def prepare_wrong(place):
     weights = copy("cut") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     (copy("untokenised") / "tokenizer.json").unlink()
+    (place / "theirs").mkdir()
+    (place / "theirs" / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "modules_to_save": ["lm_head"], "rank_pattern": {"q_proj": 4}}'
+    )
+    save_file({"x": np.zeros(2, np.float32)}, place / "theirs" / "adapter_model.safetensors")
     copy("strange", model_type="strange", architectures=["StrangeForCausalLM"])
     copy("coded", model_file="model.py")
     copy("large-words", vocab_size=100)
+    config = json.loads((place / "qwen3" / "config.json").read_text())
+    shutil.copytree(place / "qwen3", place / "inconsistent", dirs_exist_ok=True)
+    (place / "inconsistent" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    weights = load_file(place / "llama" / "model.safetensors")
+    save_file({**weights, "extra.weight": weights["model.norm.weight"]}, copy("overfull") / "model.safetensors")
+    weights.pop("model.norm.weight")
+    save_file(weights, copy("lacking") / "model.safetensors")
     write_tokenizer(copy("refusing"), template="{{ raise_exception('no systems here') }}" + TEMPLATE)
 
 
@@ -305,6 +326,8 @@ def test_wrong_requests_are_one_line_and_exit_code_2(forget, place, monkeypatch)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     prepare_wrong(place)
     for arguments, message in WRONG:
+        if "--backend" in arguments and arguments[-1] not in BACKENDS:
+            continue
         given = arguments if "--target" in arguments else (*arguments, "--target", "notes.jsonl")
         code, _, err = forget(
             "train", *given, "--pretrain", "none", "--p", "0", *([] if "65" in arguments else STEPS), "--output", place / "never"

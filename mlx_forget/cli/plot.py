@@ -187,19 +187,16 @@ def _plot_stages(sweep: Path, stem: Path, *, as_json: bool) -> None:
 
 def _plot_toy(sweep: Path, stem: Path, *, as_json: bool) -> None:
     from mlx_forget.errors import UserError
-    from mlx_forget.plots import save_figure
     from mlx_forget.stage_plots import draw_exact_match
     from mlx_forget.toy_continual import FILE, read_outcome, table_lines, write_csv
 
     outcome = read_outcome(sweep)
     if outcome is None:
         raise UserError(f"{sweep} holds no {FILE}: python -m mlx_forget.toy_continual --output {sweep}")
-    figure = draw_exact_match(outcome, title=f"{', then '.join(outcome.spec.tasks)}, one after another")
-    for suffix in (".png", ".pdf"):
-        save_figure(figure, stem.with_name(stem.name + suffix))
+    _save(draw_exact_match(outcome, title=f"{', then '.join(outcome.spec.tasks)}, one after another"), stem)
     write_csv(outcome, stem.with_name(f"{stem.name}.csv"))
     if as_json:
-        print(json.dumps({**outcome.as_json(), "files": _files(stem)}))
+        emit({**outcome.as_json(), "files": _files(stem)})
     else:
         print("\n".join(table_lines(outcome)))
 

@@ -6,6 +6,7 @@ the module computes: a probe with large logits finds out. Otherwise its own logi
 Shapes: B rows, T tokens, D width, V vocabulary, N = B * T.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -178,8 +179,7 @@ class Pretrained:
             )
         self._put(self._narrow(weights))
         if self._scale is None:
-            logits: mx.array = self.module(tokens_BT)
-            return logits
+            return self._run(tokens_BT)
         states: mx.array = self.module.model(tokens_BT)
         return states.astype(mx.float32) if self._scale == 1.0 else states.astype(mx.float32) * self._scale
 
@@ -222,17 +222,34 @@ class Pretrained:
         """What the product of hidden states and output matrix is multiplied by to give the logits; None where they are not of this form."""
         if "model" not in self.module or self._head_name not in weights or not is_floating(weights[self._head_name]):
             return None
+        if not _takes_tokens_alone(self.module.model):
+            return None
         tokens = mx.arange(_PROBE_LENGTH)[None] % self.spec.vocab_size
         self._put(weights)
-        largest = _number(mx.abs(self.module(tokens)).max())
+        largest = _number(mx.abs(self._run(tokens)).max())
         head = weights[self._head_name] * (_PROBE_LOGIT / max(largest, 1e-9))
         self._put({**weights, self._head_name: head})
-        logits, product = self.module(tokens), self.module.model(tokens) @ head.T
+        logits, product = self._run(tokens), self.module.model(tokens) @ head.T
         scale = _number((product * logits).sum() / (product * product).sum())
         apart = _number(mx.abs(logits - scale * product).max() / mx.abs(logits).max())
         if not apart <= _PROBE_TOLERANCE:
             return None
         return 1.0 if abs(scale - 1) < _PROBE_TOLERANCE else scale
+
+    def _run(self, tokens_BT: mx.array) -> mx.array:
+        """Logits, as the module gives them.
+
+        Raises:
+            UserError: its code fails on this checkpoint.
+        """
+        try:
+            logits: mx.array = self.module(tokens_BT)
+        except (TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"mlx-lm cannot run {self.spec.architecture} from {self.spec.folder}: {reason}. The other backend may: --backend cuda."
+            ) from None
+        return logits
 
     def _ignored_window(self) -> int | None:
         """The sliding window of a model whose module knows of none; None where it has one or needs none."""
@@ -252,17 +269,13 @@ class Pretrained:
         """
         own = {name: tuple(value.shape) for name, value in loaded.items()}
         wanted = dict(self.spec.shapes)
-        odd = next(iter(sorted(set(own.items()) ^ set(wanted.items()))), None)
-        if odd is None and hasattr(self.module, "sanitize"):
+        if own == wanted and hasattr(self.module, "sanitize"):
             # Lazy zeros: they take no memory, and what comes through unchanged is the same object.
             probe = {name: mx.zeros(shape) for name, shape in wanted.items()}
             passed = type(self.module)(self.module.args).sanitize(dict(probe))
-            odd = next(((name, ()) for name in probe if passed.get(name) is not probe[name]), None)
-        if odd is not None:
-            raise UserError(
-                f"{self.spec.folder}: mlx-lm holds the weights of {self.spec.architecture} in another form than its files do ({odd[0]}), so "
-                "that they could not be saved as they were: train it with --backend cuda (PyTorch)."
-            )
+            own = {name: shape if passed.get(name) is probe[name] else () for name, shape in wanted.items()}
+        if own != wanted:
+            raise UserError(self.spec.mismatch(own, "mlx-lm", "train it with --backend cuda (PyTorch)"))
 
     def _refuse_segments(self, segment: mx.array | None) -> None:
         if segment is not None:
@@ -352,6 +365,12 @@ def _plain_objective(
     return total, mx.concatenate(losses) if losses else mx.zeros((0, labels.shape[1]))
 
 
+def _takes_tokens_alone(module: Any) -> bool:
+    """Whether a module is called with tokens and nothing else."""
+    required = [p for p in inspect.signature(module.__call__).parameters.values() if p.default is p.empty]
+    return len([p for p in required if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]) <= 1
+
+
 def _number(scalar: mx.array) -> float:
     value: Any = scalar.item()
     return float(value)
@@ -388,7 +407,8 @@ def _load(spec: PretrainedSpec) -> Any:
     options: dict[str, Any] = {"trust_remote_code": True} if spec.trust_remote_code else {}
     try:
         module, _ = load_model(spec.folder, lazy=True, model_config=config, **options)
-    except (ValueError, KeyError, TypeError, OSError, AttributeError) as error:
+    # What mlx-lm finds wrong with somebody's files may be any Python error.
+    except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"mlx-lm cannot load {spec.architecture} from {spec.folder}: {reason} The other backend may: --backend cuda."

@@ -1,7 +1,8 @@
-"""Low-rank adapters on the weights of a model that is a function of its weights, and their gradients written out (see `adapters`).
+"""Adapters on the weights of a model that is a function of its weights, and their gradients written out (see `adapters`).
 
 Before a pass, the adapters are folded: B is multiplied by the scale, and DoRA's magnitudes become the factor of every output. The model
-then finds, beside a module's weight, all that its adapter adds.
+then finds, beside a module's weight, all that its adapter adds. The vectors of IA3 are multiplied into the weights, of which the model
+then knows nothing: their gradients are those of the weights, summed.
 
 Shapes: N tokens, r rank.
 """
@@ -13,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_forget.adapters import MAGNITUDE, A, B, fused, is_adapter
+from mlx_forget.adapters import MAGNITUDE, VECTOR, A, B, fused, fused_bias, is_adapter
 from mlx_forget.mlx_backend.operators import Operators
 from mlx_forget.trainer import AdapterSpec
 
@@ -34,6 +35,8 @@ def folded(weights: Arrays, adapter: AdapterSpec | None, *, outputs_first: bool 
     """
     if adapter is None:
         return weights
+    if adapter.kind == "ia3":
+        return _scaled(weights, outputs_first=outputs_first)
     ready = dict(weights)
     modules = [name.removesuffix(B) for name in weights if name.endswith(B)]
     for module in modules:
@@ -43,6 +46,19 @@ def folded(weights: Arrays, adapter: AdapterSpec | None, *, outputs_first: bool 
             whole = mx.addmm(base.T if outputs_first else base, ready[module + A].T, ready[module + B].T)
             ready[module + LENGTH] = mx.sqrt(whole.square().sum(axis=0))
             ready[module + FACTOR] = ready.pop(module + MAGNITUDE) / ready[module + LENGTH]
+    return ready
+
+
+def _scaled(weights: Arrays, *, outputs_first: bool) -> Arrays:
+    """The weights with the vectors of IA3 in them."""
+    ready = {name: value for name, value in weights.items() if not name.endswith(VECTOR)}
+    for name, vector in weights.items():
+        module = name.removesuffix(VECTOR)
+        if module == name:
+            continue
+        ready[module + ".weight"] = ready[module + ".weight"] * (vector if outputs_first else vector.T)
+        if vector.shape[1] == 1 and module + ".bias" in ready:
+            ready[module + ".bias"] = ready[module + ".bias"] * vector[:, 0]
     return ready
 
 
@@ -101,10 +117,22 @@ def trained_entries(weights: Mapping[str, mx.array]) -> list[str]:
     return [name for name in weights if name.endswith((A, B, FACTOR))]
 
 
-def parameter_gradients(grads: Arrays, ready: Arrays, adapter: AdapterSpec | None) -> Arrays:
-    """The gradients of the adapters' parameters from those of the folded entries; without adapters, the same."""
+def parameter_gradients(
+    grads: Arrays, weights: Arrays, ready: Arrays, adapter: AdapterSpec | None, *, outputs_first: bool = False
+) -> Arrays:
+    """The gradients of the adapters' parameters from those of the folded entries; without adapters, the same.
+
+    Args:
+        weights: before they were folded.
+    """
     if adapter is None:
         return grads
+    if adapter.kind == "ia3":
+        return {
+            name: _vector_gradient(grads, weights, name.removesuffix(VECTOR), outputs_first=outputs_first)
+            for name in weights
+            if name.endswith(VECTOR)
+        }
     found = {}
     for name, grad in grads.items():
         if name.endswith(FACTOR):
@@ -113,6 +141,18 @@ def parameter_gradients(grads: Arrays, ready: Arrays, adapter: AdapterSpec | Non
         else:
             found[name] = grad * adapter.scale if name.endswith(B) else grad
     return found
+
+
+def _vector_gradient(grads: Arrays, weights: Arrays, module: str, *, outputs_first: bool) -> mx.array:
+    """The gradient of a vector of IA3, [out, 1] or [1, in], from those of the weight and bias that it is folded into."""
+    vector, name = weights[module + VECTOR], module + ".weight"
+    part = grads[name] * weights[name]
+    part = part if outputs_first else part.T
+    if vector.shape[0] == 1:
+        return part.sum(axis=0, keepdims=True)
+    total = part.sum(axis=1, keepdims=True)
+    bias = module + ".bias"
+    return total + (grads[bias] * weights[bias])[:, None] if bias in weights else total
 
 
 def start_magnitudes(weights: Arrays, adapter: AdapterSpec, *, outputs_first: bool = False) -> Arrays:
@@ -130,9 +170,12 @@ def whole(
     for name, value in weights.items():
         if is_adapter(name):
             continue
-        module = name.removesuffix(".weight")
-        parts = {part: weights[module + part] for part in (A, B, MAGNITUDE) if module + part in weights}
-        yield name, fused(value, parts, adapter, outputs_first=outputs_first) if parts else value
+        module, _, kind = name.rpartition(".")
+        parts = {part: weights[module + part] for part in (A, B, MAGNITUDE, VECTOR) if module + part in weights}
+        if parts and kind == "bias":
+            yield name, fused_bias(value, parts)
+        else:
+            yield name, fused(value, parts, adapter, outputs_first=outputs_first) if parts else value
 
 
 def dropout_key(seed: int, *place: int) -> mx.array:

@@ -5,7 +5,7 @@ import os
 import resource
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,15 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save_file
 
-from mlx_forget.adapters import file_name, initial_adapters, is_adapter, num_trainable, parameter_name, parameter_shapes
+from mlx_forget.adapters import (
+    file_name,
+    initial_adapters,
+    is_adapter,
+    num_trainable,
+    parameter_name,
+    parameter_shapes,
+    trained_names,
+)
 from mlx_forget.comparison import MEASURES, portions
 from mlx_forget.distributed import Group
 from mlx_forget.errors import OutOfMemory, UserError
@@ -96,7 +104,7 @@ class MLXTrainer(Trainer):
         self._weights: Arrays = {} if runtime.reads_only else dict(self._decoder.start_weights(spec.seed))
         if spec.adapter is not None and not runtime.reads_only:
             self._weights = self._with_new_adapters(self._weights)
-        self._trained = _trained_names(self._weights, spec)
+        self._trained = trained_names(self._weights, spec.adapter, spec.num_layers)
         self._num_calls = 0
         self._moments = optimizer.initial_moments(spec.optim, self._trained_weights())
         self._step = mx.array(0.0)
@@ -122,7 +130,7 @@ class MLXTrainer(Trainer):
         return Capabilities(
             precisions=("fp32", "bf16"),
             terms=(TERM_TASK, TERM_REPLAY_NTP, TERM_REPLAY_KL),
-            adapters=("lora", "dora"),
+            adapters=("lora", "dora", "ia3"),
             anchor=True,
             fisher=True,
             sample=True,
@@ -284,7 +292,7 @@ class MLXTrainer(Trainer):
             self._weights = {**self._weights, **weights}
         else:
             self._weights = self._with_new_adapters(weights)
-        self._trained = _trained_names(self._weights, self.spec)
+        self._trained = trained_names(self._weights, self.spec.adapter, self.spec.num_layers)
 
     def save_state(self, path: Path) -> None:
         save_file(_to_numpy(self._moments | {"step": self._step.reshape(1)}), path)
@@ -431,7 +439,7 @@ class MLXTrainer(Trainer):
 
         parts: list[Arrays] = []
         adapter, shares = self.spec.adapter, _shares(tokens.shape[-2], len(self._streams))
-        weights = lora.folded(weights, adapter, outputs_first=self._outputs_first)
+        own, weights = weights, lora.folded(weights, adapter, outputs_first=self._outputs_first)
         keys = None if dropout_key is None else mx.random.split(dropout_key, len(shares))
         for number, rows in enumerate(shares):
             kl_term = None if kl_terms is None else kl_terms[number]
@@ -457,7 +465,9 @@ class MLXTrainer(Trainer):
         for part in parts[1:]:
             total = {name: value + part[name] for name, value in total.items()}
         sums = total.pop(SUMS)
-        return {**lora.parameter_gradients(total, weights, adapter), SUMS: sums}
+        found = lora.parameter_gradients(total, own, weights, adapter, outputs_first=self._outputs_first)
+        # What is not trained is never computed: arrays are lazy.
+        return {**{name: found[name] for name in self._trained}, SUMS: sums}
 
     def _kl_terms(self, batch: Batch, part: slice, kl_weight: npt.NDArray[np.float32] | None) -> "list[gpt2.KLTerm] | None":
         """What each thread's share of some rows needs for their KL term; None where no row has one."""
@@ -593,11 +603,6 @@ def _gpu_available() -> bool:
 def _device_info() -> dict[str, Any]:
     info: dict[str, Any] = mx.device_info() if hasattr(mx, "device_info") else mx.metal.device_info()
     return info
-
-
-def _trained_names(weights: Iterable[str], spec: TrainerSpec) -> list[str]:
-    """The names of what a step changes."""
-    return [name for name in weights if spec.adapter is None or is_adapter(name)]
 
 
 def _shares(num_rows: int, num_shares: int) -> list[slice]:

@@ -15,6 +15,8 @@ from mlx_forget.pipeline.sources import Reading, SplitName, contents_of, digest_
 
 PREFIX = "hf:"
 _ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?(@[\w./-]+)?$")
+# What a file is called: `.jsonl`, not the `.2-1B` of `Llama-3.2-1B` or the `.1` of a revision.
+_FILE_ENDING = re.compile(r"\.[A-Za-z]\w*$")
 _SPLIT_OF_NAME: dict[str, SplitName] = {"validation": "validation", "valid": "validation", "val": "validation", "dev": "validation"}
 
 
@@ -44,7 +46,7 @@ def parse_id(name: str) -> HubData | None:
         if name.startswith(PREFIX):
             raise UserError(f"{name} is no id of a data set: write hf:OWNER/NAME, hf:OWNER/NAME:CONFIG or hf:OWNER/NAME@REVISION.")
         return None
-    if plain == name and (Path(name).suffix or Path(name.split("/")[0]).exists()):
+    if plain == name and (_FILE_ENDING.search(name) or Path(name.split("/")[0]).exists()):
         return None
     rest, _, revision = plain.partition("@")
     identifier, _, config = rest.partition(":")

@@ -122,6 +122,8 @@ def fitted_row(row: Mapping[str, Any], *, response: str, adapters: bool = True) 
         return "pretrained from scratch, where nothing could be forgotten"
     if not adapters and (kind := row.get("fine_tune_type") or "full") != "full":
         return f"trained with {kind}, which this law does not describe"
+    if not adapters and row.get("P") and row.get("N") and row["P"] < row["N"]:
+        return "trained in their last blocks alone, which this law does not describe"
     made = dict(row)
     if response == "forgetting":
         if row.get("forgetting_ce") is None:

@@ -28,6 +28,21 @@ MISTRAL = (
     "{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% else %}{{ ' ' + m['content'] | trim + eos_token }}{% endif %}"
     "{% endfor %}"
 )
+# Llama 2: the system text is part of the first question, every turn begins with BOS, and nothing asks for the answer.
+LLAMA2 = (
+    "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set turns = messages[1:] %}"
+    "{% else %}{% set system = false %}{% set turns = messages %}{% endif %}{% for m in turns %}"
+    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Roles must alternate') }}{% endif %}"
+    "{% if loop.index0 == 0 and system != false %}{% set content = '<<SYS>>\n' + system + '\n<</SYS>>\n\n' + m['content'] %}"
+    "{% else %}{% set content = m['content'] %}{% endif %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"
+    "{% elif m['role'] == 'assistant' %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+# Llama 3: heads around roles, and an end of turn that is no EOS.
+LLAMA3 = (
+    "{% for m in messages %}{% set content = '<|user|>' + m['role'] + '<|assistant|>\n\n' + m['content'] | trim + '<|im_end|>' %}"
+    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|user|>assistant<|assistant|>\n\n' }}{% endif %}"
+)
 # The last answer is written in another way than the earlier ones, and the prompt holds what no answer begins with.
 THINKING = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' }}"
@@ -85,6 +100,8 @@ def learnt(vocabulary, tokens, mask):
     [
         (CHATML, ["Yes, please<|im_end|>", "the number 2<|im_end|>"]),
         (MISTRAL, [" Yes, please</s>", " the number 2</s>"]),
+        (LLAMA2, [" Yes, please </s>", " the number 2 </s>"]),
+        (LLAMA3, ["Yes, please<|im_end|>", "the number 2<|im_end|>"]),
         (THINKING, ["Yes, please</s>", "<think>\n\n</think>\n\nthe number 2</s>"]),
         (MARKED, ["Yes, please", "the number 2"]),
     ],
@@ -97,7 +114,18 @@ def test_every_answer_is_learnt_and_nothing_else(with_template, template, answer
     assert learnt(vocabulary, tokens, mask) == answers
 
 
-@pytest.mark.parametrize("template", [CHATML, MISTRAL, THINKING, MARKED])
+@pytest.mark.parametrize("template", [CHATML, MISTRAL, LLAMA2, LLAMA3])
+def test_three_turns_under_a_system_text_are_learnt_too(with_template, template):
+    vocabulary = with_template(template)
+    answers = ("Yes, please", "the number 2", "one note")
+    system = () if template is MISTRAL else (("system", "about the number"),)
+    turns = [turn for answer in answers for turn in (("user", f"A note about {answer}"), ("assistant", answer))]
+    found = learnt(vocabulary, *vocabulary.chat_template.render((*system, *turns)))
+    assert [text.removesuffix("</s>").removesuffix("<|im_end|>").strip() for text in found] == list(answers)
+    assert all(text.endswith(("</s>", "<|im_end|>")) for text in found)
+
+
+@pytest.mark.parametrize("template", [CHATML, MISTRAL, LLAMA2, LLAMA3, THINKING, MARKED])
 @pytest.mark.parametrize("as_file", [False, True])
 def test_tokens_are_those_that_transformers_makes(with_template, tmp_path, template, as_file):
     transformers = pytest.importorskip("transformers")
