@@ -86,7 +86,7 @@ def block_logits():
     import mlx.core as mx
     import torch
 
-    from cuda_backend import gpt2 as torch_gpt2
+    from cuda_backend import architectures as torch_ladder
     from mlx_forget.mlx_backend import gpt2 as mlx_gpt2
     from mlx_forget.mlx_backend.operators import operators
 
@@ -100,7 +100,7 @@ def block_logits():
             ops = operators(dtype=mx.float32, on_cpu=True, fused=fused)
             left = mlx_gpt2.hidden_states(own, spec, mx.array(inputs), operators=ops) @ own[head].T
             tensors = {name: torch.from_numpy(value) for name, value in weights.items()}
-            right = torch_gpt2.hidden_states(tensors, spec, torch.from_numpy(inputs).long()) @ tensors[head].T
+            right = torch_ladder.hidden_states(tensors, spec, torch.from_numpy(inputs).long()) @ tensors[head].T
             size = float(right.abs().max())
             worst = max(worst, float(np.abs(np.array(left) - right.numpy()).max()) / size)
     return Measurement("logits after each block, largest difference / largest logit", worst, 5e-5, "")
