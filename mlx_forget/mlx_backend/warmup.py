@@ -13,7 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_forget.ladder import ModelSpec, initial_weights
-from mlx_forget.mlx_backend import gpt2, optimizer
+from mlx_forget.mlx_backend import architectures, optimizer
 from mlx_forget.mlx_backend.operators import operators
 from mlx_forget.trainer import OptimSpec
 
@@ -30,7 +30,7 @@ def compile_loops() -> None:
         weights = {name: mx.array(value) for name, value in initial_weights(_SPEC, 0)}
         tokens = mx.zeros((2, _SPEC.context_length), mx.int32)
         share = mx.ones(tokens.shape)
-        _, gradients = gpt2.gradients(weights, _SPEC, tokens, tokens, share, chunk=64, operators=ops)
+        _, gradients = architectures.gradients(weights, _SPEC, tokens, tokens, share, chunk=64, operators=ops)
         optim = OptimSpec()
         hyper = optimizer.hyperparameters(optim)
         scalars, _, _ = optimizer.step_scalars(mx.array(0.0), gradients, mx.array(1e-3), hyper)
