@@ -22,7 +22,7 @@ from mlx_forget.mlx_backend.operators import operators
 from mlx_forget.mlx_backend.packed import widened
 from mlx_forget.mlx_backend.passes import SUMS, Passes
 from mlx_forget.mlx_backend.reference import penalty_gradients, pull_to_reference
-from mlx_forget.mlx_backend.warmup import compile_loops
+from mlx_forget.mlx_backend.warmup import compile_loops, compiler_errors
 from mlx_forget.mlx_backend.weights import (
     check_quantised,
     read_arrays,
@@ -135,6 +135,7 @@ class MLXTrainer(Trainer):
     def notes(self) -> tuple[str, ...]:
         return tuple(self._notes)
 
+    @compiler_errors()
     def train_step(self, batch: Batch, learning_rate: float) -> StepResult:
         method = self.spec.method
         check_reference(
@@ -184,6 +185,7 @@ class MLXTrainer(Trainer):
         devices.check_memory(self.spec.runtime.memory_limit_gb, self._in_flight)
         return MLXStep(packed, counts)
 
+    @compiler_errors()
     def token_losses(self, tokens: npt.NDArray[np.int32], segment: npt.NDArray[np.int32] | None = None) -> npt.NDArray[np.float32]:
         losses = np.empty((len(tokens), tokens.shape[1] - 1), np.float32)
         for rows in self._eval_slices(tokens):
@@ -202,6 +204,7 @@ class MLXTrainer(Trainer):
         logits = self._decoder.logits(weights, mx.array(tokens[:, :-1]), own)
         return np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
 
+    @compiler_errors()
     def compare(self, tokens: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8]) -> Comparison:
         if self._reference is None:
             raise UserError("compare needs a reference: call set_reference first.")
@@ -231,6 +234,7 @@ class MLXTrainer(Trainer):
         if self._reference is not None and self.spec.method.anchor_precision == "bf16":
             self._reference = {name: value.astype(mx.bfloat16) for name, value in self._reference.items()}
 
+    @compiler_errors()
     def set_fisher(
         self, tokens: npt.NDArray[np.int32], mask: npt.NDArray[np.uint8], segment: npt.NDArray[np.int32] | None = None
     ) -> None:
@@ -253,6 +257,7 @@ class MLXTrainer(Trainer):
         scale = mx.array(1 / max(1, int(mask.sum())), dtype=mx.float32)
         self._fisher = {name: value * scale for name, value in fisher.items()}
 
+    @compiler_errors()
     def save(self, path: Path, *, trainable_only: bool = False) -> None:
         adapter, weights = self.spec.adapter, to_numpy(self._weights)
         if trainable_only and adapter is not None:
@@ -271,6 +276,7 @@ class MLXTrainer(Trainer):
             self._weights = with_new_adapters(weights, self.spec)
         self._trained = trained_names(self._weights, self.spec)
 
+    @compiler_errors()
     def save_state(self, path: Path) -> None:
         save_file(to_numpy(self._moments | {"step": self._step.reshape(1)}), path)
 
