@@ -6,7 +6,7 @@ Shapes: B rows, T tokens, D width, V vocabulary, N = B * T.
 import torch
 from torch import Tensor
 
-from cuda_backend import gpt2
+from cuda_backend import cross_entropy
 from mlx_forget.comparison import MEASURES, Portions
 
 # Tokens of a forward pass on a CPU and a GPU; logits are chunked as in training.
@@ -15,7 +15,7 @@ _TOKENS_CPU, _TOKENS_GPU = 1 << 13, 1 << 16
 
 def most(vocab_size: int, device: torch.device) -> Portions:
     """The portions that are fastest where memory is no matter."""
-    return Portions(_TOKENS_CPU if device.type == "cpu" else _TOKENS_GPU, gpt2.chunk_rows(vocab_size, device))
+    return Portions(_TOKENS_CPU if device.type == "cpu" else _TOKENS_GPU, cross_entropy.chunk_rows(vocab_size, device))
 
 
 @torch.no_grad()

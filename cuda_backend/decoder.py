@@ -9,10 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from cuda_backend import lora
-from cuda_backend.architectures import functions_of
+from cuda_backend import architectures, lora
 from cuda_backend.sample import sample
-from mlx_forget.ladder import ModelSpec, head_name, initial_weights, param_shapes
+from mlx_forget.ladder import ModelSpec, head_name, initial_weights, num_shared_blocks, param_shapes
 from mlx_forget.pretrained import PretrainedSpec
 
 Weights = Mapping[str, Tensor]
@@ -56,7 +55,6 @@ class Ladder:
 
     def __init__(self, spec: ModelSpec, device: torch.device) -> None:
         self._spec, self._device = spec, device
-        self._functions = functions_of(spec)
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -68,21 +66,16 @@ class Ladder:
     def hidden_states(
         self, weights: Weights, tokens_BT: Tensor, segment_BT: Tensor | None = None, *, grad_checkpoint: bool = False
     ) -> Tensor:
-        states: Tensor = self._functions.hidden_states(
-            lora.scaled(weights), self._spec, tokens_BT, segment_BT, grad_checkpoint=grad_checkpoint
-        )
-        return states
+        return architectures.hidden_states(lora.scaled(weights), self._spec, tokens_BT, segment_BT, grad_checkpoint=grad_checkpoint)
 
     def hidden_states_of_two(
         self, weights: Weights, reference: Weights, tokens_BT: Tensor, *, shared: int
     ) -> tuple[Tensor, Tensor]:
         weights, reference = lora.scaled(weights), lora.scaled(reference)
-        pair: tuple[Tensor, Tensor] = self._functions.hidden_states_of_two(weights, reference, self._spec, tokens_BT, shared=shared)
-        return pair
+        return architectures.hidden_states_of_two(weights, reference, self._spec, tokens_BT, shared=shared)
 
     def num_shared_blocks(self, weights: Weights, reference: Weights) -> int:
-        shared: int = self._functions.num_shared_blocks(lora.scaled(weights), reference, self._spec)
-        return shared
+        return num_shared_blocks(self._spec, lora.scaled(weights), reference, torch.equal)
 
     def head(self, weights: Weights) -> Tensor | None:
         return weights[head_name(self._spec)]

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from cuda_backend import lora
-from cuda_backend.gpt2 import segment_positions
 from cuda_backend.sample import draw
+from cuda_backend.segments import segment_positions
 from mlx_forget.adapters import VECTOR, A
 from mlx_forget.errors import UserError
 from mlx_forget.pretrained import PretrainedSpec

@@ -8,21 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cuda_backend import compare, gpt2
+from cuda_backend import compare
+from cuda_backend import cross_entropy as fused
 from cuda_backend.reference import FusedKL
 
 
 def cross_entropy(
-    x: Tensor, head: Tensor | None, labels: Tensor, weight: Tensor, chunk: int, softmax: gpt2.SoftmaxGradient | None = None
+    x: Tensor, head: Tensor | None, labels: Tensor, weight: Tensor, chunk: int, softmax: fused.SoftmaxGradient | None = None
 ) -> tuple[Tensor, Tensor]:
     """(sum of weight * nll, nll float32[N]) of x [N, D] or [N, V], int64[N] labels and float32[N] weights; only the sum has a gradient.
 
-    `softmax` is a compiled `gpt2.softmax_gradient`, for x with a head.
+    `softmax` is a compiled `cross_entropy.softmax_gradient`, for x with a head.
     """
     if head is None:
         objective, nll = _PlainCrossEntropy.apply(x, labels, weight, chunk)  # type: ignore[no-untyped-call]
     else:
-        objective, nll = gpt2.FusedCrossEntropy.apply(x, head, labels, weight, chunk, softmax)  # type: ignore[no-untyped-call]
+        objective, nll = fused.FusedCrossEntropy.apply(x, head, labels, weight, chunk, softmax)  # type: ignore[no-untyped-call]
     return objective, nll
 
 
@@ -41,7 +42,7 @@ def kl_divergence(
 def token_nll(x: Tensor, head: Tensor | None, labels: Tensor, chunk: int) -> Tensor:
     """Next-token losses in nats, float32[N]."""
     if head is not None:
-        return gpt2.token_nll(x, head, labels, chunk)
+        return fused.token_nll(x, head, labels, chunk)
     return torch.cat([_nll(x[s : s + chunk].float(), labels[s : s + chunk])[0] for s in range(0, len(x), chunk)])
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from cuda_backend.architectures import functions_of
 from cuda_backend.gpt2 import Weights
-from mlx_forget.ladder import ModelSpec
+from mlx_forget.ladder import ModelSpec, head_name
 
 
 @torch.no_grad()
@@ -17,7 +17,7 @@ def sample(weights: Weights, spec: ModelSpec, prompts_BP: Tensor, u_BT: Tensor, 
     B, P = prompts_BP.shape
     length = P + u_BT.shape[1]
     functions = functions_of(spec)
-    dtype = weights[functions.HEAD].dtype
+    dtype = weights[head_name(spec)].dtype
     cache = torch.empty(spec.num_layers, 2, B, spec.num_heads, length, spec.head_dim, dtype=dtype, device=u_BT.device)
     out = torch.empty(B, u_BT.shape[1], dtype=torch.int64, device=u_BT.device)
     token = prompts_BP[:, 0]

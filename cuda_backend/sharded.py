@@ -18,9 +18,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 
-from cuda_backend import gpt2
+from cuda_backend import cross_entropy
 from cuda_backend.architectures import functions_of
-from mlx_forget.ladder import ModelSpec, param_shapes
+from mlx_forget.ladder import ModelSpec, block_prefix, head_name, param_shapes
 
 Weights = Mapping[str, Tensor]
 
@@ -65,7 +65,7 @@ class _Model(_Part):
         grad_checkpoint: bool,
     ) -> None:
         functions = functions_of(spec)
-        prefixes = [functions.BLOCK.format(i) for i in range(spec.num_layers)]
+        prefixes = [block_prefix(spec, i) for i in range(spec.num_layers)]
         shapes = param_shapes(spec)
         super().__init__({name: shape for name, shape in shapes.items() if not name.startswith(tuple(prefixes))})
         compute = compile_block(functions.block)
@@ -78,8 +78,8 @@ class _Model(_Part):
             )
             for prefix in prefixes
         )
-        softmax = compile_block(gpt2.softmax_gradient)
-        self.softmax = None if softmax is gpt2.softmax_gradient else softmax
+        softmax = compile_block(cross_entropy.softmax_gradient)
+        self.softmax = None if softmax is cross_entropy.softmax_gradient else softmax
         self.prefixes, self.spec, self.dtype, self.chunk, self.functions = prefixes, spec, dtype, chunk, functions
 
     def forward(self, tokens: Tensor, labels: Tensor, weight: Tensor | None, segment: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -89,10 +89,10 @@ class _Model(_Part):
             for block in self.blocks:
                 x = block(x, *context)
             x = self.functions.finish(self.own(), x)
-        x, head = x.flatten(0, 1).to(self.dtype), self.own()[self.functions.HEAD]
+        x, head = x.flatten(0, 1).to(self.dtype), self.own()[head_name(self.spec)]
         if weight is None:
-            return x.new_zeros(()), gpt2.token_nll(x, head, labels, self.chunk)
-        objective, nll = gpt2.FusedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            return x.new_zeros(()), cross_entropy.token_nll(x, head, labels, self.chunk)
+        objective, nll = cross_entropy.FusedCrossEntropy.apply(  # type: ignore[no-untyped-call]
             x, head, labels, weight, self.chunk, self.softmax
         )
         return objective, nll

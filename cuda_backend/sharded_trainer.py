@@ -34,7 +34,9 @@ class ShardedTrainer(TorchTrainer):
             raise UserError(f"Optimizer {spec.optim.name!r} needs whole matrices: --shard takes adamw.")
         start = initial_weights(spec.model, spec.seed)
         options = {"grad_checkpoint": spec.runtime.grad_checkpoint}
-        self._shards = Shards(spec.model, start, self._torch_device, self._dtype, self._chunk, self._maybe_compiled, **options)
+        self._shards = Shards(
+            spec.model, start, self._torch_device, self._passes.dtype, self._passes.chunk, self._compiled, **options
+        )
         self._gathered: dict[str, Tensor] = {}
         return self._shards.weights
 
@@ -57,9 +59,9 @@ class ShardedTrainer(TorchTrainer):
     def _accumulate_gradient(
         self, batch: Batch, rows: slice, weight: npt.NDArray[np.float32], kl_weight: npt.NDArray[np.float32] | None
     ) -> tuple[Tensor, Tensor | None]:
-        inputs, labels = self._split(batch.tokens[rows])
-        segment = None if batch.segment is None else self._on_device(batch.segment[rows])
-        return self._shards.loss(inputs, labels, self._on_device(weight).flatten(), segment).view(inputs.shape), None
+        inputs, labels = self._passes.split(batch.tokens[rows])
+        segment = None if batch.segment is None else self._passes.on_device(batch.segment[rows])
+        return self._shards.loss(inputs, labels, self._passes.on_device(weight).flatten(), segment).view(inputs.shape), None
 
     def _summed_gradients(self, sums: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         (sums,) = self._summed([sums])

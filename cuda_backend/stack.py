@@ -8,12 +8,11 @@ import copy
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from cuda_backend import gpt2
+from cuda_backend import cross_entropy
 from cuda_backend.trainer import TorchStep, TorchTrainer
 from mlx_forget.errors import OutOfMemory, UserError
 from mlx_forget.ladder import ModelSpec, decays, initial_weights, param_shapes
@@ -29,7 +28,8 @@ class TorchStack(Stack):
             raise UserError(f"{spec.model.architecture} does not stack: start its runs one by one.")
         self._spec = spec
         self._single = TorchTrainer(spec)
-        self._device = self._single._torch_device
+        self._passes = self._single._passes
+        self._device = self._passes.device
         self._shapes = dict(sorted(param_shapes(spec.model).items(), key=lambda item: not decays(item[0])))
         sizes = {name: int(np.prod(shape)) for name, shape in self._shapes.items()}
         stops = np.cumsum(list(sizes.values())).tolist()
@@ -61,8 +61,8 @@ class TorchStack(Stack):
         for part in whole.parts(self._spec.runtime.micro_batch_size):
             nll, own = self._batch_gradient(part)
             gradient = own if gradient is None else gradient.add_(own)
-            per_row = (nll * self._on_device(part.loss_mask)).sum(-1, keepdim=True)
-            sums += (self._on_device(part.groups) * per_row).sum(1)
+            per_row = (nll * self._passes.on_device(part.loss_mask)).sum(-1, keepdim=True)
+            sums += (self._passes.on_device(part.groups) * per_row).sum(1)
         assert gradient is not None
         norm, skipped = self._update(gradient, [learning_rates[k] for k in self._rows])
         packed = torch.cat([sums, norm[:, None], skipped[:, None]], dim=1)
@@ -75,23 +75,23 @@ class TorchStack(Stack):
 
     def _batch_gradient(self, batch: StackedBatch) -> tuple[Tensor, Tensor]:
         """The nll of some rows of each member, float32[K, B, T], and the gradients of its weighted sum, float32[K, P]."""
-        on_device = self._on_device(batch.tokens).long()
+        on_device = self._passes.on_device(batch.tokens).long()
         inputs, labels = on_device[..., :-1], on_device[..., 1:].flatten(1)
-        single = self._single
-        with single._autocast():
-            x = single._hidden_states(
+        passes = self._passes
+        with passes.autocast():
+            x = passes.hidden_states(
                 self._weights,
                 inputs,
-                None if batch.segment is None else self._on_device(batch.segment).flatten(0, 1),
+                None if batch.segment is None else self._passes.on_device(batch.segment).flatten(0, 1),
                 grad_checkpoint=self._spec.runtime.grad_checkpoint,
             )
         # As many logits at once as one model has: the chunk of a CPU stays in its cache.
-        chunk = max(64, single._chunk // len(inputs))
-        objective, nll = gpt2.FusedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            x.view(*labels.shape, -1).to(single._dtype),
+        chunk = max(64, passes.chunk // len(inputs))
+        objective, nll = cross_entropy.FusedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+            x.view(*labels.shape, -1).to(passes.dtype),
             self._weights["transformer.wte.weight"],
             labels,
-            self._on_device(batch.token_weight).flatten(1),
+            self._passes.on_device(batch.token_weight).flatten(1),
             chunk,
         )
         gradients = torch.autograd.grad(objective, list(self._weights.values()))
@@ -154,6 +154,3 @@ class TorchStack(Stack):
     def _views(self, array: Tensor) -> dict[str, Tensor]:
         """The columns of each parameter, [K, *shape]."""
         return {name: torch.unflatten(array[:, columns], 1, self._shapes[name]) for name, columns in self._columns.items()}
-
-    def _on_device(self, array: npt.NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(array).to(self._device, non_blocking=True)

@@ -7,9 +7,9 @@ arrays made here, so a seed means the same model everywhere.
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from mlx_forget.errors import UserError, unknown
 from mlx_forget.pretrained import DEFAULT_ROW_LENGTH, PretrainedSpec
 
 Architecture = Literal["gpt2", "qknorm"]
+_Array = TypeVar("_Array")
 
 LAYER_NORM_EPSILON = 1e-5
 RMS_NORM_EPSILON = 1e-6
@@ -116,6 +117,30 @@ def default_context(name: str) -> int:
 def head_name(spec: ModelSpec) -> str:
     """The output matrix [V, D]; in `gpt2` it is the token embedding."""
     return QKNORM_HEAD if spec.architecture == "qknorm" else "transformer.wte.weight"
+
+
+def block_prefix(spec: ModelSpec, index: int) -> str:
+    """What the names of a block's parameters begin with."""
+    return f"{'decoder' if spec.architecture == 'qknorm' else 'transformer'}.h.{index}."
+
+
+def num_shared_blocks(
+    spec: ModelSpec, weights: Mapping[str, _Array], reference: Mapping[str, _Array], equal: Callable[[_Array, _Array], bool]
+) -> int:
+    """How many of the first blocks are the same in two models; -1 where the embeddings already differ.
+
+    Args:
+        weights, reference: under the names of `param_shapes`, and whatever adapters add to a module under its name.
+        equal: whether two arrays hold the same values.
+    """
+
+    def same(*prefixes: str) -> bool:
+        own, other = ({name for name in names if name.startswith(prefixes)} for names in (weights, reference))
+        return own == other and all(weights[n] is reference[n] or equal(weights[n], reference[n]) for n in own)
+
+    if not same(*(("decoder.embed_in.",) if spec.architecture == "qknorm" else ("transformer.wte.", "transformer.wpe."))):
+        return -1
+    return next((i for i in range(spec.num_layers) if not same(block_prefix(spec, i))), spec.num_layers)
 
 
 def is_ladder_name(name: str) -> bool:

@@ -86,8 +86,8 @@ def block_logits():
     import mlx.core as mx
     import torch
 
-    from cuda_backend import gpt2 as torch_gpt2
-    from mlx_forget.mlx_backend import gpt2 as mlx_gpt2
+    from cuda_backend import architectures as torch_ladder
+    from mlx_forget.mlx_backend import architectures as mlx_ladder
     from mlx_forget.mlx_backend.operators import operators
 
     weights = {name: value * 3 for name, value in initial_weights(SPEC, 3)}
@@ -98,9 +98,9 @@ def block_logits():
             spec = replace(SPEC, num_layers=num_layers)
             own = {name: mx.array(value) for name, value in weights.items()}
             ops = operators(dtype=mx.float32, on_cpu=True, fused=fused)
-            left = mlx_gpt2.hidden_states(own, spec, mx.array(inputs), operators=ops) @ own[head].T
+            left = mlx_ladder.hidden_states(own, spec, mx.array(inputs), operators=ops) @ own[head].T
             tensors = {name: torch.from_numpy(value) for name, value in weights.items()}
-            right = torch_gpt2.hidden_states(tensors, spec, torch.from_numpy(inputs).long()) @ tensors[head].T
+            right = torch_ladder.hidden_states(tensors, spec, torch.from_numpy(inputs).long()) @ tensors[head].T
             size = float(right.abs().max())
             worst = max(worst, float(np.abs(np.array(left) - right.numpy()).max()) / size)
     return Measurement("logits after each block, largest difference / largest logit", worst, 5e-5, "")
@@ -252,12 +252,12 @@ def transformers_logits():
         logits = theirs(torch.from_numpy(tokens[:, :-1]).long()).logits.double().numpy()
     import mlx.core as mx
 
-    from mlx_forget.mlx_backend import gpt2
+    from mlx_forget.mlx_backend import architectures
     from mlx_forget.mlx_backend.operators import operators
 
     weights = {name: mx.array(value) for name, value in saved(trainer).items()}
     ops = operators(dtype=mx.float32, on_cpu=True, fused=True)
-    ours = gpt2.hidden_states(weights, SPEC, mx.array(tokens[:, :-1]), operators=ops) @ weights["transformer.wte.weight"].T
+    ours = architectures.hidden_states(weights, SPEC, mx.array(tokens[:, :-1]), operators=ops) @ weights["transformer.wte.weight"].T
     worst = float(np.abs(np.array(ours).astype(np.float64) - logits).max())
     return Measurement("logits against transformers' GPT2LMHeadModel, largest difference", worst, 1e-4, "")
 
@@ -266,7 +266,7 @@ def operators_agree():
     """The operators of a GPU against those of a CPU, on the CPU: one gradient step."""
     import mlx.core as mx
 
-    from mlx_forget.mlx_backend import gpt2
+    from mlx_forget.mlx_backend import architectures
     from mlx_forget.mlx_backend.operators import operators
 
     weights = {name: mx.array(value) for name, value in initial_weights(SPEC, 3)}
@@ -274,7 +274,7 @@ def operators_agree():
     share = mx.full((4, SPEC.context_length), 1 / tokens[:, 1:].size)
     for on_cpu in (True, False):
         ops = operators(dtype=mx.float32, on_cpu=on_cpu, fused=True)
-        _, grads = gpt2.gradients(weights, SPEC, tokens[:, :-1], tokens[:, 1:], share, chunk=64, operators=ops)
+        _, grads = architectures.gradients(weights, SPEC, tokens[:, :-1], tokens[:, 1:], share, chunk=64, operators=ops)
         found.append({name: np.array(value) for name, value in grads.items()})
     size = max(float(np.abs(value).max()) for value in found[1].values())
     return Measurement("MLX's GPU operators against its CPU operators: gradient, largest difference / largest entry",

@@ -31,7 +31,7 @@ def kept(model, precision):
 def test_pytorch_keeps_what_the_estimate_says(name, precision, grad_checkpoint):
     """Within 5%, by the tensors that autograd saves of one more block: a formula, not a clock."""
     torch = pytest.importorskip("torch")
-    from cuda_backend.architectures import functions_of
+    from cuda_backend.architectures import hidden_states
 
     rows, found = 2, []
     for layers in (2, 3):
@@ -50,9 +50,7 @@ def test_pytorch_keeps_what_the_estimate_says(name, precision, grad_checkpoint):
             torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
             torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"),
         ):
-            x = functions_of(spec).hidden_states(
-                weights, spec, torch.zeros(rows, 48, dtype=torch.long), grad_checkpoint=grad_checkpoint
-            )
+            x = hidden_states(weights, spec, torch.zeros(rows, 48, dtype=torch.long), grad_checkpoint=grad_checkpoint)
         found.append(sum(kept_storages.values()))
         del x
     expected = 4 * spec.width if grad_checkpoint else load_backend("cuda").kept_bytes(spec, precision)

@@ -76,7 +76,7 @@ def test_mlx_takes_two_products_a_chunk_where_the_head_is_frozen(reference, othe
         trainer.set_reference("start")
         batch = kl_batch([0] * 4 if reference == "none" else [2] * 4, trainer if reference == "stored" else None)
         token_weight, kl_weight = weights_of(trainer, batch)
-        terms = trainer._kl_terms(batch, slice(0, 4), kl_weight)
+        terms = trainer._passes.kl_terms(batch, slice(0, 4), kl_weight, trainer._reference)
         counts = []
         # 48 tokens: one chunk, or two.
         for chunk in (48, 24):

@@ -59,6 +59,32 @@ def test_a_process_that_has_mlx_already_is_told_that_it_is_slow():
 
 
 @LINUX
+@pytest.mark.parametrize(
+    "says, found",
+    [
+        ("Assembler messages: Fatal error: cannot write: No space left on device", "OSError 28 {folder}"),
+        (
+            "loop.cpp:3:1: error: no such header",
+            "UserError MLX's C++ compiler failed (loop.cpp:3:1: error: no such header): give --no-compile",
+        ),
+    ],
+)
+def test_a_compiler_that_fails_is_one_sentence(says, found, tmp_path):
+    """It writes into the temporary folder: a full one is said as any full disk is, and that is where to make room."""
+    compiler = tmp_path / "g++"
+    compiler.write_text(f"#!/bin/sh\n[ $1 = --version ] && exit 0\necho '{says}'\nexit 1\n")
+    compiler.chmod(0o755)
+    code = (
+        f"import os, tempfile; os.environ['PATH'] = '{tmp_path}:' + os.environ['PATH']; os.environ['TMPDIR'] = '{tmp_path}';"
+        "from mlx_forget.trainer import *; from mlx_forget.ladder import model_spec;"
+        "spec = TrainerSpec(model=model_spec('1x16', 8, 4), runtime=RuntimeSpec(device='cpu'))\n"
+        "try: load_backend('mlx')(spec)\n"
+        "except Exception as error: print(type(error).__name__, *((error.errno, error.filename) if isinstance(error, OSError) else (error,)))"
+    )
+    assert found.format(folder=tmp_path) in run_python(code)
+
+
+@LINUX
 @pytest.mark.skipif("cuda" not in available_backends(), reason="PyTorch is not installed")
 def test_pytorch_says_when_it_has_one_thread_because_mlx_came_first():
     code = (

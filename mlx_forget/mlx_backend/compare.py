@@ -6,7 +6,7 @@ Shapes: B rows, T tokens, D width, V vocabulary, N = B * T.
 import mlx.core as mx
 
 from mlx_forget.comparison import Portions
-from mlx_forget.mlx_backend import gpt2
+from mlx_forget.mlx_backend import cross_entropy
 from mlx_forget.mlx_backend.operators import Operators
 
 # Tokens of a forward pass on a CPU and a GPU; logits are chunked as in training.
@@ -15,7 +15,7 @@ _TOKENS_CPU, _TOKENS_GPU = 1 << 13, 1 << 16
 
 def most(vocab_size: int, *, on_cpu: bool) -> Portions:
     """The portions that are fastest where memory is no matter."""
-    return Portions(_TOKENS_CPU if on_cpu else _TOKENS_GPU, gpt2.chunk_rows(vocab_size, on_cpu=on_cpu))
+    return Portions(_TOKENS_CPU if on_cpu else _TOKENS_GPU, cross_entropy.chunk_rows(vocab_size, on_cpu=on_cpu))
 
 
 def measures(

@@ -10,10 +10,9 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from mlx_forget.ladder import ModelSpec, head_name, initial_weights, param_shapes
-from mlx_forget.mlx_backend import compare, gpt2
-from mlx_forget.mlx_backend.architectures import functions_of
-from mlx_forget.mlx_backend.gpt2 import KLTerm
+from mlx_forget.ladder import ModelSpec, head_name, initial_weights, num_shared_blocks, param_shapes
+from mlx_forget.mlx_backend import architectures, compare, cross_entropy
+from mlx_forget.mlx_backend.losses import KLTerm
 from mlx_forget.mlx_backend.operators import Operators
 from mlx_forget.mlx_backend.sample import sample
 from mlx_forget.pretrained import PretrainedSpec
@@ -44,7 +43,7 @@ class Decoder(Protocol):
         grad_checkpoint: bool = False,
         penalty: KLTerm | None = None,
     ) -> tuple[mx.array, Arrays]:
-        """Losses and the gradients of their weighted sum, as `gpt2.gradients` says."""
+        """Losses and the gradients of their weighted sum, as `architectures.gradients` says."""
 
     def token_nll(
         self, weights: Weights, tokens_BT: mx.array, labels_N: mx.array, segment: mx.array | None, *, chunk: int
@@ -73,7 +72,6 @@ class Ladder:
 
     def __init__(self, spec: ModelSpec, operators: Operators, streams: Sequence[mx.Stream]) -> None:
         self._spec, self._operators, self._streams = spec, operators, streams
-        self._functions = functions_of(spec)
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -94,7 +92,7 @@ class Ladder:
         grad_checkpoint: bool = False,
         penalty: KLTerm | None = None,
     ) -> tuple[mx.array, Arrays]:
-        found: tuple[mx.array, Arrays] = self._functions.gradients(
+        return architectures.gradients(
             weights,
             self._spec,
             tokens_BT,
@@ -106,24 +104,23 @@ class Ladder:
             grad_checkpoint=grad_checkpoint,
             penalty=penalty,
         )
-        return found
 
     def token_nll(
         self, weights: Weights, tokens_BT: mx.array, labels_N: mx.array, segment: mx.array | None, *, chunk: int
     ) -> mx.array:
-        x = self._functions.hidden_states(weights, self._spec, tokens_BT, segment, operators=self._operators)
+        x = architectures.hidden_states(weights, self._spec, tokens_BT, segment, operators=self._operators)
         head = weights[head_name(self._spec)]
-        return gpt2.token_nll(x.reshape(-1, x.shape[-1]), head, labels_N, chunk=chunk, operators=self._operators)
+        return cross_entropy.token_nll(x.reshape(-1, x.shape[-1]), head, labels_N, chunk=chunk, operators=self._operators)
 
     def logits(self, weights: Weights, tokens_BT: mx.array, segment: mx.array | None) -> mx.array:
-        x = self._functions.hidden_states(weights, self._spec, tokens_BT, segment, operators=self._operators)
+        x = architectures.hidden_states(weights, self._spec, tokens_BT, segment, operators=self._operators)
         head = weights[head_name(self._spec)].astype(self._operators.dtype)
         return self._operators.matmul(x.astype(self._operators.dtype), head.T).astype(mx.float32)
 
     def measures(
         self, weights: Weights, reference: Weights, tokens_BT: mx.array, labels_N: mx.array, *, shared: int, chunk: int
     ) -> mx.array:
-        pair = self._functions.hidden_states_of_two(
+        pair = architectures.hidden_states_of_two(
             weights, reference, self._spec, tokens_BT, shared=shared, operators=self._operators
         )
         x, ref_x = (states.reshape(-1, states.shape[-1]) for states in pair)
@@ -131,8 +128,7 @@ class Ladder:
         return compare.measures(x, head, ref_x, ref_head, labels_N, chunk=chunk, operators=self._operators)
 
     def num_shared_blocks(self, weights: Weights, reference: Weights) -> int:
-        shared: int = self._functions.num_shared_blocks(weights, reference, self._spec)
-        return shared
+        return num_shared_blocks(self._spec, weights, reference, lambda own, other: bool(mx.array_equal(own, other).item()))
 
     def sample(
         self, weights: Weights, prompts_BP: npt.NDArray[np.int32], u_BT: npt.NDArray[np.float64], *, temperature: float

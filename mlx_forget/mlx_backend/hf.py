@@ -18,8 +18,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_forget.adapters import A, B
 from mlx_forget.errors import UserError
-from mlx_forget.mlx_backend import compare, gpt2, lora
-from mlx_forget.mlx_backend.gpt2 import KLTerm
+from mlx_forget.mlx_backend import compare, cross_entropy, lora, losses
+from mlx_forget.mlx_backend.losses import KLTerm
 from mlx_forget.mlx_backend.operators import Operators
 from mlx_forget.mlx_backend.packed import is_floating, widened
 from mlx_forget.mlx_backend.sample import draw
@@ -91,14 +91,14 @@ class Pretrained:
             now = {**weights, **trained}
             x, head = self._states(now, tokens_BT), self._head(now)
             if head is None:
-                return _plain_objective(x, labels_BT, weight_BT, penalty, ref_x)
+                return losses.plain_objective(x, labels_BT, weight_BT, penalty, ref_x)
 
             def reference_states(weights: Weights, tokens: mx.array, segment: mx.array | None) -> mx.array:
                 assert ref_x is not None
                 return ref_x
 
             def with_gradients(x: mx.array, head: mx.array) -> tuple[mx.array, ...]:
-                losses, grad_x, grad_head = gpt2.objective(
+                nll, grad_x, grad_head = losses.objective(
                     x,
                     head,
                     self._head_name,
@@ -111,13 +111,13 @@ class Pretrained:
                     self._operators,
                     reference_states,
                 )
-                return losses.sum(), losses, grad_x, grad_head
+                return nll.sum(), nll, grad_x, grad_head
 
             return _with_own_gradient(with_gradients, x, head, trains_head=self._head_name in names)
 
         with self._emptied():
-            (_, losses), grads = mx.value_and_grad(objective)({name: weights[name] for name in names})
-        return losses, {name: value.astype(mx.float32) for name, value in grads.items()}
+            (_, nll), grads = mx.value_and_grad(objective)({name: weights[name] for name in names})
+        return nll, {name: value.astype(mx.float32) for name, value in grads.items()}
 
     def token_nll(
         self, weights: Weights, tokens_BT: mx.array, labels_N: mx.array, segment: mx.array | None, *, chunk: int
@@ -127,8 +127,8 @@ class Pretrained:
             x = self._states(weights, tokens_BT)
         x, head = x.reshape(-1, x.shape[-1]), self._head(weights)
         if head is None:
-            return _plain_nll(x, labels_N)
-        return gpt2.token_nll(x, head, labels_N, chunk=chunk, operators=self._operators)
+            return losses.plain_nll(x, labels_N)
+        return cross_entropy.token_nll(x, head, labels_N, chunk=chunk, operators=self._operators)
 
     def logits(self, weights: Weights, tokens_BT: mx.array, segment: mx.array | None) -> mx.array:
         self._refuse_segments(segment)
@@ -342,27 +342,8 @@ def _with_own_gradient(
         grads = tuple(grad * cotangents[0] for grad in outputs[2:])
         return grads if trains_head else grads[0]
 
-    scalar, losses, *_ = function(x, head) if trains_head else function(x)
-    return scalar, mx.stop_gradient(losses)
-
-
-def _plain_objective(
-    logits: mx.array, labels: mx.array, weight: mx.array, penalty: KLTerm | None, ref_logits: mx.array | None
-) -> tuple[mx.array, mx.array]:
-    """The weighted sum of all losses, and the losses as `gpt2.objective` orders them, of a model that has no output matrix."""
-    total, losses = mx.array(0.0), []
-    rows = mx.arange(len(labels)) if penalty is None else penalty["nll_rows"]
-    if rows.size:
-        own, flat = labels[rows], logits[rows]
-        nll = _plain_nll(flat.reshape(-1, flat.shape[-1]), own.reshape(-1)).reshape(own.shape)
-        total, losses = total + (nll * weight[rows]).sum(), [mx.stop_gradient(nll)]
-    if penalty is not None and penalty["kl_rows"].size:
-        if ref_logits is None:
-            raise UserError("Log-probabilities are not kept for a model that caps its logits: leave reference_log_probs live.")
-        log_p, reference = _log_softmax(logits[penalty["kl_rows"]]), _log_softmax(ref_logits)
-        kl = (mx.exp(reference) * (reference - log_p)).sum(axis=-1)
-        total, losses = total + (kl * penalty["kl_weight"]).sum(), [*losses, mx.stop_gradient(kl)]
-    return total, mx.concatenate(losses) if losses else mx.zeros((0, labels.shape[1]))
+    scalar, nll, *_ = function(x, head) if trains_head else function(x)
+    return scalar, mx.stop_gradient(nll)
 
 
 def _takes_tokens_alone(module: Any) -> bool:
@@ -374,16 +355,6 @@ def _takes_tokens_alone(module: Any) -> bool:
 def _number(scalar: mx.array) -> float:
     value: Any = scalar.item()
     return float(value)
-
-
-def _plain_nll(logits: mx.array, labels_N: mx.array) -> mx.array:
-    log_p = _log_softmax(logits)
-    return -mx.take_along_axis(log_p, labels_N[:, None], axis=-1)[:, 0]
-
-
-def _log_softmax(logits: mx.array) -> mx.array:
-    wide = logits.astype(mx.float32)
-    return wide - mx.logsumexp(wide, axis=-1, keepdims=True)
 
 
 def _embedding_name(loaded: Arrays) -> str:

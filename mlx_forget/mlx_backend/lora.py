@@ -94,18 +94,18 @@ def linear(x: mx.array, weights: Mapping[str, mx.array], name: str, operators: O
 
 
 def linear_gradient(
-    grad: mx.array, weights: Mapping[str, mx.array], name: str, operators: Operators, grads: Arrays, prefix: str, tape: Tape
+    grad: mx.array, weights: Mapping[str, mx.array], name: str, operators: Operators, grads: Arrays, tape: Tape
 ) -> mx.array:
     """float32[N, in] gradient of `linear`'s input from float32[N, out]; those of the folded adapter go into `grads`."""
     weight, a, b = (weights[name + part].astype(operators.dtype) for part in (".weight", A, B))
     inputs, mask, low, product = tape[name]
     if product is not None:
-        grads[prefix + name + FACTOR] = (grad * product).sum(axis=0)
+        grads[name + FACTOR] = (grad * product).sum(axis=0)
         grad = grad * weights[name + FACTOR]
     narrow = grad.astype(operators.dtype)
-    grads[prefix + name + B] = operators.matmul(narrow.T, low).astype(mx.float32)
+    grads[name + B] = operators.matmul(narrow.T, low).astype(mx.float32)
     grad_low = operators.matmul(narrow, b)
-    grads[prefix + name + A] = operators.matmul(grad_low.T, inputs).astype(mx.float32)
+    grads[name + A] = operators.matmul(grad_low.T, inputs).astype(mx.float32)
     through = operators.matmul(grad_low, a)
     if mask is not None:
         through = through * mask

@@ -6,7 +6,7 @@ Attention is then exp and products in blocks of queries that skip the keys after
 
 Each fused loop costs a run of the C++ compiler (a second) the first time a machine meets it, so on a CPU only these few operators
 are compiled, and the rest of a step is not: its operators are products and copies, which fusing does not help. Operators that are
-compiled by themselves run unfused inside `mx.grad`, so each comes with its gradient, and the model's is written out in `gpt2.py`.
+compiled by themselves run unfused inside `mx.grad`, so each comes with its gradient, and the model's is written out in `architectures.py`.
 
 Shapes: B rows, T tokens, H heads, E head size, D width.
 """

@@ -1,7 +1,8 @@
-"""The ladder's second architecture in MLX, with its gradient written out: norms without parameters, normalised queries and keys, rotary
+"""The ladder's second architecture in MLX, with its gradients written out: norms without parameters, normalised queries and keys, rotary
 positions, untied head.
 
-As Marek et al. (2026) train it. Its functions are named as those of `gpt2`, so that either can stand in a trainer.
+As Marek et al. (2026) train it. Its functions are named as those of `gpt2`, so that `architectures` makes a model of
+either; it does not stack.
 
 Shapes: B rows, T tokens, D width, H heads, E head size, V vocabulary.
 """
@@ -12,103 +13,39 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_forget.adapters import A
-from mlx_forget.ladder import QKNORM_HEAD, RMS_NORM_EPSILON, ROPE_BASE, ModelSpec
+from mlx_forget.ladder import QKNORM_HEAD, RMS_NORM_EPSILON, ROPE_BASE, ModelSpec, block_prefix
 from mlx_forget.mlx_backend import lora
-from mlx_forget.mlx_backend.gpt2 import KLTerm, Weights, add_rows, objective, segment_mask, segment_positions
+from mlx_forget.mlx_backend.embeddings import add_rows
+from mlx_forget.mlx_backend.gpt2 import Arrays, Weights
 from mlx_forget.mlx_backend.operators import Operators
+from mlx_forget.mlx_backend.segments import segment_mask, segment_positions
 
-HEAD = QKNORM_HEAD
 _EMBEDDING = "decoder.embed_in.weight"
 
 Angles = tuple[mx.array, mx.array]
 
 
-def hidden_states(
-    weights: Weights, spec: ModelSpec, tokens_BT: mx.array, segment_BT: mx.array | None = None, *, operators: Operators
-) -> mx.array:
-    """Final hidden states float32[B, T, D] of int32[B, T] tokens; segments, where given, are as if each were alone."""
-    angles, allowed = _angles(spec, tokens_BT, segment_BT), segment_mask(segment_BT)
-    return _norm(_through_blocks(weights[_EMBEDDING][tokens_BT], weights, spec, range(spec.num_layers), angles, allowed, operators))
+def begin(weights: Weights, spec: ModelSpec, tokens_BT: mx.array, segment_BT: mx.array | None) -> tuple[mx.array, tuple[Any, ...]]:
+    """What enters the first block, and what every block is given besides."""
+    return weights[_EMBEDDING][tokens_BT], (_angles(spec, tokens_BT, segment_BT), segment_mask(segment_BT))
 
 
-def hidden_states_of_two(
-    weights: Weights, reference: Weights, spec: ModelSpec, tokens_BT: mx.array, *, shared: int, operators: Operators
-) -> tuple[mx.array, mx.array]:
-    """Final hidden states float32[B, T, D] of two models; the first `shared` blocks are those of both and computed once."""
-    angles, both = _angles(spec, tokens_BT, None), range(max(0, shared))
-    start = None if shared < 0 else _through_blocks(weights[_EMBEDDING][tokens_BT], weights, spec, both, angles, None, operators)
-    states = []
-    for own in (weights, reference):
-        x_BTD = own[_EMBEDDING][tokens_BT] if start is None else start
-        states.append(_norm(_through_blocks(x_BTD, own, spec, range(len(both), spec.num_layers), angles, None, operators)))
-    return states[0], states[1]
-
-
-def num_shared_blocks(weights: Weights, reference: Weights, spec: ModelSpec) -> int:
-    """How many of the first blocks are the same in two models; -1 where the embeddings already differ."""
-
-    def same(prefix: str) -> bool:
-        own = [(value, reference.get(name)) for name, value in weights.items() if name.startswith(prefix)]
-        return all(other is not None and (other is value or mx.array_equal(value, other).item()) for value, other in own)
-
-    if not same(_EMBEDDING):
-        return -1
-    return next((i for i in range(spec.num_layers) if not same(f"decoder.h.{i}.")), spec.num_layers)
-
-
-def _through_blocks(
-    x_BTD: mx.array,
-    weights: Weights,
-    spec: ModelSpec,
-    blocks: range,
-    angles: Angles,
-    allowed: mx.array | None,
-    operators: Operators,
-) -> mx.array:
-    for i in blocks:
-        x_BTD, _ = block(weights, f"decoder.h.{i}.", spec, x_BTD, angles, allowed, operators)
-    return x_BTD
-
-
-def gradients(
-    weights: Weights,
-    spec: ModelSpec,
-    tokens_BT: mx.array,
-    labels_BT: mx.array,
-    weight_BT: mx.array,
-    segment_BT: mx.array | None = None,
-    *,
-    chunk: int,
-    operators: Operators,
-    grad_checkpoint: bool = False,
-    penalty: KLTerm | None = None,
-) -> tuple[mx.array, dict[str, mx.array]]:
-    """Next-token losses and gradients as those of `gpt2.gradients`; this architecture does not stack."""
-    angles, allowed = _angles(spec, tokens_BT, segment_BT), segment_mask(segment_BT)
-    x_BTD = weights[_EMBEDDING][tokens_BT]
-    inputs: list[mx.array] = []
-    saved: list[Any] = []
-    for i in range(spec.num_layers):
-        inputs.append(x_BTD)
-        x_BTD, kept = block(weights, f"decoder.h.{i}.", spec, x_BTD, angles, allowed, operators)
-        saved.append(None if grad_checkpoint else kept)
-
-    def states_of(reference: Weights, tokens: mx.array, segment: mx.array | None) -> mx.array:
-        return hidden_states(reference, spec, tokens, segment, operators=operators)
-
-    losses, grad_final, grad_head = objective(
-        _norm(x_BTD), weights[HEAD], HEAD, tokens_BT, labels_BT, weight_BT, segment_BT, penalty, chunk, operators, states_of
-    )
-    grads = {HEAD: grad_head}
-    grad = _norm_gradient(grad_final.reshape(x_BTD.shape), x_BTD)
-    for i in reversed(range(spec.num_layers)):
-        prefix, kept = f"decoder.h.{i}.", saved.pop()
-        if grad_checkpoint:
-            # Without the dependency, nothing would stop the evaluation from computing every block again at once.
-            _, kept = block(weights, prefix, spec, mx.depends([inputs[i]], [grad])[0], angles, allowed, operators)
-        grad = _block_gradient(grad, inputs.pop(), kept, weights, prefix, angles, operators, grads)
+def begin_gradient(
+    grad: mx.array, grad_head: mx.array, weights: Weights, tokens_BT: mx.array, segment_BT: mx.array | None, grads: Arrays
+) -> None:
+    """Put the gradients of embedding and head into `grads`, from those of `begin`'s result and of the head."""
+    grads[QKNORM_HEAD] = grad_head
     grads[_EMBEDDING] = add_rows(mx.zeros_like(weights[_EMBEDDING]), tokens_BT, grad)
-    return losses, {name: grads[name] for name in lora.trained_entries(weights) or weights}
+
+
+def finish(weights: Weights, x_BTD: mx.array) -> mx.array:
+    """Final hidden states from what leaves the last block; the norm has no weights."""
+    return _norm(x_BTD)
+
+
+def finish_gradient(grad: mx.array, x_BTD: mx.array, weights: Weights, grads: Arrays) -> mx.array:
+    """The gradient of what `finish` is given from that of its result."""
+    return _norm_gradient(grad, x_BTD)
 
 
 def block(
@@ -128,28 +65,21 @@ def block(
     expanded = _linear(normed_middle, weights, prefix + "mlp.up", operators, tape)
     activated, gelu_saved = operators.gelu(expanded)
     out = middle + _linear(activated, weights, prefix + "mlp.down", operators, tape)
-    return out, (normed, q, k, saved, mixed, middle, normed_middle, expanded, gelu_saved, activated, tape)
+    return out, (angles, normed, q, k, saved, mixed, middle, normed_middle, expanded, gelu_saved, activated, tape)
 
 
-def _block_gradient(
-    grad: mx.array,
-    x: mx.array,
-    kept: Any,
-    weights: Weights,
-    prefix: str,
-    angles: Angles,
-    operators: Operators,
-    grads: dict[str, mx.array],
+def block_gradient(
+    grad: mx.array, x: mx.array, kept: Any, weights: Weights, prefix: str, operators: Operators, grads: Arrays
 ) -> mx.array:
     """The gradient of a block's input from that of its output, both float32[B, T, D]; those of its weights go into `grads`."""
-    normed, q, k, saved, mixed, middle, normed_middle, expanded, gelu_saved, activated, tape = kept
+    angles, normed, q, k, saved, mixed, middle, normed_middle, expanded, gelu_saved, activated, tape = kept
     B, T, D = x.shape
 
     def back(grad: mx.array, x: mx.array, name: str) -> mx.array:
         name = prefix + name
         if name + A in weights:
             flat = grad.reshape(-1, grad.shape[-1]).astype(mx.float32)
-            return lora.linear_gradient(flat, weights, name, operators, grads, "", tape).reshape(x.shape)
+            return lora.linear_gradient(flat, weights, name, operators, grads, tape).reshape(x.shape)
         result, grads[name + ".weight"] = _product_gradient(grad, x, weights[name + ".weight"], operators)
         return result
 
@@ -175,7 +105,7 @@ def next_logits(
     x_BD = weights[_EMBEDDING][token_B]
     angles = _cos_and_sin(spec, mx.array([[position]]))
     for i in range(spec.num_layers):
-        prefix = f"decoder.h.{i}."
+        prefix = block_prefix(spec, i)
         qkv = _linear(_norm(x_BD), weights, prefix + "attn.qkv", operators)
         q, k, v = qkv.reshape(B, 3, spec.num_heads, 1, spec.head_dim).swapaxes(0, 1)
         q, k = (_turned(part, *angles).astype(operators.dtype) for part in (q, k))
@@ -187,7 +117,7 @@ def next_logits(
         x_BD = x_BD + _linear(mixed.reshape(B, -1), weights, prefix + "attn.out", operators)
         activated, _ = operators.gelu(_linear(_norm(x_BD), weights, prefix + "mlp.up", operators))
         x_BD = x_BD + _linear(activated, weights, prefix + "mlp.down", operators)
-    return _product(_norm(x_BD), weights[HEAD].T, operators).astype(mx.float32)
+    return _product(_norm(x_BD), weights[QKNORM_HEAD].T, operators).astype(mx.float32)
 
 
 def _norm(x: mx.array) -> mx.array:

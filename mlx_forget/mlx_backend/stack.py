@@ -13,8 +13,9 @@ import numpy as np
 from mlx_forget.errors import UserError
 from mlx_forget.ladder import ModelSpec, initial_weights
 from mlx_forget.methods import NUM_SOURCES, NUM_TERMS
-from mlx_forget.mlx_backend import optimizer
-from mlx_forget.mlx_backend.trainer import SUMS, Arrays, MLXStep, MLXTrainer
+from mlx_forget.mlx_backend import devices, optimizer
+from mlx_forget.mlx_backend.passes import SUMS, Arrays
+from mlx_forget.mlx_backend.trainer import MLXStep, MLXTrainer
 from mlx_forget.trainer import Batch, Stack, StackedBatch, StepResult, Trainer, TrainerSpec
 
 
@@ -30,15 +31,12 @@ class MLXStack(Stack):
         self.members: Sequence[Trainer] = self._members
         for member, seed in zip(self._members, seeds, strict=True):
             member._weights = {name: mx.array(value) for name, value in initial_weights(spec.model, seed)}
-        self._chunk = self._single._chunk
 
     def train_step(self, batches: Sequence[Batch], learning_rates: Sequence[float], active: Sequence[bool]) -> list[StepResult]:
         rows = [k for k, on in enumerate(active) if on]
         members = [self._members[k] for k in rows]
         batch = StackedBatch.of([batches[k] for k in rows], self._spec.method)
         single = self._single
-        # As many logits at once as one model has: the chunk of a CPU stays in its cache.
-        single._chunk = max(64, self._chunk // len(rows))
         gradients = self._gradients({name: mx.stack([m._weights[name] for m in members]) for name in members[0]._weights}, batch)
         results: list[StepResult] = [MLXStep(mx.array(float("nan")), np.zeros((NUM_TERMS, NUM_SOURCES)))] * len(active)
         pending: list[mx.array | Arrays] = []
@@ -56,14 +54,14 @@ class MLXStack(Stack):
         mx.eval(single._in_flight)
         mx.async_eval(pending)  # type: ignore[no-untyped-call]
         single._in_flight = packed
-        single._check_memory()
+        devices.check_memory(self._spec.runtime.memory_limit_gb, packed)
         return results
 
     def _gradients(self, weights: Arrays, batch: StackedBatch) -> Arrays:
         """Gradients of each member's batch, [K, ...], and its loss sums."""
         micro, total = self._spec.runtime.micro_batch_size, None
         for part in batch.parts(micro):
-            found: Arrays = self._single._gradient(
+            found: Arrays = self._single._passes.gradient(
                 weights,
                 mx.array(part.tokens),
                 mx.array(part.token_weight),
