@@ -72,7 +72,7 @@ reproduce-figure1: setup  ## Figure 1 of the paper at laptop scale; SEED= SIZE= 
 	$(BIN)/forget sweep $(RECIPE) $(SETTINGS) --output $(OUTPUT)
 	$(BIN)/forget plot $(OUTPUT) --output figures --name $(if $(filter 0,$(SEED)),$(RECIPE),$(RECIPE)-seed$(SEED))
 
-# Every table of published runs with its law, and our own tables of runs, as `forget runs export` writes them: fit.json and figures each.
+# Every table of published runs with its law, and those of our own runs that have one: fit.json and figures each.
 LAWS = figures/laws
 FIT = $(BIN)/forget fit
 reproduce-laws: setup  ## refit and redraw the laws from the committed tables, in under a minute: figures/laws
@@ -82,8 +82,6 @@ reproduce-laws: setup  ## refit and redraw the laws from the committed tables, i
 	$(FIT) data/reference/cmr_gu2024.csv --law cmr --by model -o $(LAWS)/cmr/fit.json --plot $(LAWS)/cmr
 	$(FIT) data/reference/replay_ibrahim2024.csv --law bethune-forgetting-e --by setting --fix beta=0 -o $(LAWS)/replay/fit.json --plot $(LAWS)/replay
 	$(FIT) data/runs/figure1.parquet --law forgetting-fixed-n --fix beta=0 -o $(LAWS)/figure1/fit.json --plot $(LAWS)/figure1
-	for table in $(filter-out data/runs/figure1.parquet,$(wildcard data/runs/*.parquet)); do name=$$(basename $${table%.*}); \
-	  $(FIT) $$table --by domain -o $(LAWS)/$$name/fit.json --plot $(LAWS)/$$name || exit 1; done
 
 reproduce-replay: setup  ## methods compared at laptop scale (Marek et al.); SEED= BACKEND= OUTPUT=
 	$(BIN)/forget sweep replay --set seed=$(SEED) --set backend=$(BACKEND) --output $(if $(filter command line,$(origin OUTPUT)),$(OUTPUT),runs/replay-seed$(SEED))

@@ -139,10 +139,10 @@ class FusedCrossEntropy(torch.autograd.Function):
         ctx: Any, x: Tensor, head: Tensor, labels: Tensor, weight: Tensor, chunk: int, softmax: SoftmaxGradient | None = None
     ) -> tuple[Tensor, Tensor]:
         nll = torch.empty(labels.shape, dtype=torch.float32, device=x.device)
-        # Zeros laid out as a whole: the head of a stack has gaps between its members.
-        grad_x, grad_head = torch.empty_like(x), torch.zeros(head.shape, dtype=torch.float32, device=head.device)
-        compute_head, trains_head = head.to(x.dtype), ctx.needs_input_grad[1]
-        add_product = grad_head.addmm_ if head.dim() == 2 else grad_head.baddbmm_
+        grad_x, compute_head, grad_head = torch.empty_like(x), head.to(x.dtype), None
+        if ctx.needs_input_grad[1]:
+            # Zeros laid out as a whole: the head of a stack has gaps between its members.
+            grad_head = torch.zeros(head.shape, dtype=torch.float32, device=head.device)
         for start in range(0, labels.shape[-1], chunk):
             stop = start + chunk
             part, label, share = x[..., start:stop, :], labels[..., start:stop, None], weight[..., start:stop, None]
@@ -153,10 +153,10 @@ class FusedCrossEntropy(torch.autograd.Function):
                 # weight * (softmax - one-hot), in one pass over the chunk.
                 grad_logits = exponentials.mul_(share / total).scatter_add_(-1, label, -share).to(x.dtype)
             torch.matmul(grad_logits, compute_head, out=grad_x[..., start:stop, :])
-            if not trains_head:
+            if grad_head is None:
                 continue
             if x.dtype == torch.float32:
-                add_product(grad_logits.mT, part)
+                (grad_head.addmm_ if head.dim() == 2 else grad_head.baddbmm_)(grad_logits.mT, part)
             else:
                 grad_head += grad_logits.mT @ part
         ctx.save_for_backward(grad_x, grad_head)
@@ -165,9 +165,10 @@ class FusedCrossEntropy(torch.autograd.Function):
         return (nll * weight).sum(), nll
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_head = ctx.saved_tensors
-        return grad_x * grads[0], (grad_head * grads[0]).to(ctx.head_dtype), None, None, None, None
+        grad_head = None if grad_head is None else (grad_head * grads[0]).to(ctx.head_dtype)
+        return grad_x * grads[0], grad_head, None, None, None, None
 
 
 def softmax_gradient(logits: Tensor, label: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:

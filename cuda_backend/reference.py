@@ -27,7 +27,8 @@ class FusedKL(torch.autograd.Function):
         ctx: Any, x: Tensor, head: Tensor, ref_x: Tensor, ref_head: Tensor, weight: Tensor, chunk: int
     ) -> tuple[Tensor, Tensor]:
         kl = torch.empty(len(x), dtype=torch.float32, device=x.device)
-        grad_x, grad_head = torch.empty_like(x), torch.zeros_like(head, dtype=torch.float32)
+        grad_x = torch.empty_like(x)
+        grad_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         compute_head, ref_head = head.to(x.dtype), ref_head.to(x.dtype)
         for start in range(0, len(x), chunk):
             rows = slice(start, start + chunk)
@@ -37,7 +38,7 @@ class FusedKL(torch.autograd.Function):
             kl[rows] = (ref_logits.sub_(logits).mul_(reference).sum(1, keepdim=True) - ref_total + total)[:, 0]
             grad_logits = logits.sub_(total).exp_().sub_(reference).mul_(weight[rows, None]).to(x.dtype)
             torch.mm(grad_logits, compute_head, out=grad_x[rows])
-            if not ctx.needs_input_grad[1]:
+            if grad_head is None:
                 continue
             if x.dtype == torch.float32:
                 grad_head.addmm_(grad_logits.T, x[rows])
@@ -49,9 +50,10 @@ class FusedKL(torch.autograd.Function):
         return (kl * weight).sum(), kl
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_head = ctx.saved_tensors
-        return grad_x * grads[0], (grad_head * grads[0]).to(ctx.head_dtype), None, None, None, None
+        grad_head = None if grad_head is None else (grad_head * grads[0]).to(ctx.head_dtype)
+        return grad_x * grads[0], grad_head, None, None, None, None
 
 
 @torch.no_grad()

@@ -23,8 +23,8 @@ class FusedStoredKL(torch.autograd.Function):
         ctx: Any, x: Tensor, head: Tensor, log_probs: Tensor, top: Tensor | None, tail: Tensor | None, weight: Tensor, chunk: int
     ) -> tuple[Tensor, Tensor]:
         kl = torch.empty(len(x), dtype=torch.float32, device=x.device)
-        grad_x, grad_head = torch.empty_like(x), torch.zeros_like(head, dtype=torch.float32)
-        compute_head = head.to(x.dtype)
+        grad_x, compute_head = torch.empty_like(x), head.to(x.dtype)
+        grad_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for start in range(0, len(x), chunk):
             rows = slice(start, start + chunk)
             logits = (x[rows] @ compute_head.T).float()
@@ -35,6 +35,8 @@ class FusedStoredKL(torch.autograd.Function):
                 kl[rows], grad_logits = _of_likeliest(own, log_probs[rows].float(), top[rows], tail[rows, None])
             grad_logits = grad_logits.mul_(weight[rows, None]).to(x.dtype)
             torch.mm(grad_logits, compute_head, out=grad_x[rows])
+            if grad_head is None:
+                continue
             if x.dtype == torch.float32:
                 grad_head.addmm_(grad_logits.T, x[rows])
             else:
@@ -47,7 +49,8 @@ class FusedStoredKL(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_head = ctx.saved_tensors
-        return grad_x * grads[0], (grad_head * grads[0]).to(ctx.head_dtype), None, None, None, None, None
+        grad_head = None if grad_head is None else (grad_head * grads[0]).to(ctx.head_dtype)
+        return grad_x * grads[0], grad_head, None, None, None, None, None
 
 
 def _of_all(own: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ import os
 import resource
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -100,6 +100,7 @@ class TorchTrainer(Trainer):
         self._outputs_first = outputs_first(spec.model)
         self._decoder = build_decoder(spec.model, self._torch_device, reads_only=runtime.reads_only)
         self._weights = self._start_weights()
+        self._trained = _trained_names(self._weights, spec)
         self._num_calls = 0
         self._micro_batch_size = runtime.micro_batch_size
         self._optimizer = make_optimizer(spec.optim, self._trained_weights())
@@ -269,8 +270,8 @@ class TorchTrainer(Trainer):
             self._reference = {name: value for name, value in self._weights.items() if not is_adapter(name)}
         elif reference == "start":
             # What is frozen is not copied.
-            trained = set(self._trained)
-            now = {name: value.detach().clone() if name in trained else value for name, value in self._weights.items()}
+            copies = {name: self._weights[name].detach().clone() for name in self._trained}
+            now = {name: copies.get(name, value) for name, value in self._weights.items()}
             self._reference = lora.folded(now, self.spec.adapter, outputs_first=self._outputs_first)
         else:
             self._reference = self._read_weights(reference)
@@ -311,7 +312,7 @@ class TorchTrainer(Trainer):
     def load(self, path: Path) -> None:
         weights = self._read_weights(path, or_adapters=True)
         if self.spec.runtime.reads_only:
-            self._weights = weights
+            self._weights, self._trained = weights, _trained_names(weights, self.spec)
             return
         adapters_alone = any(map(is_adapter, weights))
         if self.spec.adapter is not None and not adapters_alone:
@@ -574,11 +575,6 @@ class TorchTrainer(Trainer):
         start = initial_adapters(linear_shapes(self.spec.model), self.spec.adapter, self.spec.seed)
         return {name: torch.from_numpy(value).to(self._torch_device) for name, value in start}
 
-    @property
-    def _trained(self) -> list[str]:
-        """The names of what a step changes."""
-        return [name for name in self._weights if self.spec.adapter is None or is_adapter(name)]
-
     def _trained_weights(self) -> dict[str, Tensor]:
         return {name: self._weights[name] for name in self._trained}
 
@@ -601,6 +597,11 @@ class TorchTrainer(Trainer):
 
     def _read_state(self, path: Path) -> dict[str, Tensor]:
         return load_file(path, device=str(self._torch_device))
+
+
+def _trained_names(weights: Iterable[str], spec: TrainerSpec) -> list[str]:
+    """The names of what a step changes."""
+    return [name for name in weights if spec.adapter is None or is_adapter(name)]
 
 
 def _in_rows(values: Tensor, rows: slice | Tensor, inputs: Tensor) -> Tensor:

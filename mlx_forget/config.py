@@ -1,32 +1,27 @@
 """The configuration of a run: one frozen dataclass that is the only source of every default.
 
 A value comes from the command line, else from the YAML file, else from here. Keys are strict: an unknown one is an error that names the
-nearest. `run_id` hashes the keys that change the science and nothing about the machine.
+nearest (`config_layers`). Which keys name a run is the affair of `run_identity`.
 """
 
 import dataclasses
-import hashlib
-import json
-import math
 import os
-import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from mlx_forget.adapters import ALL_LINEAR, ATTENTION
-from mlx_forget.errors import UserError, unknown
-from mlx_forget.ladder import SIZES, ModelSpec, is_ladder_name, num_params
+from mlx_forget.config_checks import REFERENCE_LIVE as REFERENCE_LIVE
+from mlx_forget.config_checks import check_config
+from mlx_forget.config_layers import from_layers as from_layers
+from mlx_forget.config_layers import to_yaml as to_yaml
+from mlx_forget.errors import UserError
+from mlx_forget.ladder import SIZES, is_ladder_name
 from mlx_forget.methods import METHODS, MethodSpec, method_spec
-from mlx_forget.pipeline.reference_rows import parse_kind
-from mlx_forget.pipeline.rows import LAYOUTS
-from mlx_forget.pipeline.shares import describe_share, parse_stages
-from mlx_forget.pretrained import PretrainedSpec
-from mlx_forget.schedule import DECAYS, Decay, Schedule
+from mlx_forget.schedule import DECAYS, Decay
+from mlx_forget.specs import AdapterSpec, Optimizer, OptimSpec, Precision, RuntimeSpec
 from mlx_forget.strict_yaml import read_yaml as read_yaml
-from mlx_forget.token_counts import parse_tokens
-from mlx_forget.trainer import AdapterSpec, Optimizer, OptimSpec, Precision, RuntimeSpec
 
 # A built-in corpus stands for the small set that a user has.
 BUILTIN_TARGET_TOKENS = 100_000
@@ -35,10 +30,6 @@ EVALUATIONS_PER_RUN = 20
 # What `replay_data` may be besides data.
 REPLAY_SELF, REPLAY_ONLINE, REPLAY_PRETRAIN = "self", "online", "pretrain"
 INJECTED_SHARE = "1%"
-REFERENCE_LIVE = "live"
-
-# Raised when the same configuration would give other numbers than before.
-SCIENCE_VERSION = 1
 
 
 def _key(default: Any, text: str, *, science: bool = True, aliases: tuple[str, ...] = ()) -> Any:
@@ -218,64 +209,7 @@ class TrainConfig:
         if typing.cast("str | None", self.p) is None:
             injects = self.method == "injection" and not self.is_pretraining
             object.__setattr__(self, "p", INJECTED_SHARE if injects else "0")
-        stages = parse_stages(self.p)
-        for name in (
-            "iters",
-            "batch_size",
-            "eval_rows",
-            "pretrain_epochs",
-            "steps_per_report",
-            "vocab_size",
-            "lora_rank",
-            "lora_alpha",
-        ):
-            _positive(name, getattr(self, name))
-        for name in (
-            "target_tokens",
-            "max_seq_length",
-            "steps_per_eval",
-            "save_every",
-            "micro_batch_size",
-            "num_threads",
-            "learning_rate",
-            "tokens_per_param",
-            "stop_patience",
-            "stop_tokens",
-            "stop_epochs",
-            "stop_minutes",
-            "max_forgetting",
-            "memory_limit_gb",
-            "replay_rows",
-            "replay_tokens",
-            "lora_num_layers",
-            "beta2_half_life_tokens",
-        ):
-            if getattr(self, name) is not None:
-                _positive(name, getattr(self, name))
-        for name in ("weight_decay", "max_grad_norm", "max_skipped", "seed"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} must not be negative, it is {getattr(self, name)}.")
-        if not 0 <= self.lora_dropout < 1:
-            raise UserError(f"lora_dropout must be at least 0 and below 1, it is {self.lora_dropout:g}.")
-        if self.fine_tune_type == "full" and (idle := [f.name for f in _lora_fields() if getattr(self, f.name) != f.default]):
-            raise UserError(f"{idle[0]} is given, but --fine-tune-type is full and has no adapters: give lora or dora.")
-        for name in ("warmup", "lr_final", "lr_decay_share", "lr_cooldown_share", "lr_plateau"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} is a share, from 0 to 1, it is {getattr(self, name)}.")
-        if self.optimizer != "adamw" and self.beta2_half_life_tokens is not None:
-            raise UserError(f"--beta2-half-life-tokens is AdamW's: optimizer {self.optimizer!r} has no beta2.")
-        if self.seed >= 2**63:
-            raise UserError(f"seed must be below 2^63, it is {self.seed}.")
-        if self.max_forgetting is not None and self.pretrain is None:
-            raise UserError(
-                f"max_forgetting is {self.max_forgetting:g}, but there is no pretraining loss to hold it to: give --pretrain."
-            )
-        if self.reference_log_probs != REFERENCE_LIVE:
-            parse_kind(self.reference_log_probs)
-        if self.rows not in LAYOUTS:
-            raise unknown("rows", self.rows, LAYOUTS)
-        if any(stage.first or stage.last for stage in stages) and self.pretrain is None:
-            raise UserError(f"p is {self.p}, but there is no pretraining data to inject: give --pretrain, or --p 0.")
+        check_config(self)
 
     @property
     def is_pretraining(self) -> bool:
@@ -378,166 +312,3 @@ SMOKE: dict[str, Any] = {
 def scale_defaults() -> dict[str, Any]:
     """What the environment's FORGET_SCALE lays over the defaults: nothing, or the smoke scale."""
     return SMOKE if os.environ.get("FORGET_SCALE") == "smoke" else {}
-
-
-def default_peak(spec: ModelSpec | PretrainedSpec) -> float:
-    """Peak pretraining rate by size, our choice (the paper's are not known): 3e-3 at 0.65M parameters, falling as N^-0.3."""
-    return 3e-3 * math.pow(num_params(spec) / 656_448, -0.3)
-
-
-def finetuning_ratio(spec: ModelSpec | PretrainedSpec) -> float:
-    """Finetuning rate over pretraining peak: the paper's 1/30; 1/5 for models of at most 20M parameters, which run far fewer steps."""
-    return 1 / 5 if num_params(spec) <= 20_000_000 else 1 / 30
-
-
-def schedule(
-    config: TrainConfig, spec: ModelSpec | PretrainedSpec, base_peak: float | None, *, default_peak_rate: float | None = None
-) -> Schedule:
-    """The learning-rate schedule of a run.
-
-    Args:
-        base_peak: of the pretraining run behind the start weights.
-        default_peak_rate: for start weights that have no such run.
-
-    Raises:
-        UserError: a finetune whose start checkpoint does not say its peak rate, without a rate of its own.
-    """
-    factor = config.method_spec().learning_rate_factor
-    if config.learning_rate is not None:
-        peak = config.learning_rate * factor
-    elif config.is_pretraining:
-        peak = default_peak(spec)
-    elif base_peak is not None:
-        # Re-warming goes back to where pretraining had been.
-        peak = base_peak * (1 if config.lr_schedule == "rewarm" else finetuning_ratio(spec)) * factor
-    elif default_peak_rate is not None:
-        peak = default_peak_rate * factor
-    else:
-        raise UserError("The start checkpoint does not say its peak learning rate: give --learning-rate.")
-    decay: Decay = config.lr_schedule or ("cosine" if config.is_pretraining else "constant")
-    return Schedule(
-        peak=peak,
-        num_steps=config.iters,
-        decay=decay,
-        warmup_fraction=config.warmup,
-        final_fraction=config.lr_final,
-        decay_fraction=config.lr_decay_share,
-        cooldown_fraction=config.lr_cooldown_share,
-        plateau_fraction=config.lr_plateau,
-    )
-
-
-Config = TypeVar("Config")
-
-
-def from_layers(kind: type[Config], *layers: Mapping[str, Any], where: str = "configuration") -> Config:
-    """A configuration from mappings, later ones laid over earlier ones; keys may be aliases, values take the declared types.
-
-    A field that is itself a mapping is merged key by key.
-
-    Raises:
-        UserError: an unknown key (with the nearest one), a key given twice in one layer, or a value of the wrong type.
-    """
-    names = {alias: f.name for f in dataclasses.fields(kind) for alias in (f.name, *f.metadata["aliases"])}  # type: ignore[arg-type]
-    types_of = typing.get_type_hints(kind)
-    merged: dict[str, Any] = {}
-    for layer in layers:
-        given: dict[str, Any] = {}
-        for key, value in layer.items():
-            name = names.get(str(key).replace("-", "_"))
-            if name is None:
-                raise unknown(f"{where} key", key, names)
-            if name in given:
-                raise UserError(f"{where}: {name!r} is given twice, once under another name.")
-            given[name] = _convert(name, value, types_of[name])
-            if isinstance(given[name], dict):
-                given[name] = merged.get(name, {}) | given[name]
-        merged |= given
-    return kind(**merged)
-
-
-def to_yaml(config: TrainConfig) -> str:
-    """The resolved configuration as YAML that reads back to the same values."""
-    import yaml
-
-    text: str = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
-    return text
-
-
-def science(config: TrainConfig) -> dict[str, Any]:
-    """The keys that change the science and differ from their defaults; p as an exact share, data by fingerprint elsewhere."""
-    given = {}
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        default = {} if f.name == "base" else f.default
-        if f.name == "replay_data" and value not in (REPLAY_SELF, REPLAY_ONLINE, REPLAY_PRETRAIN):
-            continue
-        # Start weights are known by their hash, wherever they lie.
-        if f.name == "model" and not is_ladder_name(value):
-            continue
-        if f.metadata["science"] and value != default and f.name not in ("base", "init", "target", "pretrain", "tokenizer"):
-            given[f.name] = value
-    return given | {"p": describe_share(config.p)}
-
-
-def run_id(
-    config: TrainConfig,
-    *,
-    precision: Precision,
-    learning_rate: float,
-    data: Mapping[str, str | None],
-    init: str,
-) -> str:
-    """Twelve hex digits that name a run: science keys, precision, resolved rate, data fingerprints and start weights."""
-    content = {
-        "science_version": SCIENCE_VERSION,
-        "keys": science(config) | {"learning_rate": learning_rate},
-        "precision": precision,
-        "data": dict(data),
-        "init": init,
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:12]
-
-
-def _lora_fields() -> "list[dataclasses.Field[Any]]":
-    return [f for f in dataclasses.fields(TrainConfig) if f.name.startswith("lora_")]
-
-
-def _positive(name: str, value: float) -> None:
-    if not (value > 0 and math.isfinite(value)):
-        raise UserError(f"{name} must be positive and finite, it is {value}.")
-
-
-def _convert(name: str, value: Any, wanted: Any) -> Any:
-    origin, choices = typing.get_origin(wanted), typing.get_args(wanted)
-    if origin in (typing.Union, types.UnionType):
-        if value is None or (isinstance(value, str) and value.lower() in ("none", "null", "all")):
-            return None
-        return _convert(name, value, next(choice for choice in choices if choice is not type(None)))
-    if origin is Literal:
-        if value not in choices:
-            raise unknown(name, value, [str(choice) for choice in choices])
-        return value
-    if origin is not None:
-        if not isinstance(value, Mapping):
-            raise UserError(f"{name} must be a mapping of keys to values, not {value!r}.")
-        return dict(value)
-    if wanted is int and name.endswith("_tokens") and str(value).strip()[-1:].upper() in ("K", "M", "B"):
-        return parse_tokens(str(value))
-    if wanted is str and isinstance(value, list):
-        return ",".join(map(str, value))
-    try:
-        if wanted is bool:
-            if isinstance(value, str):
-                return {"true": True, "false": False}[value.lower()]
-            if not isinstance(value, bool):
-                raise ValueError
-            return value
-        if wanted is int:
-            number = float(value) if isinstance(value, str) else value
-            if isinstance(value, bool) or number != int(number):
-                raise ValueError
-            return int(number)
-        return wanted(value)
-    except (ValueError, TypeError, KeyError, OverflowError):
-        raise UserError(f"{name} must be of type {wanted.__name__}, not {value!r}.") from None

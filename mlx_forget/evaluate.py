@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_forget.errors import UserError
-from mlx_forget.pipeline.batches import Side, read_masked
+from mlx_forget.pipeline.sides import Side, read_masked
 from mlx_forget.trainer import Trainer
 
 Losses = npt.NDArray[np.float64]

@@ -24,8 +24,8 @@ import numpy.typing as npt
 from mlx_forget import checkpoint
 from mlx_forget.checkpoint import Checkpoint
 from mlx_forget.errors import Interrupted, UserError
-from mlx_forget.pipeline.batches import RowSubset, Side, read_masked
 from mlx_forget.pipeline.reference_rows import Ids, ReferenceRows, index_type, parse_kind, row_bytes
+from mlx_forget.pipeline.sides import RowSubset, Side, read_masked
 from mlx_forget.replay import alone
 from mlx_forget.trainer import Trainer
 

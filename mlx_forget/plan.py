@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +10,10 @@ from mlx_forget import checkpoint, costs
 from mlx_forget.adapters import num_trainable
 from mlx_forget.checkpoint import Checkpoint
 from mlx_forget.config import (
-    BUILTIN_TARGET_TOKENS,
     EVALUATIONS_PER_RUN,
     REFERENCE_LIVE,
-    REPLAY_ONLINE,
-    REPLAY_PRETRAIN,
     REPLAY_SELF,
     TrainConfig,
-    run_id,
-    schedule,
 )
 from mlx_forget.distributed import ALONE, Group
 from mlx_forget.errors import UserError
@@ -35,27 +29,23 @@ from mlx_forget.ladder import (
     num_params,
     train_flops_per_token,
 )
-from mlx_forget.methods import METHODS, TERM_REPLAY_KL
-from mlx_forget.pipeline.batches import BatchStream, Blend, RowSubset, Side
+from mlx_forget.learning_rates import schedule
+from mlx_forget.pipeline.batches import BatchStream
 from mlx_forget.pipeline.catalog import builtin_tokenizer, resolve_store
 from mlx_forget.pipeline.corpora import CORPORA, build_corpus, forget_home
-from mlx_forget.pipeline.mixture import Mixture
 from mlx_forget.pipeline.reference_rows import row_bytes
-from mlx_forget.pipeline.rows import PADDED, Layout, Rows
-from mlx_forget.pipeline.shares import ShareSchedule, Stage, constant_share, parse_sources, parse_stages
+from mlx_forget.pipeline.rows import PADDED, Rows
 from mlx_forget.pipeline.store import TokenStore
 from mlx_forget.pipeline.vocabularies import find_tokenizer, load_vocabulary, tokenizer_in
 from mlx_forget.pretrained import LEARNING_RATE, PretrainedSpec
+from mlx_forget.run_checks import check_method
+from mlx_forget.run_data import identity_of, replay_name, replay_rows_per_step, run_data, sampled_tokens, sources_of, stored_replay
+from mlx_forget.run_identity import run_id
 from mlx_forget.schedule import Schedule
 from mlx_forget.start import differences, find_start, fit_to_start
 from mlx_forget.tracking import check_sink
-from mlx_forget.trainer import Capabilities, Precision, choose_backend, join_group, load_backend
+from mlx_forget.trainer import Precision, choose_backend, join_group, load_backend
 from mlx_forget.watch import Watch
-
-# The Fisher information of EWC is measured on this many rows.
-FISHER_ROWS = 256
-# A run samples no more of its start model unless it is told to.
-MAX_SAMPLED_TOKENS = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -195,7 +185,7 @@ def _plan(config: TrainConfig, backend: str, group: Group, folder: Path | None, 
     fast_bf16 = capabilities.fast_bf16 or where.device is not None
     precision: Precision = config.precision if config.precision != "auto" else "bf16" if fast_bf16 else "fp32"
     num_devices = where.num_devices or group.size
-    _check_method(config, backend, capabilities)
+    check_method(config, backend, capabilities)
     check_sink(config.log_to)
 
     base, start, default_rate = None, None, None
@@ -245,7 +235,7 @@ def _plan(config: TrainConfig, backend: str, group: Group, folder: Path | None, 
         # The decay of one step, so that what counts of a gradient halves after so many tokens (Marek et al. 2025).
         beta2 = 0.5 ** (config.batch_size * row_length / config.beta2_half_life_tokens)
         config = dataclasses.replace(config, beta2=beta2, beta2_half_life_tokens=None)
-    stream, windows, num_steps = _data(config, stores, row_length)
+    stream, windows, num_steps = run_data(config, stores, row_length)
     if config.rows in PADDED:
         for name in targets | pools:
             split = stores[name].split("train")
@@ -330,186 +320,6 @@ def _rows_that_fit(config: TrainConfig, step: costs.Step, backend: str, where: T
         return config.micro_batch_size
     fitting = costs.fitting_rows(step, trainer.kept_bytes, available)
     return None if fitting == step.rows else fitting
-
-
-def _data(
-    config: TrainConfig, stores: dict[str, TokenStore], row_length: int
-) -> tuple[BatchStream, tuple[Windows, Windows, Windows | None], int]:
-    """The batch stream, the three frozen window sets and the number of steps after token and epoch limits."""
-    layout: Layout = config.rows  # type: ignore[assignment]
-
-    def side(name: str | None, split: str, num_tokens: int | None = None) -> Side:
-        """The rows of one source, or of several by their shares, of which each has its share of the tokens."""
-        shares = sources_of(name)
-        members = tuple(
-            RowSubset.of_tokens(
-                stores[source].split(split),
-                row_length,
-                None if num_tokens is None else int(num_tokens * share),
-                layout=layout,
-                mask_prompt=config.mask_prompt,
-            )
-            for source, share in shares.items()
-        )
-        return members[0] if len(members) == 1 else Blend(members, tuple(shares.values()))
-
-    num_tokens = config.target_tokens
-    if num_tokens is None and config.target in CORPORA and not config.is_pretraining:
-        num_tokens = min(BUILTIN_TARGET_TOKENS, stores[config.target].split("train").num_tokens)
-    target = side(config.target, "train", num_tokens)
-    pretrain = None
-    if config.pretrain is not None and not config.is_pretraining:
-        pretrain = side(config.pretrain, "train")
-    share, stages = _row_shares(config, target, pretrain)
-    num_steps = config.iters
-    if config.stop_tokens is not None:
-        num_steps = min(num_steps, config.stop_tokens // (config.batch_size * row_length))
-    if config.stop_epochs is not None:
-        if share is None:
-            raise UserError("--stop-epochs needs a constant p: give --iters instead.")
-        target_rows = config.stop_epochs * target.num_rows
-        num_steps = min(num_steps, int(target_rows / (config.batch_size * (1 - share))))
-    if num_steps < 1:
-        raise UserError("The token or epoch limit is below one step: raise it, or lower --batch-size.")
-    mixture = Mixture(
-        target.num_rows,
-        pretrain.num_rows if pretrain else 0,
-        ShareSchedule(stages, num_steps * config.batch_size) if share is None else share,
-        config.seed,
-        config.mixture,
-        target=target.mixture_members() if isinstance(target, Blend) else (),
-        pretrain=pretrain.mixture_members() if isinstance(pretrain, Blend) else (),
-        pretrain_epochs=config.pretrain_epochs,
-    )
-    mixture.check_pool(num_steps * config.batch_size, row_length)
-    stream = BatchStream(target=target, pretrain=pretrain, mixture=mixture, batch_size=config.batch_size, num_steps=num_steps)
-
-    def validation(name: str) -> Windows:
-        return Windows.of(name, side(name, "validation"), config.eval_rows)
-
-    target_val = validation(config.target)
-    if config.is_pretraining or config.pretrain == config.target:
-        pretrain_val: Windows | None = target_val
-    else:
-        pretrain_val = None if config.pretrain is None else validation(config.pretrain)
-    return stream, (Windows.of("train", target, config.eval_rows), target_val, pretrain_val), num_steps
-
-
-def _check_method(config: TrainConfig, backend: str, capabilities: Capabilities) -> None:
-    method = config.method_spec()
-    terms = [term for term, coefficient in enumerate(method.coefficients) if coefficient]
-    lacking = [term for term in terms if term not in capabilities.terms]
-    if lacking or (method.has_anchor and not capabilities.anchor) or (method.ewc and not capabilities.fisher):
-        raise UserError(f"Backend {backend!r} does not have what method {config.method!r} needs.")
-    row = METHODS[config.method]
-    if config.fine_tune_type != "full":
-        _check_adapters(config, backend, capabilities)
-    if config.compare_to_start and (config.is_pretraining or config.pretrain is None):
-        raise UserError(
-            "--compare-to-start reads the pretraining windows of a finetune: give --init and --pretrain, or leave it out."
-        )
-    if config.is_pretraining and (method.reference is not None or row.reads_replay):
-        raise UserError(f"Method {config.method!r} keeps what a start model knows, and init: scratch has none: give --init.")
-    if row.reads_replay and config.replay_data == REPLAY_PRETRAIN and config.pretrain is None:
-        raise UserError(
-            "--replay-data pretrain replays the pretraining data, and --pretrain is none: give it, or --replay-data self."
-        )
-    if row.reads_replay and config.replay_data == REPLAY_ONLINE and method.ewc:
-        raise UserError(
-            "The Fisher information of ewc is measured before training: --replay-data online has no rows then; take self."
-        )
-    if config.reference_log_probs != REFERENCE_LIVE and config.shard:
-        raise UserError("A sharded model does not give its log-probabilities away: leave reference_log_probs live.")
-    if config.reference_log_probs != REFERENCE_LIVE and (
-        method.replay_term != TERM_REPLAY_KL or config.replay_data == REPLAY_ONLINE
-    ):
-        what = "online replay, whose rows never come again" if method.replay_term == TERM_REPLAY_KL else f"method {config.method!r}"
-        raise UserError(
-            f"reference_log_probs {config.reference_log_probs} keeps what kl-replay asks of stored rows, not of {what}: leave it live."
-        )
-    if row.reads_replay and config.replay_data in (REPLAY_SELF, REPLAY_ONLINE) and not capabilities.sample:
-        raise UserError(f"Backend {backend!r} cannot sample: give --replay-data.")
-
-
-def _check_adapters(config: TrainConfig, backend: str, capabilities: Capabilities) -> None:
-    """Refuse adapters where they cannot be, or where the method is about the weights that they freeze."""
-    if config.fine_tune_type not in capabilities.adapters:
-        raise UserError(f"Backend {backend!r} has no {config.fine_tune_type}: leave --fine-tune-type out.")
-    if config.is_pretraining:
-        raise UserError(
-            f"--fine-tune-type {config.fine_tune_type} freezes the start weights, and init: scratch has none: give --init."
-        )
-    if config.shard:
-        raise UserError("--shard shares what is trained, and adapters are small: leave it out.")
-    if config.method_spec().has_anchor:
-        raise UserError(
-            f"Method {config.method!r} holds every weight near its start, where adapters freeze them: take kl-replay, ntp-replay, lwf or "
-            "injection, or --fine-tune-type full."
-        )
-
-
-def replay_name(config: TrainConfig) -> str | None:
-    """What replay rows come from: `self`, `online`, the name of a store of the plan, or None where the method reads none."""
-    if not METHODS[config.method].reads_replay:
-        return None
-    return config.pretrain if config.replay_data == REPLAY_PRETRAIN else config.replay_data
-
-
-def stored_replay(config: TrainConfig) -> dict[str, Fraction]:
-    """The stores that replay rows come from, with their shares; none where the model is sampled during the run."""
-    name = replay_name(config)
-    return {} if name in (None, REPLAY_SELF, REPLAY_ONLINE) else sources_of(name)
-
-
-def replay_rows_per_step(config: TrainConfig) -> int:
-    """Rows that the method adds to each step."""
-    return 0 if config.method_spec().replay_term is None else config.replay_rows or max(1, config.batch_size // 4)
-
-
-def sampled_tokens(config: TrainConfig, num_steps: int, length: int) -> int:
-    """Tokens that a run with `replay_data: self` samples of its start model."""
-    needed = (
-        num_steps * replay_rows_per_step(config) * length if config.method_spec().replay_term is not None else FISHER_ROWS * length
-    )
-    return config.replay_tokens or min(needed, MAX_SAMPLED_TOKENS)
-
-
-def sources_of(name: str | None) -> dict[str, Fraction]:
-    """The sources behind --target or --pretrain with their shares: one, or several as NAME=SHARE,NAME=SHARE; none of None."""
-    if name is None:
-        return {}
-    return {name: Fraction(1)} if Path(name).expanduser().exists() else parse_sources(name)
-
-
-def identity_of(shares: dict[str, Fraction], stores: dict[str, TokenStore]) -> str | None:
-    """What a side is for a run's name: a fingerprint, or those of several sources with their shares."""
-    if len(shares) < 2:
-        return next((stores[name].fingerprint for name in shares), None)
-    return ",".join(f"{stores[name].fingerprint}={share}" for name, share in shares.items())
-
-
-def _row_shares(config: TrainConfig, target: Side, pretrain: Side | None) -> tuple[Fraction | None, tuple[Stage, ...]]:
-    """p as a share of rows: the constant one or None, and its stages.
-
-    A share of tokens is converted by the mean number of tokens that count in a row as each side is served.
-    """
-    share, stages = constant_share(config.p), parse_stages(config.p)
-    if config.p_of == "rows" or pretrain is None:
-        return share, stages
-    per_target, per_pretrain = (_tokens_per_row(side) for side in (target, pretrain))
-
-    def of_rows(p: Fraction) -> Fraction:
-        return (p * per_target / (p * per_target + (1 - p) * per_pretrain)).limit_denominator(10**9)
-
-    converted = tuple(Stage(of_rows(stage.first), of_rows(stage.last), stage.until) for stage in stages)
-    return None if share is None else of_rows(share), converted
-
-
-def _tokens_per_row(side: Side) -> Fraction:
-    """The mean number of tokens that count in a row of a side; of several sources by their shares, whatever their sizes."""
-    if isinstance(side, Blend):
-        return sum((share * _tokens_per_row(one) for one, share in zip(side.members, side.shares, strict=True)), Fraction(0))
-    return Fraction(side.num_tokens, side.num_rows)
 
 
 def _same_as_published(name: str, watch: Watch) -> bool:

@@ -1,145 +1,45 @@
-"""Replay rows that a model writes itself: ancestral samples from its own distribution, kept as an ordinary store.
+"""Replay rows that a model writes itself: while its successor trains, or kept as an ordinary store.
 
-Row j is a function of (weights, prompt, temperature, seed, j) alone: its uniforms come from a counter-based generator, so it does not
-depend on the batch it is sampled in, nor, in fp32, on the backend. Larger samples begin with smaller ones. Sampling does not stop at
-EOS: a row goes on with the next document, as rows of text do. Validation rows are numbered apart from training rows.
-
-Source: Marek et al. (2026), section 2.3 of their sampler: temperature 1, no truncation, weights frozen.
+Validation rows of a store are numbered apart from its training rows.
 """
 
 import fcntl
 import json
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from mlx_forget import checkpoint
 from mlx_forget.checkpoint import Checkpoint
 from mlx_forget.errors import Interrupted, UserError
-from mlx_forget.pipeline.batches import MaskedRows
+from mlx_forget.pipeline.sides import MaskedRows
 from mlx_forget.pipeline.store import MANIFEST, StoreWriter, TokenStore, open_store
-from mlx_forget.pipeline.tokenizer import BOS, EOS
 from mlx_forget.pipeline.vocabularies import load_vocabulary
+from mlx_forget.sampling import (
+    RowsAtOnce,
+    SampledRows,
+    SampleSpec,
+    SplitName,
+    after_bos,
+    mean_repetition,
+    measures_of,
+    problems_of,
+    sample_rows,
+)
 from mlx_forget.trainer import Trainer
 
-Rows = npt.NDArray[np.int32]
-SplitName = Literal["train", "validation"]
-
-# Tells the generator's streams apart from those of the initialiser, which is keyed by a seed and a number too.
-_STREAM = 1
 _SPLITS: tuple[SplitName, ...] = ("train", "validation")
 _FIRST_VALIDATION_ROW = 1 << 40
-_MAX_VALIDATION_ROWS = 128
 _ROWS_PER_SHARD = 256
 _IDENTITY = "samples.json"
 # The special ids are those of the weights' tokenizer.
 _NOT_IDENTITY = ("num_tokens", "batch_size", "bos_id", "eos_id")
-
-# Outside these a sample is announced as collapsed. Entropy is in nats per token, the upper bound a share of that of uniform noise;
-# repetition is the share of 4-grams that their row has had before.
-_LOWEST_ENTROPY = 0.5
-_HIGHEST_ENTROPY_SHARE = 0.95
-_HIGHEST_REPETITION = 0.5
-_NGRAM = 4
-
-
-@dataclass(frozen=True)
-class SampleSpec:
-    """What to sample.
-
-    Args:
-        num_tokens: training tokens, rounded up to whole rows.
-        length: tokens per row, the prompt included, BOS not.
-        seed: of the uniforms.
-        temperature: divides the logits; 1 is the model's own distribution.
-        prompt: tokens that every row starts with, after BOS.
-        batch_size: rows sampled at once.
-        bos_id, eos_id: of the model's tokenizer; every row is sampled after BOS.
-    """
-
-    num_tokens: int
-    length: int
-    seed: int = 0
-    temperature: float = 1.0
-    prompt: tuple[int, ...] = ()
-    batch_size: int = 64
-    bos_id: int = BOS
-    eos_id: int = EOS
-
-    def __post_init__(self) -> None:
-        for name in ("num_tokens", "length", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be positive, it is {getattr(self, name)}.")
-        if not (0 < self.temperature < math.inf):
-            raise UserError(f"temperature must be positive and finite, it is {self.temperature:g}.")
-        if len(self.prompt) >= self.length:
-            raise UserError(f"The prompt has {len(self.prompt)} tokens, a row {self.length}: nothing is left to sample.")
-        if not 0 <= self.seed < 2**63:
-            raise UserError(f"seed must lie between 0 and 2^63, it is {self.seed}.")
-
-    def num_rows(self, split: SplitName) -> int:
-        """Rows of a split; a tenth as many, at most 128, are held out to validate on."""
-        rows = -(-self.num_tokens // self.length)
-        return rows if split == "train" else min(_MAX_VALIDATION_ROWS, -(-rows // 10))
-
-
-def uniforms(seed: int, first_row: int, num_rows: int, length: int) -> npt.NDArray[np.float64]:
-    """Uniforms in [0, 1), float64[num_rows, length]: the t-th of row j is Philox(seed, j, t)."""
-    out = np.empty((num_rows, length))
-    for row in range(num_rows):
-        generator = np.random.Generator(np.random.Philox(key=[seed, first_row + row], counter=[0, 0, 0, _STREAM]))
-        generator.random(out=out[row])
-    return out
-
-
-@dataclass
-class RowsAtOnce:
-    """How many rows a device samples at once; what has once not fitted is not tried again."""
-
-    count: int
-
-
-def sample_rows(
-    trainer: Trainer,
-    spec: SampleSpec,
-    first_row: int,
-    num_rows: int,
-    *,
-    from_reference: bool = False,
-    say: Callable[[str], None] = lambda sentence: None,
-    at_once: RowsAtOnce | None = None,
-) -> Rows:
-    """Rows first_row, first_row + 1, ... of a sample of the model or of its reference, int32[num_rows, length], without BOS.
-
-    A batch that does not fit into memory is halved, and that is said; `at_once` remembers it from call to call.
-    """
-    at_once = at_once or RowsAtOnce(spec.batch_size)
-    out = np.empty((num_rows, spec.length), np.int32)
-    out[:, : len(spec.prompt)] = spec.prompt
-    start = 0
-    while start < num_rows:
-        count = min(at_once.count, num_rows - start)
-        prompts = np.tile(np.array([spec.bos_id, *spec.prompt], np.int32), (count, 1))
-        u = uniforms(spec.seed, first_row + start, count, spec.length - len(spec.prompt))
-        try:
-            sampled = trainer.sample(prompts, u, temperature=spec.temperature, from_reference=from_reference)
-            out[start : start + count, len(spec.prompt) :] = sampled
-        except MemoryError:
-            if count == 1:
-                raise UserError("One row does not fit into memory: sample on another device, or a shorter --length.") from None
-            at_once.count = count // 2
-            say(f"{count} rows at once do not fit into memory: sampling {at_once.count}.")
-            continue
-        start += count
-    return out
 
 
 @dataclass
@@ -163,7 +63,7 @@ class OnlineReplay:
     vocab_size: int
     say: Callable[[str], None] = lambda sentence: None
     _at_once: RowsAtOnce | None = field(default=None, init=False, repr=False)
-    _cache: tuple[int, Rows] | None = field(default=None, init=False, repr=False)
+    _cache: tuple[int, SampledRows] | None = field(default=None, init=False, repr=False)
 
     def tokens_before(self, step: int) -> tuple[int, int]:
         num_tokens = step * self.rows_per_step * self.spec.length
@@ -185,17 +85,17 @@ class OnlineReplay:
                 say=self.say,
                 at_once=self._at_once,
             )
-            self._cache = (first, _after_bos(rows, self.spec.bos_id))
+            self._cache = (first, after_bos(rows, self.spec.bos_id))
             if is_first:
                 self._judge(self._cache[1])
         here = (step - first) * self.rows_per_step
         return self._cache[1][here : here + self.rows_per_step][rank::world_size], None, None
 
-    def _judge(self, rows: Rows) -> None:
+    def _judge(self, rows: SampledRows) -> None:
         """Say it when the rows are noise or have collapsed."""
         entropy = self.trainer.compare(rows, np.ones((len(rows), self.spec.length), np.uint8)).ref_nll.mean(dtype=np.float64)
-        measures = {"entropy_nats": float(entropy), "repetition": _mean_repetition(rows)}
-        for problem in _problems(measures, self.vocab_size):
+        measures = {"entropy_nats": float(entropy), "repetition": mean_repetition(rows)}
+        for problem in problems_of(measures, self.vocab_size):
             self.say(problem)
 
     def read_reference(self, step: int, *, rank: int, world_size: int) -> None:
@@ -244,7 +144,7 @@ def sample_store(
         ]
         total, done = sum(rows for _, _, rows in shards), 0
         activity = f"sampling {total * spec.length:,} tokens of {start.state['run_id']}"
-        rows_of: dict[SplitName, list[Rows]] = {"train": [], "validation": []}
+        rows_of: dict[SplitName, list[SampledRows]] = {"train": [], "validation": []}
         at_once = RowsAtOnce(spec.batch_size)
         note = start_note(start, spec)
         if note is not None:
@@ -261,8 +161,8 @@ def sample_store(
                 _write_shard(part / f"{split}-{number:05d}.npy", sampled)
             rows_of[split].append(sampled)
             done += rows
-        measures = _measures(trainer, _after_bos(np.concatenate(rows_of["train"])[:_ROWS_PER_SHARD], spec.bos_id))
-        for problem in _problems(measures, vocab_size):
+        measures = measures_of(trainer, after_bos(np.concatenate(rows_of["train"])[:_ROWS_PER_SHARD], spec.bos_id))
+        for problem in problems_of(measures, vocab_size):
             say(problem)
         store = _write_store(folder, start.tokenizer, spec, rows_of, identity | measures)
         shutil.rmtree(part, ignore_errors=True)
@@ -299,43 +199,8 @@ def origin_note(store: TokenStore, start: Checkpoint) -> str | None:
     )
 
 
-def _after_bos(rows: Rows, bos_id: int) -> Rows:
-    return np.concatenate([np.full((len(rows), 1), bos_id, np.int32), rows], axis=1)
-
-
-def _measures(trainer: Trainer, rows: Rows) -> dict[str, float]:
-    """Entropy (the model's own loss on its samples, nats per token) and repetition of some rows, int32[B, T+1], BOS first."""
-    return {
-        "entropy_nats": float(trainer.token_losses(rows).mean(dtype=np.float64)),
-        "repetition": _mean_repetition(rows),
-    }
-
-
-def _mean_repetition(rows: Rows) -> float:
-    """Of rows int32[B, T+1], BOS first."""
-    return float(np.mean([_repetition(row[1:]) for row in rows]))
-
-
-def _repetition(row: npt.NDArray[np.int32]) -> float:
-    """Share of the 4-grams of a row that stood in it before."""
-    if len(row) <= _NGRAM:
-        return 0.0
-    grams = np.lib.stride_tricks.sliding_window_view(row, _NGRAM)
-    return 1 - len(np.unique(grams, axis=0)) / len(grams)
-
-
-def _problems(measures: Mapping[str, float], vocab_size: int) -> Iterator[str]:
-    entropy, repetition = measures["entropy_nats"], measures["repetition"]
-    if entropy < _LOWEST_ENTROPY:
-        yield f"The samples have collapsed: {entropy:.2f} nats per token, text has more than {_LOWEST_ENTROPY}."
-    if entropy > _HIGHEST_ENTROPY_SHARE * math.log(vocab_size):
-        yield f"The samples are noise: {entropy:.2f} nats per token of at most {math.log(vocab_size):.2f}. Is the model trained?"
-    if repetition > _HIGHEST_REPETITION:
-        yield f"The samples repeat themselves: {repetition:.0%} of their {_NGRAM}-grams stood in the same row before."
-
-
 def _write_store(
-    folder: Path, tokenizer_file: Path, spec: SampleSpec, rows_of: Mapping[SplitName, list[Rows]], provenance: dict[str, Any]
+    folder: Path, tokenizer_file: Path, spec: SampleSpec, rows_of: Mapping[SplitName, list[SampledRows]], provenance: dict[str, Any]
 ) -> TokenStore:
     tokenizer = load_vocabulary(tokenizer_file)
     model = provenance["model"]["run_id"]
@@ -374,12 +239,12 @@ def _open_part(part: Path, identity: dict[str, Any], say: Callable[[str], None])
     found.write_text(text, encoding="utf-8")
 
 
-def _sampled_shard(path: Path, shape: tuple[int, int], vocab_size: int) -> Rows | None:
+def _sampled_shard(path: Path, shape: tuple[int, int], vocab_size: int) -> SampledRows | None:
     """The rows of a shard that is there and whole."""
     if not path.is_file():
         return None
     try:
-        rows: Rows = np.load(path, allow_pickle=False)
+        rows: SampledRows = np.load(path, allow_pickle=False)
     except (ValueError, EOFError, OSError):
         return None
     # A sample that was asked for with fewer rows has a shorter last shard.
@@ -390,7 +255,7 @@ def _sampled_shard(path: Path, shape: tuple[int, int], vocab_size: int) -> Rows 
     )
 
 
-def _write_shard(path: Path, rows: Rows) -> None:
+def _write_shard(path: Path, rows: SampledRows) -> None:
     aside = path.with_name(f".{path.name}.part")
     with aside.open("wb") as file:
         np.save(file, rows)

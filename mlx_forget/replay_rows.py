@@ -14,12 +14,15 @@ from mlx_forget.config import (
 )
 from mlx_forget.errors import UserError
 from mlx_forget.log_probs import BlendedLogProbs, LogProbs, divergence_of, keep_log_probs, kept_members
-from mlx_forget.pipeline.batches import Blend, ReplayRows, RowSubset, Side, read_masked
+from mlx_forget.pipeline.batches import ReplayRows
 from mlx_forget.pipeline.corpora import forget_home
 from mlx_forget.pipeline.rows import Layout
+from mlx_forget.pipeline.sides import Blend, RowSubset, Side, read_masked
 from mlx_forget.pipeline.vocabularies import special_ids
-from mlx_forget.plan import FISHER_ROWS, Plan, identity_of, replay_name, replay_rows_per_step, sampled_tokens, stored_replay
-from mlx_forget.replay import OnlineReplay, SampleSpec, is_sampled, origin_note, sample_store, start_note
+from mlx_forget.plan import Plan
+from mlx_forget.replay import OnlineReplay, is_sampled, origin_note, sample_store, start_note
+from mlx_forget.run_data import FISHER_ROWS, identity_of, replay_name, replay_rows_per_step, sampled_tokens, stored_replay
+from mlx_forget.sampling import SampleSpec
 from mlx_forget.trainer import Trainer
 from mlx_forget.watch import Watch
 

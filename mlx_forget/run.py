@@ -15,7 +15,6 @@ from mlx_forget.checkpoint import Checkpoint
 from mlx_forget.config import (
     EVALUATIONS_PER_RUN,
     REFERENCE_LIVE,
-    SCIENCE_VERSION,
     TrainConfig,
     read_yaml,
     to_yaml,
@@ -30,9 +29,11 @@ from mlx_forget.ladder import (
     num_params,
 )
 from mlx_forget.loop import Cadence, RunState, StopRules, drive
-from mlx_forget.pipeline.batches import Blend
-from mlx_forget.plan import Plan, identity_of, replay_name, sources_of
+from mlx_forget.pipeline.sides import Blend
+from mlx_forget.plan import Plan
 from mlx_forget.replay_rows import error_of_kept_log_probs, with_replay
+from mlx_forget.run_data import identity_of, replay_name, sources_of
+from mlx_forget.run_identity import SCIENCE_VERSION
 from mlx_forget.tracking import tracked
 from mlx_forget.trainer import Trainer, TrainerSpec, load_backend
 from mlx_forget.watch import Watch

@@ -25,8 +25,9 @@ from mlx_forget.dispatch import look_back
 from mlx_forget.errors import UserError, unknown
 from mlx_forget.grid import Point, Recipe, Resources
 from mlx_forget.methods import METHODS
-from mlx_forget.pipeline.batches import Blend
-from mlx_forget.plan import Plan, plan_run, sources_of
+from mlx_forget.pipeline.sides import Blend
+from mlx_forget.plan import Plan, plan_run
+from mlx_forget.run_data import sources_of
 from mlx_forget.sweep import Job, Sweep, base_job, most
 from mlx_forget.watch import Watch
 

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from mlx_forget.errors import UserError, unknown
 from mlx_forget.ladder import model_spec
 from mlx_forget.methods import TERM_REPLAY_NTP, method_spec
-from mlx_forget.replay import uniforms
+from mlx_forget.sampling import uniforms
 from mlx_forget.trainer import Batch, OptimSpec, RuntimeSpec, Trainer, TrainerSpec, choose_backend, load_backend
 
 TASKS = ("add", "reversal", "sort", "modadd")

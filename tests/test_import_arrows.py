@@ -53,6 +53,11 @@ def test_the_laws_need_numpy_and_scipy_only():
     [
         "config",
         "trainer",
+        "backends",
+        "specs",
+        "steps",
+        "run_identity",
+        "run_data",
         "ladder",
         "loop",
         "evaluate",

@@ -13,8 +13,9 @@ from mlx_forget.errors import Interrupted, UserError
 from mlx_forget.ladder import initial_weights
 from mlx_forget.log_probs import BlendedLogProbs, keep_log_probs
 from mlx_forget.methods import MethodSpec
-from mlx_forget.pipeline.batches import ReplayRows, RowSubset, read_masked
+from mlx_forget.pipeline.batches import ReplayRows
 from mlx_forget.pipeline.reference_rows import ReferenceRows, parse_kind, row_bytes
+from mlx_forget.pipeline.sides import RowSubset, read_masked
 from mlx_forget.plan import plan_run
 from mlx_forget.run import execute
 from mlx_forget.trainer import Batch, OptimSpec, RuntimeSpec, TrainerSpec, available_backends, load_backend

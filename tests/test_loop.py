@@ -13,8 +13,9 @@ from mlx_forget.evaluate import Windows, progress_lost
 from mlx_forget.history import read_history
 from mlx_forget.ladder import model_spec
 from mlx_forget.loop import Cadence, RunState, StopRules, drive
-from mlx_forget.pipeline.batches import BatchStream, RowSubset
+from mlx_forget.pipeline.batches import BatchStream
 from mlx_forget.pipeline.mixture import Mixture, parse_share
+from mlx_forget.pipeline.sides import RowSubset
 from mlx_forget.schedule import Schedule
 from mlx_forget.trainer import TrainerSpec
 from mlx_forget.watch import NoObserver

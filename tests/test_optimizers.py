@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mlx_forget.config import TrainConfig, from_layers, science
+from mlx_forget.config import TrainConfig, from_layers
 from mlx_forget.errors import UserError
 from mlx_forget.ladder import initial_weights, model_spec, moment_shapes, param_shapes
 from mlx_forget.methods import method_spec
 from mlx_forget.plan import plan_run
+from mlx_forget.run_identity import science
 from mlx_forget.trainer import Batch, OptimSpec, RuntimeSpec, TrainerSpec, available_backends, load_backend
 from tests.reference import GPT2, Adafactor, AdamW
 

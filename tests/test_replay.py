@@ -10,11 +10,13 @@ from scipy import stats
 from mlx_forget import checkpoint
 from mlx_forget.errors import Interrupted, UserError
 from mlx_forget.ladder import model_spec
-from mlx_forget.pipeline.batches import BatchStream, Blend, ReplayRows, RowSubset, read_masked
+from mlx_forget.pipeline.batches import BatchStream, ReplayRows
 from mlx_forget.pipeline.mixture import Mixture, parse_share, permute, stream_key
+from mlx_forget.pipeline.sides import Blend, RowSubset, read_masked
 from mlx_forget.pipeline.store import open_store
 from mlx_forget.pipeline.tokenizer import BOS, EOS, train_tokenizer
-from mlx_forget.replay import OnlineReplay, SampleSpec, origin_note, sample_rows, sample_store, uniforms
+from mlx_forget.replay import OnlineReplay, origin_note, sample_store
+from mlx_forget.sampling import SampleSpec, sample_rows, uniforms
 from mlx_forget.token_counts import parse_tokens
 from mlx_forget.trainer import Batch, RuntimeSpec, TrainerSpec, available_backends, load_backend
 from tests.fakes import BigramTrainer

@@ -7,14 +7,15 @@ import pytest
 from safetensors.numpy import load_file
 
 from mlx_forget import trainer as trainer_module
-from mlx_forget.config import TrainConfig, from_layers, run_id, scale_defaults
+from mlx_forget.config import TrainConfig, from_layers, scale_defaults
 from mlx_forget.errors import Interrupted
 from mlx_forget.history import read_history
 from mlx_forget.methods import METHODS
-from mlx_forget.pipeline.batches import read_masked
+from mlx_forget.pipeline.sides import read_masked
 from mlx_forget.pipeline.store import open_store
 from mlx_forget.plan import plan_run
 from mlx_forget.run import execute, start_trainer, trainer_spec, with_base
+from mlx_forget.run_identity import run_id
 from mlx_forget.trainer import available_backends, load_backend
 from mlx_forget.watch import Watch
 

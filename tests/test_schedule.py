@@ -5,9 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from mlx_forget.config import TrainConfig, from_layers, schedule
+from mlx_forget.config import TrainConfig, from_layers
 from mlx_forget.errors import UserError
 from mlx_forget.ladder import model_spec
+from mlx_forget.learning_rates import schedule
 from mlx_forget.schedule import DECAYS, Schedule
 
 BASE = Schedule(peak=2.0, num_steps=1000, warmup_fraction=0.01)

@@ -18,8 +18,8 @@ from mlx_forget.audit.models import Model
 from mlx_forget.audit.texts import Text
 from mlx_forget.errors import UserError
 from mlx_forget.ladder import default_row_length
-from mlx_forget.pipeline.batches import RowSubset, read_masked
 from mlx_forget.pipeline.corpora import forget_home
+from mlx_forget.pipeline.sides import RowSubset, read_masked
 from mlx_forget.pipeline.store import MANIFEST, TokenStore, open_store
 
 SPAN = 16

@@ -112,7 +112,7 @@ class Pretrained:
                 )
                 return losses.sum(), losses, grad_x, grad_head
 
-            return _with_own_gradient(with_gradients, x, head)
+            return _with_own_gradient(with_gradients, x, head, trains_head=self._head_name in names)
 
         with self._emptied():
             (_, losses), grads = mx.value_and_grad(objective)({name: weights[name] for name in names})
@@ -315,16 +315,21 @@ def _within_module(name: str) -> str:
 
 
 def _with_own_gradient(
-    with_gradients: Callable[[mx.array, mx.array], tuple[mx.array, ...]], x: mx.array, head: mx.array
+    with_gradients: Callable[[mx.array, mx.array], tuple[mx.array, ...]], x: mx.array, head: mx.array, *, trains_head: bool
 ) -> tuple[mx.array, mx.array]:
-    """(scalar, losses) of a function that also returns the objective's gradients of x and head: autograd takes them as the scalar's."""
-    function: Any = mx.custom_function(with_gradients)
+    """(scalar, losses) of a function that also returns the objective's gradients of x and head: autograd takes them as the scalar's.
+
+    All that such a function returns is computed: of a frozen head, its gradient is left out.
+    """
+    results = 4 if trains_head else 3
+    function: Any = mx.custom_function(lambda *primals: with_gradients(*primals, *(() if trains_head else (head,)))[:results])
 
     @function.vjp  # type: ignore[untyped-decorator]
-    def _(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, mx.array]:
-        return outputs[2] * cotangents[0], outputs[3] * cotangents[0]
+    def _(primals: Any, cotangents: Any, outputs: Any) -> Any:
+        grads = tuple(grad * cotangents[0] for grad in outputs[2:])
+        return grads if trains_head else grads[0]
 
-    scalar, losses, _, _ = function(x, head)
+    scalar, losses, *_ = function(x, head) if trains_head else function(x)
     return scalar, mx.stop_gradient(losses)
 
 

@@ -5,7 +5,7 @@ import os
 import resource
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -96,6 +96,7 @@ class MLXTrainer(Trainer):
         self._weights: Arrays = {} if runtime.reads_only else dict(self._decoder.start_weights(spec.seed))
         if spec.adapter is not None and not runtime.reads_only:
             self._weights = self._with_new_adapters(self._weights)
+        self._trained = _trained_names(self._weights, spec)
         self._num_calls = 0
         self._moments = optimizer.initial_moments(spec.optim, self._trained_weights())
         self._step = mx.array(0.0)
@@ -283,6 +284,7 @@ class MLXTrainer(Trainer):
             self._weights = {**self._weights, **weights}
         else:
             self._weights = self._with_new_adapters(weights)
+        self._trained = _trained_names(self._weights, self.spec)
 
     def save_state(self, path: Path) -> None:
         save_file(_to_numpy(self._moments | {"step": self._step.reshape(1)}), path)
@@ -546,11 +548,6 @@ class MLXTrainer(Trainer):
         weights |= lora.start_magnitudes(weights, adapter, outputs_first=self._outputs_first)
         return {**base, **{name: weights[name] for name in parameter_shapes(linears, adapter)}}
 
-    @property
-    def _trained(self) -> list[str]:
-        """The names of what a step changes."""
-        return [name for name in self._weights if self.spec.adapter is None or is_adapter(name)]
-
     def _trained_weights(self) -> Arrays:
         return {name: self._weights[name] for name in self._trained}
 
@@ -596,6 +593,11 @@ def _gpu_available() -> bool:
 def _device_info() -> dict[str, Any]:
     info: dict[str, Any] = mx.device_info() if hasattr(mx, "device_info") else mx.metal.device_info()
     return info
+
+
+def _trained_names(weights: Iterable[str], spec: TrainerSpec) -> list[str]:
+    """The names of what a step changes."""
+    return [name for name in weights if spec.adapter is None or is_adapter(name)]
 
 
 def _shares(num_rows: int, num_shares: int) -> list[slice]:

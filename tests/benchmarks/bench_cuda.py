@@ -26,8 +26,9 @@ from cuda_backend.trainer import TorchTrainer
 from mlx_forget.costs import device_like
 from mlx_forget.errors import OutOfMemory
 from mlx_forget.ladder import ModelSpec, model_spec, num_params
-from mlx_forget.pipeline.batches import BatchStream, RowSubset
+from mlx_forget.pipeline.batches import BatchStream
 from mlx_forget.pipeline.mixture import Mixture, parse_share
+from mlx_forget.pipeline.sides import RowSubset
 from mlx_forget.pipeline.store import open_store
 from mlx_forget.trainer import RuntimeSpec, TrainerSpec
 from tests.benchmarks.bench_training import write_store

@@ -22,8 +22,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mlx_forget.pipeline.batches import BatchStream, RowSubset
+from mlx_forget.pipeline.batches import BatchStream
 from mlx_forget.pipeline.mixture import Mixture, parse_share
+from mlx_forget.pipeline.sides import RowSubset
 from mlx_forget.pipeline.store import Split, StoreWriter
 from tests.benchmarks.measure import interleaved, print_ratios, rate
 

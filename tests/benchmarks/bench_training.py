@@ -22,8 +22,9 @@ from cuda_backend.trainer import TorchTrainer
 from mlx_forget.evaluate import Windows
 from mlx_forget.ladder import ModelSpec, model_spec, num_params
 from mlx_forget.loop import Cadence, RunState, StopRules, drive
-from mlx_forget.pipeline.batches import BatchStream, RowSubset
+from mlx_forget.pipeline.batches import BatchStream
 from mlx_forget.pipeline.mixture import Mixture, parse_share
+from mlx_forget.pipeline.sides import RowSubset
 from mlx_forget.pipeline.store import StoreWriter, open_store
 from mlx_forget.schedule import Schedule
 from mlx_forget.trainer import RuntimeSpec, TrainerSpec

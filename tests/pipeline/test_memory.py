@@ -19,7 +19,8 @@ PASSES = """
 import resource, sys
 from pathlib import Path
 import numpy as np
-from mlx_forget.pipeline.batches import BatchStream, RowSubset
+from mlx_forget.pipeline.batches import BatchStream
+from mlx_forget.pipeline.sides import RowSubset
 from mlx_forget.pipeline.mixture import Mixture, parse_share
 from mlx_forget.pipeline.store import StoreWriter
 writer = StoreWriter(Path(sys.argv[1]), Path(sys.argv[2]), "hash", 300, 1, 2, "test", tokens_per_shard=1 << 17)

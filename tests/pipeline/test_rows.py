@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from mlx_forget.distributed import ALONE
 from mlx_forget.errors import UserError
 from mlx_forget.evaluate import Windows, window_losses
-from mlx_forget.pipeline.batches import BatchStream, Blend, RowSubset, read_masked
+from mlx_forget.pipeline.batches import BatchStream
 from mlx_forget.pipeline.mixture import Mixture
 from mlx_forget.pipeline.rows import Rows
+from mlx_forget.pipeline.sides import Blend, RowSubset, read_masked
 from mlx_forget.pipeline.store import StoreWriter
 
 BOS, EOS = 1, 2

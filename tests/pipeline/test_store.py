@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_forget.errors import UserError
-from mlx_forget.pipeline.batches import BatchStream, RowSubset, read_masked
+from mlx_forget.pipeline.batches import BatchStream
 from mlx_forget.pipeline.mixture import Mixture, parse_share
+from mlx_forget.pipeline.sides import RowSubset, read_masked
 from mlx_forget.pipeline.store import StoreWriter, open_store
 
 
