@@ -7,8 +7,7 @@ Arguments are listed with their defaults, without types (mypy holds those); meth
 
 import inspect
 from collections.abc import Iterator
-
-import click
+from typing import Any
 
 import mlx_forget
 from mlx_forget.cli import COMMANDS, load_command
@@ -60,8 +59,8 @@ def _default(value: object) -> str:
     return repr(value) if isinstance(value, _PLAIN) or value in ((), [], {}) else "..."
 
 
-def _command(name: str, command: click.Command) -> Iterator[str]:
-    if isinstance(command, click.Group):
+def _command(name: str, command: Any) -> Iterator[str]:
+    if hasattr(command, "commands"):
         yield name
         for inner, one in sorted(command.commands.items()):
             yield from _command(f"{name} {inner}", one)
