@@ -140,5 +140,5 @@ def test_the_recipes_are_the_papers_study(monkeypatch):
     laptop = read_recipe(find_recipe("kalajdzievski/laptop")).configs({})
     assert {c.lora_rank for c in laptop if c.lora_target_modules == "all-linear"} == {1, 2, 4, 8, 16, 32, 64}
     assert {c.fine_tune_type for c in laptop} == {"lora", "full"}
-    assert {c.model for c in laptop} == {"4x256"}
+    assert {c.model for c in laptop} == {"2x256"}
     assert all(c.compare_to_start for c in paper + laptop)
