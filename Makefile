@@ -18,7 +18,7 @@ OUTPUT ?= runs/$(RECIPE)-seed$(SEED)
 SETTINGS = --set seed=$(SEED) --set backend=$(BACKEND) $(if $(SIZE),--set model=$(SIZE)) $(if $(DATA),--set target=$(DATA)) $(if $(PRETRAIN),--set pretrain=$(PRETRAIN))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint type test test-full test-faults fuzz mutants audit-dependencies bench parity coverage intervals docs pages reproduce-figure1 reproduce-laws reproduce-replay reproduce-toy clean
+.PHONY: help setup lint type test test-full test-no-torch test-no-mlx test-oldest test-faults fuzz mutants audit-dependencies bench parity coverage intervals docs pages reproduce-figure1 reproduce-laws reproduce-replay reproduce-toy clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-20s %s\n", $$1, $$2}'
@@ -39,11 +39,30 @@ lint: setup  ## ruff: rules and format
 type: setup  ## mypy, strict
 	$(BIN)/mypy
 
-test: setup  ## every suite in its short form: at most 15 minutes on two cores
-	$(BIN)/python -m pytest -q -m "not full" -n 2 --dist loadfile
+# Of the tests, these: `make test TESTS=tests/laws`.
+TESTS ?= tests
+test: setup  ## every suite in its short form: at most 15 minutes on two cores; TESTS= for some
+	$(BIN)/python -m pytest -q -m "not full" -n 2 --dist loadfile $(TESTS)
 
 test-full: setup  ## every suite in its long form
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+# In environments of their own, which `make clean` removes. PYTHON=python3.13 tries another Python.
+test-no-torch:  ## the short tests where PyTorch is not installed: MLX alone; PYTHON= TESTS=
+	$(MAKE) test VENV=build/no-torch BACKENDS=mlx
+
+test-no-mlx:  ## the short tests where MLX is not installed: PyTorch alone; PYTHON= TESTS=
+	$(MAKE) test VENV=build/no-mlx BACKENDS=cuda
+
+# With MLX: the oldest PyTorch that is allowed has no build for CPUs on the package index. The oldest Python, because older packages have
+# no files for newer ones.
+OLDEST := build/oldest
+test-oldest:  ## the short tests with the oldest versions that pyproject.toml allows, on Python 3.11; TESTS=
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "make test-oldest needs Python 3.11: PYTHON=python3.11")'
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct --editable '.[mlx,hf,dev]'
+	$(OLDEST)/bin/python -m pytest -q -m "not full" -n 2 --dist loadfile $(TESTS)
 
 bench: setup  ## speed against named baselines, as ratios measured in one run
 	for file in tests/benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done

@@ -15,7 +15,6 @@ NUM_TERMS = 3
 
 SOURCE_TARGET, SOURCE_PRETRAIN = 0, 1
 NUM_SOURCES = 2
-SOURCES = ("target", "pretrain")
 
 Reference = Literal["start", "adapters_off"]
 

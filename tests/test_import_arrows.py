@@ -1,9 +1,15 @@
 """Who may import whom, proven in fresh interpreters; and what start-up must not load."""
 
+import ast
+import importlib.util
 import subprocess
 import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
 
 FRAMEWORKS = {
     "torch",
@@ -98,5 +104,39 @@ def test_a_report_needs_the_laws_and_no_framework():
     assert loaded_by("import mlx_forget.report.page", *(FRAMEWORKS - {"scipy"})) == set()
 
 
-def test_backends_do_not_import_each_other():
-    assert "mlx" not in loaded_by("import cuda_backend.trainer", "mlx")
+@pytest.mark.parametrize(
+    "module, own, other", [("cuda_backend.trainer", "torch", "mlx"), ("mlx_forget.mlx_backend.trainer", "mlx", "torch")]
+)
+def test_backends_do_not_import_each_other(module, own, other):
+    if importlib.util.find_spec(own) is None:
+        pytest.skip(f"{own} is not installed")
+    assert loaded_by(f"import {module}", own, other) == {own}
+
+
+def imported_at_once(path, modules):
+    """The modules of the project that a file imports when it is loaded: not within functions, and not for types alone."""
+    waiting = list(ast.parse(path.read_text(encoding="utf-8")).body)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in modules)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (name for a in node.names if (name := f"{node.module}.{a.name}") in modules)
+            yield from [node.module] * (node.module in modules)
+        elif isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            waiting += node.orelse
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            waiting += ast.iter_child_nodes(node)
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    files = [path for package in ("mlx_forget", "cuda_backend") for path in (ROOT / package).rglob("*.py")]
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in files}
+    assert len(modules) > 150
+    needs = {name: set(imported_at_once(path, modules)) - {name} for name, path in modules.items()}
+    assert "mlx_forget.errors" in needs["mlx_forget.trainer"]
+    # A package whose `__init__` gathers its own modules is no circle, but all else is: raises CycleError, which names it.
+    packages = {name for name, path in modules.items() if path.name == "__init__.py"}
+    TopologicalSorter(
+        {name: {n for n in found if not (n in packages and name.startswith(f"{n}."))} for name, found in needs.items()}
+    ).prepare()

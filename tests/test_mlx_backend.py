@@ -232,4 +232,4 @@ def test_mlx_without_a_backend_library_names_the_pip_line(tmp_path):
 
 def test_mlx_that_is_too_old_says_what_is_needed(tmp_path):
     output = run_python(LOAD, path=[fake_mlx(tmp_path, "", version="0.20.1")])
-    assert output.startswith("UserError MLX 0.20.1 is too old, this needs 0.29")
+    assert output.startswith("UserError MLX 0.20.1 is too old, this needs 0.32")

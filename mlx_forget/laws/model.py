@@ -13,8 +13,6 @@ import numpy.typing as npt
 from mlx_forget.errors import UserError
 from mlx_forget.laws.forms import Array, Features, Law
 
-Number = float | np.floating
-
 
 @dataclass(frozen=True)
 class Constraints:

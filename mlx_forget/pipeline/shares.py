@@ -114,9 +114,6 @@ class ShareSchedule:
         x = position - start
         return Fraction(constant + x * (slope + bend * x), denominator)
 
-    def is_zero(self) -> bool:
-        return all(stage.first == stage.last == 0 for stage in self.stages)
-
     def _pieces(self) -> list[tuple[int, int, int, int, int]]:
         """Of each stage: its first row, and the integral from the start as (constant + slope x + bend x^2) / denominator."""
         pieces = []

@@ -67,10 +67,11 @@ def read_export(path: Path) -> list[Row]:
     """
     from mlx_forget.tables import read_rows
 
-    rows = read_rows(path)
+    rows = read_rows(path) if path.suffix.lower() in FORMATS else []
     if not rows or MARK not in rows[0]:
         raise UserError(
-            f"{path} was not written by forget runs export, which alone knows what a run was: give that, or a folder of runs."
+            f"{path} was not written by forget runs export, which alone knows what a run was: give that, or a folder of runs; "
+            "`forget fit TABLE --plot FOLDER` draws a table of your own."
         )
     if path.suffix.lower() == ".csv":
         columns = {name: _parsed([row.get(name) for row in rows], name) for name in rows[0]}

@@ -240,6 +240,7 @@ def test_the_command_writes_the_page_and_one_json_object(run_forget, figure, tmp
         (("figure", "--max-forgetting", "-1"), "positive number of nats"),
         (("figure", "--confidence", "2"), "--confidence must lie between 0 and 1"),
         (("plain.csv",), "was not written by forget runs export"),
+        (("fit.json",), "was not written by forget runs export"),
         (("figure", "-o", "plain.csv/r.html"), "Cannot write"),
         (("base",), "none is a finetune"),
     ],
@@ -248,6 +249,7 @@ def test_a_wrong_request_is_one_sentence(run_forget, figure, make_run, tmp_path,
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "plain.csv").write_text("N,D,loss\n1,2,3\n")
+    (tmp_path / "fit.json").write_text('{"law": "cmr"}')
     make_run(tmp_path / "base", "b", init="scratch", forgetting_nats=None)
     code, out, err = run_forget("report", *arguments)
     assert (code, out) == (2, "")
