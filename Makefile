@@ -18,7 +18,7 @@ OUTPUT ?= runs/$(RECIPE)-seed$(SEED)
 SETTINGS = --set seed=$(SEED) --set backend=$(BACKEND) $(if $(SIZE),--set model=$(SIZE)) $(if $(DATA),--set target=$(DATA)) $(if $(PRETRAIN),--set pretrain=$(PRETRAIN))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint type test test-full test-faults fuzz mutants audit-dependencies bench parity coverage docs pages reproduce-figure1 reproduce-laws reproduce-replay reproduce-toy clean
+.PHONY: help setup lint type test test-full test-faults fuzz mutants audit-dependencies bench parity coverage intervals docs pages reproduce-figure1 reproduce-laws reproduce-replay reproduce-toy clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-20s %s\n", $$1, $$2}'
@@ -51,6 +51,7 @@ bench: setup  ## speed against named baselines, as ratios measured in one run
 test-faults: setup  ## killed, cut off, full, read-only and damaged at every named point; prints its counts; about an hour
 	$(BIN)/python -m pytest -q tests/faults
 
+COVERAGE = $(BIN)/python -m coverage
 EXAMPLES ?= 10000
 fuzz: setup  ## every file reader on files that are almost right: EXAMPLES= of each
 	FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q -s tests/fuzz
@@ -68,7 +69,16 @@ audit-dependencies:  ## known vulnerabilities of the pinned dependencies, by pip
 parity: setup  ## measure how far the two backends differ and write the table into README.md; about five minutes
 	$(BIN)/python -m tests.parity_table README.md
 
-coverage: setup  ## do the laws' 95% intervals cover? 2,000 simulations a scenario; about half an hour
+coverage: setup  ## lines and branches of core, pipeline and laws that the short suite runs, in child processes too; fails below 90%
+	rm -rf build/coverage
+	$(COVERAGE) run -m pytest -q -m "not full" -n 2 --dist loadfile
+	$(COVERAGE) combine --quiet
+	$(COVERAGE) html --quiet
+	$(COVERAGE) report --include='mlx_forget/laws/*'
+	$(COVERAGE) report --include='mlx_forget/pipeline/*'
+	$(COVERAGE) report --omit='mlx_forget/laws/*,mlx_forget/pipeline/*,*_backend/*'
+
+intervals: setup  ## do the laws' 95% intervals cover? 2,000 simulations a scenario; about half an hour
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/laws/coverage.py
 
 docs: setup  ## the documentation site, complete without a network: build/site/index.html

@@ -23,7 +23,7 @@ from mlx_forget.errors import Interrupted, UserError
 from mlx_forget.grid import Resources
 from mlx_forget.progress import PROGRESS_FILE
 from mlx_forget.records import FAILURE, REQUESTED
-from mlx_forget.run import is_held
+from mlx_forget.run_folder import is_held
 from mlx_forget.sweep import Job, Sweep
 from mlx_forget.watch import Watch
 

@@ -5,6 +5,7 @@ weights are named as Hugging Face names GPT-2's, and `qknorm` of Marek et al. (2
 arrays made here, so a seed means the same model everywhere.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -183,7 +184,7 @@ def num_params(spec: ModelSpec | PretrainedSpec) -> int:
     """All parameters, a tied embedding counted once: the N of the laws."""
     if isinstance(spec, PretrainedSpec):
         return spec.num_params
-    return sum(int(np.prod(shape)) for shape in param_shapes(spec).values())
+    return sum(math.prod(shape) for shape in param_shapes(spec).values())
 
 
 def num_non_embedding_params(spec: ModelSpec | PretrainedSpec) -> int:

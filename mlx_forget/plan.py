@@ -33,10 +33,11 @@ from mlx_forget.learning_rates import schedule
 from mlx_forget.pipeline.batches import BatchStream
 from mlx_forget.pipeline.catalog import builtin_tokenizer, resolve_store
 from mlx_forget.pipeline.corpora import CORPORA, build_corpus, forget_home
+from mlx_forget.pipeline.opened import Opened
 from mlx_forget.pipeline.reference_rows import row_bytes
 from mlx_forget.pipeline.rows import PADDED, Rows
 from mlx_forget.pipeline.store import TokenStore
-from mlx_forget.pipeline.vocabularies import find_tokenizer, load_vocabulary, tokenizer_in
+from mlx_forget.pipeline.vocabularies import find_tokenizer, tokenizer_in
 from mlx_forget.pretrained import LEARNING_RATE, PretrainedSpec
 from mlx_forget.run_checks import check_method
 from mlx_forget.run_data import identity_of, replay_name, replay_rows_per_step, run_data, sampled_tokens, sources_of, stored_replay
@@ -162,10 +163,20 @@ class Target:
 HERE = Target()
 
 
-def plan_run(config: TrainConfig, *, folder: Path | str | None = None, watch: Watch | None = None, target: Target = HERE) -> Plan:
+def plan_run(
+    config: TrainConfig,
+    *,
+    folder: Path | str | None = None,
+    watch: Watch | None = None,
+    target: Target = HERE,
+    opened: Opened | None = None,
+) -> Plan:
     """Resolve and check a run. Corpora and files are tokenised here if they are not yet; nothing is trained.
 
     Where a launcher started several processes, they join here, and rank 0 prepares the data before the others look.
+
+    Args:
+        opened: stores, tokenizers and start models that plans made at the same time share.
 
     Raises:
         UserError: anything about the request that cannot work.
@@ -177,10 +188,12 @@ def plan_run(config: TrainConfig, *, folder: Path | str | None = None, watch: Wa
         watch.say(f"Backend {backend}: {reason}.")
     group = join_group(backend)
     with group.rank_zero_first():
-        return _plan(config, backend, group, None if folder is None else Path(folder), watch.of(group), target)
+        return _plan(config, backend, group, None if folder is None else Path(folder), watch.of(group), target, opened or Opened())
 
 
-def _plan(config: TrainConfig, backend: str, group: Group, folder: Path | None, watch: Watch, where: Target) -> Plan:
+def _plan(
+    config: TrainConfig, backend: str, group: Group, folder: Path | None, watch: Watch, where: Target, opened: Opened
+) -> Plan:
     capabilities = load_backend(backend).describe()
     fast_bf16 = capabilities.fast_bf16 or where.device is not None
     precision: Precision = config.precision if config.precision != "auto" else "bf16" if fast_bf16 else "fp32"
@@ -192,24 +205,25 @@ def _plan(config: TrainConfig, backend: str, group: Group, folder: Path | None, 
     if config.init == "scratch" and config.start_name is not None:
         model_spec(config.model, 1, 1)
     if config.start_name is None and config.init == "auto":
-        base = _plan(config.base_config(), backend, group, None, dataclasses.replace(watch, say=lambda sentence: None), where)
+        base = _plan(
+            config.base_config(), backend, group, None, dataclasses.replace(watch, say=lambda sentence: None), where, opened
+        )
         base = dataclasses.replace(base, folder=forget_home() / "bases" / base.folder.name)
         tokenizer, model, base_peak, init = base.tokenizer, base.model, base.schedule.peak, base.run_id
     elif config.init == "scratch":
         tokenizer = _tokenizer_file(config, watch)
-        vocab_size = load_vocabulary(tokenizer).vocab_size
+        vocab_size = opened.vocabulary(tokenizer).vocab_size
         model = model_spec(config.model, vocab_size, config.max_seq_length or default_context(config.model))
         base_peak, init = None, "scratch"
     else:
-        start = whole_checkpoint(find_start(config))
-        tokenizer, model = start.tokenizer, start.model_spec()
+        named = ("start", config.start_name, config.init, config.trust_remote_code)
+        start, model = opened.once(named, lambda: _start(config))
+        tokenizer = start.tokenizer
         default_rate = None if start.is_own else LEARNING_RATE
-        config = fit_to_start(config, start, model, capabilities, watch)
+        config = fit_to_start(config, start, model, capabilities, opened.vocabulary(tokenizer), watch)
         base_peak, init = start.state.get("peak_learning_rate"), start.state["files"][checkpoint.WEIGHTS]
-        if (
-            config.tokenizer is not None
-            and load_vocabulary(find_tokenizer(config.tokenizer)).hash != load_vocabulary(tokenizer).hash
-        ):
+        own = opened.vocabulary(tokenizer)
+        if config.tokenizer is not None and opened.vocabulary(find_tokenizer(config.tokenizer)).hash != own.hash:
             raise UserError(
                 f"--tokenizer {config.tokenizer} is not the tokenizer that {config.start_name} was trained with: leave it out."
             )
@@ -222,10 +236,12 @@ def _plan(config: TrainConfig, backend: str, group: Group, folder: Path | None, 
     step = _step(config, model, precision, row_length, num_devices)
     micro_batch_size = _rows_that_fit(config, step, backend, where)
     targets, pools, replays = sources_of(config.target), sources_of(config.pretrain), stored_replay(config)
-    stores = {name: resolve_store(name, tokenizer, progress=watch.progress) for name in {**targets, **pools, **replays}}
+    stores = {
+        name: resolve_store(name, tokenizer, progress=watch.progress, opened=opened) for name in {**targets, **pools, **replays}
+    }
     if start is not None:
-        vocabulary = load_vocabulary(tokenizer)
-        for sentence in (said for name, store in stores.items() for said in differences(name, store, vocabulary)):
+        vocabulary = opened.vocabulary(tokenizer)
+        for sentence in (said for name, store in stores.items() for said in differences(name, store, vocabulary, opened)):
             watch.say(sentence)
     published = {name: _same_as_published(name, watch) for name in stores if name in CORPORA}
     if config.tokens_per_param is not None:
@@ -276,6 +292,12 @@ def _plan(config: TrainConfig, backend: str, group: Group, folder: Path | None, 
         micro_batch_size=micro_batch_size,
         num_devices=num_devices,
     )
+
+
+def _start(config: TrainConfig) -> tuple[Checkpoint, ModelSpec | PretrainedSpec]:
+    """The start weights, whole, and the shape of their model."""
+    start = whole_checkpoint(find_start(config))
+    return start, start.model_spec()
 
 
 def _step(

@@ -1,12 +1,9 @@
 """One run, from a configuration to a record: plan it (cheap, and where all bad input is refused), then execute it."""
 
 import dataclasses
-import fcntl
 import math
-import os
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,6 @@ from mlx_forget.config import (
     read_yaml,
     to_yaml,
 )
-from mlx_forget.distributed import Group
 from mlx_forget.durable_files import write_text
 from mlx_forget.errors import Interrupted, RunFailed, UserError
 from mlx_forget.evaluate import progress_lost
@@ -34,6 +30,7 @@ from mlx_forget.pipeline.sides import Blend
 from mlx_forget.plan import Plan
 from mlx_forget.replay_rows import error_of_kept_log_probs, with_replay
 from mlx_forget.run_data import identity_of, replay_name, sources_of
+from mlx_forget.run_folder import only_group
 from mlx_forget.run_identity import SCIENCE_VERSION
 from mlx_forget.tracking import tracked
 from mlx_forget.trainer import Trainer, TrainerSpec, load_backend
@@ -81,7 +78,7 @@ def execute(plan: Plan, *, resume: bool | None = None, watch: Watch | None = Non
 
 
 def look_into(plan: Plan, resume: bool | None, watch: Watch) -> tuple[dict[str, Any] | None, Checkpoint | None]:
-    """What a run's folder holds already: its record, or else the checkpoint to go on from; writes `config.yaml` into it."""
+    """What a run's folder holds already: its record, or else the checkpoint to go on from."""
     record = records.read_record(plan.folder)
     if record is not None:
         _check_same_run(plan, record["run_id"])
@@ -95,8 +92,6 @@ def look_into(plan: Plan, resume: bool | None, watch: Watch) -> tuple[dict[str, 
             raise UserError(f"{plan.folder} holds an unfinished run: leave out --no-resume to go on, or choose another --output.")
     elif resume:
         raise UserError(f"There is nothing to resume in {plan.folder}.")
-    if plan.group.rank == 0:
-        _write_config(plan)
     return None, latest
 
 
@@ -127,7 +122,12 @@ def start_trainer(plan: Plan, trainer: Trainer, watch: Watch) -> Plan:
 
 
 def prepare_run(plan: Plan, latest: Checkpoint | None, trainer: Trainer, watch: Watch) -> RunState:
-    """The state of a run whose trainer has been started; with a latest checkpoint, both go on from it."""
+    """The state of a run whose trainer has been started; with a latest checkpoint, both go on from it.
+
+    From here on the folder is the run's: `config.yaml` is written into it.
+    """
+    if plan.group.rank == 0:
+        _write_config(plan)
     config = plan.config
     evaluate = config.steps_per_eval or max(1, math.ceil(plan.num_steps / EVALUATIONS_PER_RUN))
     curve = _base_curve(plan)
@@ -331,48 +331,5 @@ def _check_same_run(plan: Plan, found: str) -> None:
     raise UserError(f"{plan.folder} holds another run, {found}{differing}: choose another --output.")
 
 
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"Cannot write to {folder}: {error.strerror}.") from None
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"Cannot write to {folder}: no permission.")
-
-
 def _write_config(plan: Plan) -> None:
     write_text(plan.folder / records.CONFIG, to_yaml(plan.config))
-
-
-@contextmanager
-def only_group(group: Group, folder: Path, *, wait: bool) -> Iterator[None]:
-    """Make a run folder and hold it for the processes of a group: rank 0 has the lock, and the others know that it has."""
-    with ExitStack() as held:
-        with group.rank_zero_first():
-            if group.rank == 0:
-                _make_folder(folder)
-                held.enter_context(_only_process(folder, wait=wait))
-        yield
-
-
-def is_held(folder: Path) -> bool:
-    """Whether a process is training in a run folder."""
-    try:
-        with (folder / ".lock").open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
-
-
-@contextmanager
-def _only_process(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold a run folder for this process; the lock goes with the process, however it ends."""
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise UserError(f"Another process is training in {folder}: wait for it, or choose another --output.") from None
-        yield

@@ -18,7 +18,8 @@ from mlx_forget.ladder import num_params, train_bytes
 from mlx_forget.loop import RunState, drive
 from mlx_forget.plan import Plan
 from mlx_forget.pretrained import PretrainedSpec
-from mlx_forget.run import finish_run, look_into, only_group, prepare_run, start_trainer, trainer_spec, with_base
+from mlx_forget.run import finish_run, look_into, prepare_run, start_trainer, trainer_spec, with_base
+from mlx_forget.run_folder import only_group
 from mlx_forget.trainer import load_backend
 from mlx_forget.watch import Watch
 

@@ -25,6 +25,7 @@ from mlx_forget.dispatch import look_back
 from mlx_forget.errors import UserError, unknown
 from mlx_forget.grid import Point, Recipe, Resources
 from mlx_forget.methods import METHODS
+from mlx_forget.pipeline.opened import Opened
 from mlx_forget.pipeline.sides import Blend
 from mlx_forget.plan import Plan, plan_run
 from mlx_forget.run_data import sources_of
@@ -64,7 +65,7 @@ class Chain:
         """A stage in words."""
         return _title(self.label, self.stages[number])
 
-    def plan(self, number: int, before: Path | None, *, watch: Watch | None = None) -> Plan:
+    def plan(self, number: int, before: Path | None, *, watch: Watch | None = None, opened: Opened | None = None) -> Plan:
         """The plan of a stage that starts from the run folder of the one before; the first stage has none before it."""
         checked = self.plans[number]
         if before is None:
@@ -72,7 +73,7 @@ class Chain:
         factor = checked.config.method_spec().learning_rate_factor
         start = before / "checkpoints" / CHECKPOINT_OF[self.stages[number - 1].keep]
         config = dataclasses.replace(checked.config, init=str(start), base={}, learning_rate=checked.schedule.peak / factor)
-        return plan_run(config, watch=watch)
+        return plan_run(config, watch=watch, opened=opened)
 
 
 def plan_stages(recipe: Recipe, *, overrides: Mapping[str, Any] | None = None, watch: Watch | None = None) -> list[Chain]:
@@ -83,12 +84,12 @@ def plan_stages(recipe: Recipe, *, overrides: Mapping[str, Any] | None = None, w
     """
     watch = watch or Watch()
     stages = _read(recipe)
-    chains, quiet = [], Watch(progress=watch.progress)
+    chains, quiet, opened = [], Watch(progress=watch.progress), Opened()
     for number, (label, points) in enumerate(_labelled(recipe, stages, overrides)):
         plans: list[Plan] = []
         for point in points:
             config = _with_earlier(point.config, plans)
-            plans.append(plan_run(config, watch=quiet if number or plans else watch))
+            plans.append(plan_run(config, watch=quiet if number or plans else watch, opened=opened))
         chains.append(Chain(label, stages, tuple(plans), tuple(point.resources for point in points)))
     return chains
 
@@ -106,11 +107,16 @@ def planned_so_far(chains: list[Chain], folder: Path, *, watch: Watch | None = N
     A stage has its name once the stage before it is done.
     """
     rows: list[tuple[int, bool, Job]] = []
+    opened = Opened()
     for chain in chains:
         before: Job | None = None
         for number in range(len(chain.stages)):
             named = number == 0 or (before is not None and before.state == "done")
-            plan = chain.plan(number, before.plan.folder if before else None, watch=watch) if named else chain.plans[number]
+            plan = (
+                chain.plan(number, before.plan.folder if before else None, watch=watch, opened=opened)
+                if named
+                else chain.plans[number]
+            )
             plan = dataclasses.replace(plan, folder=folder / plan.folder.name)
             before = Job(plan, chain.title(number), plan.folder / "log.txt", chain.resources[number])
             if named:
@@ -150,8 +156,9 @@ def _sweep_of(chains: list[Chain], number: int, folder: Path, folders: list[list
     """One stage of all chains as a sweep; the run folders are added to those of the chains. A run that two chains share is one."""
     jobs: dict[str, Job] = {}
     bases: dict[Path, Job] = {}
+    opened = Opened()
     for chain, before in zip(chains, folders, strict=True):
-        plan = chain.plan(number, before[-1] if before else None, watch=watch)
+        plan = chain.plan(number, before[-1] if before else None, watch=watch, opened=opened)
         plan = dataclasses.replace(plan, folder=folder / plan.folder.name)
         before.append(plan.folder)
         asked = chain.resources[number]

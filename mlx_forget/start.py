@@ -8,8 +8,9 @@ from mlx_forget.config import TrainConfig
 from mlx_forget.errors import UserError
 from mlx_forget.ladder import ModelSpec, model_spec
 from mlx_forget.pipeline.hub import parse_id
+from mlx_forget.pipeline.opened import Opened
 from mlx_forget.pipeline.store import TokenStore
-from mlx_forget.pipeline.vocabularies import Vocabulary, load_vocabulary, tokenizer_in
+from mlx_forget.pipeline.vocabularies import Vocabulary, tokenizer_in
 from mlx_forget.pretrained import PretrainedSpec
 from mlx_forget.trainer import Capabilities
 from mlx_forget.watch import Watch
@@ -33,14 +34,18 @@ def find_start(config: TrainConfig) -> Checkpoint:
 
 
 def fit_to_start(
-    config: TrainConfig, start: Checkpoint, model: ModelSpec | PretrainedSpec, capabilities: Capabilities, watch: Watch
+    config: TrainConfig,
+    start: Checkpoint,
+    model: ModelSpec | PretrainedSpec,
+    capabilities: Capabilities,
+    vocabulary: Vocabulary,
+    watch: Watch,
 ) -> TrainConfig:
     """The configuration as a backend can run it from these weights; what it changes is said.
 
     Raises:
         UserError: the tokenizer has ids that the model does not know.
     """
-    vocabulary = load_vocabulary(start.tokenizer)
     if vocabulary.vocab_size > model.vocab_size:
         raise UserError(
             f"{start.folder}: its tokenizer has {vocabulary.vocab_size:,} ids and its model knows {model.vocab_size:,}: "
@@ -54,11 +59,11 @@ def fit_to_start(
     return config
 
 
-def differences(name: str, store: TokenStore, vocabulary: Vocabulary) -> list[str]:
+def differences(name: str, store: TokenStore, vocabulary: Vocabulary, opened: Opened) -> list[str]:
     """What a store was made with that the model does not have, a sentence each."""
     if store.tokenizer_hash == vocabulary.hash and vocabulary.chat_template is None:
         return []
-    own = load_vocabulary(tokenizer_in(store.folder))
+    own = opened.vocabulary(tokenizer_in(store.folder))
     said = []
     for what, index, other in (("begin", store.bos_id, vocabulary.bos_id), ("end", store.eos_id, vocabulary.eos_id)):
         if index != other:

@@ -9,6 +9,7 @@ from typing import Any
 from mlx_forget.config import TrainConfig
 from mlx_forget.errors import UserError
 from mlx_forget.grid import Point, Recipe, Resources, title, varying
+from mlx_forget.pipeline.opened import Opened
 from mlx_forget.plan import HERE, Plan, Target, plan_run
 from mlx_forget.stacking import Wanted, group_runs
 from mlx_forget.watch import Watch
@@ -73,11 +74,12 @@ def plan_sweep(
     assert not recipe.stages, "stages follow one another: plan_stages"
     jobs: dict[str, Job] = {}
     bases: dict[Path, Job] = {}
+    opened = Opened()
     for number, (point, here) in enumerate(titled_runs(recipe, overrides)):
         asked = resources.over(point.resources)
         here_or_there = dataclasses.replace(target, num_devices=asked.num_ranks) if asked.num_ranks > 1 else target
         quiet = watch if number == 0 else Watch(progress=watch.progress) if watch else None
-        plan = plan_run(point.config, watch=quiet, target=here_or_there)
+        plan = plan_run(point.config, watch=quiet, target=here_or_there, opened=opened)
         plan = dataclasses.replace(plan, folder=folder / plan.folder.name)
         if plan.run_id in jobs:
             raise UserError(

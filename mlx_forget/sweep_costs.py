@@ -11,12 +11,13 @@ from typing import Any
 from mlx_forget import costs, records
 from mlx_forget.config import EVALUATIONS_PER_RUN, TrainConfig
 from mlx_forget.errors import UserError
-from mlx_forget.grid import Point
+from mlx_forget.grid import Point, Resources
 from mlx_forget.ladder import ModelSpec, default_context, model_spec, num_non_embedding_params, num_params, train_flops_per_token
+from mlx_forget.pipeline.opened import Opened
 from mlx_forget.plan import plan_run
 from mlx_forget.pretrained import PretrainedSpec
 from mlx_forget.start import find_start
-from mlx_forget.sweep import Sweep, base_title
+from mlx_forget.sweep import NOTHING_ASKED, Sweep, base_title
 from mlx_forget.trainer import Precision, load_backend
 from mlx_forget.watch import Watch
 
@@ -100,21 +101,27 @@ def planned_rows(sweep: Sweep, speed: Speed) -> list[dict[str, Any]]:
         hours, says = speed.hours(plan.model, summary["num_tokens"], plan.precision, num_devices=job.resources.num_ranks)
         kept = summary["kept_disk_bytes"] + _beside_checkpoints(plan.config, plan.num_steps)
         rows.append({"title": job.title, **summary, "kept_disk_bytes": kept, "state": job.state, "hours": hours, "rate": says})
+        rows[-1]["num_gpus"] = job.resources.gpus
     return rows
 
 
-def outlined_rows(runs: Iterable[tuple[Point, str]], backend: str, speed: Speed) -> list[dict[str, Any]]:
+def outlined_rows(
+    runs: Iterable[tuple[Point, str]], backend: str, speed: Speed, *, resources: Resources = NOTHING_ASKED
+) -> list[dict[str, Any]]:
     """Every base model and titled run of a recipe whose data are not all prepared: what the configurations alone say.
 
     `run_id` is None where it depends on what is not there, and `pending` says on what.
+
+    Args:
+        resources: what runs may use, over what the recipe says.
     """
     bases: dict[str, dict[str, Any]] = {}
     rows = []
-    quiet = only_if_prepared(Watch())
+    quiet, opened = only_if_prepared(Watch()), Opened()
     # What is missing for one run is missing for all that read the same; looking takes a while.
     missing: dict[str, str] = {}
     for point, title in runs:
-        config = point.config
+        config, asked = point.config, resources.over(point.resources)
         reads = str(
             (
                 config.target,
@@ -130,17 +137,18 @@ def outlined_rows(runs: Iterable[tuple[Point, str]], backend: str, speed: Speed)
         run_id, pending = None, missing.get(reads)
         if pending is None:
             try:
-                run_id = plan_run(config, watch=quiet).run_id
+                run_id = plan_run(config, watch=quiet, opened=opened).run_id
             except NotPreparedError as error:
                 pending = missing[reads] = str(error)
         if config.init == "auto" and config.start_name is None:
             base = config.base_config()
-            bases.setdefault(str(base), _outline(base, base_title(base), backend, speed) | {"run_id": None, "pending": pending})
-        rows.append(_outline(config, title, backend, speed) | {"run_id": run_id, "pending": pending})
+            outline = _outline(base, base_title(base), backend, speed, asked) | {"run_id": None, "pending": pending}
+            bases.setdefault(str(base), outline)
+        rows.append(_outline(config, title, backend, speed, asked) | {"run_id": run_id, "pending": pending})
     return [*bases.values(), *rows]
 
 
-def _outline(config: TrainConfig, title: str, backend: str, speed: Speed) -> dict[str, Any]:
+def _outline(config: TrainConfig, title: str, backend: str, speed: Speed, asked: Resources) -> dict[str, Any]:
     model = _model(config)
     row_length = config.max_seq_length or model.context_length
     steps = config.iters
@@ -150,7 +158,7 @@ def _outline(config: TrainConfig, title: str, backend: str, speed: Speed) -> dic
         steps = min(steps, config.stop_tokens // (config.batch_size * row_length))
     tokens = steps * config.batch_size * row_length
     precision: Precision = "fp32" if config.precision == "auto" else config.precision
-    hours, says = speed.hours(model, tokens, precision, num_devices=1)
+    hours, says = speed.hours(model, tokens, precision, num_devices=asked.num_ranks)
     step = costs.Step(
         model=model,
         optim=config.optim(),
@@ -173,6 +181,7 @@ def _outline(config: TrainConfig, title: str, backend: str, speed: Speed) -> dic
         "state": "waiting",
         "hours": hours,
         "rate": says,
+        "num_gpus": asked.gpus,
     }
 
 
@@ -198,6 +207,12 @@ def disk_needed(rows: Sequence[Mapping[str, Any]], *, workers: int) -> int:
     left = [row for row in rows if row["state"] != "done"]
     besides = sorted((max(0, row["disk_bytes"] - row["kept_disk_bytes"]) for row in left), reverse=True)[:workers]
     return sum(int(row["kept_disk_bytes"]) for row in left) + sum(map(int, besides))
+
+
+def disk_by_place(rows: Sequence[Mapping[str, Any]], *, workers: int) -> dict[Path, int]:
+    """Bytes that planned rows will take in each folder that runs or base models lie in."""
+    places = dict.fromkeys(Path(row["folder"]).parent for row in rows)
+    return {place: disk_needed([row for row in rows if Path(row["folder"]).parent == place], workers=workers) for place in places}
 
 
 def check_disk(folder: Path, needed: int) -> None:

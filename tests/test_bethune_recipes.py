@@ -34,6 +34,16 @@ def test_five_sizes_make_the_fifteen_hundred_runs_of_the_paper():
 
 
 @pytest.mark.usefixtures("at_scale")
+def test_every_run_has_the_devices_of_the_paper():
+    asked = {size: {point.resources.num_ranks for point in read_recipe(recipe(f"bethune/{size}")).runs()} for size in SIZES}
+    assert asked == {"tiny": {1}, "small": {1}, "medium": {4}, "large": {8}, "xl": {8}}
+    for name in NAMES:
+        for point in read_recipe(recipe(name)).runs():
+            assert point.resources.gpus == max(asked[point.config.model])
+            assert point.config.batch_size % point.resources.num_ranks == 0
+
+
+@pytest.mark.usefixtures("at_scale")
 @pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_is_whole_at_the_papers_scale(name):
     configs = read_recipe(recipe(name)).configs({})

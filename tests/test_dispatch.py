@@ -84,6 +84,20 @@ def test_every_base_is_trained_once_and_before_its_runs(plan):
     assert engine.closed
 
 
+def test_what_runs_of_a_sweep_read_is_opened_once(plan, monkeypatch, tmp_path):
+    from mlx_forget.pipeline import opened
+
+    seen = []
+    for name in ("open_store", "load_vocabulary"):
+        real = getattr(opened, name)
+        monkeypatch.setattr(opened, name, lambda path, real=real: seen.append(path) or real(path))
+    sweep = plan({"p": ["0", "5%"], "base.seed": [0, 1], "seed": [0, 1]})
+    stores = {id(store) for job in sweep.jobs for store in (*job.plan.stores.values(), *job.plan.base.stores.values())}
+    assert len(sweep.jobs) == 8
+    assert len(stores) == 2
+    assert len(seen) == len(set(seen)) == 3, "two stores and a tokenizer"
+
+
 def test_runs_of_one_base_do_not_wait_for_another(plan):
     engine = ScriptedEngine({"base 0.16m, seed 1": [Exit(None), Exit(None)]}, places=1)
     execute_sweep(plan({"base.seed": [0, 1]}), engine)

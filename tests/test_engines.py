@@ -1,5 +1,6 @@
 """Every engine with real processes of the NumPy bigram: the same records as in one process, whatever dies on the way."""
 
+import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -19,11 +20,11 @@ from mlx_forget.dispatch import execute_sweep
 from mlx_forget.engines import Demand, Task, open_engine
 from mlx_forget.engines.child import Child, command_of
 from mlx_forget.engines.lease import Leaseholder, attend
-from mlx_forget.engines.processes import ProcessEngine
+from mlx_forget.engines.processes import ProcessEngine, num_workers
 from mlx_forget.errors import UserError
 from mlx_forget.grid import Recipe, Resources
 from mlx_forget.records import REQUESTED
-from mlx_forget.run import is_held
+from mlx_forget.run_folder import is_held
 from mlx_forget.sweep import plan_sweep
 from mlx_forget.watch import Watch
 from tests.bigrams import CONFIG, install, records
@@ -383,6 +384,22 @@ def test_more_gpus_than_there_are_are_refused(monkeypatch):
         fill(pool(monkeypatch, gpus=2, per_run=4))
 
 
+def test_the_one_accelerator_of_a_machine_needs_no_confining(monkeypatch):
+    engine = pool(monkeypatch, gpus=0)
+    assert engine.resources(Resources(gpus=1), num_tasks=3).gpus == 0
+    with pytest.raises(UserError, match="asks for 4 GPUs, and this machine has 0"):
+        engine.resources(Resources(gpus=4), num_tasks=3)
+    without = ProcessEngine(Demand(Path("s")), Watch())
+    with pytest.raises(UserError, match="give --gpus 0"):
+        without.resources(Resources(gpus=1), num_tasks=3)
+
+
+def test_as_many_runs_side_by_side_as_have_their_gpus():
+    demand = Demand(Path("s"), uses_gpu=True, gpus=tuple("01234567"))
+    assert [num_workers(demand, Resources(gpus=gpus)) for gpus in (None, 0.5, 1, 4, 8)] == [8, 16, 8, 2, 1]
+    assert num_workers(dataclasses.replace(demand, resources=Resources(gpus=2)), Resources(gpus=8)) == 4
+
+
 def test_a_single_base_gets_every_thread(monkeypatch):
     monkeypatch.setattr("mlx_forget.engines.processes.num_cores", lambda: 8)
     engine = ProcessEngine(Demand(Path("s"), workers=4), Watch())
@@ -401,22 +418,35 @@ def test_killing_a_child_takes_what_it_started_along(bigram, tmp_path):
     assert not is_held(folder)
 
 
+def processes_of(folder):
+    """Command lines of processes that are at work in a folder."""
+    listed = subprocess.run(["ps", "-eww", "-o", "pid,args"], capture_output=True, text=True, check=True).stdout.splitlines()
+    return [line for line in listed if str(folder) in line]
+
+
 @pytest.mark.full
 @pytest.mark.skipif(not has("torch"), reason="torchrun comes with PyTorch")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_a_run_of_two_ranks_stops_with_the_sweep_and_goes_on(tmp_path, number):
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_a_run_of_two_ranks_stops_with_the_sweep_and_goes_on(tmp_path, number, code):
     recipe = tmp_path / "r.yaml"
     keys = CONFIG | {"backend": "cuda", "iters": 300, "steps_per_eval": 20}
     recipe.write_text(json.dumps({"config": keys | {"resources": {"ranks": 2, "threads": 1}}, "grid": {"p": ["5%"]}}))
     folder = tmp_path / "s"
     process = subprocess.Popen(command(recipe, folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: list(folder.glob("*/checkpoints/last")), 120)
+    wait_until(lambda: list(folder.glob("*/checkpoints/last")), 240)
     process.send_signal(number)
     process.communicate(timeout=120)
-    wait_until(lambda: not any(is_held(path) for path in folder.glob("*-cuda")))
+    assert process.returncode == code
+    # The launcher, its guard and both ranks: those of a killed sweep write a checkpoint first.
+    wait_until(lambda: not processes_of(folder), 120 if number == signal.SIGKILL else 1)
     assert not list(folder.glob("*/record.json"))
     result = subprocess.run(command(recipe, folder), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     (record,) = (json.loads(path.read_text()) for path in folder.glob("*/record.json"))
     assert record["world_size"] == 2
     assert record["num_resumes"] >= 1
+    straight = tmp_path / "straight"
+    result = subprocess.run(command(recipe, straight), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert records(folder) == records(straight)
+    assert not processes_of(tmp_path)

@@ -214,6 +214,17 @@ def test_a_recipe_with_wrong_stages_is_one_line(run_forget, tmp_path):
         assert message in err
 
 
+def test_stages_larger_than_the_disk_are_refused_before_anything_is_written(run_forget, tmp_path, monkeypatch):
+    content = {"config": {**TINY, "backend": "fake"}, "stages": [dict(stage) for stage in STAGES]}
+    (tmp_path / "r.yaml").write_text(json.dumps(content))
+    free = shutil.disk_usage(tmp_path)._replace(free=3_000_000)
+    monkeypatch.setattr("mlx_forget.sweep_costs.shutil.disk_usage", lambda place: free)
+    code, _, err = run_forget("sweep", tmp_path / "r.yaml", "--output", tmp_path / "s")
+    assert code == 2
+    assert "3 MB are free" in err
+    assert not (tmp_path / "s").exists()
+
+
 def test_a_dry_run_of_stages_prepares_nothing(run_forget, tmp_path, monkeypatch):
     monkeypatch.setenv("FORGET_HOME", str(tmp_path / "home"))
     code, out, err = run_forget("sweep", "stages", "--dry-run", "--json")

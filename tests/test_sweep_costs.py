@@ -43,6 +43,20 @@ def test_a_dry_run_prepares_nothing_and_leaves_ids_pending(run_forget, tmp_path,
     assert sum(line.startswith("pending ") for line in out.splitlines()) == 3
 
 
+def test_a_dry_run_says_how_many_gpus_a_run_has(run_forget, tmp_path, monkeypatch):
+    monkeypatch.setenv("FORGET_HOME", str(tmp_path / "home"))
+    path = recipe(tmp_path, config=CONFIG | {"resources": {"gpus": 4}})
+    hours = []
+    for options, gpus in (((), 4), (("--gpus", 1), 1)):
+        code, out, err = run_forget("sweep", path, "--dry-run", "--json", "--on", "h100", *options)
+        assert code == 0, err
+        assert [row["num_gpus"] for row in json.loads(out)["runs"]] == [gpus] * 2
+        hours.append(json.loads(out)["totals"]["hours"])
+    assert hours[1] == pytest.approx(4 * hours[0])
+    _, out, _ = run_forget("sweep", path, "--dry-run")
+    assert sum(line.endswith(" on 4 GPUs") for line in out.splitlines()) == 2
+
+
 def test_a_pending_run_costs_what_it_costs_once_its_data_are_there(run_forget, tmp_path, monkeypatch, cache_folder):
     path = recipe(tmp_path, grid={"p": ["5%"]})
     home = os.environ["FORGET_HOME"]

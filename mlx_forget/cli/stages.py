@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mlx_forget.engines import Demand
     from mlx_forget.grid import Recipe
     from mlx_forget.stacking import Wanted
+    from mlx_forget.stages import Chain
     from mlx_forget.sweep import Job, Sweep
     from mlx_forget.watch import Watch
 
@@ -42,13 +43,18 @@ def sweep_stages(
     from mlx_forget.loss_matrix import FILE, measure, read_matrices, summary, table_lines, write_matrices
     from mlx_forget.stages import execute_stages, plan_stages
     from mlx_forget.sweep import stack_sweep
+    from mlx_forget.sweep_costs import check_disk, disk_by_place
 
     if dry_run:
         _print_plan(recipe, overrides, name, demand, watch, device, as_json=as_json)
         return
     folder = demand.folder
     chains = plan_stages(recipe, overrides=overrides, watch=watch)
-    demand = on_this_machine(demand, name, chains[0].plans[0], len(chains))
+    demand = on_this_machine(demand, name, chains[0].plans[0], [chain.resources[0] for chain in chains])
+    quiet = dataclasses.replace(watch, say=lambda sentence: None)
+    bases, stages, _ = _costs(chains, folder, quiet, device)
+    for place, needed in disk_by_place([*bases, *stages], workers=demand.workers or 1).items():
+        check_disk(place, needed)
     known = read_matrices(folder / FILE)
 
     def measured(folders: list[list[Path]]) -> None:
@@ -62,7 +68,6 @@ def sweep_stages(
             planned = stack_sweep(planned, wanted, num_processes=demand.workers or 1)
             return train_runs(name, demand, planned, watching, console, retry_failed=retry_failed)
 
-        quiet = dataclasses.replace(watch, say=lambda sentence: None)
         done = execute_stages(chains, folder, run=run, done=measured, watch=quiet)
     if known and not as_json:
         print("\n".join(table_lines(known)))
@@ -81,23 +86,21 @@ def _print_plan(
 ) -> None:
     """Every stage of every chain with its cost; nothing is prepared."""
     from mlx_forget.cli.sweep_view import print_plan
-    from mlx_forget.dispatch import look_back
-    from mlx_forget.stages import plan_stages, planned_so_far, titled_stages
-    from mlx_forget.sweep import Sweep, base_job
-    from mlx_forget.sweep_costs import NotPreparedError, disk_needed, only_if_prepared, outlined_rows, planned_rows, speed_of
+    from mlx_forget.stages import plan_stages, titled_stages
+    from mlx_forget.sweep_costs import NotPreparedError, disk_needed, only_if_prepared, outlined_rows, speed_of
     from mlx_forget.trainer import choose_backend
 
     folder, later = demand.folder, {"run_id": None, "pending": "the stage before it"}
     try:
         chains = plan_stages(recipe, overrides=overrides, watch=only_if_prepared(watch))
-        found = planned_so_far(chains, folder, watch=only_if_prepared(watch))
+        bases, stages, found = _costs(chains, folder, only_if_prepared(watch), device)
     except NotPreparedError as reason:
         titled = titled_stages(recipe, overrides)
         wanted = titled[0][0][0].config.backend
         backend = choose_backend()[0] if wanted == "auto" else wanted
         speed = speed_of(backend, [folder], device)
         numbers = [number + 1 for chain in titled for number in range(len(chain))]
-        outlined = outlined_rows([stage for chain in titled for stage in chain], backend, speed)
+        outlined = outlined_rows([stage for chain in titled for stage in chain], backend, speed, resources=demand.resources)
         num_bases = len(outlined) - len(numbers)
         rows = outlined[:num_bases] + [
             row | {"stage": number} | ({} if number == 1 else later)
@@ -106,18 +109,31 @@ def _print_plan(
         notes = [f"Not prepared yet: {reason}. Ids are pending where they depend on it."]
         workers = demand.workers or 1
     else:
-        workers = on_this_machine(demand, name, chains[0].plans[0], len(chains)).workers or 1
-        plans = [job.plan.base for _, _, job in found if job.plan.base is not None]
-        bases = [base_job(plan) for plan in {plan.folder: plan for plan in plans}.values()]
-        for base in bases:
-            look_back(base, retry=False)
-        places = [folder, *sorted({base.plan.folder.parent for base in bases})]
-        planned = Sweep(folder, [job for _, _, job in found], bases, [], [])
-        every = planned_rows(planned, speed_of(chains[0].plans[0].backend, places, device))
-        rows = every[: len(bases)]
-        for (number, named, _), row in zip(found, every[len(bases) :], strict=True):
+        workers = on_this_machine(demand, name, chains[0].plans[0], [chain.resources[0] for chain in chains]).workers or 1
+        rows = bases
+        for (number, named, _), row in zip(found, stages, strict=True):
             rows.append(row | {"stage": number} | ({} if named else later | {"folder": None, "base": None}))
         notes = []
     notes.append("A stage has its id once the stage before it is done.")
     disk_bytes = disk_needed(rows, workers=workers)
     print_plan(str(folder), rows, [], notes, workers=workers, disk_bytes=disk_bytes, as_json=as_json)
+
+
+def _costs(
+    chains: "list[Chain]", folder: Path, watch: "Watch", device: "Device | None"
+) -> "tuple[list[dict[str, Any]], list[dict[str, Any]], list[tuple[int, bool, Job]]]":
+    """What every base model and every stage will cost, and the stages as `planned_so_far` finds them."""
+    from mlx_forget.dispatch import look_back
+    from mlx_forget.stages import planned_so_far
+    from mlx_forget.sweep import Sweep, base_job
+    from mlx_forget.sweep_costs import planned_rows, speed_of
+
+    found = planned_so_far(chains, folder, watch=watch)
+    plans = [job.plan.base for _, _, job in found if job.plan.base is not None]
+    bases = [base_job(plan) for plan in {plan.folder: plan for plan in plans}.values()]
+    for base in bases:
+        look_back(base, retry=False)
+    places = [folder, *sorted({base.plan.folder.parent for base in bases})]
+    planned = Sweep(folder, [job for _, _, job in found], bases, [], [])
+    rows = planned_rows(planned, speed_of(chains[0].plans[0].backend, places, device))
+    return rows[: len(bases)], rows[len(bases) :], found

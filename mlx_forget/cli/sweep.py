@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from rich.console import Console
 
     from mlx_forget.costs import Device
     from mlx_forget.engines import Demand
-    from mlx_forget.grid import Recipe
+    from mlx_forget.grid import Recipe, Resources
     from mlx_forget.plan import Plan
     from mlx_forget.stacking import Wanted
     from mlx_forget.sweep import Job, Sweep
@@ -92,7 +92,7 @@ def sweep(
     from mlx_forget.progress import Preparation
     from mlx_forget.resources import recipe as find_recipe
     from mlx_forget.sweep import plan_sweep, stack_sweep
-    from mlx_forget.sweep_costs import NotPreparedError, check_disk, disk_needed, only_if_prepared, planned_rows, speed_of
+    from mlx_forget.sweep_costs import NotPreparedError, check_disk, disk_by_place, only_if_prepared, planned_rows, speed_of
     from mlx_forget.watch import Watch
 
     console = Console(stderr=True)
@@ -135,26 +135,25 @@ def sweep(
         quiet = only_if_prepared(watch) if dry_run else watch
         planned = plan_sweep(read, folder, overrides=overrides, resources=demand.resources, target=target, watch=quiet)
     except NotPreparedError as reason:
-        _print_outline(read, folder, overrides, device, f"Not prepared yet: {reason}.", workers=workers or 1, as_json=as_json)
+        note = f"Not prepared yet: {reason}."
+        asked = demand.resources
+        _print_outline(read, folder, overrides, device, note, resources=asked, workers=workers or 1, as_json=as_json)
         return
-    demand = on_this_machine(demand, name, planned.jobs[0].plan, len(planned.jobs))
+    demand = on_this_machine(demand, name, planned.jobs[0].plan, [job.resources for job in planned.jobs])
     side_by_side = demand.workers or 1
     planned = stack_sweep(planned, wanted, num_processes=side_by_side)
     for job in (*planned.bases, *planned.jobs):
         look_back(job, retry=False)
     bases = sorted({base.plan.folder.parent for base in planned.bases})
     rows = planned_rows(planned, speed_of(planned.jobs[0].plan.backend, [folder, *bases], device))
-    needs = [
-        (place, disk_needed([row for row in rows if Path(row["folder"]).parent == place], workers=side_by_side))
-        for place in (*bases, folder)
-    ]
+    needs = disk_by_place(rows, workers=side_by_side)
     if dry_run:
         from mlx_forget.cli.sweep_view import print_plan
 
         stacks = [[job.plan.run_id for job in together] for together in planned.stacks if len(together) > 1]
-        disk_bytes = sum(needed for _, needed in needs)
+        disk_bytes = sum(needs.values())
         print_plan(str(folder), rows, stacks, planned.notes, workers=side_by_side, disk_bytes=disk_bytes, as_json=as_json)
-    for place, needed in needs:
+    for place, needed in needs.items():
         check_disk(place, needed)
     if dry_run:
         return
@@ -233,6 +232,7 @@ def _print_outline(
     device: "Device | None",
     note: str,
     *,
+    resources: "Resources",
     workers: int,
     as_json: bool,
 ) -> None:
@@ -244,13 +244,17 @@ def _print_outline(
 
     configs = recipe.configs(overrides)
     backend = configs[0].backend if configs[0].backend != "auto" else choose_backend()[0]
-    rows = outlined_rows(titled_runs(recipe, overrides), backend, speed_of(backend, [folder], device))
+    rows = outlined_rows(titled_runs(recipe, overrides), backend, speed_of(backend, [folder], device), resources=resources)
     notes = [f"{note} Ids are pending where they depend on it, and so is what stacks."]
     print_plan(str(folder), rows, [], notes, workers=workers, disk_bytes=disk_needed(rows, workers=workers), as_json=as_json)
 
 
-def on_this_machine(demand: "Demand", name: str, plan: "Plan", num_runs: int) -> "Demand":
-    """A demand with what the backend says of this machine, and how many runs a pool of processes trains side by side."""
+def on_this_machine(demand: "Demand", name: str, plan: "Plan", runs: "Sequence[Resources]") -> "Demand":
+    """A demand with what the backend says of this machine, and how many runs a pool of processes trains side by side.
+
+    Args:
+        runs: what each run asks for.
+    """
     from mlx_forget.engines.processes import num_workers
     from mlx_forget.trainer import load_backend
 
@@ -264,7 +268,8 @@ def on_this_machine(demand: "Demand", name: str, plan: "Plan", num_runs: int) ->
     )
     if name != "processes" or demand.workers is not None:
         return demand
-    return dataclasses.replace(demand, workers=min(num_workers(demand), num_runs))
+    smallest = min(runs, key=lambda asked: asked.gpus or 0)
+    return dataclasses.replace(demand, workers=min(num_workers(demand, smallest), len(runs)))
 
 
 def _parse(settings: list[str]) -> dict[str, Any]:

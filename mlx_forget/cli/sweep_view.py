@@ -113,6 +113,8 @@ def print_plan(
     width = max(24, *(len(row["title"]) for row in rows))
     for row in rows:
         state = "" if row["state"] == "waiting" else f"  {row['state']}"
+        if row["num_gpus"]:
+            state = f" on {row['num_gpus']:g} GPU{'s' if row['num_gpus'] > 1 else ''}{state}"
         print(
             f"{row['run_id'] or 'pending':<12}  {row['title']:<{width}} {row['num_params']:>13,} parameters {row['num_steps']:>7,} steps "
             f"{row['num_tokens']:>13,} tokens {row['train_flops']:.2e} FLOPs {hours_text(row['hours']):>9} "

@@ -117,14 +117,16 @@ def _train_stack(folders: "list[Path]", watch: "Watch") -> None:
     """Train the runs that a sweep has asked for in these folders as one."""
     import dataclasses
 
+    from mlx_forget.pipeline.opened import Opened
     from mlx_forget.plan import plan_run
     from mlx_forget.records import REQUESTED
     from mlx_forget.stacking import execute_stack
 
-    quiet = dataclasses.replace(watch, say=lambda sentence: None)
+    quiet, opened = dataclasses.replace(watch, say=lambda sentence: None), Opened()
+    configs = [from_layers(TrainConfig, read_yaml(folder / REQUESTED)) for folder in folders]
     plans = [
-        plan_run(from_layers(TrainConfig, read_yaml(folder / REQUESTED)), folder=folder, watch=quiet if number else watch)
-        for number, folder in enumerate(folders)
+        plan_run(config, folder=folder, watch=quiet if number else watch, opened=opened)
+        for number, (config, folder) in enumerate(zip(configs, folders, strict=True))
     ]
     execute_stack(plans, watch=watch, wait=True)
 

@@ -9,6 +9,7 @@ from mlx_forget.engines import Demand, Engine, Exit, Task
 from mlx_forget.engines.processes import num_cores
 from mlx_forget.errors import Interrupted, RunFailed, UserError, exit_code
 from mlx_forget.grid import Resources
+from mlx_forget.pipeline.opened import Opened
 from mlx_forget.plan import plan_run
 from mlx_forget.records import REQUESTED
 from mlx_forget.run import execute
@@ -44,8 +45,9 @@ class InProcessEngine(Engine):
 
     def _train(self, task: Task) -> Exit:
         try:
+            opened = Opened()
             plans = [
-                plan_run(from_layers(TrainConfig, read_yaml(folder / REQUESTED)), folder=folder, watch=Watch())
+                plan_run(from_layers(TrainConfig, read_yaml(folder / REQUESTED)), folder=folder, watch=Watch(), opened=opened)
                 for folder in task.folders
             ]
             if len(plans) == 1:

@@ -1,5 +1,6 @@
 """A pool of processes on this machine; each task has its threads, and its GPUs to itself where there are any."""
 
+import dataclasses
 import os
 from collections.abc import Sequence
 
@@ -32,8 +33,13 @@ class ProcessEngine(Engine):
         threads = max(threads, self._workers * threads // min(self._workers, num_tasks))
         asked = demand.resources.over(asked)
         found = asked.over(Resources(threads=threads, gpus=share))
+        if demand.uses_gpu and not count and (asked.gpus or 0) <= 1:
+            # The one accelerator of this machine needs no confining.
+            return dataclasses.replace(found, gpus=0.0)
         if (found.gpus or 0) > count and (count or asked.gpus):
-            raise UserError(f"A run asks for {found.gpus:g} GPUs, and this machine has {count} that a run can be confined to.")
+            raise UserError(
+                f"A run asks for {found.gpus:g} GPUs, and this machine has {count} that a run can be confined to: give --gpus {min(count, 1)}."
+            )
         return found
 
     def accepts(self, task: Task) -> bool:
@@ -83,8 +89,13 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def num_workers(demand: Demand) -> int:
-    """Tasks side by side where nobody says: one a core, at most eight; on GPUs, one for as many GPUs as a run asks for."""
+def num_workers(demand: Demand, asked: Resources | None = None) -> int:
+    """Tasks side by side where nobody says: one a core, at most eight; on GPUs, one for as many GPUs as a run asks for.
+
+    Args:
+        asked: what the recipe asks for a run.
+    """
     if demand.uses_gpu:
-        return max(1, int(len(demand.gpus) / (demand.resources.gpus or 1)))
+        wanted = demand.resources.over(asked or Resources())
+        return max(1, int(len(demand.gpus) / (wanted.gpus or 1)))
     return int(np.clip(num_cores(), 1, 8))

@@ -15,6 +15,7 @@ from mlx_forget.pipeline.conversations import Content, Conversation
 from mlx_forget.pipeline.corpora import CORPORA, BuiltCorpus, build_corpus, forget_home, read_documents
 from mlx_forget.pipeline.filters import Filter, HeldOut
 from mlx_forget.pipeline.formats import BadInput
+from mlx_forget.pipeline.opened import Opened
 from mlx_forget.pipeline.sources import Reading
 from mlx_forget.pipeline.store import MANIFEST, StoreWriter, TokenStore, open_store
 from mlx_forget.pipeline.tokenise import Document, Progress, tokenise
@@ -62,19 +63,29 @@ def new_tokenizer(
     progress(activity, 1.0)
 
 
-def resolve_store(name: str, tokenizer_file: Path, *, progress: Progress = silent) -> TokenStore:
+def resolve_store(name: str, tokenizer_file: Path, *, progress: Progress = silent, opened: Opened | None = None) -> TokenStore:
     """The store behind a name: a store folder, or anything that `documents_of` knows.
 
     Text is tokenised under the cache folder, keyed by its content and the tokenizer.
 
+    Args:
+        opened: what others have opened already, and may use from here on.
+
     Raises:
         UserError: nothing by that name, or a store made with another tokenizer.
     """
-    vocabulary = load_vocabulary(tokenizer_file)
+    shared = opened or Opened()
+    vocabulary = shared.vocabulary(tokenizer_file)
+    template = vocabulary.chat_template
+    key = ("named store", name, vocabulary.hash, None if template is None else template.hash)
+    return shared.once(key, lambda: _resolve(name, tokenizer_file, vocabulary, progress, shared))
+
+
+def _resolve(name: str, tokenizer_file: Path, vocabulary: Vocabulary, progress: Progress, opened: Opened) -> TokenStore:
     path = Path(name).expanduser()
     if (path / MANIFEST).is_file():
-        store = open_store(path)
-        if store.tokenizer_hash != vocabulary.hash and not same_pieces(load_vocabulary(tokenizer_in(path)), vocabulary):
+        store = opened.store(path)
+        if store.tokenizer_hash != vocabulary.hash and not same_pieces(opened.vocabulary(tokenizer_in(path)), vocabulary):
             raise UserError(
                 f"Store {path} was made with another tokenizer ({store.tokenizer_hash[:12]}) than the model's ({vocabulary.hash[:12]}): "
                 f"prepare it again with --tokenizer {tokenizer_file}"
@@ -86,13 +97,13 @@ def resolve_store(name: str, tokenizer_file: Path, *, progress: Progress = silen
     written = vocabulary.hash[:16] + (f"-{template.hash[:8]}" if template is not None else "")
     folder = forget_home() / "stores" / f"{stem}-{named.key[:16]}-{written}"
     if (folder / MANIFEST).is_file():
-        return open_store(folder)
+        return opened.store(folder)
     try:
         return write_store(folder, [named], tokenizer_file, wait=True, progress=progress)
     except UserError:
         # Another process may have finished the same store while this one waited.
         if (folder / MANIFEST).is_file():
-            return open_store(folder)
+            return opened.store(folder)
         raise
 
 

@@ -1,7 +1,7 @@
 """How often nominal 95% intervals cover the truth, by simulation: `python tests/laws/coverage.py [--simulations 2000]`.
 
 Each scenario draws data from a known law and asks the default method for intervals of the exponents, log B and a prediction beyond
-the data. `make coverage` runs it whole; the tests run a short form.
+the data. `make intervals` runs it whole; the tests run a short form.
 """
 
 import argparse

@@ -1,0 +1,68 @@
+"""The folder of a run: who holds it, and what is left of one that was refused."""
+
+import threading
+
+import pytest
+
+from mlx_forget import trainer as trainer_module
+from mlx_forget.distributed import ALONE
+from mlx_forget.errors import UserError
+from mlx_forget.run_folder import is_held, only_group
+from tests.bigrams import CONFIG
+from tests.fakes import BigramTrainer
+
+
+def options(**more):
+    keys = {key: value for key, value in CONFIG.items() if key != "base"} | more
+    return [word for key, value in keys.items() for word in (f"--{key.replace('_', '-')}", value)]
+
+
+@pytest.mark.parametrize("init", ["scratch", "auto"])
+def test_a_model_that_is_refused_while_loading_leaves_nothing_behind(run_forget, tmp_path, monkeypatch, init):
+    def refuse(self, spec):
+        raise UserError("this model cannot be")
+
+    monkeypatch.setitem(trainer_module.BACKENDS, "bigram", trainer_module.Backend("tests.fakes:BigramTrainer", "numpy", "nothing"))
+    monkeypatch.setattr("mlx_forget.plan.forget_home", lambda: tmp_path / "home")
+    monkeypatch.setattr(BigramTrainer, "__init__", refuse)
+    data = {"target": "prose", "pretrain": "none", "p": "0"} if init == "scratch" else {}
+    code, _, err = run_forget("train", *options(init=init, **data), "--output", tmp_path / "runs" / "mine")
+    assert (code, err.strip().splitlines()[-1]) == (2, "forget: this model cannot be")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_stood_there_or_was_used_stays(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with only_group(ALONE, tmp_path / "empty", wait=False):
+        assert is_held(tmp_path / "empty")
+    assert not list((tmp_path / "empty").iterdir())
+    with only_group(ALONE, tmp_path / "made" / "used", wait=False):
+        (tmp_path / "made" / "used" / "config.yaml").write_text("")
+    assert (tmp_path / "made" / "used" / "config.yaml").exists()
+    with only_group(ALONE, tmp_path / "made" / "unused", wait=False):
+        pass
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["used"]
+
+
+def test_who_waited_for_a_run_that_was_refused_holds_a_folder_that_is_there(tmp_path):
+    folder, waited = tmp_path / "run", threading.Event()
+    held = []
+
+    def wait():
+        with only_group(ALONE, folder, wait=True):
+            held.append(is_held(folder))
+            waited.wait(10)
+
+    with only_group(ALONE, folder, wait=False):
+        thread = threading.Thread(target=wait)
+        thread.start()
+        thread.join(0.2)
+        assert not held
+    while not held and thread.is_alive():
+        thread.join(0.01)
+    assert held == [True]
+    with pytest.raises(UserError, match="Another process is training"), only_group(ALONE, folder, wait=False):
+        pass
+    waited.set()
+    thread.join()
+    assert not folder.exists()
