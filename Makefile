@@ -127,7 +127,7 @@ reproduce-replay: setup  ## methods compared at laptop scale (Marek et al.); SEE
 	$(BIN)/forget plot $(if $(filter command line,$(origin OUTPUT)),$(OUTPUT),runs/replay-seed$(SEED)) --output figures --name $(if $(filter 0,$(SEED)),replay,replay-seed$(SEED))
 
 reproduce-toy: setup  ## tasks learnt one after another, with and without self-generated replay (Marek et al.), at a small size; BACKEND= OUTPUT=
-	$(BIN)/python -m mlx_forget.toy_continual --tasks reversal,sort --shape 2x64 --batch-size 256 --steps 600 --learning-rate 3e-3 --warmup-steps 60 --backend $(BACKEND) --output $(if $(filter command line,$(origin OUTPUT)),$(OUTPUT),runs/toy-continual)
+	$(BIN)/python -m mlx_forget.studies.toy_continual --tasks reversal,sort --shape 2x64 --batch-size 256 --steps 600 --learning-rate 3e-3 --warmup-steps 60 --backend $(BACKEND) --output $(if $(filter command line,$(origin OUTPUT)),$(OUTPUT),runs/toy-continual)
 	$(BIN)/forget plot $(if $(filter command line,$(origin OUTPUT)),$(OUTPUT),runs/toy-continual) --output figures --name toy-continual
 
 clean:  ## remove the environment, builds and caches of tools; runs, figures and corpora stay

@@ -6,9 +6,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_forget.figure1 import Curve
 from mlx_forget.history import read_history
 from mlx_forget.records import Run
+from mlx_forget.studies.figure1 import Curve
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

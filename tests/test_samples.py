@@ -21,13 +21,13 @@ from mlx_forget.fuse import fuse
 from mlx_forget.history import SCHEMA, read_history
 from mlx_forget.laws.files import SCHEMA_VERSION as FIT_VERSION
 from mlx_forget.laws.files import read_fit
-from mlx_forget.loss_matrix import SCHEMA_VERSION as STAGES_VERSION
-from mlx_forget.loss_matrix import read_matrices
 from mlx_forget.pipeline.store import SCHEMA_VERSION as STORE_VERSION
 from mlx_forget.pipeline.store import open_store
 from mlx_forget.pipeline.vocabularies import load_vocabulary
 from mlx_forget.runs.index import read_index
 from mlx_forget.runs.verify import REQUIRED, describe_begun, verify_run
+from mlx_forget.studies.loss_matrix import SCHEMA_VERSION as STAGES_VERSION
+from mlx_forget.studies.loss_matrix import read_matrices
 from mlx_forget.trainer import RuntimeSpec, TrainerSpec, available_backends, load_backend
 
 SAMPLES = Path(__file__).parent / "samples"

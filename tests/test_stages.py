@@ -16,12 +16,12 @@ from mlx_forget import trainer as trainer_module
 from mlx_forget.checkpoint import open_checkpoint
 from mlx_forget.errors import UserError
 from mlx_forget.grid import Recipe, read_recipe
-from mlx_forget.loss_matrix import CSV_COLUMNS, LossMatrix, measure, read_matrices, summary, table_lines, write_matrices
 from mlx_forget.pipeline.sides import Blend
 from mlx_forget.records import RECORD, find_runs, read_record
 from mlx_forget.resources import recipe as find_recipe
 from mlx_forget.run import execute, start_trainer, trainer_spec
 from mlx_forget.stages import execute_stages, plan_stages
+from mlx_forget.studies.loss_matrix import CSV_COLUMNS, LossMatrix, measure, read_matrices, summary, table_lines, write_matrices
 from mlx_forget.trainer import available_backends, load_backend
 from mlx_forget.watch import Watch
 

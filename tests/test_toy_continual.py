@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from mlx_forget.errors import Interrupted, UserError
-from mlx_forget.toy_continual import FILE, PLAIN, REPLAYED, ToySpec, main, read_outcome, run_toy
-from mlx_forget.toy_tasks import LENGTH, TASKS, bos_of, exact_match, examples
+from mlx_forget.studies.toy_continual import FILE, PLAIN, REPLAYED, ToySpec, main, read_outcome, run_toy
+from mlx_forget.studies.toy_tasks import LENGTH, TASKS, bos_of, exact_match, examples
 from mlx_forget.trainer import RuntimeSpec, available_backends
 
 NETWORKS = available_backends()
@@ -119,7 +119,17 @@ def test_an_interrupted_toy_ends_as_if_it_had_not_been(backend, tmp_path):
 def test_a_killed_toy_goes_on_and_ends_with_the_same_readings(tmp_path):
     keys = {**SMALL, "steps": 60, "num_valid": 64}
     options = [f"--{key.replace('_', '-')}={','.join(value) if key == 'tasks' else value}" for key, value in keys.items()]
-    command = [sys.executable, "-m", "mlx_forget.toy_continual", *options, "--backend", NETWORKS[0], "--num-threads", "1", "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "mlx_forget.studies.toy_continual",
+        *options,
+        "--backend",
+        NETWORKS[0],
+        "--num-threads",
+        "1",
+        "--json",
+    ]
     killed = subprocess.Popen([*command, "-o", "killed"], cwd=tmp_path, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "killed").glob("*/[01]-*")) and killed.poll() is None and time.monotonic() < deadline:
@@ -155,7 +165,7 @@ def test_the_command_prints_one_json_object_and_its_folder_becomes_a_figure(capf
     assert set(answer["arms"]) == {PLAIN, REPLAYED}
     assert answer["finished"] is True
     assert answer["spec"]["batch_size"] == 8
-    assert answer["command"].startswith("python -m mlx_forget.toy_continual --tasks reversal,sort --steps 6 --batch-size 8")
+    assert answer["command"].startswith("python -m mlx_forget.studies.toy_continual --tasks reversal,sort --steps 6 --batch-size 8")
     code, out, err = run_forget("plot", tmp_path / "toy", "-o", tmp_path / "f", "--json")
     assert code == 0, err
     assert json.loads(out)["arms"] == answer["arms"]

@@ -11,10 +11,10 @@ from mlx_forget.cli.answers import emit, say, works_in
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from mlx_forget.capacity_slices import Axis
-    from mlx_forget.figure1 import Row
-    from mlx_forget.method_comparison import Trajectory
     from mlx_forget.records import Run
+    from mlx_forget.studies.capacity_slices import Axis
+    from mlx_forget.studies.figure1 import Row
+    from mlx_forget.studies.method_comparison import Trajectory
 
 app = typer.Typer()
 
@@ -32,7 +32,7 @@ def plot(
         str | None,
         typer.Option(
             help="figure1 (runs that differ in p), methods, learning-rate, model-size, pretrain-length, stages, toy (of "
-            "mlx_forget.toy_continual), or ranks (runs compared with their start model). \\[default: what the runs differ in]",
+            "mlx_forget.studies.toy_continual), or ranks (runs compared with their start model). \\[default: what the runs differ in]",
             autocompletion=completion.figures,
         ),
     ] = None,
@@ -51,10 +51,10 @@ def plot(
     Example: forget plot runs/figure1 --output figures
     """
     from mlx_forget.errors import UserError, unknown
-    from mlx_forget.figure1 import as_json as table_json
-    from mlx_forget.figure1 import load_curves, table, write_csv
     from mlx_forget.plots import draw_figure1
     from mlx_forget.records import find_runs
+    from mlx_forget.studies.figure1 import as_json as table_json
+    from mlx_forget.studies.figure1 import load_curves, table, write_csv
 
     if not sweep.is_dir():
         raise UserError(f"There is no sweep folder {sweep}.")
@@ -98,9 +98,9 @@ def plot(
 
 
 def _plot_methods(runs: "list[Run]", stem: Path, seed: int | None, max_forgetting: float | None, *, as_json: bool) -> None:
-    from mlx_forget.method_comparison import as_json as table_json
-    from mlx_forget.method_comparison import load_trajectories, table, table_lines, write_csv
-    from mlx_forget.method_plots import draw_methods
+    from mlx_forget.studies.method_comparison import as_json as table_json
+    from mlx_forget.studies.method_comparison import load_trajectories, table, table_lines, write_csv
+    from mlx_forget.studies.method_plots import draw_methods
 
     trajectories = load_trajectories(runs, seed)
     rows = table(trajectories, max_forgetting=max_forgetting)
@@ -114,9 +114,9 @@ def _plot_methods(runs: "list[Run]", stem: Path, seed: int | None, max_forgettin
 
 
 def _plot_rates(runs: "list[Run]", stem: Path, seed: int | None, *, as_json: bool) -> None:
-    from mlx_forget.method_comparison import load_trajectories, write_csv
-    from mlx_forget.method_plots import draw_rates
-    from mlx_forget.rate_tradeoff import common_target_loss, point_lines, points, points_as_json
+    from mlx_forget.studies.method_comparison import load_trajectories, write_csv
+    from mlx_forget.studies.method_plots import draw_rates
+    from mlx_forget.studies.rate_tradeoff import common_target_loss, point_lines, points, points_as_json
 
     trajectories = load_trajectories(runs, seed)
     level, found = common_target_loss(trajectories), points(trajectories)
@@ -130,9 +130,9 @@ def _plot_rates(runs: "list[Run]", stem: Path, seed: int | None, *, as_json: boo
 
 
 def _plot_slices(runs: "list[Run]", stem: Path, seed: int | None, kind: str, *, as_json: bool) -> None:
-    from mlx_forget.capacity_slices import slice_lines, slice_points, slices_as_json, target_loss
-    from mlx_forget.method_comparison import load_trajectories, write_csv
-    from mlx_forget.method_plots import draw_slices
+    from mlx_forget.studies.capacity_slices import slice_lines, slice_points, slices_as_json, target_loss
+    from mlx_forget.studies.method_comparison import load_trajectories, write_csv
+    from mlx_forget.studies.method_plots import draw_slices
 
     axis: Axis = "model-size" if kind == "model-size" else "pretrain-length"
     trajectories = load_trajectories(runs, seed)
@@ -149,8 +149,8 @@ def _plot_slices(runs: "list[Run]", stem: Path, seed: int | None, kind: str, *, 
 
 
 def _plot_ranks(runs: "list[Run]", stem: Path, seed: int | None, *, as_json: bool) -> None:
-    from mlx_forget import rank_study
-    from mlx_forget.rank_plots import draw_study
+    from mlx_forget.studies import rank_study
+    from mlx_forget.studies.rank_plots import draw_study
 
     points = rank_study.load_points(runs, seed)
     lines, joint = rank_study.fit_lines(points), rank_study.fit_joint(points)
@@ -168,8 +168,8 @@ def _plot_ranks(runs: "list[Run]", stem: Path, seed: int | None, *, as_json: boo
 
 def _plot_stages(sweep: Path, stem: Path, *, as_json: bool) -> None:
     from mlx_forget.errors import UserError
-    from mlx_forget.loss_matrix import FILE, read_matrices, summary, table_lines, write_csv
-    from mlx_forget.stage_plots import draw_stages
+    from mlx_forget.studies.loss_matrix import FILE, read_matrices, summary, table_lines, write_csv
+    from mlx_forget.studies.stage_plots import draw_stages
 
     matrices = read_matrices(sweep / FILE)
     if not matrices:
@@ -187,12 +187,12 @@ def _plot_stages(sweep: Path, stem: Path, *, as_json: bool) -> None:
 
 def _plot_toy(sweep: Path, stem: Path, *, as_json: bool) -> None:
     from mlx_forget.errors import UserError
-    from mlx_forget.stage_plots import draw_exact_match
-    from mlx_forget.toy_continual import FILE, read_outcome, table_lines, write_csv
+    from mlx_forget.studies.stage_plots import draw_exact_match
+    from mlx_forget.studies.toy_continual import FILE, read_outcome, table_lines, write_csv
 
     outcome = read_outcome(sweep)
     if outcome is None:
-        raise UserError(f"{sweep} holds no {FILE}: python -m mlx_forget.toy_continual --output {sweep}")
+        raise UserError(f"{sweep} holds no {FILE}: python -m mlx_forget.studies.toy_continual --output {sweep}")
     _save(draw_exact_match(outcome, title=f"{', then '.join(outcome.spec.tasks)}, one after another"), stem)
     write_csv(outcome, stem.with_name(f"{stem.name}.csv"))
     if as_json:

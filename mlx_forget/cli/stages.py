@@ -40,8 +40,8 @@ def sweep_stages(
         device: to assume for the hours of a dry run.
     """
     from mlx_forget.cli.signals import graceful_stop
-    from mlx_forget.loss_matrix import FILE, measure, read_matrices, summary, table_lines, write_matrices
     from mlx_forget.stages import execute_stages, plan_stages
+    from mlx_forget.studies.loss_matrix import FILE, measure, read_matrices, summary, table_lines, write_matrices
     from mlx_forget.sweep import stack_sweep
     from mlx_forget.sweep_costs import check_disk, disk_by_place
 

@@ -8,14 +8,14 @@ from typing import Any
 from mlx_forget.errors import UserError
 from mlx_forget.laws.advise import AdviceOptions
 from mlx_forget.laws.files import fit_json
-from mlx_forget.method_comparison import Row as MethodRow
-from mlx_forget.method_comparison import Trajectory, load_trajectories
-from mlx_forget.method_comparison import table as compare_methods
 from mlx_forget.records import Run, installed_versions, read_record
 from mlx_forget.report.curves import Panel, make_panels
 from mlx_forget.report.fits import Fitted, Recommendation, fit_all, recommend
 from mlx_forget.report.sources import Recipe, Runs, read_source, recipe_of
 from mlx_forget.runs.rows import METHODS_OF_THE_LAWS, Row
+from mlx_forget.studies.method_comparison import Row as MethodRow
+from mlx_forget.studies.method_comparison import Trajectory, load_trajectories
+from mlx_forget.studies.method_comparison import table as compare_methods
 
 # Histories of more runs than this are not read to compare methods.
 MOST_TRAJECTORIES = 300

@@ -9,17 +9,17 @@ from typing import TypeVar
 from mlx_forget.config import REPLAY_SELF
 from mlx_forget.errors import UserError
 from mlx_forget.evaluate import Estimate
-from mlx_forget.figure1 import Curve
-from mlx_forget.figure1 import Row as Reading
-from mlx_forget.figure1 import table as read_minima
 from mlx_forget.history import read_history
-from mlx_forget.method_comparison import describe
 from mlx_forget.methods import METHODS
 from mlx_forget.pages.chart import short_count
 from mlx_forget.pipeline.mixture import parse_share
 from mlx_forget.records import read_record
 from mlx_forget.report.sources import recipe_of
 from mlx_forget.runs.rows import Row
+from mlx_forget.studies.figure1 import Curve
+from mlx_forget.studies.figure1 import Row as Reading
+from mlx_forget.studies.figure1 import table as read_minima
+from mlx_forget.studies.method_comparison import describe
 
 # As many as the page has colours for, and as a reader can take in.
 MOST_CURVES = 7

@@ -10,11 +10,11 @@ import numpy as np
 from markupsafe import Markup
 
 from mlx_forget.laws.uncertainty import Uncertainty, predict_intervals
-from mlx_forget.method_comparison import Trajectory
 from mlx_forget.pages.chart import HUES, Axis, Point, Series, chart, short_count
 from mlx_forget.report.curves import Panel, share_text
 from mlx_forget.report.fits import Fitted
 from mlx_forget.runs.rows import Row
+from mlx_forget.studies.method_comparison import Trajectory
 
 _LOSSES = (
     ("target_val_loss", "target validation loss"),

@@ -33,7 +33,6 @@ from mlx_forget.ladder import spec_from_hf_config
 from mlx_forget.laws.files import SCHEMA_VERSION as FIT_VERSION
 from mlx_forget.laws.files import read_fit
 from mlx_forget.laws.forms import get_law
-from mlx_forget.loss_matrix import read_matrices
 from mlx_forget.pipeline.formats import BadInput
 from mlx_forget.pipeline.recipes import read_recipes
 from mlx_forget.pipeline.sources import read_documents
@@ -42,6 +41,7 @@ from mlx_forget.pipeline.vocabularies import load_vocabulary
 from mlx_forget.pretrained import older_keys, read_config, read_pretrained, read_tensor, tensor_names, weight_files
 from mlx_forget.records import read_record, write_record
 from mlx_forget.replay import _sampled_shard
+from mlx_forget.studies.loss_matrix import read_matrices
 from mlx_forget.tables import read_table
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "25"))

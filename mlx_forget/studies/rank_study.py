@@ -20,8 +20,8 @@ from mlx_forget.adapters import ALL_LINEAR
 from mlx_forget.durable_files import write_text
 from mlx_forget.errors import UserError
 from mlx_forget.history import read_history
-from mlx_forget.method_comparison import ADAPTERS
 from mlx_forget.records import Run
+from mlx_forget.studies.method_comparison import ADAPTERS
 
 # The first steps, while the rate warms up, are no part of the fits: 50 of 260 in the paper.
 WARMUP_SHARE = 50 / 260

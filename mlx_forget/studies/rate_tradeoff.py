@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mlx_forget.errors import UserError
-from mlx_forget.method_comparison import Trajectory
+from mlx_forget.studies.method_comparison import Trajectory
 
 
 @dataclass(frozen=True)

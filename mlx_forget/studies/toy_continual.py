@@ -6,7 +6,7 @@ and their next-token loss is added with coefficient 10. A task is solved where t
 GPT-2-style one of the ladder, not the authors'. Rows here are no text: a task is the BOS that its rows start with, and no tokenizer knows
 it, which is why these stages are none of a recipe's.
 
-    python -m mlx_forget.toy_continual --tasks reversal,sort --batch-size 256 --steps 600 --output runs/toy
+    python -m mlx_forget.studies.toy_continual --tasks reversal,sort --batch-size 256 --steps 600 --output runs/toy
     forget plot runs/toy
 
 The folder holds `toy.json`, every reading so far, and what a stopped run needs: the same command goes on from the last reading.
@@ -32,7 +32,7 @@ from mlx_forget.ladder import model_spec
 from mlx_forget.methods import TERM_REPLAY_NTP, method_spec
 from mlx_forget.records import installed_versions
 from mlx_forget.sampling import uniforms
-from mlx_forget.toy_tasks import LENGTH, TASKS, VOCAB_SIZE, Rows, bos_of, exact_match, examples
+from mlx_forget.studies.toy_tasks import LENGTH, TASKS, VOCAB_SIZE, Rows, bos_of, exact_match, examples
 from mlx_forget.trainer import Batch, OptimSpec, RuntimeSpec, Trainer, TrainerSpec, choose_backend, load_backend
 
 FILE = "toy.json"
@@ -86,7 +86,10 @@ class ToySpec:
         given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
         options = {name: ",".join(value) if name == "tasks" else value for name, value in given.items()}
         return " ".join(
-            ["python -m mlx_forget.toy_continual", *(f"--{name.replace('_', '-')} {value}" for name, value in options.items())]
+            [
+                "python -m mlx_forget.studies.toy_continual",
+                *(f"--{name.replace('_', '-')} {value}" for name, value in options.items()),
+            ]
         )
 
     def learning_rate_of(self, step: int) -> float:

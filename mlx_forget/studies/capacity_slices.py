@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from mlx_forget.config import TrainConfig, from_layers
 from mlx_forget.errors import UserError
-from mlx_forget.method_comparison import Trajectory, describe
-from mlx_forget.rate_tradeoff import common_target_loss, reading_at
+from mlx_forget.studies.method_comparison import Trajectory, describe
+from mlx_forget.studies.rate_tradeoff import common_target_loss, reading_at
 
 Axis = Literal["model-size", "pretrain-length"]
 AXES: dict[Axis, str] = {"model-size": "parameters", "pretrain-length": "pretraining tokens per parameter"}

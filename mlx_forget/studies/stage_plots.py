@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mlx_forget.loss_matrix import LossMatrix
 from mlx_forget.plots import COLOURS, MARKERS
+from mlx_forget.studies.loss_matrix import LossMatrix
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from mlx_forget.toy_continual import Outcome
+    from mlx_forget.studies.toy_continual import Outcome
 
 
 def draw_stages(matrices: Sequence[LossMatrix], *, title: str) -> "Figure":

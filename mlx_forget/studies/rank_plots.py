@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from mlx_forget.plots import COLOURS, MARKERS
-from mlx_forget.rank_study import Joint, Line, Point
+from mlx_forget.studies.rank_study import Joint, Line, Point
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

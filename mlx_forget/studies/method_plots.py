@@ -3,15 +3,15 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mlx_forget.method_comparison import TOLERANCE, Trajectory
 from mlx_forget.plots import COLOURS, MARKERS
-from mlx_forget.rate_tradeoff import Point
+from mlx_forget.studies.method_comparison import TOLERANCE, Trajectory
+from mlx_forget.studies.rate_tradeoff import Point
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from mlx_forget.capacity_slices import Axis, SlicePoint
+    from mlx_forget.studies.capacity_slices import Axis, SlicePoint
 
 
 def draw_methods(trajectories: Sequence[Trajectory], *, title: str) -> "Figure":
@@ -82,7 +82,7 @@ def draw_slices(found: "Sequence[SlicePoint]", axis: "Axis", level: float, *, ti
     """Pretraining loss before, and after with the best coefficient of each method, against size or length of pretraining."""
     from matplotlib.figure import Figure
 
-    from mlx_forget.capacity_slices import AXES
+    from mlx_forget.studies.capacity_slices import AXES
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
