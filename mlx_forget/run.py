@@ -202,8 +202,9 @@ def finish_run(plan: Plan, run: RunState, trainer: Trainer, *, stack_size: int =
     if plan.group.rank == 0:
         history = plan.folder / records.HISTORY
         record["history_rows"] = read_history(history).num_rows if history.exists() else 0
-        records.write_record(plan.folder, record)
+        # The record comes last: a run that has one is not looked at again, and what a kill left in its folder would stay.
         checkpoint.prune(plan.folder / "checkpoints")
+        records.write_record(plan.folder, record)
     return record
 
 

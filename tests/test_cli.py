@@ -353,7 +353,7 @@ def test_every_extra_of_a_purpose_is_one_of_the_package():
         ("forget runs ex", {"export"}),
         ("forget train --method kl", {"kl-replay"}),
         ("forget train --backend m", {"mlx"}),
-        ("forget train --fine-tune-type ", {"full", "lora", "dora"}),
+        ("forget train --fine-tune-type ", {"full", "lora", "dora", "ia3"}),
         ("forget fit table.csv --law forgetting-", {"forgetting-fixed-n"}),
         ("forget sweep kalajdzievski/la", {"kalajdzievski/laptop"}),
         ("forget doctor tr", {"tracking"}),

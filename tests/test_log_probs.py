@@ -370,7 +370,7 @@ def test_a_dry_run_says_what_it_takes_and_the_command_fills_it(run_forget, tmp_p
     ask = ("--backend", "fake", "--num-tokens", "10K", "-o", "store", "--log-probs", "top-16")
     code, _, err = run_forget("replay", "base", *ask)
     assert code == 0, err
-    assert "kl_of_kept_nats" in err
+    assert "nats per token, over" in err
     kl = ("train", "--backend", "fake", "--init", "base", "--method", "kl-replay", "--iters", "4", "--replay-data", "store")
     code, out, err = run_forget(*kl, "--reference-log-probs", "top-16", "--dry-run", "--json")
     expected = json.loads(out)["kept_log_prob_bytes"]
