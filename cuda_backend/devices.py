@@ -11,10 +11,9 @@ from typing import Any
 import torch
 
 from cuda_backend.distributed import local_rank
-from mlx_forget.adapters import num_trainable
+from mlx_forget.costs import state_bytes
 from mlx_forget.distributed import Group
 from mlx_forget.errors import UserError
-from mlx_forget.ladder import linear_shapes, num_params
 from mlx_forget.methods import TERM_REPLAY_KL, TERM_REPLAY_NTP, TERM_TASK
 from mlx_forget.pretrained import PretrainedSpec
 from mlx_forget.trainer import Capabilities, ModelSpec, Precision, RuntimeSpec, TrainerSpec
@@ -68,10 +67,7 @@ def limit_memory(device: torch.device, spec: TrainerSpec, num_processes: int, li
     """
     if device.type != "cuda":
         raise UserError("PyTorch cannot limit its memory on a CPU: leave --memory-limit-gb out.")
-    # Weights in fp32, gradients and two moments of what is trained, before any activation.
-    model, adapter = spec.model, spec.adapter
-    trained = num_params(model) if adapter is None else num_trainable(linear_shapes(model), adapter)
-    need_gb = (4 * num_params(model) + 12 * trained) / 1e9 / (num_processes if spec.runtime.shard else 1)
+    need_gb = state_bytes(spec) / 1e9 / (num_processes if spec.runtime.shard else 1)
     if need_gb > limit_gb:
         raise UserError(f"--memory-limit-gb {limit_gb:g}: the weights and their optimiser alone need {need_gb:.2f} GB.")
     total = torch.cuda.get_device_properties(device).total_memory

@@ -253,14 +253,14 @@ class TorchTrainer(Trainer):
     ) -> None:
         if self.spec.adapter is not None:
             raise UserError("Fisher information is measured of models without adapters.")
-        fisher = {name: torch.zeros_like(value) for name, value in self._weights.items()}
+        fisher = {name: torch.zeros_like(value) for name, value in self._trained_weights().items()}
         zeros = np.zeros(1, np.uint8)
         for row in range(len(tokens)):
             one = slice(row, row + 1)
             own = None if segment is None else segment[one]
             batch = Batch(tokens=tokens[one], loss_mask=mask[one], segment=own, term=zeros, source=zeros)
             self._accumulate_gradient(batch, slice(0, 1), mask[one].astype(np.float32), None)
-            for name, value in self._weights.items():
+            for name, value in self._trained_weights().items():
                 assert value.grad is not None
                 fisher[name].addcmul_(value.grad, value.grad, value=1 / max(1, int(mask.sum())))
                 value.grad = None

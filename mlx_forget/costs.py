@@ -10,7 +10,7 @@ from mlx_forget.errors import UserError, unknown
 from mlx_forget.ladder import ModelSpec, linear_shapes, moment_shapes, num_params, param_shapes, train_flops_per_token
 from mlx_forget.methods import MethodSpec
 from mlx_forget.pretrained import PretrainedSpec
-from mlx_forget.trainer import AdapterSpec, OptimSpec, Precision
+from mlx_forget.trainer import AdapterSpec, OptimSpec, Precision, TrainerSpec
 
 # Of a device's memory: the rest is left to the framework, to fragments and to evaluations.
 USABLE_SHARE = 0.9
@@ -100,10 +100,7 @@ class Step:
     @property
     def trained(self) -> dict[str, tuple[int, ...]]:
         """Shape of every parameter that a step changes."""
-        if self.adapter is not None:
-            return parameter_shapes(linear_shapes(self.model), self.adapter)
-        shapes = param_shapes(self.model)
-        return {name: shapes[name] for name in trained_names(shapes, None, self.num_layers)}
+        return _trained_shapes(self.model, self.adapter, self.num_layers)
 
     @property
     def flops(self) -> float:
@@ -115,6 +112,14 @@ class Step:
         rows = share * self.rows + _FORWARD_SHARE * self.kl_rows
         attended = self.row_length if isinstance(self.model, PretrainedSpec) else None
         return rows * self.row_length * train_flops_per_token(self.model, attended)
+
+
+def state_bytes(spec: TrainerSpec) -> int:
+    """Bytes of float32 weights, gradients and moments, before any activation: no batch is small enough to need less."""
+    trained = _trained_shapes(spec.model, spec.adapter, spec.num_layers)
+    own = {} if spec.adapter is None else trained
+    parts = (own, trained, moment_shapes(spec.optim.name, trained))
+    return 4 * (num_params(spec.model) + sum(math.prod(shape) for shapes in parts for shape in shapes.values()))
 
 
 def memory_bytes(step: Step, kept_bytes: KeptBytes, *, rows: int | None = None) -> dict[str, int]:
@@ -267,3 +272,12 @@ def summary(step: Step, kept_bytes: KeptBytes, *, rows: int | None) -> dict[str,
         "kept_disk_bytes": kept_disk_bytes(step),
         "micro_batch_size": rows,
     }
+
+
+def _trained_shapes(
+    model: ModelSpec | PretrainedSpec, adapter: AdapterSpec | None, num_layers: int | None
+) -> dict[str, tuple[int, ...]]:
+    if adapter is not None:
+        return parameter_shapes(linear_shapes(model), adapter)
+    shapes = param_shapes(model)
+    return {name: shapes[name] for name in trained_names(shapes, None, num_layers)}

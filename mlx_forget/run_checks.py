@@ -45,6 +45,8 @@ def check_method(config: TrainConfig, backend: str, capabilities: Capabilities) 
         method.replay_term != TERM_REPLAY_KL or config.replay_data == REPLAY_ONLINE
     ):
         what = "online replay, whose rows never come again" if method.replay_term == TERM_REPLAY_KL else f"method {config.method!r}"
+        if row.reads_replay and config.coefficient == 0 and METHODS[config.method].make(1.0).replay_term == TERM_REPLAY_KL:
+            what = f"{config.method} with coefficient 0, which asks nothing"
         raise UserError(
             f"reference_log_probs {config.reference_log_probs} keeps what kl-replay asks of stored rows, not of {what}: leave it live."
         )

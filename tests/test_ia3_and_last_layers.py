@@ -7,8 +7,9 @@ import pytest
 
 from mlx_forget import adapters
 from mlx_forget.checkpoint import find_checkpoint
+from mlx_forget.costs import state_bytes
 from mlx_forget.errors import UserError
-from mlx_forget.ladder import initial_weights, linear_shapes, model_spec
+from mlx_forget.ladder import initial_weights, linear_shapes, model_spec, num_params
 from mlx_forget.methods import method_spec
 from mlx_forget.trainer import AdapterSpec, OptimSpec, RuntimeSpec, TrainerSpec, available_backends, load_backend
 from tests.reference import GPT2, AdamW
@@ -47,6 +48,21 @@ def saved(trainer, path, **how):
 
     trainer.save(path, **how)
     return load_file(path)
+
+
+def test_what_the_last_blocks_need_is_less_than_what_every_weight_needs(backend):
+    """A limit of memory counts gradients and moments of what is trained, as the optimiser keeps them."""
+    model, adafactor = SPEC, OptimSpec(name="adafactor")
+    num, last = num_params(model), sum(v.size for n, v in initial_weights(model, 2) if n.startswith("transformer.h.1."))
+    spec = TrainerSpec(model, num_layers=1)
+    assert state_bytes(TrainerSpec(model)) == 16 * num
+    assert state_bytes(spec) == 4 * num + 12 * last
+    assert state_bytes(TrainerSpec(model, adafactor)) < 9 * num
+    # The Fisher information is that of what is trained.
+    trainer, rows = trainer_of(backend, model, num_layers=1, method="ewc"), make_batch(0)
+    trainer.set_reference("start")
+    trainer.set_fisher(rows.tokens, rows.loss_mask)
+    assert np.isfinite(trainer.train_step(rows, 1e-3).read().grad_norm)
 
 
 def test_vectors_sit_on_keys_values_and_the_way_down():

@@ -394,6 +394,7 @@ WRONG = [
     (["--method", "kl-replay", "--reference-log-probs", "top-0"], "'top-0' is neither"),
     (["--method", "ntp-replay", "--reference-log-probs", "full"], "not of method 'ntp-replay': leave it live"),
     (["--method", "lwf", "--reference-log-probs", "full"], "not of method 'lwf'"),
+    (["--method", "kl-replay", "--coefficient", "0", "--reference-log-probs", "full"], "coefficient 0, which asks nothing"),
     (["--method", "kl-replay", "--replay-data", "online", "--reference-log-probs", "full"], "rows never come again"),
 ]
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_forget import loss_matrix
 from mlx_forget import trainer as trainer_module
 from mlx_forget.checkpoint import open_checkpoint
 from mlx_forget.errors import UserError
@@ -21,6 +20,7 @@ from mlx_forget.records import RECORD, find_runs, read_record
 from mlx_forget.resources import recipe as find_recipe
 from mlx_forget.run import execute, start_trainer, trainer_spec
 from mlx_forget.stages import execute_stages, plan_stages
+from mlx_forget.studies import loss_matrix
 from mlx_forget.studies.loss_matrix import CSV_COLUMNS, LossMatrix, measure, read_matrices, summary, table_lines, write_matrices
 from mlx_forget.trainer import available_backends, load_backend
 from mlx_forget.watch import Watch

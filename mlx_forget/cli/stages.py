@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_forget.cli.sweep import on_this_machine, report, train_runs
+from mlx_forget.cli.sweep_runs import on_this_machine, report, train_runs
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -8,9 +8,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_forget.adapters import num_trainable
+from mlx_forget.costs import state_bytes
 from mlx_forget.errors import OutOfMemory, UserError
-from mlx_forget.ladder import linear_shapes, num_params
 from mlx_forget.methods import TERM_REPLAY_KL, TERM_REPLAY_NTP, TERM_TASK
 from mlx_forget.mlx_backend import BLAS_NOTE
 from mlx_forget.mlx_backend.distributed import num_local_ranks
@@ -86,10 +85,7 @@ def limit_memory(spec: TrainerSpec) -> None:
     limit = spec.runtime.memory_limit_gb
     if limit is None:
         return
-    # Weights, and gradients and two moments of what is trained, 4 bytes each: no batch is small enough to need less.
-    model, adapter = spec.model, spec.adapter
-    trained = num_params(model) if adapter is None else num_trainable(linear_shapes(model), adapter)
-    need = (4 * num_params(model) + 12 * trained) / _GIGABYTE
+    need = state_bytes(spec) / _GIGABYTE
     if limit < need and not spec.runtime.reads_only:
         raise UserError(
             f"--memory-limit-gb {limit:g} is below what this model needs: {need:.3g} GB for weights, gradients and moments alone."
