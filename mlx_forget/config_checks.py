@@ -56,10 +56,13 @@ def check_config(config: "TrainConfig") -> None:
         if getattr(config, name) is not None:
             _positive(name, getattr(config, name))
     for name in ("weight_decay", "max_grad_norm", "max_skipped", "seed"):
-        if getattr(config, name) < 0:
+        if not getattr(config, name) >= 0:
             raise UserError(f"{name} must not be negative, it is {getattr(config, name)}.")
     if not 0 <= config.lora_dropout < 1:
         raise UserError(f"lora_dropout must be at least 0 and below 1, it is {config.lora_dropout:g}.")
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(config, name) < 1:
+            raise UserError(f"{name} must be at least 0 and below 1, it is {getattr(config, name):g}.")
     if idle := _idle_lora_fields(config):
         has = "is full and has no adapters" if config.fine_tune_type == "full" else "is ia3, which has no rank"
         raise UserError(f"{idle[0]} is given, but --fine-tune-type {has}: give lora or dora.")

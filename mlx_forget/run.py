@@ -328,8 +328,10 @@ def _check_same_run(plan: Plan, found: str) -> None:
     stored = plan.folder / records.CONFIG
     if stored.is_file():
         before, now = read_yaml(stored), dataclasses.asdict(plan.config)
-        keys = [key for key in now if before.get(key) != now[key]]
-        differing = f" (differing: {', '.join(keys)})" if keys else ""
+        # Those that a run is named by: others may change when it goes on.
+        named_by = [f.name for f in dataclasses.fields(plan.config) if f.metadata["science"] or f.name == "precision"]
+        keys = [key for key in named_by if before.get(key) != now[key]]
+        differing = f" (differing: {', '.join(keys) or 'what the data or the start weights hold'})"
     raise UserError(f"{plan.folder} holds another run, {found}{differing}: choose another --output.")
 
 

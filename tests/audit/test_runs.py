@@ -73,13 +73,24 @@ def test_only_answers_count_as_the_finetune_learnt_only_them(forget, files):
         assert 0 < text["num_bytes"] < 300 * 80
 
 
-def test_what_was_learnt_from_every_target_is_found_and_a_lost_one_is_said(forget, files, tmp_path):
+@pytest.fixture
+def own_stores(monkeypatch, tmp_path):
+    """The folder of token stores of a cache that no test beside this one reads."""
+    home = tmp_path / "home"
+    home.mkdir()
+    for name in ("corpora", "tokenizers"):
+        (home / name).symlink_to(forget_home() / name)
+    monkeypatch.setenv("FORGET_HOME", str(home))
+    return home / "stores"
+
+
+def test_what_was_learnt_from_every_target_is_found_and_a_lost_one_is_said(forget, files, tmp_path, tokenizer_file, own_stores):
     forget("train", "--target", "chats.jsonl=50%,notes.txt=50%", "--rows", "padded", "--p", "0", "--iters", "2", "--output", "run")
     found, _ = forget("audit", "auto", "run", "--data", "mixed.jsonl")
     overlap = found["texts"][0]["overlap"]
     # Some were held out for validation.
     assert 10 <= len(overlap) <= 20
-    shutil.rmtree(forget_home() / "stores")
+    shutil.rmtree(own_stores)
     found, err = forget("audit", "auto", "run", "--data", "mixed.jsonl")
     assert found["texts"][0]["overlap"] is None
     assert "notes.txt was not checked: its token store is no longer found." in err
