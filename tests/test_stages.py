@@ -312,7 +312,9 @@ def test_the_recipe_runs_resumes_and_becomes_a_table_and_a_figure(run_forget, tm
     assert base["title"].startswith("base")
     assert base["hours"] > 0
     assert [(row["stage"], row["run_id"] is None) for row in rows] == [(1, False), (2, True), (3, True)] * 3
-    assert planned["totals"]["hours"] == pytest.approx(sum(row["hours"] for row in planned["runs"]))
+    # The base may have been trained by another test.
+    left = [row for row in planned["runs"] if row["state"] != "done"]
+    assert planned["totals"]["hours"] == pytest.approx(sum(row["hours"] for row in left))
     (tmp_path / "r.yaml").write_text(
         "arms: {replayed: {method: kl-replay, replay_data: earlier}}\nstages: [{target: code}, {target: math}]\n"
         "smoke: {config: {model: 0.16m, vocab_size: 512, target_tokens: 20000, iters: 4, batch_size: 8, eval_rows: 16, "
