@@ -11,7 +11,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from mlx_forget.errors import UserError
+
 SEAL = "checksum"
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder that is to be written to, before the work starts.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"Cannot write to {folder}: {error.strerror}.") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"Cannot write to {folder}: no permission.")
 
 
 def sync(path: Path) -> None:

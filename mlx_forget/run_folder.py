@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from mlx_forget.distributed import Group
+from mlx_forget.durable_files import make_folder
 from mlx_forget.errors import UserError
 
 _LOCK = ".lock"
@@ -74,12 +75,7 @@ def _is_at(path: Path, descriptor: int) -> bool:
 def _make_folder(folder: Path) -> list[Path]:
     """Make a folder; returns what was made, outermost first."""
     missing = [place for place in (*reversed(folder.parents), folder) if not place.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"Cannot write to {folder}: {error.strerror}.") from None
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"Cannot write to {folder}: no permission.")
+    make_folder(folder)
     return missing
 
 

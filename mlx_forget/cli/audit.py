@@ -37,13 +37,14 @@ def audit(
     """
     from rich.console import Console
 
-    from mlx_forget.audit.files import make_folder, to_json, write_audit
+    from mlx_forget.audit.files import to_json, write_audit
     from mlx_forget.audit.run import execute_audit, plan_audit
     from mlx_forget.audit.table import print_table
     from mlx_forget.audit.texts import parse_texts
     from mlx_forget.audit.verdict import failure
     from mlx_forget.cli.answers import emit_text, works_in
     from mlx_forget.config import from_layers
+    from mlx_forget.durable_files import make_folder
     from mlx_forget.errors import RunFailed
     from mlx_forget.progress import Preparation
 

@@ -50,6 +50,7 @@ def plot(
 
     Example: forget plot runs/figure1 --output figures
     """
+    from mlx_forget.durable_files import make_folder
     from mlx_forget.errors import UserError, unknown
     from mlx_forget.plots import draw_figure1
     from mlx_forget.records import find_runs
@@ -65,10 +66,7 @@ def plot(
         raise unknown("kind of figure", chosen, KINDS)
     folder, stem = output or Path("figures"), name or sweep.resolve().name
     works_in(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"Cannot write to {folder}: {error.strerror}.") from None
+    make_folder(folder)
     if chosen != "figure1":
         if chosen == "stages":
             _plot_stages(sweep, folder / stem, as_json=as_json)

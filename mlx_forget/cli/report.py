@@ -31,8 +31,7 @@ def report(
     Example: forget report runs/figure1 -o figure1.html
     """
 
-    from mlx_forget.audit.files import make_folder
-    from mlx_forget.durable_files import write_text
+    from mlx_forget.durable_files import make_folder, write_text
     from mlx_forget.report.contents import make_report
     from mlx_forget.report.page import render
 

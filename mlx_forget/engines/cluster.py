@@ -64,3 +64,9 @@ class ClusterEngine(Engine, Generic[Handle]):
 def stopped() -> Exit:
     """How a task ends that was taken back."""
     return Exit(143, "taken back")
+
+
+def first_line(error: BaseException | None) -> str:
+    """The first line of what a scheduler says, or what kind of error it is."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

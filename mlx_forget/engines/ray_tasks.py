@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlx_forget.engines import Demand, Exit, Task
-from mlx_forget.engines.cluster import ClusterEngine, stopped
+from mlx_forget.engines.cluster import ClusterEngine, first_line, stopped
 from mlx_forget.engines.lease import SECONDS_TO_LAPSE, attend
 from mlx_forget.engines.processes import num_cores
 from mlx_forget.errors import RunFailed, UserError
@@ -54,7 +54,7 @@ class RayEngine(ClusterEngine[Any]):
         try:
             ray.init(**options)
         except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
-            raise UserError(f"Ray{f' at {address}' if address else ''} does not answer: {_sentence(error)}") from None
+            raise UserError(f"Ray{f' at {address}' if address else ''} does not answer: {first_line(error)}") from None
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, terminate)
         self._ray = ray
@@ -102,7 +102,7 @@ class RayEngine(ClusterEngine[Any]):
         try:
             ready, _ = self._ray.wait(list(tasks), num_returns=len(tasks), timeout=0, fetch_local=False)
         except self._ray.exceptions.RayError as error:
-            raise RunFailed(f"Ray no longer answers: {_sentence(error)} The same command goes on.") from None
+            raise RunFailed(f"Ray no longer answers: {first_line(error)} The same command goes on.") from None
         return [(tasks[handle], self._exit(handle)) for handle in ready]
 
     def _exit(self, handle: Any) -> Exit:
@@ -112,9 +112,9 @@ class RayEngine(ClusterEngine[Any]):
         except errors.TaskCancelledError:
             return stopped()
         except errors.RayTaskError as error:
-            return Exit(2, _sentence(error.cause))
+            return Exit(2, first_line(error.cause))
         except errors.RayError as error:
-            return Exit(None, f"its Ray worker died: {_sentence(error)}")
+            return Exit(None, f"its Ray worker died: {first_line(error)}")
 
     def _take_back(self, handle: Any) -> None:
         self._ray.cancel(handle, force=False)
@@ -137,8 +137,3 @@ def _knock(address: str) -> None:
         raise UserError(
             f"No Ray cluster answers at {address} ({error}): start one with `ray start --head`, or leave --address out."
         ) from None
-
-
-def _sentence(error: BaseException | None) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

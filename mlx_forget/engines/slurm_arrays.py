@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlx_forget.engines import Demand, Exit, Task
-from mlx_forget.engines.cluster import ClusterEngine, stopped
+from mlx_forget.engines.cluster import ClusterEngine, first_line, stopped
 from mlx_forget.engines.lease import SECONDS_TO_LAPSE, Attendance, Lease
 from mlx_forget.errors import RunFailed, UserError
 from mlx_forget.grid import Resources
@@ -110,7 +110,7 @@ class SlurmEngine(ClusterEngine[Any]):
                 with executor.batch():
                     jobs = [executor.submit(run, task, self._holder.lease) for run, task in zip(functions, tasks, strict=True)]
             except (RuntimeError, OSError) as error:
-                raise RunFailed(f"Slurm takes no jobs: {_first_line(error)} The same command goes on.") from None
+                raise RunFailed(f"Slurm takes no jobs: {first_line(error)} The same command goes on.") from None
             self._handles.update(zip(tasks, jobs, strict=True))
 
     def _exit(self, task: Task, job: Any) -> Exit:
@@ -121,7 +121,7 @@ class SlurmEngine(ClusterEngine[Any]):
         except self._submitit.core.utils.FailedJobError as error:
             return Exit(2, str(error).strip().splitlines()[-1])
         except self._submitit.core.utils.UncompletedJobError as error:
-            return Exit(None, f"its job {job.job_id} died: {_first_line(error)}")
+            return Exit(None, f"its job {job.job_id} died: {first_line(error)}")
 
     def _take_back(self, handle: Any) -> None:
         handle.cancel(check=False)
@@ -129,8 +129,3 @@ class SlurmEngine(ClusterEngine[Any]):
     def stop(self) -> None:
         self._queued = []
         super().stop()
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

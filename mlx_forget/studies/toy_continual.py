@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_forget.durable_files import write_text
+from mlx_forget.durable_files import make_folder, write_text
 from mlx_forget.errors import Interrupted, RunFailed, UserError, exit_code, unknown
 from mlx_forget.ladder import model_spec
 from mlx_forget.methods import TERM_REPLAY_NTP, method_spec
@@ -167,10 +167,7 @@ def run_toy(
         UserError: the folder holds another experiment, or cannot be written.
         Interrupted: a stop was asked for.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"Cannot write to {folder}: {error.strerror}.") from None
+    make_folder(folder)
     outcome = read_outcome(folder) or Outcome(spec, backend, "", {arm: [] for arm in ARMS})
     if (outcome.spec, outcome.backend) != (spec, backend):
         raise UserError(f"{folder} holds another experiment ({outcome.spec.command}, {outcome.backend}): choose another --output.")
