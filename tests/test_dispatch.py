@@ -5,14 +5,14 @@ import json
 
 import pytest
 
-from mlx_forget import dispatch
 from mlx_forget import trainer as trainer_module
-from mlx_forget.dispatch import FAILURE, execute_sweep, unfinished_strangers
 from mlx_forget.engines import Engine, Exit
 from mlx_forget.errors import Interrupted, UserError
-from mlx_forget.grid import Recipe, Resources
 from mlx_forget.records import REQUESTED, read_record, write_record
-from mlx_forget.sweep import plan_sweep, stack_sweep
+from mlx_forget.sweeps import dispatch
+from mlx_forget.sweeps.dispatch import FAILURE, execute_sweep, unfinished_strangers
+from mlx_forget.sweeps.grid import Recipe, Resources
+from mlx_forget.sweeps.sweep import plan_sweep, stack_sweep
 from mlx_forget.watch import Watch
 from tests.bigrams import CONFIG
 

@@ -7,11 +7,11 @@ import pytest
 
 from mlx_forget import trainer as trainer_module
 from mlx_forget.errors import UserError
-from mlx_forget.grid import read_recipe
 from mlx_forget.history import SCHEMA, HistoryWriter
 from mlx_forget.records import SCHEMA_VERSION, find_runs
 from mlx_forget.resources import recipe as find_recipe
 from mlx_forget.studies.method_comparison import CSV_COLUMNS, describe, load_trajectories, table, table_lines
+from mlx_forget.sweeps.grid import read_recipe
 
 
 def write_run(folder, losses, *, method="plain", seed=0, replay_tokens=0, **config):

@@ -131,7 +131,7 @@ def _train_stack(folders: "list[Path]", watch: "Watch") -> None:
     from mlx_forget.pipeline.opened import Opened
     from mlx_forget.plan import plan_run
     from mlx_forget.records import REQUESTED
-    from mlx_forget.stacking import execute_stack
+    from mlx_forget.sweeps.stacking import execute_stack
 
     quiet, opened = dataclasses.replace(watch, say=lambda sentence: None), Opened()
     configs = [from_layers(TrainConfig, read_yaml(folder / REQUESTED)) for folder in folders]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mlx_forget.errors import UserError, unknown
-from mlx_forget.grid import Resources
+from mlx_forget.sweeps.grid import Resources
 from mlx_forget.watch import Watch
 
 # Exit codes of a run that was asked to stop and has a checkpoint.

@@ -9,7 +9,7 @@ import numpy as np
 from mlx_forget.engines import Demand, Engine, Exit, Task
 from mlx_forget.engines.child import Child
 from mlx_forget.errors import UserError
-from mlx_forget.grid import Resources
+from mlx_forget.sweeps.grid import Resources
 from mlx_forget.watch import Watch
 
 

@@ -31,7 +31,7 @@ from mlx_forget.fuse import whole_checkpoint
 from mlx_forget.methods import MethodSpec
 from mlx_forget.plan import Plan
 from mlx_forget.run import trainer_spec
-from mlx_forget.stages import CHECKPOINT_OF, Chain
+from mlx_forget.sweeps.stages import CHECKPOINT_OF, Chain
 from mlx_forget.trainer import Trainer, load_backend
 
 FILE = "stages.json"
