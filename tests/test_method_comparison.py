@@ -234,9 +234,9 @@ def test_the_length_of_pretraining_is_in_tokens_per_parameter(tmp_path, run_forg
 @pytest.mark.parametrize("name", ["replay-math-paper", "replay-spanish-paper"])
 def test_the_recipes_of_the_papers_own_scale_run_when_they_are_small(name, tmp_path, monkeypatch, run_forget):
     """Plain finetuning and the last arm, on PyTorch where it is there, then the figure."""
-    from mlx_forget.plan import plan_run
-    from mlx_forget.run import execute
     from mlx_forget.trainer import available_backends
+    from mlx_forget.training.plan import plan_run
+    from mlx_forget.training.run import execute
 
     if not available_backends():
         pytest.skip("needs a framework")
@@ -251,8 +251,8 @@ def test_the_recipes_of_the_papers_own_scale_run_when_they_are_small(name, tmp_p
 
 def test_a_recipe_becomes_a_table_and_a_figure(run_forget, tmp_path, monkeypatch):
     """Two arms of the recipe in this process, then the plot."""
-    from mlx_forget.plan import plan_run
-    from mlx_forget.run import execute
+    from mlx_forget.training.plan import plan_run
+    from mlx_forget.training.run import execute
 
     row = trainer_module.Backend("tests.fakes:BigramTrainer", "numpy", "nothing to install")
     monkeypatch.setitem(trainer_module.BACKENDS, "fake", row)

@@ -17,13 +17,13 @@ from mlx_forget.errors import UserError
 from mlx_forget.pipeline.sides import Blend
 from mlx_forget.records import RECORD, find_runs, read_record
 from mlx_forget.resources import recipe as find_recipe
-from mlx_forget.run import execute, start_trainer, trainer_spec
 from mlx_forget.studies import loss_matrix
 from mlx_forget.studies.loss_matrix import CSV_COLUMNS, LossMatrix, measure, read_matrices, summary, table_lines, write_matrices
 from mlx_forget.sweeps.grid import Recipe, read_recipe
 from mlx_forget.sweeps.stages import execute_stages, plan_stages
 from mlx_forget.trainer import available_backends, load_backend
-from mlx_forget.watch import Watch
+from mlx_forget.training.run import execute, start_trainer, trainer_spec
+from mlx_forget.training.watch import Watch
 
 TINY = {"model": "0.16m", "vocab_size": 512, "target_tokens": 20_000, "iters": 6, "batch_size": 8, "eval_rows": 16,
         "steps_per_eval": 2, "num_threads": 1, "base": {"iters": 8, "steps_per_eval": 4}}  # fmt: skip

@@ -177,9 +177,9 @@ def test_settings_that_slurm_does_not_know_are_refused(run_forget, tmp_path):
 
 @needs_submitit
 def test_a_slurm_that_takes_no_jobs_is_said_and_an_array_is_what_it_is_asked_for(run_forget, tmp_path, monkeypatch, cache_folder):
-    from mlx_forget.run import execute
     from mlx_forget.sweeps.grid import read_recipe
     from mlx_forget.sweeps.sweep import plan_sweep
+    from mlx_forget.training.run import execute
 
     path = recipe(tmp_path, grid={"seed": [0, 1, 2]})
     execute(plan_sweep(read_recipe(path), tmp_path / "s").bases[0].plan)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mlx_forget.sweeps.stacking import Wanted
     from mlx_forget.sweeps.stages import Chain
     from mlx_forget.sweeps.sweep import Job, Sweep
-    from mlx_forget.watch import Watch
+    from mlx_forget.training.watch import Watch
 
 
 def sweep_stages(

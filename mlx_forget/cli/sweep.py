@@ -92,14 +92,14 @@ def sweep(
     from mlx_forget.costs import device_named
     from mlx_forget.engines import Demand
     from mlx_forget.errors import UserError
-    from mlx_forget.plan import Target
     from mlx_forget.progress import Preparation
     from mlx_forget.resources import recipe as find_recipe
     from mlx_forget.sweeps.costs import NotPreparedError, check_disk, disk_by_place, only_if_prepared, planned_rows, speed_of
     from mlx_forget.sweeps.dispatch import look_back, unfinished_strangers
     from mlx_forget.sweeps.grid import Resources, read_recipe
     from mlx_forget.sweeps.sweep import plan_sweep, stack_sweep
-    from mlx_forget.watch import Watch
+    from mlx_forget.training.plan import Target
+    from mlx_forget.training.watch import Watch
 
     console = Console(stderr=True)
 

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from mlx_forget.engines import Demand
-    from mlx_forget.plan import Plan
     from mlx_forget.sweeps.grid import Resources
     from mlx_forget.sweeps.sweep import Job, Sweep
-    from mlx_forget.watch import Watch
+    from mlx_forget.training.plan import Plan
+    from mlx_forget.training.watch import Watch
 
 _FAILURES_SHOWN = 20
 
