@@ -19,7 +19,8 @@ from mlx_forget.errors import UserError
 from mlx_forget.ladder import outputs_first, param_shapes
 from mlx_forget.pipeline.corpora import forget_home
 from mlx_forget.pipeline.vocabularies import copy_tokenizer
-from mlx_forget.pretrained import names_in_files, read_tensor, tensor_names, weight_files, write_tensors
+from mlx_forget.pretrained import names_in_files
+from mlx_forget.weight_files import read_tensor, tensor_names, weight_files, write_tensors
 
 
 def base_of(start: Checkpoint) -> dict[str, Any]:
