@@ -39,7 +39,7 @@ from mlx_forget.pipeline.rows import PADDED, Rows
 from mlx_forget.pipeline.store import TokenStore
 from mlx_forget.pipeline.vocabularies import find_tokenizer, tokenizer_in
 from mlx_forget.pretrained import LEARNING_RATE, PretrainedSpec
-from mlx_forget.run_checks import check_method
+from mlx_forget.run_checks import check_layers, check_method
 from mlx_forget.run_data import identity_of, replay_name, replay_rows_per_step, run_data, sampled_tokens, sources_of, stored_replay
 from mlx_forget.run_identity import run_id
 from mlx_forget.schedule import Schedule
@@ -226,6 +226,7 @@ def _plan(
             raise UserError(
                 f"--tokenizer {config.tokenizer} is not the tokenizer that {config.start_name} was trained with: leave it out."
             )
+    check_layers(config, model)
     if (adapter := config.adapter()) is not None:
         num_trainable(linear_shapes(model), adapter)
     row_length = config.max_seq_length or default_row_length(model)
