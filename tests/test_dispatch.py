@@ -269,7 +269,7 @@ def test_what_a_sweep_planned_and_did_not_end_is_known_by_its_title(plan):
     assert {one.title: one.state for one in missing_runs(folder)}[stopped.title] == "not begun"
     lines = missing_lines(missing_runs(folder))
     assert lines[0].startswith("2 runs have not ended and are not in this figure")
-    assert lines[1] == f"  p = 1%: failed: out of luck"
+    assert lines[1] == "  p = 1%: failed: out of luck"
     note_planned(folder, {"other": "another"})
     assert list(planned(folder)) == [job.plan.folder.name for job in (done, failed, stopped)] + ["other"]
     # What no sweep noted down is told by its folder, and a note that cannot be read is none.
