@@ -211,12 +211,14 @@ class Trials:
             put_in_place(self.root, site, anew=anew)
             if anew:
                 self.seconds = {}
-                return int(pytest.main([*PYTEST, f"--basetemp={self.folder}/t", *tests]))
+                files = dict.fromkeys(name.split("::")[0] for name in tests)
+                return int(pytest.main([*PYTEST, f"--basetemp={self.folder}/t", *files], plugins=[_Only(tests)]))
             self.seconds = tests
             items = {item.nodeid: item for item in session.items}
             return _run(session, [items[name] for name in tests])
 
         code = self._forked(child)
+        assert code != pytest.ExitCode.NO_TESTS_COLLECTED
         if code < 0:
             return "killed by time" if -code in (signal.SIGPROF, signal.SIGXCPU, signal.SIGALRM) else "killed"
         return "killed" if code else "survived"
@@ -247,6 +249,17 @@ class Trials:
             return os.waitstatus_to_exitcode(ended[1])
         finally:
             _end(process)
+
+
+class _Only:
+    """A plugin of pytest that picks tests, in an order. By the names of their functions: parameters may come from what is mutated."""
+
+    def __init__(self, tests: dict[str, float]) -> None:
+        self.places = {name.split("[")[0]: place for place, name in enumerate(tests)}
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        places = {item: self.places.get(item.nodeid.split("[")[0]) for item in items}
+        items[:] = sorted((item for item in items if places[item] is not None), key=places.get)  # type: ignore[arg-type]
 
 
 def _run(session: pytest.Session, items: list[pytest.Item]) -> int:
