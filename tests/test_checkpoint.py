@@ -177,6 +177,9 @@ def test_the_checkpoint_of_another_tool_is_known_by_its_files(last, tmp_path):
     (folder / "tokenizer.model").unlink()
     with pytest.raises(UserError, match=r"has no tokenizer\.json and no tokenizer\.model"):
         find_checkpoint(folder)
+    (folder / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(UserError, match="does not describe a language model"):
+        find_checkpoint(folder)
 
 
 def test_weights_in_several_files_are_a_folder_and_adapters_a_file_of_their_own(last):
