@@ -125,6 +125,9 @@ def test_a_checkpoint_holds_adapters_only_and_fuses_to_the_same_model(run_of, ba
     trainer.load(base.weights)
     trainer.load(found.weights)
     np.testing.assert_allclose(logits_by_losses(tmp_path / "fused", tokens, backend), trainer.token_losses(tokens), atol=1e-5)
+    code, out, err = run_forget("fuse", folder, "-o", "words")
+    start = found.state["base"]["folder"]
+    assert f"forget audit {start} words; go on from it: --init words" in err
     assert run_forget("fuse", folder, "-o", "fused")[0] == 2
     assert run_forget("fuse", "fused", "-o", "again")[0] == 2
     # A fused checkpoint is one to start from, and so is the run itself.

@@ -105,6 +105,7 @@ WRONG = [
     (["--method", "injektion"], "Did you mean 'injection'"),
     (["--iters", "0"], "iters must be positive"),
     (["--learning-rate", "inf"], "learning_rate must be positive and finite"),
+    (["--stop-target-loss", "nan"], "stop_target_loss must be positive and finite, it is nan"),
     (["--weight-decay", "nan"], "weight_decay must not be negative, it is nan"),
     (["--beta1", "nan"], "beta1 must be at least 0 and below 1, it is nan"),
     (["--beta2", "1"], "beta2 must be at least 0 and below 1, it is 1"),

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import shutil
 
 import pytest
 
@@ -9,6 +10,7 @@ from mlx_forget import trainer as trainer_module
 from mlx_forget.engines import Engine, Exit
 from mlx_forget.errors import Interrupted, UserError
 from mlx_forget.records import REQUESTED, read_record, write_record
+from mlx_forget.runs.missing import PLANNED, missing_lines, missing_runs, note_planned, planned
 from mlx_forget.sweeps import dispatch
 from mlx_forget.sweeps.dispatch import FAILURE, execute_sweep, unfinished_strangers
 from mlx_forget.sweeps.grid import Recipe, Resources
@@ -252,6 +254,28 @@ def test_unfinished_folders_of_no_run_of_the_sweep_are_named(plan):
         folder.mkdir(parents=True)
         (folder / (content or "config.yaml")).write_text("{}")
     assert [path.name for path in unfinished_strangers(sweep)] == ["half"]
+
+
+def test_what_a_sweep_planned_and_did_not_end_is_known_by_its_title(plan):
+    """To whoever reads the folder later, also where a run was not begun; another sweep into the folder adds to it."""
+    sweep = plan({"p": ["0", "1%", "5%"]})
+    execute_sweep(sweep, ScriptedEngine({"p = 1%": [Exit(1, "out of luck")], "p = 5%": [Exit(2, "no room")]}))
+    folder, (done, failed, stopped) = sweep.folder, sweep.jobs
+    found = {one.title: one.state for one in missing_runs(folder)}
+    assert found == {failed.title: "failed: out of luck", stopped.title: "failed: no room"}
+    (stopped.plan.folder / FAILURE).unlink()
+    assert {one.title: one.state for one in missing_runs(folder)}[stopped.title] == "begun, without an evaluation yet"
+    shutil.rmtree(stopped.plan.folder)
+    assert {one.title: one.state for one in missing_runs(folder)}[stopped.title] == "not begun"
+    lines = missing_lines(missing_runs(folder))
+    assert lines[0].startswith("2 runs have not ended and are not in this figure")
+    assert lines[1] == "  p = 1%: failed: out of luck"
+    note_planned(folder, {"other": "another"})
+    assert list(planned(folder)) == [job.plan.folder.name for job in (done, failed, stopped)] + ["other"]
+    # What no sweep noted down is told by its folder, and a note that cannot be read is none.
+    (folder / PLANNED).write_text("{")
+    assert [one.title for one in missing_runs(folder)] == [failed.plan.folder.name]
+    assert missing_lines([]) == []
 
 
 def test_the_configuration_that_is_asked_for_is_whole(plan):

@@ -16,6 +16,8 @@ from mlx_forget.checkpoint import open_checkpoint
 from mlx_forget.errors import UserError
 from mlx_forget.pipeline.sides import Blend
 from mlx_forget.records import RECORD, find_runs, read_record
+from mlx_forget.report.contents import make_report
+from mlx_forget.report.page import render
 from mlx_forget.resources import recipe as find_recipe
 from mlx_forget.studies import loss_matrix
 from mlx_forget.studies.loss_matrix import CSV_COLUMNS, LossMatrix, measure, read_matrices, summary, table_lines, write_matrices
@@ -79,6 +81,10 @@ def test_each_stage_starts_where_the_one_before_ended(backend):
         assert matrix.loss(i, i + 1).mean == pytest.approx(start["target_val"], abs=1e-6)
         assert matrix.loss(i + 1, 0).mean == pytest.approx(end["pretrain_val"], abs=1e-6)
         assert matrix.loss(i + 1, i + 1).mean == pytest.approx(end["target_val"], abs=1e-6)
+    report = make_report(Path("s"))
+    starts = {"auto", f"run {first['run_id']}, which learnt code"}
+    assert starts == set(report.recipe.axes["init"]), "not a path, which means nothing to who reads it elsewhere"
+    assert "checkpoints" not in render(report)
     # The samples that the second stage replays are those of its own start model.
     stores = {record["data"]["replay:self"]["fingerprint"] for record in (first, second)}
     assert len(stores) == 2

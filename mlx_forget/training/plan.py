@@ -40,7 +40,7 @@ from mlx_forget.pipeline.vocabularies import find_tokenizer, tokenizer_in
 from mlx_forget.pretrained import LEARNING_RATE, PretrainedSpec
 from mlx_forget.schedule import Schedule
 from mlx_forget.trainer import Precision, choose_backend, join_group, load_backend
-from mlx_forget.training.checks import check_method
+from mlx_forget.training.checks import check_layers, check_method
 from mlx_forget.training.data import (
     identity_of,
     replay_name,
@@ -234,6 +234,7 @@ def _plan(
             raise UserError(
                 f"--tokenizer {config.tokenizer} is not the tokenizer that {config.start_name} was trained with: leave it out."
             )
+    check_layers(config, model)
     if (adapter := config.adapter()) is not None:
         num_trainable(linear_shapes(model), adapter)
     row_length = config.max_seq_length or default_row_length(model)
