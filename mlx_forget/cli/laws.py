@@ -27,7 +27,9 @@ def laws_command(
     mapping: ColumnMap = None,
     as_json: Json = None,
 ) -> None:
-    """The laws that can be fitted: formula, columns, parameters, source. With --design, which runs a plan still lacks.
+    """The laws that can be fitted: formula, columns, parameters, source.
+
+    With --design, the runs that a plan still lacks, before any is trained.
 
     Example: forget laws bethune-forgetting --design planned.csv --map L0=3.2
     """

@@ -12,7 +12,7 @@ Contrast = Callable[[dict, dict], np.ndarray]
 
 def contrasts(law: Law) -> Iterator[tuple[str, Contrast]]:
     """Each by a name: the exponents, and each amplitude at the middle of the data; for Kalajdzievski's laws slopes and size there."""
-    if law.name.startswith("kalajdzievski"):
+    if law.mixed == ("a", "b"):
         yield "slope in log P", lambda params, references: _slope(params, *_terms(params, references))
         yield "slope in log steps", lambda params, references: _slope(params, *_terms(params, references)[::-1])
         yield "size of the term", lambda params, references: sum(value for value, _ in _terms(params, references)) ** params["rho"]
