@@ -4,7 +4,7 @@
     python -m tests.mutants --group laws --minutes 8     a piece of it
     python -m tests.mutants --again                      those that survived once more, after tests were added
 
-A mutant is tried with the quick tests that run its statement, until one fails. Killed is also what takes several times the CPU time or
+A mutant is tried with the quickest tests that run its statement, until one fails. Killed is also what takes several times the CPU time or
 the memory that it may. Results are kept in build/mutants; remove it to begin again.
 """
 
@@ -18,7 +18,7 @@ import time
 import tomllib
 from pathlib import Path
 
-from tests.mutants.groups import GROUPS, SLOW_SECONDS
+from tests.mutants.groups import GROUPS, MOST_SECONDS
 from tests.mutants.sites import Site, sites
 from tests.mutants.trial import Trials, replace_text
 
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=1e9, help="stop after so long; the same command goes on")
     parser.add_argument("--again", action="store_true", help="try again those that survived")
     parser.add_argument("--report", action="store_true", help="only print what is known")
-    parser.add_argument("--slow-seconds", type=float, default=SLOW_SECONDS, help="leave out tests that take more CPU time")
+    parser.add_argument("--most-seconds", type=float, default=MOST_SECONDS, help="of tests for one mutant, the quickest first")
     options = parser.parse_args()
     # So that what was started is ended.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -102,7 +102,7 @@ def try_all(mutants: dict[str, list[Site]], results: dict[str, str], kept: Path,
                 group.sources(ROOT),
                 group.tests,
                 todo,
-                slow_seconds=options.slow_seconds,
+                most_seconds=options.most_seconds,
                 deadline=deadline,
                 kept=KEPT,
                 tell=tell,
