@@ -14,11 +14,11 @@ from mlx_forget.durable_files import sealed
 from mlx_forget.errors import Interrupted
 from mlx_forget.fuse import whole_checkpoint
 from mlx_forget.history import read_history
-from mlx_forget.plan import plan_run
-from mlx_forget.run import execute
 from mlx_forget.tables import read_table
 from mlx_forget.trainer import RuntimeSpec, TrainerSpec, available_backends, load_backend
-from mlx_forget.watch import Watch
+from mlx_forget.training.plan import plan_run
+from mlx_forget.training.run import execute
+from mlx_forget.training.watch import Watch
 
 BACKENDS = available_backends()
 

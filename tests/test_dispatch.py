@@ -6,16 +6,16 @@ import shutil
 
 import pytest
 
-from mlx_forget import dispatch
 from mlx_forget import trainer as trainer_module
-from mlx_forget.dispatch import FAILURE, execute_sweep, unfinished_strangers
 from mlx_forget.engines import Engine, Exit
 from mlx_forget.errors import Interrupted, UserError
-from mlx_forget.grid import Recipe, Resources
 from mlx_forget.records import REQUESTED, read_record, write_record
 from mlx_forget.runs.missing import PLANNED, missing_lines, missing_runs, note_planned, planned
-from mlx_forget.sweep import plan_sweep, stack_sweep
-from mlx_forget.watch import Watch
+from mlx_forget.sweeps import dispatch
+from mlx_forget.sweeps.dispatch import FAILURE, execute_sweep, unfinished_strangers
+from mlx_forget.sweeps.grid import Recipe, Resources
+from mlx_forget.sweeps.sweep import plan_sweep, stack_sweep
+from mlx_forget.training.watch import Watch
 from tests.bigrams import CONFIG
 
 
@@ -62,7 +62,7 @@ def quick(monkeypatch, tmp_path):
     monkeypatch.setitem(trainer_module.BACKENDS, "bigram", trainer_module.Backend("tests.fakes:BigramTrainer", "numpy", "nothing"))
     monkeypatch.setattr(dispatch, "_SECONDS_BETWEEN_LOOKS", 0)
     monkeypatch.setattr(dispatch, "_SECONDS_BETWEEN_PROBES", 0)
-    monkeypatch.setattr("mlx_forget.plan.forget_home", lambda: tmp_path / "home")
+    monkeypatch.setattr("mlx_forget.training.plan.forget_home", lambda: tmp_path / "home")
 
 
 @pytest.fixture
@@ -292,7 +292,7 @@ def test_two_runs_with_one_id_are_refused(plan):
 
 
 def test_an_axis_that_changes_the_tokenizer_of_a_shared_start_is_refused(plan, tmp_path):
-    from mlx_forget.run import execute
+    from mlx_forget.training.run import execute
 
     base = plan({"p": ["0"]}).bases[0]
     execute(base.plan)

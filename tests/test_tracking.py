@@ -9,7 +9,7 @@ import pytest
 
 from mlx_forget import trainer as trainer_module
 from mlx_forget.history import read_history
-from mlx_forget.tracking import TensorBoard, WeightsAndBiases
+from mlx_forget.training.tracking import TensorBoard, WeightsAndBiases
 
 
 @pytest.fixture

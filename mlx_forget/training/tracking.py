@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mlx_forget.errors import UserError, unknown
-from mlx_forget.loop import Observer, Report
+from mlx_forget.training.loop import Observer, Report
 
 # The names of modules, and of the extras that bring them.
 SINKS = ("tensorboard", "wandb")
