@@ -34,9 +34,11 @@ def fuse_command(
     found = find_checkpoint(run.expanduser(), trust_remote_code=trust_remote_code)
     works_in(output)
     made = fuse(found, output.expanduser(), base=None if base is None else base.expanduser())
-    step, on = made.state.get("step"), made.state["fused_from"]["base"]
+    step = made.state.get("step")
     if as_json:
         emit({"folder": str(made.folder), "step": step, "fused_from": made.state["fused_from"]})
     else:
+        start = base or made.state["fused_from"]["base"]["folder"]
         at = "" if step is None else f", step {step:,}"
-        say(f"Wrote {made.folder}: {found.folder}{at}, fused with run {on['run_id']}")
+        say(f"Wrote {made.folder}: the adapters of {found.folder}{at}, in the weights of {start}.")
+        say(f"It is a whole checkpoint. What it forgot: forget audit {start} {made.folder}; go on from it: --init {made.folder}")
