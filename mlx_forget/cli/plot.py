@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mlx_forget.cli import completion
-from mlx_forget.cli.answers import emit, say, works_in
+from mlx_forget.cli.answers import clean, emit, say, works_in
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,12 +19,15 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 SLICES = ("model-size", "pretrain-length")
-KINDS = ("figure1", "methods", "learning-rate", *SLICES, "stages", "toy", "ranks")
+KINDS = ("figure1", "methods", "learning-rate", *SLICES, "stages", "toy", "ranks", "laws")
 
 
 @app.command()
 def plot(
-    sweep: Annotated[Path, typer.Argument(help="Folder of a sweep over p, methods or learning rates.")],
+    sweep: Annotated[
+        Path,
+        typer.Argument(help="Folder of a sweep over p, methods or learning rates; for laws also a table of `forget runs export`."),
+    ],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for the files. \\[default: figures]")] = None,
     name: Annotated[str | None, typer.Option(help="Stem of the files. \\[default: the sweep folder's name]")] = None,
     seed: Annotated[int | None, typer.Option(help="Which seed, if the sweep has several.")] = None,
@@ -32,7 +35,8 @@ def plot(
         str | None,
         typer.Option(
             help="figure1 (runs that differ in p), methods, learning-rate, model-size, pretrain-length, stages, toy (of "
-            "mlx_forget.studies.toy_continual), or ranks (runs compared with their start model). \\[default: what the runs differ in]",
+            "mlx_forget.studies.toy_continual), ranks (runs compared with their start model), or laws (sizes, amounts of target data "
+            "and p). \\[default: what the runs differ in]",
             autocompletion=completion.figures,
         ),
     ] = None,
@@ -46,7 +50,7 @@ def plot(
 ) -> None:
     """Draw Figure 1, methods or learning rates from the runs of a sweep, and print what is read at the minimum.
 
-    Writes PNG, PDF and CSV.
+    Writes PNG, PDF and CSV; for laws also a fit.json and the study as JSON, of which its tables in Markdown are made.
 
     Example: forget plot runs/figure1 --output figures
     """
@@ -57,7 +61,8 @@ def plot(
     from mlx_forget.studies.figure1 import as_json as table_json
     from mlx_forget.studies.figure1 import load_curves, table, write_csv
 
-    if not sweep.is_dir():
+    is_table = sweep.is_file() and kind == "laws"
+    if not sweep.is_dir() and not is_table:
         raise UserError(f"There is no sweep folder {sweep}.")
     runs = list(find_runs(sweep))
     said = next((name for name in ("stages", "toy") if (sweep / f"{name}.json").is_file()), None)
@@ -74,11 +79,13 @@ def plot(
             _plot_toy(sweep, folder / stem, as_json=as_json)
         elif chosen == "methods":
             _plot_methods(runs, folder / stem, seed, max_forgetting, as_json=as_json)
+        elif chosen == "laws":
+            _plot_laws(sweep, runs, folder / stem, as_json=as_json)
         elif chosen in SLICES:
             _plot_slices(runs, folder / stem, seed, chosen, as_json=as_json)
         else:
             (_plot_ranks if chosen == "ranks" else _plot_rates)(runs, folder / stem, seed, as_json=as_json)
-        say(f"Wrote {folder / stem}.png, .pdf, .csv")
+        say(f"Wrote {folder / stem}.png, .pdf" + ", .csv" * (not is_table) + ", .json, .fit.json" * (chosen == "laws"))
         return
     curves = load_curves(runs, seed)
     rows = table(curves)
@@ -164,6 +171,34 @@ def _plot_ranks(runs: "list[Run]", stem: Path, seed: int | None, *, as_json: boo
         print("\n".join(rank_study.study_lines(lines, beside, joint)))
 
 
+def _plot_laws(sweep: Path, runs: "list[Run]", stem: Path, *, as_json: bool) -> None:
+    """From run folders, or from an exported table, which has no histories."""
+    import json
+
+    from mlx_forget.durable_files import write_text
+    from mlx_forget.laws.files import fit_json, write_fit
+    from mlx_forget.runs.export import read_export
+    from mlx_forget.studies.law_study import analyse, load_cells, make_cells
+    from mlx_forget.studies.law_study_plot import draw_law_study
+    from mlx_forget.studies.law_study_text import study_lines, write_evaluations
+
+    cells = make_cells(read_export(sweep)) if sweep.is_file() else load_cells(runs)
+    study = analyse(cells)
+    content = clean(study.content)
+    row = cells[0].row
+    title = f"{row['pretrain']} to {', '.join(content['axes']['domain'])}: {len(cells)} runs"
+    _save(draw_law_study(content, title=title), stem)
+    write_text(stem.with_name(f"{stem.name}.json"), json.dumps(content, indent=1, allow_nan=False) + "\n")
+    if study.fits:
+        write_fit(stem.with_name(f"{stem.name}.fit.json"), clean(fit_json(study.fits, by="domain")), study.fits)
+    if runs:
+        write_evaluations(runs, stem.with_name(f"{stem.name}.csv"))
+    if as_json:
+        emit({**content, "files": [path for path in [*_files(stem), f"{stem}.json", f"{stem}.fit.json"] if Path(path).is_file()]})
+    else:
+        print("\n".join(study_lines(content)))
+
+
 def _plot_stages(sweep: Path, stem: Path, *, as_json: bool) -> None:
     from mlx_forget.errors import UserError
     from mlx_forget.studies.loss_matrix import FILE, read_matrices, summary, table_lines, write_csv
@@ -209,6 +244,8 @@ def _kind_of(runs: "list[Run]") -> str:
         return "ranks"
     if any(run.record["config"].get("fine_tune_type", "full") != "full" for run in runs):
         return "methods"
+    if values("method") == 1 and values("model") > 1 and values("target_tokens") > 1:
+        return "laws"
     if values("method") > 1 and (values("model") > 1 or values("base") > 1):
         return "model-size" if values("model") > 1 else "pretrain-length"
     return "learning-rate" if values("learning_rate") > 1 else "methods" if values("method") > 1 else "figure1"
