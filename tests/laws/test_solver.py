@@ -288,3 +288,7 @@ def test_data_made_at_a_point_of_the_grid_are_found_by_the_first_start(name):
         misfits = [np.sum(own * (law.evaluate(features, [np.array([[x]]) for x in one])[0] / loss - 1) ** 2) for one in row]
         assert misfits == sorted(misfits)
         assert len(set(misfits)) == len(row)
+    if law.plain is not None:
+        (row,) = projected_starts(law.plain, law.plain.features(columns, references), loss, weights[:1], count=1)
+        features = law.plain.features(columns, references)
+        assert np.allclose(law.plain.evaluate(features, [np.array([[x]]) for x in row[0]])[0], loss, rtol=1e-5)
