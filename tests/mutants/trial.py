@@ -21,7 +21,7 @@ from contextlib import suppress
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from importlib.util import spec_from_file_location
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -291,7 +291,7 @@ class _Only:
 
 def _run(session: pytest.Session, items: list[pytest.Item]) -> int:
     """Run tests until one fails: 1 if one did."""
-    for item, following in zip(items, [*items[1:], None], strict=True):
+    for item, following in zip_longest(items, items[1:]):
         session.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
         if session.testsfailed:
             return 1
