@@ -18,6 +18,7 @@ from mlx_forget.durable_files import sync
 from mlx_forget.errors import UserError
 from mlx_forget.ladder import outputs_first, param_shapes
 from mlx_forget.pipeline.corpora import forget_home
+from mlx_forget.pipeline.store.writing import acquire
 from mlx_forget.pipeline.vocabularies import copy_tokenizer
 from mlx_forget.pretrained import names_in_files, read_tensor, tensor_names, weight_files, write_tensors
 
@@ -45,24 +46,14 @@ def fuse(found: Checkpoint, folder: Path, *, base: Path | None = None) -> Checkp
     if folder.exists():
         raise UserError(f"{folder} exists already: choose another place or remove it.")
     start = _open_base(found, base)
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    _write_fused(start, found, aside / checkpoint.WEIGHTS)
-    copy_tokenizer(found.tokenizer, aside)
-    shutil.copyfile(found.folder / checkpoint.CONFIG, aside / checkpoint.CONFIG)
-    checkpoint.copy_companions(found.folder, aside, _code(found))
-    kept = {key: value for key, value in found.state.items() if key not in ("schema_version", "files", "adapter", "base")}
-    fused_from = {"folder": str(found.folder.resolve()), "adapter": found.state["adapter"], "base": found.state["base"]}
-    checkpoint.seal(aside, {**kept, "fused_from": fused_from})
     try:
-        os.rename(aside, folder)
-        sync(folder.parent)
-    except OSError:
+        _fuse_aside(start, found, folder)
+    except OSError as error:
+        raise UserError(f"Cannot write {folder}: {error.strerror or error}.") from None
+    except UserError:
         # Another process was faster; what it wrote is checked below.
         if not folder.is_dir():
             raise
-        shutil.rmtree(aside)
     return replace(checkpoint.open_checkpoint(folder), trust_remote_code=found.trust_remote_code)
 
 
@@ -105,6 +96,34 @@ def _open_base(found: Checkpoint, base: Path | None) -> Checkpoint:
             f"other weights ({sha[:12]}): give the folder of their own base with --base."
         )
     return start
+
+
+def _fuse_aside(start: Checkpoint, found: Checkpoint, folder: Path) -> None:
+    """Write the checkpoint beside its place, which one process does at a time, and move it there when it is whole."""
+    aside = folder.with_name(f".{folder.name}.part")
+    lock = acquire(aside, folder, wait=True)
+    try:
+        # What a killed process left.
+        for path in aside.iterdir():
+            path.unlink()
+        _write_checkpoint(start, found, aside)
+        os.rename(aside, folder)
+        sync(folder.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    finally:
+        os.close(lock)
+
+
+def _write_checkpoint(start: Checkpoint, found: Checkpoint, folder: Path) -> None:
+    _write_fused(start, found, folder / checkpoint.WEIGHTS)
+    copy_tokenizer(found.tokenizer, folder)
+    shutil.copyfile(found.folder / checkpoint.CONFIG, folder / checkpoint.CONFIG)
+    checkpoint.copy_companions(found.folder, folder, _code(found))
+    kept = {key: value for key, value in found.state.items() if key not in ("schema_version", "files", "adapter", "base")}
+    fused_from = {"folder": str(found.folder.resolve()), "adapter": found.state["adapter"], "base": found.state["base"]}
+    checkpoint.seal(folder, {**kept, "fused_from": fused_from})
 
 
 def _write_fused(start: Checkpoint, found: Checkpoint, target: Path) -> None:

@@ -28,7 +28,7 @@ from mlx_forget.pipeline.vocabularies import load_vocabulary
 from mlx_forget.pretrained import read_pretrained, tensor_names, weight_files
 from mlx_forget.strict_yaml import read_yaml
 from mlx_forget.tables import read_table
-from tests.fuzz.test_readers import ROW, SAMPLE, model_folder
+from tests.fuzz.given_files import ROW, SAMPLE, model_folder
 
 GIGABYTE = 1 << 30
 
