@@ -372,7 +372,7 @@ def test_every_extra_of_a_purpose_is_one_of_the_package():
     from mlx_forget.needs import NEEDS, _requirements
 
     for need in NEEDS:
-        assert all(_requirements(extra) for extra in need.extras), need.name
+        assert all(_requirements(extra) for way in need.ways for extra in way), need.name
 
 
 @pytest.mark.parametrize(
