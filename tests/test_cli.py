@@ -363,6 +363,16 @@ def test_doctor_wants_no_more_than_one_way_to_a_purpose(run_forget, monkeypatch)
     assert found["notes"] == [f"to load it outside of this tool: pip install -U 'mlx-forget[{'mlx' if is_mac else 'peft'}]'"]
 
 
+def test_what_there_is_not_for_this_machine_is_no_way(monkeypatch):
+    from mlx_forget import needs
+
+    requirements = needs._requirements
+    monkeypatch.setattr(needs, "_version", lambda name: None)
+    monkeypatch.setattr(needs, "_requirements", lambda extra: [] if extra == "mlx" else requirements(extra))
+    (lora,) = needs.look(["lora"])
+    assert (lora.is_ready, lora.install) == (False, "pip install -U 'mlx-forget[cuda]'")
+
+
 def test_doctor_names_no_purpose_that_is_none(run_forget):
     code, _, err = run_forget("doctor", "tracing")
     assert (code, "Did you mean 'tracking'" in err) == (2, True)
