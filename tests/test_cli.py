@@ -397,6 +397,18 @@ def test_every_extra_of_a_purpose_is_one_of_the_package():
         ("forget sweep kalajdzievski/la", {"kalajdzievski/laptop"}),
         ("forget doctor tr", {"tracking"}),
         ("forget audit --backend c", {"cuda"}),
+        ("forget train --model 0.1", {"0.16m"}),
+        ("forget train --target ma", {"math"}),
+        ("forget train --on h10", {"h100"}),
+        ("forget prepare pile-pub", {"pile-pubmed-central"}),
+        ("forget sweep figure1 --engine ra", {"ray"}),
+        ("forget sweep figure1 --log-to w", {"wandb"}),
+        ("forget sweep figure1 --on h10", {"h100"}),
+        ("forget plot runs/f --kind mo", {"model-size"}),
+        ("forget report runs/f --status dive", {"diverged"}),
+        ("forget fit table.csv --intervals pro", {"profile"}),
+        ("forget fit table.csv --cluster re", {"repeat"}),
+        ("forget replay runs/a --precision b", {"bf16"}),
     ],
 )
 def test_a_shell_completes_commands_options_and_names(typed, offered, run_forget, monkeypatch):
