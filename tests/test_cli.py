@@ -1,9 +1,12 @@
 """The command line: what scripts rely on, and one clear line for every wrong request."""
 
+import errno
 import itertools
 import json
 import os
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +14,8 @@ import typer
 import yaml
 
 from mlx_forget import trainer as trainer_module
-from mlx_forget.cli import COMMANDS, app, load_command
-from mlx_forget.errors import Interrupted
+from mlx_forget.cli import COMMANDS, app, load_command, main
+from mlx_forget.errors import Interrupted, LeaderFailed, RunFailed
 from mlx_forget.history import read_history
 from mlx_forget.records import read_record
 
@@ -440,6 +443,48 @@ def test_a_command_that_is_interrupted_answers_with_one_json_object(words, comma
     assert code == 130
     assert json.loads(out) == {"status": "interrupted", "signal": 2, "reason": "interrupted", "folder": None}
     assert err == "forget: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    "error, code, said",
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "runs/a"),
+            1,
+            "forget: The disk is full (runs/a): free some space, and the same",
+        ),
+        (
+            OSError(errno.EDQUOT, "Disk quota exceeded"),
+            1,
+            "forget: The disk is full: free some space, and the same command goes on.",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "runs/a"), 2, "forget: runs/a: Permission denied."),
+        (RunFailed("2 of 5 runs failed"), 1, "forget: 2 of 5 runs failed"),
+        (LeaderFailed(3), 3, ""),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)
+def test_what_ends_a_command_is_one_line_and_its_exit_code(run_forget, monkeypatch, error, code, said):
+    def fails(self, ctx):
+        raise error
+
+    monkeypatch.setattr(type(load_command("laws")), "invoke", fails)
+    found, out, err = run_forget("laws")
+    assert (found, out) == (code, "")
+    assert err.startswith(said)
+    assert err.count("\n") == bool(said)
+    if isinstance(error, OSError) and error.errno == errno.EACCES:
+        with pytest.raises(PermissionError):
+            main(["laws", "--debug"])
+
+
+def test_a_reader_that_has_gone_ends_a_command_in_silence():
+    """As in `forget laws | head -1`."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as pipe:
+        found = subprocess.run([sys.executable, "-m", "mlx_forget", "laws"], stdout=pipe, stderr=subprocess.PIPE, text=True)
+    assert (found.returncode, found.stderr) == (1, "")
 
 
 def test_an_interrupted_preparation_names_its_store(run_forget, tmp_path, monkeypatch):
