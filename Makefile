@@ -18,7 +18,7 @@ OUTPUT ?= runs/$(RECIPE)-seed$(SEED)
 SETTINGS = --set seed=$(SEED) --set backend=$(BACKEND) $(if $(SIZE),--set model=$(SIZE)) $(if $(DATA),--set target=$(DATA)) $(if $(PRETRAIN),--set pretrain=$(PRETRAIN))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint type test test-full test-no-torch test-no-mlx test-oldest test-faults fuzz mutants audit-dependencies bench parity coverage intervals docs pages reproduce-figure1 reproduce-laws reproduce-replay reproduce-toy clean
+.PHONY: help setup lint type test test-full test-no-torch test-no-mlx test-oldest test-faults fuzz mutants audit-dependencies bench parity coverage intervals docs pages reproduce-figure1 reproduce-ladder reproduce-laws reproduce-replay reproduce-toy clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-20s %s\n", $$1, $$2}'
@@ -125,6 +125,12 @@ reproduce-laws: setup  ## refit and redraw the laws from the committed tables, i
 	$(FIT) data/reference/cmr_gu2024.csv --law cmr --by model -o $(LAWS)/cmr/fit.json --plot $(LAWS)/cmr
 	$(FIT) data/reference/replay_ibrahim2024.csv --law bethune-forgetting-e --by setting --fix beta=0 -o $(LAWS)/replay/fit.json --plot $(LAWS)/replay
 	$(FIT) data/runs/figure1.parquet --law forgetting-fixed-n --fix beta=0 -o $(LAWS)/figure1/fit.json --plot $(LAWS)/figure1
+
+# Goes on where it was stopped; what fits of the study so far say, `forget plot` prints at any time.
+LADDER := $(if $(filter command line,$(origin OUTPUT)),$(OUTPUT),runs/ladder-builtin)
+reproduce-ladder: setup  ## the laws measured at laptop scale: 225 runs, their tables and figure; resumable; BACKEND= OUTPUT=
+	$(BIN)/forget sweep ladder-builtin --set backend=$(BACKEND) --output $(LADDER)
+	$(BIN)/forget plot $(LADDER) --kind laws --output figures --name ladder-builtin
 
 reproduce-replay: setup  ## methods compared at laptop scale (Marek et al.); SEED= BACKEND= OUTPUT=
 	$(BIN)/forget sweep replay --set seed=$(SEED) --set backend=$(BACKEND) --output $(if $(filter command line,$(origin OUTPUT)),$(OUTPUT),runs/replay-seed$(SEED))

@@ -23,24 +23,18 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from mlx_forget import adapters, imported_adapters, pretrained
+from mlx_forget import adapters, imported_adapters
 from mlx_forget.durable_files import SEAL, is_whole, read_object, sealed, sha256_of, sync
 from mlx_forget.errors import UserError
 from mlx_forget.ladder import ModelSpec, hf_config, linear_shapes, spec_from_hf_config
 from mlx_forget.pipeline.vocabularies import JSON_FILE, SENTENCEPIECE_FILE, copy_tokenizer, special_ids, tokenizer_in
-from mlx_forget.pretrained import (
-    PretrainedSpec,
-    find_pretrained,
-    older_keys,
-    read_config,
-    read_pretrained,
-    refuse_pickles,
-    weights_sha256,
-)
+from mlx_forget.pretrained import CONFIG as CONFIG
+from mlx_forget.pretrained import PretrainedSpec, find_pretrained, older_keys, read_config, read_pretrained
 from mlx_forget.trainer import AdapterSpec, Trainer
+from mlx_forget.weight_files import WEIGHTS as WEIGHTS
+from mlx_forget.weight_files import refuse_pickles, weights_sha256
 
 SCHEMA_VERSION = 1
-CONFIG, WEIGHTS = pretrained.CONFIG, pretrained.WEIGHTS
 TRAINING_STATE = "training_state.safetensors"
 STATE = "state.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -69,7 +63,8 @@ class Checkpoint:
     def weights(self) -> Path:
         """The weights that its run trained: those of a whole model (the folder where they are in several files), or adapters."""
         if self.adapter is not None:
-            return self.folder / self.state.get("adapter_file", adapters.WEIGHTS)
+            file: str = self.state.get("adapter_file", adapters.WEIGHTS)
+            return self.folder / file
         single = self.folder / WEIGHTS
         return single if single.is_file() else self.folder
 

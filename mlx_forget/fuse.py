@@ -19,8 +19,9 @@ from mlx_forget.errors import UserError
 from mlx_forget.ladder import ModelSpec, outputs_first, param_shapes
 from mlx_forget.pipeline.corpora import forget_home
 from mlx_forget.pipeline.vocabularies import copy_tokenizer
-from mlx_forget.pretrained import PretrainedSpec, names_in_files, read_tensor, tensor_names, weight_files, write_tensors
+from mlx_forget.pretrained import PretrainedSpec, names_in_files
 from mlx_forget.specs import AdapterSpec
+from mlx_forget.weight_files import read_tensor, tensor_names, weight_files, write_tensors
 
 # Of a checkpoint's state, what a whole one has not or has anew.
 _OF_ADAPTERS = ("schema_version", "files", "adapter", "adapter_file", "base")

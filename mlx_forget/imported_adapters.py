@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_forget import pretrained
 from mlx_forget.adapters import (
     CONFIG,
     MAGNITUDE,
@@ -29,8 +28,9 @@ from mlx_forget.adapters import (
 from mlx_forget.durable_files import read_object
 from mlx_forget.errors import UserError
 from mlx_forget.ladder import ModelSpec, linear_shapes
-from mlx_forget.pretrained import PretrainedSpec, read_tensor, refuse_pickles, tensor_names
+from mlx_forget.pretrained import PretrainedSpec
 from mlx_forget.specs import AdapterSpec
+from mlx_forget.weight_files import read_tensor, refuse_pickles, tensor_names, weights_sha256
 
 Parts = dict[str, Arrays]
 
@@ -204,4 +204,4 @@ def _check(own: Arrays, spec: AdapterSpec, shape: tuple[int, int], what: str, ba
 
 def identity(adapter: ImportedAdapter) -> str:
     """A hash of its weights, whatever they are called."""
-    return pretrained.weights_sha256(adapter.weights)
+    return weights_sha256(adapter.weights)

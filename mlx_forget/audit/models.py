@@ -19,15 +19,8 @@ from mlx_forget.ladder import ModelSpec, is_ladder_name, num_params, param_shape
 from mlx_forget.pipeline.corpora import forget_home
 from mlx_forget.pipeline.hub import parse_id
 from mlx_forget.pipeline.vocabularies import Vocabulary, load_vocabulary
-from mlx_forget.pretrained import (
-    PretrainedSpec,
-    is_pretrained,
-    names_in_files,
-    read_tensor,
-    refuse_pickles,
-    tensor_names,
-    weight_files,
-)
+from mlx_forget.pretrained import PretrainedSpec, is_pretrained, names_in_files
+from mlx_forget.weight_files import read_tensor, refuse_pickles, tensor_names, weight_files
 
 AUTO = "auto"
 

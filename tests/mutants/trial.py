@@ -21,6 +21,7 @@ from contextlib import suppress
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from importlib.util import spec_from_file_location
+from itertools import pairwise
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -36,6 +37,9 @@ _MOST_BYTES = 6 << 30
 _MOST_WALL_SECONDS = 900
 # What a child and a test may take beside its usual time.
 _CPU_SECONDS_TO_START, _CPU_SECONDS_FOR_A_TEST = 60, 2
+
+# Seconds of the tests that are tried in one round.
+_ROUNDS = (0.0, 0.3, 1.5, 1e9)
 
 Tests = dict[str, tuple[float, list[list[Any]]]]
 
@@ -96,7 +100,7 @@ class Trials:
         sources: the files that are mutated, as paths from the root.
         test_files: likewise.
         todo: the mutants.
-        slow_seconds: tests that take longer are left out.
+        most_seconds: of tests for a mutant, by CPU time while their lines are traced.
         deadline: by the monotonic clock; no mutant is begun later.
         kept: folder for what is found out about the tests.
         tell: called with each mutant, what became of it, and its seconds.
@@ -109,13 +113,13 @@ class Trials:
         test_files: tuple[str, ...],
         todo: list[Site],
         *,
-        slow_seconds: float,
+        most_seconds: float,
         deadline: float,
         kept: Path,
         tell: Callable[[Site, str, float], None],
     ) -> None:
         self.root, self.sources, self.test_files, self.todo = root, sources, test_files, todo
-        self.slow_seconds, self.deadline, self.kept, self.tell = slow_seconds, deadline, kept, tell
+        self.most_seconds, self.deadline, self.kept, self.tell = most_seconds, deadline, kept, tell
         self.imported = Covering({str(root / path): path for path in sources})
         self.seconds: dict[str, float] = {}
 
@@ -182,18 +186,25 @@ class Trials:
         return code
 
     def _chosen(self, site: Site, maps: list[Tests], *, whole_file: bool) -> dict[str, float]:
-        """The tests that run the statement of a mutant, with their seconds: file by file, in each the quickest first."""
+        """The tests that run the statement of a mutant, with their seconds: the quick ones of every file, then slower ones, until they
+        take as long as a mutant may."""
         first, last = (0, 1 << 30) if whole_file else site.lines
         files = []
         for tests in maps:
             those = {
                 name: seconds
                 for name, (seconds, lines) in tests.items()
-                if seconds < self.slow_seconds and any(path == site.path and first <= line <= last for path, line in lines)
+                if any(path == site.path and first <= line <= last for path, line in lines)
             }
-            files.append(dict(sorted(those.items(), key=lambda item: item[1])))
-        files.sort(key=lambda tests: sum(tests.values()))
-        return {name: seconds for tests in files for name, seconds in tests.items()}
+            files.append(sorted(those.items(), key=lambda item: item[1]))
+        files.sort(key=lambda tests: sum(seconds for _, seconds in tests))
+        chosen: dict[str, float] = {}
+        for quicker, slower in pairwise(_ROUNDS):
+            # File by file, so that what a module's tests share is made once in a round.
+            for name, seconds in (one for tests in files for one in tests):
+                if quicker <= seconds < slower and sum(chosen.values()) + seconds <= self.most_seconds:
+                    chosen[name] = seconds
+        return chosen
 
     def _tried(self, session: pytest.Session, site: Site, tests: dict[str, float], *, anew: bool) -> str:
         if not tests:
