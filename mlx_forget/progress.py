@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from mlx_forget.distributed import launched_rank
-from mlx_forget.loop import Report
+from mlx_forget.training.loop import Report
 
 PROGRESS_FILE = "progress.json"
 # Set by a sweep for the processes it starts: its own process number.

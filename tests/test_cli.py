@@ -144,6 +144,7 @@ WRONG = [
     (["--method", "injektion"], "Did you mean 'injection'"),
     (["--iters", "0"], "iters must be positive"),
     (["--learning-rate", "inf"], "learning_rate must be positive and finite"),
+    (["--stop-target-loss", "nan"], "stop_target_loss must be positive and finite, it is nan"),
     (["--weight-decay", "nan"], "weight_decay must not be negative, it is nan"),
     (["--beta1", "nan"], "beta1 must be at least 0 and below 1, it is nan"),
     (["--beta2", "1"], "beta2 must be at least 0 and below 1, it is 1"),
@@ -327,18 +328,42 @@ def test_doctor_names_every_backend(run_forget):
 def test_doctor_says_what_a_purpose_lacks_and_how_to_get_it(run_forget, monkeypatch):
     from mlx_forget import needs
 
-    installed = {"ray": None, "tensorboard": "1.0", "wandb": "99.0"}
+    installed = {"ray": None, "tensorboard": "1.0", "wandb": None, "torch": "99.0"}
     monkeypatch.setattr(needs, "_version", lambda name: installed.get(name))
     code, out, err = run_forget("doctor", "ray", "tracking", "lora", "--json")
     assert (code, err) == (1, "forget: Something is missing for ray, tracking.\n")
     found = json.loads(out)["purposes"]
     assert (found["ray"]["missing"], found["ray"]["install"]) == (["ray>=2.40"], "pip install -U 'mlx-forget[ray]'")
     assert found["tracking"]["missing"] == ["tensorboard>=2.17 (here 1.0)"]
+    assert found["tracking"]["install"] == "pip install -U 'mlx-forget[tensorboard]'"
     assert (found["lora"]["ready"], found["lora"]["install"]) == (True, None)
     code, out, _ = run_forget("doctor", "tracking")
     assert code == 1
+    assert "needs at least: tensorboard>=2.17; or wandb>=0.21" in out
     assert "missing: tensorboard>=2.17 (here 1.0)" in out
-    assert run_forget("doctor", "lora")[0] == 0
+
+
+def test_doctor_wants_no_more_than_one_way_to_a_purpose(run_forget, monkeypatch):
+    from mlx_forget import needs
+
+    installed = {"tensorboard": "3.0", "mlx": "99.0", "mlx-lm": "99.0"}
+    monkeypatch.setattr(needs, "_version", lambda name: installed.get(name))
+    code, out, _ = run_forget("doctor", "tracking", "lora", "--json")
+    found = json.loads(out)["purposes"]
+    assert (code, found["tracking"]["ready"], found["lora"]["ready"]) == (0, True, True)
+    assert found["tracking"]["notes"] == ["for --log-to wandb: pip install -U 'mlx-forget[wandb]'"]
+    assert found["lora"]["notes"] == ["mlx-lm loads it from CHECKPOINT/mlx-lm"]
+    installed.clear()
+    code, out, _ = run_forget("doctor", "lora", "--json")
+    found = json.loads(out)["purposes"]["lora"]
+    assert (code, found["ready"]) == (1, False)
+    # One line for this machine, not a choice.
+    is_mac = needs._is_apple_silicon()
+    assert found["install"] == f"pip install -U 'mlx-forget[{'mlx' if is_mac else 'cuda'}]'"
+    assert found["notes"] == [f"to load it outside of this tool: pip install -U 'mlx-forget[{'mlx' if is_mac else 'peft'}]'"]
+
+
+def test_doctor_names_no_purpose_that_is_none(run_forget):
     code, _, err = run_forget("doctor", "tracing")
     assert (code, "Did you mean 'tracking'" in err) == (2, True)
 

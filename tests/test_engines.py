@@ -16,17 +16,17 @@ from pathlib import Path
 import pytest
 
 from mlx_forget import trainer as trainer_module
-from mlx_forget.dispatch import execute_sweep
 from mlx_forget.engines import Demand, Task, open_engine
 from mlx_forget.engines.child import Child, command_of
 from mlx_forget.engines.lease import Leaseholder, attend
 from mlx_forget.engines.processes import ProcessEngine, num_workers
 from mlx_forget.errors import UserError
-from mlx_forget.grid import Recipe, Resources
 from mlx_forget.records import REQUESTED
-from mlx_forget.run_folder import is_held
-from mlx_forget.sweep import plan_sweep
-from mlx_forget.watch import Watch
+from mlx_forget.sweeps.dispatch import execute_sweep
+from mlx_forget.sweeps.grid import Recipe, Resources
+from mlx_forget.sweeps.sweep import plan_sweep
+from mlx_forget.training.folder import is_held
+from mlx_forget.training.watch import Watch
 from tests.bigrams import CONFIG, install, records
 
 GRID = {"p": ["0", "1%", "5%"], "seed": [0, 1, 2, 3], "base.seed": [0, 1]}

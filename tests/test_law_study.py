@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from mlx_forget.errors import UserError
-from mlx_forget.grid import read_recipe
 from mlx_forget.laws.forms import get_law
 from mlx_forget.resources import path as resource_path
 from mlx_forget.resources import recipe as find_recipe
 from mlx_forget.studies.law_study import analyse, find_fit, held_out, make_cells
 from mlx_forget.studies.law_study_plot import draw_law_study
 from mlx_forget.studies.law_study_text import CSV_COLUMNS, most_common_tokens, study_lines
+from mlx_forget.sweeps.grid import read_recipe
 from mlx_forget.trainer import available_backends
 
 SIZES = {161_088: (56_640, 4.68), 291_000: (151_000, 4.2), 655_000: (446_000, 3.8), 1_270_000: (992_000, 3.5)}
@@ -181,6 +181,7 @@ def test_the_recipe_spans_a_factor_of_16_and_its_runs_differ(monkeypatch):
     assert all(c.stop_patience for c in configs)
 
 
+@pytest.mark.full
 def test_make_reproduce_ladder_runs_plots_and_goes_on(run_forget, tmp_path, monkeypatch):
     root = resource_path().parent
     monkeypatch.chdir(root)

@@ -11,15 +11,15 @@ from mlx_forget import trainer as trainer_module
 from mlx_forget.config import TrainConfig, from_layers, scale_defaults
 from mlx_forget.errors import Interrupted, UserError
 from mlx_forget.ladder import initial_weights
-from mlx_forget.log_probs import BlendedLogProbs, keep_log_probs
 from mlx_forget.methods import MethodSpec
 from mlx_forget.pipeline.batches import ReplayRows
 from mlx_forget.pipeline.reference_rows import ReferenceRows, parse_kind, row_bytes
 from mlx_forget.pipeline.sides import RowSubset, read_masked
-from mlx_forget.plan import plan_run
-from mlx_forget.run import execute
+from mlx_forget.replay.log_probs import BlendedLogProbs, keep_log_probs
 from mlx_forget.trainer import Batch, OptimSpec, RuntimeSpec, TrainerSpec, available_backends, load_backend
-from mlx_forget.watch import Watch
+from mlx_forget.training.plan import plan_run
+from mlx_forget.training.run import execute
+from mlx_forget.training.watch import Watch
 from tests.fakes import BigramTrainer
 from tests.reference import GPT2, softmax
 from tests.test_replay import MODEL, Said, start, tokenizer  # noqa: F401
@@ -237,7 +237,7 @@ def test_another_model_another_store_or_damaged_files_are_not_used(start, tmp_pa
 
 
 def test_more_rows_are_added_and_a_killed_writer_goes_on(start, tmp_path, monkeypatch):  # noqa: F811
-    from mlx_forget import log_probs
+    from mlx_forget.replay import log_probs
 
     monkeypatch.setattr(log_probs, "_MAX_ROWS_PER_SHARD", 8)
     subset = subset_of(start, tmp_path)

@@ -6,13 +6,13 @@ from datetime import UTC, datetime
 import pytest
 
 from mlx_forget.errors import UserError
-from mlx_forget.grid import read_recipe
 from mlx_forget.laws.files import fit_json, read_fit, write_fit
 from mlx_forget.laws.fit import fit_groups
 from mlx_forget.laws.forms import get_law
 from mlx_forget.laws.uncertainty import BootstrapOptions, assess
 from mlx_forget.resources import recipe as find_recipe
 from mlx_forget.studies.prospective import compare, predict_recipe, predictions, summary, write_predictions
+from mlx_forget.sweeps.grid import read_recipe
 from mlx_forget.tables import table_from_rows
 from tests.test_law_study import SIZES, TRUTH, flat_row, synthetic
 

@@ -19,8 +19,9 @@ from mlx_forget.pipeline.mixture import Mixture, parse_share, permute, stream_ke
 from mlx_forget.pipeline.sides import Blend, RowSubset, read_masked
 from mlx_forget.pipeline.store import open_store
 from mlx_forget.pipeline.tokenizer import BOS, EOS, train_tokenizer
-from mlx_forget.replay import OnlineReplay, origin_note, sample_store
-from mlx_forget.sampling import SampleSpec, sample_rows, uniforms
+from mlx_forget.replay.online import OnlineReplay
+from mlx_forget.replay.sampled_store import origin_note, sample_store
+from mlx_forget.replay.sampling import SampleSpec, sample_rows, uniforms
 from mlx_forget.token_counts import parse_tokens
 from mlx_forget.trainer import Batch, RuntimeSpec, TrainerSpec, available_backends, load_backend
 from tests.fakes import BigramTrainer
@@ -118,7 +119,7 @@ def test_whole_rows_after_a_prompt_have_their_joint_probability(backend):
 def test_another_process_samples_the_same_rows(name):
     script = (
         "import hashlib\n"
-        "from mlx_forget.sampling import SampleSpec, sample_rows\n"
+        "from mlx_forget.replay.sampling import SampleSpec, sample_rows\n"
         "from tests.test_replay import SMALL, load_backend, trainer_of\n"
         f"trainer = trainer_of(load_backend({name!r}), seed=6)\n"
         "rows = sample_rows(trainer, SampleSpec(num_tokens=1, length=12, seed=9, batch_size=BATCH), 5, 60)\n"

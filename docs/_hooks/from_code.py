@@ -17,11 +17,11 @@ import mlx_forget
 import mlx_forget.laws
 from mlx_forget import resources
 from mlx_forget.cli import COMMANDS, load_command
-from mlx_forget.grid import read_recipe
 from mlx_forget.ladder import SIZES, model_spec, num_non_embedding_params, num_params
 from mlx_forget.laws.forms import COLUMNS, get_law, laws
 from mlx_forget.methods import METHODS
 from mlx_forget.studies.law_study_text import study_lines
+from mlx_forget.sweeps.grid import read_recipe
 
 _WANTED = re.compile(r"^<!-- from code: (\w+)(?: (\S+))? -->$", re.MULTILINE)
 ROOT = Path(__file__).resolve().parents[2]

@@ -35,4 +35,6 @@ def fuse_command(
     if as_json:
         emit({"folder": str(made.folder), "step": made.state["step"], "fused_from": made.state["fused_from"]})
     else:
-        say(f"Wrote {made.folder}: {found.folder}, step {made.state['step']:,}, fused with run {found.state['base']['run_id']}")
+        start = found.state["base"]["folder"] if base is None else base
+        say(f"Wrote {made.folder}: the adapters of {found.folder}, step {made.state['step']:,}, in the weights of {start}.")
+        say(f"It is a whole checkpoint. What it forgot: forget audit {start} {made.folder}; go on from it: --init {made.folder}")

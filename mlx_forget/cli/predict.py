@@ -142,8 +142,8 @@ def _coverage(level: float | None) -> float:
 
 def _predict_runs(fit: Path, recipe: str, output: Path | None, level: float | None, *, as_json: bool) -> None:
     from mlx_forget import resources
-    from mlx_forget.grid import read_recipe
     from mlx_forget.studies.prospective import Outcome, outcome_lines, predict_recipe, predictions, write_predictions
+    from mlx_forget.sweeps.grid import read_recipe
 
     content = predict_recipe(fit, read_recipe(resources.recipe(recipe)), level=_coverage(level))
     if output is not None:

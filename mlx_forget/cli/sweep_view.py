@@ -8,10 +8,10 @@ from rich.console import Console, Group
 from rich.table import Table
 
 from mlx_forget.cli.answers import emit
-from mlx_forget.dispatch import states
 from mlx_forget.progress import duration
-from mlx_forget.sweep import Job
-from mlx_forget.sweep_costs import hours_text, size_text
+from mlx_forget.sweeps.costs import hours_text, size_text
+from mlx_forget.sweeps.dispatch import states
+from mlx_forget.sweeps.sweep import Job
 
 _SHOWN_FIRST = ("running", "failed", "elsewhere", "queued", "blocked", "interrupted", "waiting", "done")
 

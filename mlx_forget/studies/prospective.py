@@ -16,13 +16,13 @@ import numpy as np
 from mlx_forget.config import TrainConfig
 from mlx_forget.durable_files import read_object, sha256_of, write_text
 from mlx_forget.errors import UserError
-from mlx_forget.grid import Recipe
 from mlx_forget.ladder import default_context, is_ladder_name, model_spec, num_params
 from mlx_forget.laws.files import check_target, read_fit
 from mlx_forget.laws.predictor import NEGLIGIBLE
 from mlx_forget.pipeline.mixture import parse_share
 from mlx_forget.runs.rows import Row, fitted_rows
 from mlx_forget.studies.law_study import left_out
+from mlx_forget.sweeps.grid import Recipe
 
 SCHEMA_VERSION = 1
 KIND = "predictions"

@@ -21,14 +21,14 @@ from cuda_backend.allocator import keep_freed_memory
 from cuda_backend.trainer import TorchTrainer
 from mlx_forget.evaluate import Windows
 from mlx_forget.ladder import ModelSpec, model_spec, num_params
-from mlx_forget.loop import Cadence, RunState, StopRules, drive
 from mlx_forget.pipeline.batches import BatchStream
 from mlx_forget.pipeline.mixture import Mixture, parse_share
 from mlx_forget.pipeline.sides import RowSubset
 from mlx_forget.pipeline.store import StoreWriter, open_store
 from mlx_forget.schedule import Schedule
 from mlx_forget.trainer import RuntimeSpec, TrainerSpec
-from mlx_forget.watch import NoObserver
+from mlx_forget.training.loop import Cadence, RunState, StopRules, drive
+from mlx_forget.training.watch import NoObserver
 from tests.benchmarks.measure import interleaved, print_ratios, rate
 from tests.benchmarks.nanogpt_style import NanoStyle
 

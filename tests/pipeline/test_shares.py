@@ -183,6 +183,13 @@ def test_two_sources_are_served_as_ever():
     assert digest.hexdigest() == "a1d8744962e4096efad2bdeb7ad74705ef6304b7fdf9288427125f218df13773"
 
 
+def test_several_sources_of_a_side_are_served_as_ever():
+    halves = (Member(5, Fraction(1, 2)), Member(7, Fraction(1, 2)))
+    three = (Member(20, Fraction(5, 8)), Member(6, Fraction(1, 8)), Member(4, Fraction(1, 4)))
+    _, rows = Mixture(12, 30, Fraction(1, 3), 5, target=halves, pretrain=three).rows(0, 24)
+    assert rows.tolist() == [29, 3, 6, 5, 2, 8, 10, 1, 10, 20, 4, 7, 8, 0, 9, 28, 2, 5, 11, 3, 11, 12, 0, 9]
+
+
 @pytest.mark.parametrize(
     "text, expected",
     [
@@ -215,3 +222,5 @@ def test_the_smallest_sources_are_joined_first_in_whatever_order_they_come():
 
 def test_a_share_is_rounded_to_a_denominator_that_positions_can_be_multiplied_with():
     assert parse_share("0.12345678912345") == Fraction("0.12345678912345").limit_denominator(10**9)
+    # A denominator of 2,023,766,921 would come closer.
+    assert parse_share("0.123456789123") == Fraction(117306573, 950183249)

@@ -1,4 +1,4 @@
-"""What a sweep will cost before anything is spent: tokens, FLOPs, hours and disk of every run, by the formulas of `costs`."""
+"""What a sweep will cost before anything is spent: tokens, FLOPs, hours and disk of every run, by the formulas of `mlx_forget.costs`."""
 
 import math
 import shutil
@@ -11,15 +11,15 @@ from typing import Any
 from mlx_forget import costs, records
 from mlx_forget.config import EVALUATIONS_PER_RUN, TrainConfig
 from mlx_forget.errors import UserError
-from mlx_forget.grid import Point, Resources
 from mlx_forget.ladder import ModelSpec, default_context, model_spec, num_non_embedding_params, num_params, train_flops_per_token
 from mlx_forget.pipeline.opened import Opened
-from mlx_forget.plan import plan_run
 from mlx_forget.pretrained import PretrainedSpec
-from mlx_forget.start import find_start
-from mlx_forget.sweep import NOTHING_ASKED, Sweep, base_title
+from mlx_forget.sweeps.grid import Point, Resources
+from mlx_forget.sweeps.sweep import NOTHING_ASKED, Sweep, base_title
 from mlx_forget.trainer import Precision, load_backend
-from mlx_forget.watch import Watch
+from mlx_forget.training.plan import plan_run
+from mlx_forget.training.start import find_start
+from mlx_forget.training.watch import Watch
 
 # Tokenizer, configuration, log and record.
 _SMALL_FILES_BYTES = 300_000
