@@ -32,8 +32,8 @@ from mlx_forget.pipeline.store import StoreWriter, open_store
 from mlx_forget.pipeline.vocabularies import load_vocabulary
 from mlx_forget.progress import read_progress
 from mlx_forget.records import read_record
-from mlx_forget.replay import _open_part
 from mlx_forget.replay.log_probs import keep_log_probs
+from mlx_forget.replay.sampled_store import _open_part
 from mlx_forget.runs import index as run_index
 from mlx_forget.runs.comparison import finished
 from mlx_forget.runs.export import export, read_export
