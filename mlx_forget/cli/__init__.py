@@ -4,8 +4,6 @@ Exit codes: 0 done; 1 a run failed or diverged; 2 the request was wrong; 130 int
 """
 
 import errno
-import os
-import signal
 import sys
 from importlib import import_module
 from typing import Any
@@ -30,7 +28,7 @@ COMMANDS = {
         "mlx_forget.cli.replay",
         "Sample a model into a store, to replay when its pretraining data is not at hand.",
     ),
-    "fuse": ("mlx_forget.cli.fuse", "Make one whole checkpoint of a run's adapters and the base that they were trained on."),
+    "fuse": ("mlx_forget.cli.fuse", "Make one whole checkpoint of adapters and the base that they were trained on."),
     "audit": ("mlx_forget.cli.audit", "What did a model forget? Two checkpoints in; a table, JSON and an HTML page out."),
     "runs": ("mlx_forget.cli.runs", "List, show, compare, export, prune and verify runs."),
     "plot": (
@@ -121,10 +119,6 @@ def _run(arguments: list[str], *, debug: bool) -> int:
         return exit_code(error)
     except LeaderFailed as error:
         return error.code
-    except BrokenPipeError:
-        # Whoever read our output has gone; nothing more can be said there.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             where = f" ({error.filename})" if error.filename else ""
