@@ -222,7 +222,8 @@ def test_adapters_are_saved_alone_with_the_configurations_that_other_tools_read(
             assert trainable_only
             save_file({adapters.file_name(name): array for name, array in adapters.initial_adapters(linears, adapter, 0)}, path)
 
-    state = json.loads(json.dumps({"adapter": vars(adapter), "base": {"folder": "BASE"}}))
+    base = {"folder": "BASE", "run_id": None, "weights_sha256": "0" * 64}
+    state = json.loads(json.dumps({"adapter": vars(adapter), "base": base}))
     save_checkpoint(tmp_path / "best", AdapterTrainer(), SPEC, TOKENIZER, state, with_training_state=False)
     found = open_checkpoint(tmp_path / "best")
     assert found.adapter == adapter
