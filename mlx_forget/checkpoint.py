@@ -12,6 +12,7 @@ leaves `last` or `previous` whole.
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from safetensors import SafetensorError
 
@@ -91,9 +92,37 @@ class Checkpoint:
 
 
 def adapter_of(state: dict[str, Any]) -> AdapterSpec | None:
-    """The adapters that a run's state speaks of, or None."""
+    """The adapters that a run's state speaks of, or None.
+
+    Raises:
+        KeyError, TypeError, ValueError: it speaks of something else.
+    """
     given = state.get("adapter")
-    return None if given is None else AdapterSpec(**{**given, "target_modules": tuple(given["target_modules"])})
+    if given is None:
+        return None
+    targets, layers = tuple(map(str, given["target_modules"])), given["num_layers"]
+    numbers = {"rank": int(given["rank"]), "alpha": float(given["alpha"]), "dropout": float(given["dropout"])}
+    spec = AdapterSpec(**{**given, **numbers, "target_modules": targets, "num_layers": None if layers is None else int(layers)})
+    if spec.kind not in get_args(get_type_hints(AdapterSpec)["kind"]) or spec.rank < 1 or not math.isfinite(spec.scale):
+        raise ValueError
+    return spec
+
+
+def _check(state: dict[str, Any]) -> None:
+    """Refuse what is no state of a checkpoint: whatever reads one counts on it.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is none.
+    """
+    if adapter_of(state) is not None:
+        base = state["base"]
+        # Places and names are made of them.
+        if not (re.fullmatch("[0-9a-f]{64}", base["weights_sha256"]) and isinstance(base["folder"], str) and "run_id" in base):
+            raise ValueError
+        if adapters.WEIGHTS not in state["files"]:
+            raise ValueError
+    if not isinstance(state.get("step", 0), int) or not all(len(point) == 2 for point in state.get("curve") or ()):
+        raise ValueError
 
 
 def save_checkpoint(
@@ -191,6 +220,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             raise UserError(f"Checkpoint {folder} names files outside of it, which is refused.")
         if not path.is_file() or sha256_of(path) != wanted:
             raise UserError(f"Checkpoint file {path} is damaged or missing (its checksum does not match).")
+    try:
+        _check(state)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, ZeroDivisionError):
+        raise UserError(f"Checkpoint {folder} is damaged: {STATE} is not what a run writes.") from None
     return Checkpoint(folder, state)
 
 

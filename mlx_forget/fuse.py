@@ -18,6 +18,7 @@ from mlx_forget.durable_files import sync
 from mlx_forget.errors import UserError
 from mlx_forget.ladder import ModelSpec, outputs_first, param_shapes
 from mlx_forget.pipeline.corpora import forget_home
+from mlx_forget.pipeline.store.writing import acquire
 from mlx_forget.pipeline.vocabularies import copy_tokenizer
 from mlx_forget.pretrained import PretrainedSpec, names_in_files
 from mlx_forget.specs import AdapterSpec
@@ -54,32 +55,14 @@ def fuse(found: Checkpoint, folder: Path, *, base: Path | None = None) -> Checkp
         raise UserError(
             f"{start.folder} is quantised to {bits} bits, and adapters are fused into whole weights: give its original with --base."
         )
-    model = start.model_spec()
-    parts = imported_adapters.read_parts(found.weights, found.adapter, model, start.folder)
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    _write_fused(start, model, parts, found.adapter, aside / checkpoint.WEIGHTS)
-    # Imported adapters come without a model's files, or with some that were written again.
-    whose = found if found.is_own else start
-    copy_tokenizer(whose.tokenizer, aside)
-    if found.is_own:
-        shutil.copyfile(found.folder / checkpoint.CONFIG, aside / checkpoint.CONFIG)
-    else:
-        (aside / checkpoint.CONFIG).write_text(json.dumps(checkpoint.config_of(model, start.tokenizer), indent=1), encoding="utf-8")
-    checkpoint.copy_companions(whose.folder, aside, _code(whose))
-    kept = {key: value for key, value in found.state.items() if key not in _OF_ADAPTERS}
-    named = found.state["base"] if found.is_own else base_of(start)
-    fused_from = {"folder": str(found.folder.resolve()), "adapter": found.state["adapter"], "base": named}
-    checkpoint.seal(aside, {**kept, "fused_from": fused_from})
     try:
-        os.rename(aside, folder)
-        sync(folder.parent)
-    except OSError:
+        _fuse_aside(start, found, folder)
+    except OSError as error:
+        raise UserError(f"Cannot write {folder}: {error.strerror or error}.") from None
+    except UserError:
         # Another process was faster; what it wrote is checked below.
         if not folder.is_dir():
             raise
-        shutil.rmtree(aside)
     return replace(checkpoint.open_checkpoint(folder), trust_remote_code=found.trust_remote_code)
 
 
@@ -144,6 +127,44 @@ def _open_base(found: Checkpoint, base: Path | str | None) -> Checkpoint:
             f"({sha[:12]}): {way_out}."
         )
     return start
+
+
+def _fuse_aside(start: Checkpoint, found: Checkpoint, folder: Path) -> None:
+    """Write the checkpoint beside its place, which one process does at a time, and move it there when it is whole."""
+    aside = folder.with_name(f".{folder.name}.part")
+    lock = acquire(aside, folder, wait=True)
+    try:
+        # What a killed process left.
+        for path in aside.iterdir():
+            path.unlink()
+        _write_checkpoint(start, found, aside)
+        os.rename(aside, folder)
+        sync(folder.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    finally:
+        os.close(lock)
+
+
+def _write_checkpoint(start: Checkpoint, found: Checkpoint, folder: Path) -> None:
+    assert found.adapter is not None
+    model = start.model_spec()
+    parts = imported_adapters.read_parts(found.weights, found.adapter, model, start.folder)
+    _write_fused(start, model, parts, found.adapter, folder / checkpoint.WEIGHTS)
+    # Imported adapters come without a model's files, or with some that were written again.
+    whose = found if found.is_own else start
+    copy_tokenizer(whose.tokenizer, folder)
+    if found.is_own:
+        shutil.copyfile(found.folder / checkpoint.CONFIG, folder / checkpoint.CONFIG)
+    else:
+        config = checkpoint.config_of(model, start.tokenizer)
+        (folder / checkpoint.CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
+    checkpoint.copy_companions(whose.folder, folder, _code(whose))
+    kept = {key: value for key, value in found.state.items() if key not in _OF_ADAPTERS}
+    named = found.state["base"] if found.is_own else base_of(start)
+    fused_from = {"folder": str(found.folder.resolve()), "adapter": found.state["adapter"], "base": named}
+    checkpoint.seal(folder, {**kept, "fused_from": fused_from})
 
 
 def _write_fused(

@@ -139,6 +139,7 @@ def advise_command(
 
 def write_probe(path: Path, tokens: float | None, num_runs: int | None, as_json: bool | None) -> None:
     """Write the runs of a probe, one JSON object per line, and say what to do with them."""
+    from mlx_forget.durable_files import write_text
     from mlx_forget.laws.design import probe_runs
     from mlx_forget.laws.files import check_target
 
@@ -147,7 +148,7 @@ def write_probe(path: Path, tokens: float | None, num_runs: int | None, as_json:
     check_target(path)
     runs = probe_runs(tokens, PROBE_RUNS if num_runs is None else num_runs)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(run) + "\n" for run in runs), encoding="utf-8")
+    write_text(path, "".join(json.dumps(run) + "\n" for run in runs))
     for run in runs:
         tell(f"forget train --target-tokens {run['D']:.0f} --p {run['p']:g} ...")
     say(f"Wrote {path}: finetune your model once per line, then `forget advise RUNS --max-forgetting BUDGET --d {tokens:g}`")

@@ -29,7 +29,7 @@ from mlx_forget.strict_yaml import read_yaml
 from mlx_forget.sweeps.grid import read_recipe
 from mlx_forget.tables import read_table
 from mlx_forget.weight_files import tensor_names, weight_files
-from tests.fuzz.test_readers import ROW, SAMPLE, model_folder
+from tests.fuzz.given_files import ROW, SAMPLE, model_folder
 
 GIGABYTE = 1 << 30
 
