@@ -136,9 +136,14 @@ reproduce-replay: setup  ## methods compared at laptop scale (Marek et al.); SEE
 	$(BIN)/forget sweep replay --set seed=$(SEED) --set backend=$(BACKEND) --output $(if $(filter command line,$(origin OUTPUT)),$(OUTPUT),runs/replay-seed$(SEED))
 	$(BIN)/forget plot $(if $(filter command line,$(origin OUTPUT)),$(OUTPUT),runs/replay-seed$(SEED)) --output figures --name $(if $(filter 0,$(SEED)),replay,replay-seed$(SEED))
 
-reproduce-toy: setup  ## tasks learnt one after another, with and without self-generated replay (Marek et al.), at a small size; BACKEND= OUTPUT=
-	$(BIN)/python -m mlx_forget.studies.toy_continual --tasks reversal,sort --shape 2x64 --batch-size 256 --steps 600 --learning-rate 3e-3 --warmup-steps 60 --backend $(BACKEND) --output $(if $(filter command line,$(origin OUTPUT)),$(OUTPUT),runs/toy-continual)
-	$(BIN)/forget plot $(if $(filter command line,$(origin OUTPUT)),$(OUTPUT),runs/toy-continual) --output figures --name toy-continual
+# All four of the paper: make reproduce-toy TASKS=add,reversal,sort,modadd
+TASKS ?= reversal,sort
+STEPS ?= 600
+TOY = toy-continual$(if $(filter 600:reversal$(comma)sort,$(STEPS):$(TASKS)),,-$(subst $(comma),-,$(TASKS))-$(STEPS))
+TOY_OUTPUT = $(if $(filter command line,$(origin OUTPUT)),$(OUTPUT),runs/$(TOY))
+reproduce-toy: setup  ## tasks learnt one after another, with and without self-generated replay (Marek et al.), at a small size; TASKS= STEPS= BACKEND= OUTPUT=
+	$(BIN)/python -m mlx_forget.studies.toy_continual --tasks $(TASKS) --shape 2x64 --batch-size 256 --steps $(STEPS) --learning-rate 3e-3 --warmup-steps 60 --backend $(BACKEND) --output $(TOY_OUTPUT)
+	$(BIN)/forget plot $(TOY_OUTPUT) --output figures --name $(TOY)
 
 clean:  ## remove the environment, builds and caches of tools; runs, figures and corpora stay
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
