@@ -238,8 +238,10 @@ class Trials:
             put_in_place(self.root, site, anew=anew)
             if anew:
                 self.seconds = {}
+                # One after the other: most mistakes are noticed before all files have been imported.
                 files = dict.fromkeys(name.split("::")[0] for name in tests)
-                return int(pytest.main([*PYTEST, f"--basetemp={self.folder}/t", *files], plugins=[_Only(tests)]))
+                codes = (int(pytest.main([*PYTEST, f"--basetemp={self.folder}/t", file], plugins=[_Only(tests)])) for file in files)
+                return next((code for code in codes if code), 0)
             self.seconds = tests
             items = {item.nodeid: item for item in session.items}
             return _run(session, [items[name] for name in tests])
