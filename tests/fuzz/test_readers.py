@@ -37,12 +37,13 @@ from mlx_forget.pipeline.recipes import read_recipes
 from mlx_forget.pipeline.sources import read_documents
 from mlx_forget.pipeline.store import open_store
 from mlx_forget.pipeline.vocabularies import load_vocabulary
-from mlx_forget.pretrained import older_keys, read_config, read_pretrained, read_tensor, tensor_names, weight_files
+from mlx_forget.pretrained import older_keys, read_config, read_pretrained
 from mlx_forget.records import read_record, write_record
 from mlx_forget.replay.sampled_store import _sampled_shard
 from mlx_forget.studies.loss_matrix import read_matrices
 from mlx_forget.sweeps.grid import read_recipe
 from mlx_forget.tables import read_table
+from mlx_forget.weight_files import read_tensor, tensor_names, weight_files
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "25"))
 FINDS = Path(__file__).parent / "finds"

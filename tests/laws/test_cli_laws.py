@@ -1,4 +1,3 @@
-import csv
 import json
 
 import numpy as np
@@ -14,29 +13,8 @@ from mlx_forget.laws.table import Table
 from mlx_forget.laws.uncertainty import BootstrapOptions, assess
 from mlx_forget.tables import read_table
 
+from .conftest import TRUTH
 from .surfaces import SIZES, paper_grid
-
-TRUTH = {"A": 3.0, "alpha": 0.45, "beta": 0.4, "B": 600.0}
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    path = tmp_path_factory.mktemp("laws") / "runs.csv"
-    columns = paper_grid()
-    with open(path, "w", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["N", "D", "p", "L0", "final_loss", "domain"])
-        for i, domain in enumerate(("code", "math")):
-            exact = get_law("bethune-forgetting").predict({**TRUTH, "B": TRUTH["B"] * (1 + i)}, columns)
-            noisy = exact * np.exp(0.004 * np.random.default_rng(i).standard_normal(len(exact)))
-            for row in zip(columns["N"], columns["D"], columns["p"], columns["L0"], noisy, strict=True):
-                writer.writerow([*row, domain])
-    return path
-
-
-@pytest.fixture(scope="module")
-def one(runs):
-    return ("--map", "loss=final_loss", "--where", 'domain == "code"', "--bootstrap", "60")
 
 
 def test_fit_prints_one_json_object_and_nothing_else_on_stdout(forget, runs, one, tmp_path):
@@ -308,74 +286,26 @@ def test_a_folder_of_runs_says_what_it_left_out(forget, tmp_path):
     }
 
 
-def test_advise_names_the_smallest_share_and_the_next_runs(forget, runs, one, tmp_path):
-    forget("fit", runs, *one, "-o", tmp_path / "fit.json")
-    ran = forget(
-        "advise",
-        tmp_path / "fit.json",
-        "--max-forgetting",
-        "0.08",
-        "--n",
-        "3.34e8",
-        "--d",
-        "1e7",
-        "--next-runs",
-        "3",
-        "--plot",
-        tmp_path,
-        "--json",
-    )
-    assert ran.json["unknown"] == "p"
-    assert 0.01 < ran.json["answer"] < 0.06
-    assert ran.json["upper_forgetting_nats"] <= 0.0801
-    assert len(ran.json["next_runs"]) == 3
-    assert (tmp_path / "advice.png").stat().st_size > 5000
-
-
-def test_a_budget_out_of_reach_comes_without_numbers(forget, runs, one, tmp_path):
-    forget("fit", runs, *one, "-o", tmp_path / "fit.json")
-    ran = forget("advise", tmp_path / "fit.json", "--max-forgetting", "1e-5", "--n", "4.1e7", "--d", "3e7", "--json")
-    assert ran.code == 0
-    assert "expected" not in ran.stderr
-    assert {ran.json[key] for key in ("answer", "columns", "expected_forgetting_nats", "cost")} == {None}
-
-
-def test_runs_of_one_d_answer_at_that_d_only(forget, runs, tmp_path):
-    lines = [line for line in runs.read_text().splitlines() if line.startswith("N") or ("code" in line and ",3000000.0," in line)]
-    path = tmp_path / "one.csv"
-    path.write_text("\n".join(line for line in lines if line.startswith(("N", "334"))) + "\n")
-    ask = ("advise", path, "--map", "loss=final_loss", "--max-forgetting", "0.1", "--json")
-    assert 0.0 < forget(*ask, "--d", "3e6").json["answer"] < 0.05
-    for other in (("--d", "1e7"), ("--p", "1%")):
-        refused = forget(*ask, *other)
-        assert refused.code == 2
-        assert "nothing says what other D do" in refused.stderr
-
-
-def test_a_probe_becomes_advice_for_one_model(forget, tmp_path):
-    plan = tmp_path / "probe.jsonl"
-    assert forget("advise", "--probe", plan, "--d", "3e7").code == 0
-    runs = [json.loads(line) for line in plan.read_text().splitlines()]
-    law = get_law("forgetting-fixed-n")
-    truth = {"A": 0.002, "beta": 0.35, "B": 600.0, "alpha": 0.5}
-    columns = {name: np.array([run[name] for run in runs]) for name in ("D", "p")} | {"L0": np.full(len(runs), 3.2)}
-    loss = law.predict(truth, columns) * np.exp(0.0005 * np.random.default_rng(0).standard_normal(len(runs)))
-    done = tmp_path / "done.jsonl"
-    done.write_text(
-        "".join(json.dumps({**run, "L0": 3.2, "loss": value}) + "\n" for run, value in zip(runs, loss.tolist(), strict=True))
-    )
-    ran = forget("advise", done, "--max-forgetting", "0.3", "--d", "3e7", "--json")
-    assert ran.code == 0
-    exact = ((0.002 * 3e7**0.35 / 0.3) ** 2 - 1) / 600
-    assert ran.json["answer"] is None or 0.5 * exact < ran.json["answer"] < 4 * exact
-
-
 def test_laws_lists_every_law_with_its_formula(forget):
     content = forget("laws", "--json").json
     assert {"chinchilla", "d-cpt", "overfitting-gap"} <= {law["name"] for law in content["laws"]}
     one = forget("laws", "bethune-forgetting").stdout
     assert "(1 + B p) N" in one
     assert "rivals" in one
+
+
+def test_a_plan_is_told_what_it_would_not_determine_before_any_run(forget, tmp_path):
+    plan = tmp_path / "planned.csv"
+    sizes = [(n, d) for n in ("1e7", "3e7", "1e8") for d in ("1e6", "3e6", "1e7")]
+    plan.write_text("N,D,p\n" + "".join(f"{n},{d},0\n" for n, d in sizes))
+    lacking = ("laws", "bethune-forgetting", "--design", plan)
+    assert "--map L0=" in forget(*lacking).stderr
+    said = forget(*lacking, "--map", "L0=3.2", "--json").json
+    assert [flag["parameters"] for flag in said["flags"]] == [["B"]]
+    assert "one run with p = 1%" in forget(*lacking, "--map", "L0=3.2").stdout
+    plan.write_text("N,D,p\n" + "".join(f"{n},{d},{p}\n" for n, d in sizes for p in (0, 0.01, 0.05)))
+    assert "leave nothing undetermined" in forget(*lacking, "--map", "L0=3.2").stdout
+    assert forget("laws", "--design", plan).code == 2
 
 
 def test_a_users_own_law_is_fitted_asked_and_advises(forget, tmp_path):
