@@ -6,7 +6,7 @@ import pytest
 
 from mlx_forget.errors import UserError
 from mlx_forget.laws.fit import fit_law
-from mlx_forget.laws.forms import Law, Parameter, Rescale, get_law, law_contrasts, law_from_function, laws, register
+from mlx_forget.laws.forms import Law, Parameter, Rescale, get_law, law_from_function, laws, register
 from mlx_forget.laws.model import Constraints, bind
 from mlx_forget.laws.predictor import Predictor
 from mlx_forget.laws.table import Table
@@ -114,27 +114,6 @@ def test_natural_gradients_match_central_differences(name):
         above, below = ({**params, parameter: params[parameter] + sign * step} for sign in (1, -1))
         numeric = (law.predict(above, columns) - law.predict(below, columns)) / (2 * step)
         assert np.allclose(gradient[:, j], numeric, rtol=2e-5, atol=1e-6 * np.abs(numeric).max() + 1e-15), parameter
-
-
-def test_the_numbers_that_data_determine_are_slopes_and_sizes_of_the_law():
-    params = {"E": 1.7, "A": 400.0, "B": 2000.0, "alpha": 0.33, "beta": 0.27}
-    split = law_contrasts(get_law("chinchilla"))[0].function(params, {})
-    # The size that is best for a compute of 6 N D grows with this power of it.
-    best = []
-    for compute in (1e20, 1e22):
-        sizes = np.geomspace(1e6, 1e13, 200_001)
-        best.append(sizes[np.argmin(get_law("chinchilla").predict(params, {"N": sizes, "D": compute / 6 / sizes}))])
-    assert np.log(best[1] / best[0]) / np.log(100) == pytest.approx(split, rel=1e-3)
-    steps = {"a": 9e5, "b": 60.0, "alpha": 0.4, "beta": 0.35, "rho": 1.5, "s": 0.6}
-    law, middle = get_law("kalajdzievski-finetuning"), {"P": 3e6, "steps": 200.0}
-    by_p, by_steps, size = (float(one.function(steps, middle)) for one in law.contrasts)
-    assert size == pytest.approx(law.predict(steps, middle)[0] - 0.6)
-    for column, slope in (("P", by_p), ("steps", by_steps)):
-        ends = [law.predict(steps, {**middle, column: middle[column] * np.exp(step)})[0] for step in (-1e-5, 1e-5)]
-        assert slope == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-6)
-    assert [one.name for one in law.contrasts] == ["slope in log P", "slope in log steps", "size of the term"]
-    names = [one.name for one in law_contrasts(get_law("bethune-forgetting"))]
-    assert names == ["A at the middle of N and D", "alpha", "beta", "B"]
 
 
 @pytest.mark.parametrize("law", [law for law in laws() if law.alternatives], ids=lambda law: law.name)
