@@ -35,8 +35,8 @@ PYTEST = ["-q", "-s", "-x", "-m", "not full", "-p", "no:xdist", "-p", "no:cachep
 
 _MOST_BYTES = 6 << 30
 _MOST_WALL_SECONDS = 900
-# What a child and a test may take beside its usual time.
-_CPU_SECONDS_TO_START, _CPU_SECONDS_FOR_A_TEST = 60, 2
+# What a child and a test may take beside twice their usual time, which was measured while their lines were traced.
+_CPU_SECONDS_TO_START, _CPU_SECONDS_FOR_A_TEST = 15, 2
 
 # Seconds of the tests that are tried in one round.
 _ROUNDS = (0.0, 0.3, 1.5, 1e9)
@@ -160,7 +160,7 @@ class Trials:
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         """A test that takes several times as long as it should is stopped, with its process."""
         if self.seconds:
-            signal.setitimer(signal.ITIMER_PROF, _CPU_SECONDS_FOR_A_TEST + 5 * self.seconds[item.nodeid])
+            signal.setitimer(signal.ITIMER_PROF, _CPU_SECONDS_FOR_A_TEST + 2 * self.seconds[item.nodeid])
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         maps = [self._covering(session, test_file) for test_file in self.test_files]
@@ -233,7 +233,7 @@ class Trials:
                 os.dup2(quiet, 2)
             resource.setrlimit(resource.RLIMIT_DATA, (_MOST_BYTES, _MOST_BYTES))
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            most = int(_CPU_SECONDS_TO_START + 3 * sum(tests.values()))
+            most = int(_CPU_SECONDS_TO_START + 2 * sum(tests.values()))
             resource.setrlimit(resource.RLIMIT_CPU, (most, most + 5))
             put_in_place(self.root, site, anew=anew)
             if anew:
