@@ -34,9 +34,10 @@ from tests.mutants.sites import Site, mutated
 PYTEST = ["-q", "-s", "-x", "-m", "not full", "-p", "no:xdist", "-p", "no:cacheprovider"]
 
 _MOST_BYTES = 6 << 30
-_MOST_WALL_SECONDS = 900
 # What a child and a test may take beside twice their usual time, which was measured while their lines were traced.
 _CPU_SECONDS_TO_START, _CPU_SECONDS_FOR_A_TEST = 15, 2
+# By the clock, for what waits and takes no CPU time, on a machine that has much else to do.
+_WALL_SECONDS_TO_START, _WALL_SECONDS_FOR_A_SECOND = 120, 20
 
 # Seconds of the tests that are tried in one round.
 _ROUNDS = (0.0, 0.3, 1.5, 1e9)
@@ -246,15 +247,16 @@ class Trials:
             items = {item.nodeid: item for item in session.items}
             return _run(session, [items[name] for name in tests])
 
-        code = self._forked(child)
+        code = self._forked(child, _WALL_SECONDS_TO_START + _WALL_SECONDS_FOR_A_SECOND * sum(tests.values()))
         assert code != pytest.ExitCode.NO_TESTS_COLLECTED
         if code < 0:
             return "killed by time" if -code in (signal.SIGPROF, signal.SIGXCPU, signal.SIGALRM) else "killed"
         return "killed" if code else "survived"
 
-    def _forked(self, work: Callable[[], int]) -> int:
+    def _forked(self, work: Callable[[], int], most_seconds: float = 1e9) -> int:
         """The exit status of a process that does the work, with a fresh copy of the cache folder; negative for a signal, as
-        `subprocess` has it, and SIGALRM when it had to be stopped. It ends with all that it has started, also when this one is stopped."""
+        `subprocess` has it, and SIGALRM where it took longer than it may. It ends with all that it has started, also when this one is
+        stopped."""
         for path in self.folder.iterdir():
             shutil.rmtree(path, ignore_errors=True)
         shutil.copytree(self.home, self.cache)
@@ -270,7 +272,7 @@ class Trials:
         with suppress(PermissionError):
             os.setpgid(process, process)
         try:
-            deadline = time.monotonic() + _MOST_WALL_SECONDS
+            deadline = time.monotonic() + most_seconds
             while not (ended := os.waitpid(process, os.WNOHANG))[0]:
                 if time.monotonic() > deadline:
                     return -signal.SIGALRM
