@@ -204,23 +204,27 @@ class Trials:
 
     def _chosen(self, site: Site, maps: list[Tests], *, whole_file: bool) -> dict[str, float]:
         """The tests that run the statement of a mutant, with their seconds: the quick ones of every file, then slower ones, until they
-        take as long as a mutant may."""
+        take as long as a mutant may. For a whole file those that run any of its functions, and for as long again those that may read its
+        names."""
         first, last = (0, 1 << 30) if whole_file else site.lines
-        files = []
-        for tests in maps:
-            those = {
-                name: seconds
-                for name, (seconds, lines) in tests.items()
-                if any(path == site.path and first <= line <= last for path, line in lines)
-            }
-            files.append(sorted(those.items(), key=lambda item: item[1]))
-        files.sort(key=lambda tests: sum(seconds for _, seconds in tests))
+
+        def runs_it(lines: list[list[Any]]) -> bool:
+            return any(path == site.path and first <= line <= last for path, line in lines)
+
+        chosen = self._quickest([{name: seconds for name, (seconds, lines) in tests.items() if runs_it(lines)} for tests in maps])
+        if whole_file:
+            chosen |= self._quickest([{name: one[0] for name, one in tests.items() if name not in chosen} for tests in maps])
+        return chosen
+
+    def _quickest(self, files: list[dict[str, float]]) -> dict[str, float]:
+        """Tests by file, and of each the seconds: those of a round file by file, so that what a module's tests share is made once."""
+        files = sorted(files, key=lambda tests: sum(tests.values()))
         chosen: dict[str, float] = {}
         for quicker, slower in pairwise(_ROUNDS):
-            # File by file, so that what a module's tests share is made once in a round.
-            for name, seconds in (one for tests in files for one in tests):
-                if quicker <= seconds < slower and sum(chosen.values()) + seconds <= self.most_seconds:
-                    chosen[name] = seconds
+            for tests in files:
+                for name, seconds in sorted(tests.items(), key=lambda item: item[1]):
+                    if quicker <= seconds < slower and sum(chosen.values()) + seconds <= self.most_seconds:
+                        chosen[name] = seconds
         return chosen
 
     def _tried(self, session: pytest.Session, site: Site, tests: dict[str, float], *, anew: bool) -> str:
