@@ -17,7 +17,7 @@ from cuda_backend.trainer import TorchStep, TorchTrainer
 from mlx_forget.errors import OutOfMemory, UserError
 from mlx_forget.ladder import ModelSpec, decays, initial_weights, param_shapes
 from mlx_forget.methods import NUM_SOURCES, NUM_TERMS
-from mlx_forget.trainer import Batch, Stack, StackedBatch, StepResult, Trainer, TrainerSpec
+from mlx_forget.trainer import Batch, NoStep, Stack, StackedBatch, StepResult, Trainer, TrainerSpec
 
 
 class TorchStack(Stack):
@@ -66,9 +66,7 @@ class TorchStack(Stack):
         assert gradient is not None
         norm, skipped = self._update(gradient, [learning_rates[k] for k in self._rows])
         packed = torch.cat([sums, norm[:, None], skipped[:, None]], dim=1)
-        results: list[StepResult] = [
-            TorchStep(torch.full((packed.shape[1],), torch.nan), np.zeros((NUM_TERMS, NUM_SOURCES)))
-        ] * len(active)
+        results: list[StepResult] = [NoStep()] * len(active)
         for row, k in enumerate(self._rows):
             results[k] = TorchStep(packed[row], whole.counts[row])
         return results

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from mlx_forget.config import TrainConfig
 
 REFERENCE_LIVE = "live"
+# What users call a key where it is not its name.
+_CALLED = {"lora_num_layers": "--num-layers"}
 
 
 def check_config(config: "TrainConfig") -> None:
@@ -42,6 +44,7 @@ def check_config(config: "TrainConfig") -> None:
         "num_threads",
         "learning_rate",
         "tokens_per_param",
+        "stop_target_loss",
         "stop_patience",
         "stop_tokens",
         "stop_epochs",
@@ -95,4 +98,4 @@ def _idle_lora_fields(config: "TrainConfig") -> list[str]:
 
 def _positive(name: str, value: float) -> None:
     if not (value > 0 and math.isfinite(value)):
-        raise UserError(f"{name} must be positive and finite, it is {value}.")
+        raise UserError(f"{_CALLED.get(name, name)} must be positive and finite, it is {value}.")

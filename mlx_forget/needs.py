@@ -8,8 +8,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlx_forget.errors import unknown
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 _DISTRIBUTION = "mlx-forget"
 _PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
@@ -22,13 +26,13 @@ class Need:
     Args:
         name: what `forget doctor` calls it.
         purpose: what it is for.
-        extras: of this package, that hold what it needs.
+        ways: extras of this package, together enough; any one of the ways will do, and the first is proposed where several lack as much.
         beyond: what it needs or should be known of it besides packages: sentences about what is missing, then other ones.
     """
 
     name: str
     purpose: str
-    extras: tuple[str, ...]
+    ways: tuple[tuple[str, ...], ...]
     beyond: Callable[[], tuple[list[str], list[str]]] = lambda: ([], [])
 
 
@@ -37,12 +41,14 @@ class Found:
     """What a purpose lacks here.
 
     Args:
-        missing: packages with the versions they must have, and in parentheses the ones they have; then sentences about what no package is.
+        least: the packages that are enough.
+        missing: of the way that lacks least, packages with the versions they must have, and in parentheses the ones they have; then sentences about what no package is.
         install: the command that brings the packages; "" where none is missing.
         notes: sentences worth knowing.
     """
 
     need: Need
+    least: str
     missing: tuple[str, ...]
     install: str
     notes: tuple[str, ...]
@@ -52,8 +58,12 @@ class Found:
         return not self.missing
 
 
+def _is_apple_silicon() -> bool:
+    return platform.system() == "Darwin" and platform.machine() == "arm64"
+
+
 def _of_mlx() -> tuple[list[str], list[str]]:
-    if platform.system() == "Darwin" and platform.machine() == "arm64":
+    if _is_apple_silicon():
         return [], []
     if platform.system() != "Linux":
         return [f"MLX runs on Macs with Apple silicon and on Linux, not on {platform.system()} {platform.machine()}"], []
@@ -74,6 +84,18 @@ def _of_cuda() -> tuple[list[str], list[str]]:
     return [], notes
 
 
+def _of_lora() -> tuple[list[str], list[str]]:
+    places = {"peft": "CHECKPOINT", "mlx-lm": "CHECKPOINT/mlx-lm"}
+    readers = [f"{name} loads it from {place}" for name, place in places.items() if _version(name) is not None]
+    extra = "mlx" if _is_apple_silicon() else "peft"
+    return [], readers or [f"to load it outside of this tool: {_install((extra,))}"]
+
+
+def _of_tracking() -> tuple[list[str], list[str]]:
+    lacking = [name for name in ("tensorboard", "wandb") if _lacking(name)]
+    return [], [f"for --log-to {name}: {_install((name,))}" for name in lacking] if len(lacking) == 1 else []
+
+
 def _of_slurm() -> tuple[list[str], list[str]]:
     if shutil.which("sbatch"):
         return [], []
@@ -90,19 +112,18 @@ def _of_hub() -> tuple[list[str], list[str]]:
     return [], ["HF_HUB_OFFLINE is set: only what is in the Hub's cache is found"] if offline else []
 
 
+_BACKENDS = (("mlx",), ("cuda",)) if _is_apple_silicon() else (("cuda",), ("mlx",))
 NEEDS = (
-    Need("mlx", "train with MLX (Macs)", ("mlx",), _of_mlx),
-    Need("cuda", "train with PyTorch (NVIDIA GPUs, CPUs)", ("cuda",), _of_cuda),
-    Need("hf-mlx", "Hugging Face models with MLX", ("mlx", "hf"), _of_hub),
-    Need("hf-cuda", "Hugging Face models with PyTorch", ("cuda", "hf"), _of_hub),
-    Need("hub", "data sets and models from the Hub", ("hf",), _of_hub),
-    Need(
-        "lora", "train LoRA, export it for peft and mlx-lm", (), lambda: ([], ["to load it elsewhere: pip install peft, or mlx-lm"])
-    ),
-    Need("eval", "lm-eval tasks in an audit", ("eval",)),
-    Need("ray", "sweeps on a Ray cluster", ("ray",), _of_ray),
-    Need("slurm", "sweeps on a Slurm cluster", ("slurm",), _of_slurm),
-    Need("tracking", "losses in TensorBoard, Weights & Biases", ("tracking",)),
+    Need("mlx", "train with MLX (Macs)", (("mlx",),), _of_mlx),
+    Need("cuda", "train with PyTorch (NVIDIA GPUs, CPUs)", (("cuda",),), _of_cuda),
+    Need("hf-mlx", "Hugging Face models with MLX", (("mlx", "hf"),), _of_hub),
+    Need("hf-cuda", "Hugging Face models with PyTorch", (("cuda", "hf"),), _of_hub),
+    Need("hub", "data sets and models from the Hub", (("hf",),), _of_hub),
+    Need("lora", "train LoRA, export it for peft and mlx-lm", _BACKENDS, _of_lora),
+    Need("eval", "lm-eval tasks in an audit", (("eval",),)),
+    Need("ray", "sweeps on a Ray cluster", (("ray",),), _of_ray),
+    Need("slurm", "sweeps on a Slurm cluster", (("slurm",),), _of_slurm),
+    Need("tracking", "losses in TensorBoard or Weights & Biases", (("tensorboard",), ("wandb",)), _of_tracking),
 )
 
 
@@ -121,23 +142,23 @@ def look(names: Iterable[str] = ()) -> list[Found]:
 
 
 def _look(need: Need) -> Found:
-    lacking = {extra: _lacking(extra) for extra in need.extras}
-    packages = list(dict.fromkeys(package for found in lacking.values() for package in found))
-    extras = ",".join(extra for extra, found in lacking.items() if found)
+    lacking = {way: {extra: _lacking(extra) for extra in way} for way in need.ways}
+    found = min(lacking.values(), key=lambda extras: sum(map(len, extras.values())))
+    packages = list(dict.fromkeys(package for own in found.values() for package in own))
+    extras = tuple(extra for extra, own in found.items() if own)
+    least = [", ".join(f"{one.name}{one.specifier}" for extra in way for one in _requirements(extra)) for way in need.ways]
     missing, notes = need.beyond()
-    install = f"pip install -U '{_DISTRIBUTION}[{extras}]'" if extras else ""
-    return Found(need, (*packages, *missing), install, tuple(notes))
+    return Found(need, "; or ".join(least), (*packages, *missing), _install(extras) if extras else "", tuple(notes))
+
+
+def _install(extras: tuple[str, ...]) -> str:
+    return f"pip install -U '{_DISTRIBUTION}[{','.join(extras)}]'"
 
 
 def _lacking(extra: str) -> list[str]:
     """The packages of an extra that are not installed here, or too old."""
-    from packaging.requirements import Requirement
-
     found = []
-    for text in _requirements(extra):
-        wanted = Requirement(text)
-        if wanted.marker is not None and not wanted.marker.evaluate({"extra": extra}):
-            continue
+    for wanted in _requirements(extra):
         own = _version(wanted.name)
         if own is None:
             found.append(f"{wanted.name}{wanted.specifier}")
@@ -146,12 +167,16 @@ def _lacking(extra: str) -> list[str]:
     return found
 
 
-def _requirements(extra: str) -> list[str]:
-    """The requirements of an extra: of the source tree that runs, else of the installed package."""
+def _requirements(extra: str) -> "list[Requirement]":
+    """The requirements of an extra on this machine: of the source tree that runs, else of the installed package."""
+    from packaging.requirements import Requirement
+
     if _PYPROJECT.is_file():
-        extras = tomllib.loads(_PYPROJECT.read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-        return list(extras[extra])
-    return [text for text in requires(_DISTRIBUTION) or [] if f'extra == "{extra}"' in text or f"extra == '{extra}'" in text]
+        texts = tomllib.loads(_PYPROJECT.read_text(encoding="utf-8"))["project"]["optional-dependencies"][extra]
+    else:
+        texts = [text for text in requires(_DISTRIBUTION) or [] if f'extra == "{extra}"' in text or f"extra == '{extra}'" in text]
+    wanted = [Requirement(text) for text in texts]
+    return [one for one in wanted if one.marker is None or one.marker.evaluate({"extra": extra})]
 
 
 def _version(name: str) -> str | None:

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from mlx_forget.distributed import launched_rank
 from mlx_forget.durable_files import read_object
-from mlx_forget.loop import Report
+from mlx_forget.training.loop import Report
 
 PROGRESS_FILE = "progress.json"
 # Its keys.

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mlx_forget.errors import UserError
 from mlx_forget.ladder import ModelSpec
 from mlx_forget.methods import MethodSpec
 from mlx_forget.pretrained import PretrainedSpec
@@ -20,7 +21,7 @@ class AdapterSpec:
         kind: low-rank products (`lora`, `dora`), or vectors that outputs and inputs are multiplied by (`ia3`), which have no rank.
         scaling: what the product of the factors is multiplied by: alpha/r (Hu et al. 2022), alpha/sqrt(r) (rsLoRA, Kalajdzievski 2023),
             or none, which is 1.
-        dropout: share of an adapter's inputs that a training step leaves out.
+        dropout: share of an adapter's inputs that a training step leaves out; `ia3` has none.
         target_modules: names of modules, or their ends; `attention` or `all-linear`; none is `attention`.
         num_layers: only the last so many blocks have adapters; None is all.
     """
@@ -32,6 +33,10 @@ class AdapterSpec:
     dropout: float = 0.0
     target_modules: tuple[str, ...] = ()
     num_layers: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind == "ia3" and self.dropout:
+            raise UserError(f"ia3 has no inputs of its own to leave out, and its dropout is {self.dropout:g}: leave dropout at 0.")
 
     @property
     def scale(self) -> float:

@@ -36,6 +36,14 @@ class StepResult(ABC):
     def read(self) -> StepReading: ...
 
 
+class NoStep(StepResult):
+    """Of a member of a stack that has ended: no tokens, and losses that are not numbers."""
+
+    def read(self) -> StepReading:
+        nothing = np.zeros((NUM_TERMS, NUM_SOURCES))
+        return StepReading(nothing + np.nan, nothing, grad_norm=np.nan, skipped=0)
+
+
 def group_counts(batch: Batch, method: MethodSpec) -> npt.NDArray[np.float64]:
     """Tokens behind each loss sum, float64[terms, sources]."""
     counts = np.zeros((NUM_TERMS, NUM_SOURCES))

@@ -31,6 +31,7 @@ from mlx_forget.pipeline.batches import Batch
 from mlx_forget.pretrained import PretrainedSpec
 from mlx_forget.specs import AdapterSpec, Optimizer, OptimSpec, Precision, RuntimeSpec, TrainerSpec
 from mlx_forget.steps import (
+    NoStep,
     StackedBatch,
     StepReading,
     StepResult,
@@ -49,6 +50,7 @@ __all__ = [
     "Capabilities",
     "Comparison",
     "ModelSpec",
+    "NoStep",
     "OptimSpec",
     "Optimizer",
     "Precision",
@@ -90,7 +92,6 @@ class Capabilities:
     document_masks: bool = False
     distributed: bool = False
     shard: bool = False
-    bitwise_resume: bool = False
     fast_bf16: bool = False
     accelerator: bool = False
     # GPUs that a process can be confined to, as the environment variable takes them.
@@ -244,7 +245,7 @@ class Stack(ABC):
 
     @abstractmethod
     def train_step(self, batches: Sequence[Batch], learning_rates: Sequence[float], active: Sequence[bool]) -> list[StepResult]:
-        """One optimiser step of each active member, on its own batch at its own rate; the results of the others mean nothing.
+        """One optimiser step of each active member, on its own batch at its own rate; the results of the others are `NoStep`.
 
         All batches have one shape. A member that is no longer active stays as it is and never becomes active again.
         """

@@ -4,7 +4,12 @@ import os
 import tempfile
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# A test is not wrong because the machine has other things to do.
+hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("patient")
 
 # Set before anything reads it; workers of pytest-xdist inherit the first process's folder.
 os.environ["FORGET_SCALE"] = "smoke"

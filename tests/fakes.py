@@ -10,6 +10,7 @@ from mlx_forget.methods import NUM_SOURCES, NUM_TERMS, TERM_REPLAY_KL
 from mlx_forget.trainer import (
     Capabilities,
     Comparison,
+    NoStep,
     Stack,
     StepResult,
     Trainer,
@@ -65,9 +66,7 @@ class BigramTrainer(Trainer):
 
     @classmethod
     def describe(cls):
-        return Capabilities(
-            precisions=("fp32",), terms=(0, 1, 2), anchor=True, fisher=True, sample=True, stack=True, bitwise_resume=True
-        )
+        return Capabilities(precisions=("fp32",), terms=(0, 1, 2), anchor=True, fisher=True, sample=True, stack=True)
 
     @classmethod
     def stack(cls, spec, seeds):
@@ -208,4 +207,4 @@ class BigramStack(Stack):
 
     def train_step(self, batches, learning_rates, active):
         steps = zip(self.members, batches, learning_rates, active, strict=True)
-        return [member.train_step(batch, rate) if on else None for member, batch, rate, on in steps]
+        return [member.train_step(batch, rate) if on else NoStep() for member, batch, rate, on in steps]

@@ -14,11 +14,11 @@ from mlx_forget.durable_files import sealed
 from mlx_forget.errors import Interrupted
 from mlx_forget.fuse import whole_checkpoint
 from mlx_forget.history import read_history
-from mlx_forget.plan import plan_run
-from mlx_forget.run import execute
 from mlx_forget.tables import read_table
 from mlx_forget.trainer import RuntimeSpec, TrainerSpec, available_backends, load_backend
-from mlx_forget.watch import Watch
+from mlx_forget.training.plan import plan_run
+from mlx_forget.training.run import execute
+from mlx_forget.training.watch import Watch
 
 BACKENDS = available_backends()
 
@@ -125,6 +125,9 @@ def test_a_checkpoint_holds_adapters_only_and_fuses_to_the_same_model(run_of, ba
     trainer.load(base.weights)
     trainer.load(found.weights)
     np.testing.assert_allclose(logits_by_losses(tmp_path / "fused", tokens, backend), trainer.token_losses(tokens), atol=1e-5)
+    code, out, err = run_forget("fuse", folder, "-o", "words")
+    start = found.state["base"]["folder"]
+    assert f"forget audit {start} words; go on from it: --init words" in err
     assert run_forget("fuse", folder, "-o", "fused")[0] == 2
     assert run_forget("fuse", "fused", "-o", "again")[0] == 2
     # A fused checkpoint is one to start from, and so is the run itself.

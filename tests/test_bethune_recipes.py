@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from mlx_forget.grid import read_recipe
 from mlx_forget.ladder import default_context, model_spec
 from mlx_forget.pipeline import recipes as corpora
 from mlx_forget.resources import path, recipe
 from mlx_forget.schedule import Schedule
-from mlx_forget.sweep import plan_sweep
+from mlx_forget.sweeps.grid import read_recipe
+from mlx_forget.sweeps.sweep import plan_sweep
 
 NAMES = sorted(f"bethune/{file.stem}" for file in path("recipes", "bethune").glob("*.yaml"))
 SIZES = ("tiny", "small", "medium", "large", "xl")

@@ -6,8 +6,9 @@ import os
 import numpy as np
 import pytest
 from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
-from mlx_forget import checkpoint
+from mlx_forget import adapters, checkpoint
 from mlx_forget.checkpoint import (
     adapter_of,
     find_checkpoint,
@@ -19,7 +20,8 @@ from mlx_forget.checkpoint import (
     seal,
 )
 from mlx_forget.errors import UserError
-from mlx_forget.ladder import model_spec
+from mlx_forget.ladder import linear_shapes, model_spec
+from mlx_forget.pretrained import read_pretrained
 from mlx_forget.trainer import AdapterSpec, TrainerSpec
 from tests.fakes import BigramTrainer
 from tests.test_loop import TOKENIZER
@@ -175,6 +177,9 @@ def test_the_checkpoint_of_another_tool_is_known_by_its_files(last, tmp_path):
     (folder / "tokenizer.model").unlink()
     with pytest.raises(UserError, match=r"has no tokenizer\.json and no tokenizer\.model"):
         find_checkpoint(folder)
+    (folder / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(UserError, match="does not describe a language model"):
+        find_checkpoint(folder)
 
 
 def test_weights_in_several_files_are_a_folder_and_adapters_a_file_of_their_own(last):
@@ -205,6 +210,65 @@ def test_what_the_system_says_to_safetensors_is_said_as_the_system_says_it(tmp_p
         save(tmp_path / "last")
     assert getattr(error.value, "errno", None) == (28 if kind is OSError else None)
     assert not (tmp_path / "last").exists()
+
+
+def test_adapters_are_saved_alone_with_the_configurations_that_other_tools_read(tmp_path):
+    adapter = AdapterSpec(rank=2, target_modules=("attention",))
+    linears = linear_shapes(SPEC)
+
+    class AdapterTrainer:
+        def save(self, path, *, trainable_only):
+            assert trainable_only
+            save_file({adapters.file_name(name): array for name, array in adapters.initial_adapters(linears, adapter, 0)}, path)
+
+    state = json.loads(
+        json.dumps({"adapter": vars(adapter), "base": {"folder": "BASE", "run_id": "first", "weights_sha256": "0" * 64}})
+    )
+    save_checkpoint(tmp_path / "best", AdapterTrainer(), SPEC, TOKENIZER, state, with_training_state=False)
+    found = open_checkpoint(tmp_path / "best")
+    assert found.adapter == adapter
+    assert found.weights == tmp_path / "best" / "adapter_model.safetensors"
+    assert "model.safetensors" not in names(tmp_path / "best")
+    assert {"mlx-lm/adapters.safetensors", "mlx-lm/adapter_config.json", "adapter_config.json"} < set(found.state["files"])
+    config = json.loads((tmp_path / "best" / "adapter_config.json").read_text())
+    # GPT-2 stores its matrices [in, out].
+    assert (config["base_model_name_or_path"], config["r"], config["fan_in_fan_out"]) == ("BASE", 2, True)
+    assert json.loads((tmp_path / "best" / "mlx-lm" / "adapter_config.json").read_text())["num_layers"] == 1
+    (tmp_path / "best" / "state.json").unlink()
+    (tmp_path / "best" / "config.json").unlink()
+    with pytest.raises(UserError, match="holds another tool's adapters without their base: merge them there"):
+        find_checkpoint(tmp_path / "best")
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_what_another_tool_wrote_keeps_its_shape_and_companions_and_its_code_only_where_trusted(tmp_path, trusted):
+    start = tmp_path / "start"
+    start.mkdir()
+    config = {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1,
+        "vocab_size": 8, "max_position_embeddings": 8, "dtype": "bfloat16", "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"},
+    }  # fmt: skip
+    (start / "config.json").write_text(json.dumps(config))
+    (start / "generation_config.json").write_text('{"top_k": 3}')
+    (start / "modeling.py").write_text("raise SystemExit")
+    save_file({"model.embed_tokens.weight": np.zeros((8, 4), np.float32)}, start / "model.safetensors")
+    model = read_pretrained(start, trust_remote_code=trusted)
+    save_checkpoint(
+        tmp_path / "last", BigramTrainer(TrainerSpec(model=SPEC)), model, TOKENIZER, {"run_id": "r"}, with_training_state=True
+    )
+    own = [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "state.json",
+        "tokenizer.model",
+        "training_state.safetensors",
+    ]
+    assert names(tmp_path / "last") == sorted([*own, "modeling.py"] if trusted else own)
+    written = json.loads((tmp_path / "last" / "config.json").read_text())
+    del config["dtype"]
+    assert written == {**config, "rope_theta": 5e5, "torch_dtype": "float32"}
+    assert open_checkpoint(tmp_path / "last").model_spec().width == 4
 
 
 def test_weights_come_back_as_they_were(last):

@@ -2,18 +2,20 @@
 
 import fcntl
 import json
+import shutil
 
 import pytest
 
-from mlx_forget import dispatch
 from mlx_forget import trainer as trainer_module
-from mlx_forget.dispatch import FAILURE, execute_sweep, unfinished_strangers
 from mlx_forget.engines import Engine, Exit
 from mlx_forget.errors import Interrupted, UserError
-from mlx_forget.grid import Recipe, Resources
 from mlx_forget.records import REQUESTED, read_record, write_record
-from mlx_forget.sweep import plan_sweep, stack_sweep
-from mlx_forget.watch import Watch
+from mlx_forget.runs.missing import PLANNED, missing_lines, missing_runs, note_planned, planned
+from mlx_forget.sweeps import dispatch
+from mlx_forget.sweeps.dispatch import FAILURE, execute_sweep, unfinished_strangers
+from mlx_forget.sweeps.grid import Recipe, Resources
+from mlx_forget.sweeps.sweep import plan_sweep, stack_sweep
+from mlx_forget.training.watch import Watch
 from tests.bigrams import CONFIG
 
 
@@ -60,7 +62,7 @@ def quick(monkeypatch, tmp_path):
     monkeypatch.setitem(trainer_module.BACKENDS, "bigram", trainer_module.Backend("tests.fakes:BigramTrainer", "numpy", "nothing"))
     monkeypatch.setattr(dispatch, "_SECONDS_BETWEEN_LOOKS", 0)
     monkeypatch.setattr(dispatch, "_SECONDS_BETWEEN_PROBES", 0)
-    monkeypatch.setattr("mlx_forget.plan.forget_home", lambda: tmp_path / "home")
+    monkeypatch.setattr("mlx_forget.training.plan.forget_home", lambda: tmp_path / "home")
 
 
 @pytest.fixture
@@ -254,6 +256,28 @@ def test_unfinished_folders_of_no_run_of_the_sweep_are_named(plan):
     assert [path.name for path in unfinished_strangers(sweep)] == ["half"]
 
 
+def test_what_a_sweep_planned_and_did_not_end_is_known_by_its_title(plan):
+    """To whoever reads the folder later, also where a run was not begun; another sweep into the folder adds to it."""
+    sweep = plan({"p": ["0", "1%", "5%"]})
+    execute_sweep(sweep, ScriptedEngine({"p = 1%": [Exit(1, "out of luck")], "p = 5%": [Exit(2, "no room")]}))
+    folder, (done, failed, stopped) = sweep.folder, sweep.jobs
+    found = {one.title: one.state for one in missing_runs(folder)}
+    assert found == {failed.title: "failed: out of luck", stopped.title: "failed: no room"}
+    (stopped.plan.folder / FAILURE).unlink()
+    assert {one.title: one.state for one in missing_runs(folder)}[stopped.title] == "begun, without an evaluation yet"
+    shutil.rmtree(stopped.plan.folder)
+    assert {one.title: one.state for one in missing_runs(folder)}[stopped.title] == "not begun"
+    lines = missing_lines(missing_runs(folder))
+    assert lines[0].startswith("2 runs have not ended and are not in this figure")
+    assert lines[1] == "  p = 1%: failed: out of luck"
+    note_planned(folder, {"other": "another"})
+    assert list(planned(folder)) == [job.plan.folder.name for job in (done, failed, stopped)] + ["other"]
+    # What no sweep noted down is told by its folder, and a note that cannot be read is none.
+    (folder / PLANNED).write_text("{")
+    assert [one.title for one in missing_runs(folder)] == [failed.plan.folder.name]
+    assert missing_lines([]) == []
+
+
 def test_the_configuration_that_is_asked_for_is_whole(plan):
     sweep = plan({"p": ["0"]})
     execute_sweep(sweep, ScriptedEngine())
@@ -268,7 +292,7 @@ def test_two_runs_with_one_id_are_refused(plan):
 
 
 def test_an_axis_that_changes_the_tokenizer_of_a_shared_start_is_refused(plan, tmp_path):
-    from mlx_forget.run import execute
+    from mlx_forget.training.run import execute
 
     base = plan({"p": ["0"]}).bases[0]
     execute(base.plan)

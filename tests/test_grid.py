@@ -4,8 +4,8 @@ import pytest
 
 from mlx_forget.config import SMOKE, TrainConfig
 from mlx_forget.errors import UserError
-from mlx_forget.grid import Recipe, Resources, read_recipe, titles
 from mlx_forget.resources import recipe as find_recipe
+from mlx_forget.sweeps.grid import Recipe, Resources, read_recipe, titles
 
 
 def recipe(tmp_path, text):

@@ -32,7 +32,6 @@ def backend(request):
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     pytest.importorskip("transformers")
-    pytest.importorskip("torch")
     folder = tmp_path_factory.mktemp("bases")
     return {kind: write_checkpoint(folder / kind, kind) for kind in ("llama", "qwen2")}
 
@@ -243,7 +242,9 @@ def test_runs_are_saved_fused_audited_and_loaded_elsewhere(backend, checkpoints,
         (("--fine-tune-type", "ia3", "--lora-rank", "4"), "--fine-tune-type is ia3, which has no rank"),
         (("--num-layers", "1", "--init", "scratch"), "starts from scratch"),
         (("--num-layers", "1", "--method", "l2-sp"), "is by l2-sp"),
-        (("--num-layers", "0"), "lora_num_layers must be positive"),
+        (("--num-layers", "0"), "--num-layers must be positive"),
+        (("--num-layers", "99", "--dry-run"), "--num-layers is 99, but 0.16m has 2 blocks"),
+        (("--num-layers", "3", "--fine-tune-type", "lora", "--dry-run"), "--num-layers is 3, but 0.16m has 2 blocks"),
     ],
 )
 def test_wrong_requests_are_one_line_and_exit_code_2(run_forget, backend, arguments, message):
@@ -251,6 +252,11 @@ def test_wrong_requests_are_one_line_and_exit_code_2(run_forget, backend, argume
     assert code == 2, err
     assert message in err
     assert "Traceback" not in err
+
+
+def test_ia3_has_no_inputs_to_leave_out():
+    with pytest.raises(UserError, match="leave dropout at 0"):
+        AdapterSpec(kind="ia3", dropout=0.1)
 
 
 @pytest.mark.skipif("mlx" not in BACKENDS, reason="needs MLX")

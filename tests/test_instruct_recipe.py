@@ -1,8 +1,8 @@
 """The recipe of an instruction-tuned model: what it fixes of the paper, and what it says where its model is not at hand."""
 
-from mlx_forget.grid import read_recipe
 from mlx_forget.methods import TERM_REPLAY_KL, TERM_REPLAY_NTP
 from mlx_forget.resources import recipe as find_recipe
+from mlx_forget.sweeps.grid import read_recipe
 
 
 def test_the_recipe_is_the_papers_experiment(monkeypatch):

@@ -12,13 +12,13 @@ from mlx_forget import checkpoint
 from mlx_forget.evaluate import Windows, progress_lost
 from mlx_forget.history import read_history
 from mlx_forget.ladder import model_spec
-from mlx_forget.loop import Cadence, RunState, StopRules, drive
 from mlx_forget.pipeline.batches import BatchStream
 from mlx_forget.pipeline.mixture import Mixture, parse_share
 from mlx_forget.pipeline.sides import RowSubset
 from mlx_forget.schedule import Schedule
 from mlx_forget.trainer import TrainerSpec
-from mlx_forget.watch import NoObserver
+from mlx_forget.training.loop import Cadence, RunState, StopRules, drive
+from mlx_forget.training.watch import NoObserver
 from tests.fakes import BigramTrainer
 from tests.pipeline.test_store import make_store
 

@@ -7,11 +7,11 @@ import pytest
 
 from mlx_forget import trainer as trainer_module
 from mlx_forget.errors import UserError
-from mlx_forget.grid import read_recipe
 from mlx_forget.history import SCHEMA, HistoryWriter
 from mlx_forget.records import SCHEMA_VERSION, find_runs
 from mlx_forget.resources import recipe as find_recipe
 from mlx_forget.studies.method_comparison import CSV_COLUMNS, describe, load_trajectories, table, table_lines
+from mlx_forget.sweeps.grid import read_recipe
 
 
 def write_run(folder, losses, *, method="plain", seed=0, replay_tokens=0, **config):
@@ -234,9 +234,9 @@ def test_the_length_of_pretraining_is_in_tokens_per_parameter(tmp_path, run_forg
 @pytest.mark.parametrize("name", ["replay-math-paper", "replay-spanish-paper"])
 def test_the_recipes_of_the_papers_own_scale_run_when_they_are_small(name, tmp_path, monkeypatch, run_forget):
     """Plain finetuning and the last arm, on PyTorch where it is there, then the figure."""
-    from mlx_forget.plan import plan_run
-    from mlx_forget.run import execute
     from mlx_forget.trainer import available_backends
+    from mlx_forget.training.plan import plan_run
+    from mlx_forget.training.run import execute
 
     if not available_backends():
         pytest.skip("needs a framework")
@@ -251,8 +251,8 @@ def test_the_recipes_of_the_papers_own_scale_run_when_they_are_small(name, tmp_p
 
 def test_a_recipe_becomes_a_table_and_a_figure(run_forget, tmp_path, monkeypatch):
     """Two arms of the recipe in this process, then the plot."""
-    from mlx_forget.plan import plan_run
-    from mlx_forget.run import execute
+    from mlx_forget.training.plan import plan_run
+    from mlx_forget.training.run import execute
 
     row = trainer_module.Backend("tests.fakes:BigramTrainer", "numpy", "nothing to install")
     monkeypatch.setitem(trainer_module.BACKENDS, "fake", row)

@@ -10,9 +10,9 @@ from mlx_forget.config import TrainConfig, from_layers
 from mlx_forget.errors import UserError
 from mlx_forget.ladder import initial_weights, model_spec, moment_shapes, param_shapes
 from mlx_forget.methods import method_spec
-from mlx_forget.plan import plan_run
-from mlx_forget.run_identity import science
 from mlx_forget.trainer import Batch, OptimSpec, RuntimeSpec, TrainerSpec, available_backends, load_backend
+from mlx_forget.training.identity import science
+from mlx_forget.training.plan import plan_run
 from tests.reference import GPT2, Adafactor, AdamW
 
 SPEC = model_spec("2x32", vocab_size=61, context_length=12)

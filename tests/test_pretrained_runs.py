@@ -14,11 +14,11 @@ from mlx_forget.errors import Interrupted, UserError
 from mlx_forget.pipeline.catalog import resolve_store
 from mlx_forget.pipeline.store import open_store
 from mlx_forget.pipeline.vocabularies import load_vocabulary
-from mlx_forget.plan import plan_run
 from mlx_forget.pretrained import _refusal, find_pretrained, read_pretrained
-from mlx_forget.run import execute
 from mlx_forget.trainer import available_backends
-from mlx_forget.watch import Watch
+from mlx_forget.training.plan import plan_run
+from mlx_forget.training.run import execute
+from mlx_forget.training.watch import Watch
 from tests.small_checkpoints import TEMPLATE, WORDS, transformers_logits, vocab_size, write_checkpoint, write_tokenizer
 
 pytest.importorskip("transformers")
@@ -234,7 +234,7 @@ WRONG = [
     (("--model", "untokenised"), "has no tokenizer.json and no tokenizer.model"),
     (("--model", "strange"), "cannot load StrangeForCausalLM"),
     (("--model", "coded"), "give --trust-remote-code"),
-    (("--model", "theirs"), "holds another tool's adapters without their base"),
+    (("--model", "theirs"), "an adapter with modules_to_save, which is not read here"),
     (("--model", "inconsistent", "--backend", "cuda"), "transformers cannot load Qwen3ForCausalLM"),
     (("--model", "lacking", "--backend", "cuda"), "lacks 1 of the 21 weights of its LlamaForCausalLM (model.norm.weight)"),
     (

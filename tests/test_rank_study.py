@@ -8,11 +8,11 @@ import pytest
 from mlx_forget.adapters import num_trainable
 from mlx_forget.config import SMOKE
 from mlx_forget.errors import UserError
-from mlx_forget.grid import read_recipe
 from mlx_forget.laws.forms import get_law
 from mlx_forget.resources import recipe as find_recipe
 from mlx_forget.studies import rank_study
 from mlx_forget.studies.rank_study import Point
+from mlx_forget.sweeps.grid import read_recipe
 from mlx_forget.trainer import available_backends
 
 TRUE_LINE = (1.7, 5.0)

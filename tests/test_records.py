@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from mlx_forget import durable_files, records
-from mlx_forget.durable_files import is_whole, read_object, replacing, sealed, sha256_of, write_text
+from mlx_forget.durable_files import is_whole, make_folder, read_object, replacing, sealed, sha256_of, write_text
 from mlx_forget.errors import UserError
 from mlx_forget.history import SCHEMA, HistoryWriter, read_history
 from mlx_forget.npy_files import array_of, map_array
@@ -167,6 +167,20 @@ def test_columns_that_an_older_release_did_not_write_are_null_and_others_are_ref
 
 
 # --- the files beneath
+
+
+def test_a_folder_to_write_to_is_made_or_it_is_said_why_not(tmp_path, monkeypatch):
+    make_folder(tmp_path / "a" / "b")
+    make_folder(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"Cannot write to .*file/c: Not a directory\."):
+        make_folder(tmp_path / "file" / "c")
+    asked = []
+    monkeypatch.setattr(durable_files.os, "access", lambda path, mode: asked.append((path, mode)))
+    with pytest.raises(UserError, match=r"Cannot write to .*a: no permission\."):
+        make_folder(tmp_path / "a")
+    assert asked == [(tmp_path / "a", os.W_OK)]
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):

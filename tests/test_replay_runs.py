@@ -14,11 +14,11 @@ from mlx_forget.history import read_history
 from mlx_forget.methods import METHODS
 from mlx_forget.pipeline.sides import read_masked
 from mlx_forget.pipeline.store import open_store
-from mlx_forget.plan import plan_run
-from mlx_forget.run import execute, start_trainer, trainer_spec, with_base
-from mlx_forget.run_identity import run_id
 from mlx_forget.trainer import available_backends, load_backend
-from mlx_forget.watch import Watch
+from mlx_forget.training.identity import run_id
+from mlx_forget.training.plan import plan_run
+from mlx_forget.training.run import execute, start_trainer, trainer_spec, with_base
+from mlx_forget.training.watch import Watch
 
 BACKENDS = ["fake", *available_backends()]
 

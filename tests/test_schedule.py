@@ -8,8 +8,8 @@ import pytest
 from mlx_forget.config import TrainConfig, from_layers
 from mlx_forget.errors import UserError
 from mlx_forget.ladder import model_spec
-from mlx_forget.learning_rates import schedule
 from mlx_forget.schedule import DECAYS, Schedule
+from mlx_forget.training.learning_rates import schedule
 
 BASE = Schedule(peak=2.0, num_steps=1000, warmup_fraction=0.01)
 

@@ -8,7 +8,7 @@ import pytest
 
 from mlx_forget.errors import UserError
 from mlx_forget.pipeline.vocabularies import load_vocabulary
-from mlx_forget.replay import _sampled_shard
+from mlx_forget.replay.sampled_store import _sampled_shard
 from mlx_forget.strict_yaml import read_yaml
 
 ROOT = Path(__file__).resolve().parents[1]

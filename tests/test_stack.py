@@ -83,6 +83,8 @@ def test_a_member_that_has_ended_stays_as_it_is_and_the_others_go_on(backend, tm
                 assert_close(results[k].read(), singles[k].train_step(batches[k], RATES[k]).read())
             else:
                 ended.setdefault(k, weights_of(stack.members[k], tmp_path))
+                reading = results[k].read()
+                assert (reading.counts.sum(), reading.skipped, np.isnan(reading.loss_sums).all()) == (0, 0, True)
     for k, before in ended.items():
         after = weights_of(stack.members[k], tmp_path)
         assert all(np.array_equal(before[name], after[name]) for name in before)

@@ -8,10 +8,10 @@ import pytest
 from mlx_forget import trainer as trainer_module
 from mlx_forget.config import TrainConfig, from_layers, scale_defaults
 from mlx_forget.errors import Interrupted, OutOfMemory, RunFailed, UserError
-from mlx_forget.plan import plan_run
-from mlx_forget.run import execute
-from mlx_forget.stacking import execute_stack, group_runs, most_members
-from mlx_forget.watch import Watch
+from mlx_forget.sweeps.stacking import execute_stack, group_runs, most_members
+from mlx_forget.training.plan import plan_run
+from mlx_forget.training.run import execute
+from mlx_forget.training.watch import Watch
 from tests.fakes import BigramStack, BigramTrainer
 
 

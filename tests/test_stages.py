@@ -14,16 +14,18 @@ import pytest
 from mlx_forget import trainer as trainer_module
 from mlx_forget.checkpoint import open_checkpoint
 from mlx_forget.errors import UserError
-from mlx_forget.grid import Recipe, read_recipe
 from mlx_forget.pipeline.sides import Blend
 from mlx_forget.records import RECORD, find_runs, read_record
+from mlx_forget.report.contents import make_report
+from mlx_forget.report.page import render
 from mlx_forget.resources import recipe as find_recipe
-from mlx_forget.run import execute, start_trainer, trainer_spec
-from mlx_forget.stages import execute_stages, plan_stages
 from mlx_forget.studies import loss_matrix
 from mlx_forget.studies.loss_matrix import CSV_COLUMNS, LossMatrix, measure, read_matrices, summary, table_lines, write_matrices
+from mlx_forget.sweeps.grid import Recipe, read_recipe
+from mlx_forget.sweeps.stages import execute_stages, plan_stages
 from mlx_forget.trainer import available_backends, load_backend
-from mlx_forget.watch import Watch
+from mlx_forget.training.run import execute, start_trainer, trainer_spec
+from mlx_forget.training.watch import Watch
 
 TINY = {"model": "0.16m", "vocab_size": 512, "target_tokens": 20_000, "iters": 6, "batch_size": 8, "eval_rows": 16,
         "steps_per_eval": 2, "num_threads": 1, "base": {"iters": 8, "steps_per_eval": 4}}  # fmt: skip
@@ -79,6 +81,10 @@ def test_each_stage_starts_where_the_one_before_ended(backend):
         assert matrix.loss(i, i + 1).mean == pytest.approx(start["target_val"], abs=1e-6)
         assert matrix.loss(i + 1, 0).mean == pytest.approx(end["pretrain_val"], abs=1e-6)
         assert matrix.loss(i + 1, i + 1).mean == pytest.approx(end["target_val"], abs=1e-6)
+    report = make_report(Path("s"))
+    starts = {"auto", f"run {first['run_id']}, which learnt code"}
+    assert starts == set(report.recipe.axes["init"]), "not a path, which means nothing to who reads it elsewhere"
+    assert "checkpoints" not in render(report)
     # The samples that the second stage replays are those of its own start model.
     stores = {record["data"]["replay:self"]["fingerprint"] for record in (first, second)}
     assert len(stores) == 2
@@ -218,7 +224,7 @@ def test_stages_larger_than_the_disk_are_refused_before_anything_is_written(run_
     content = {"config": {**TINY, "backend": "fake"}, "stages": [dict(stage) for stage in STAGES]}
     (tmp_path / "r.yaml").write_text(json.dumps(content))
     free = shutil.disk_usage(tmp_path)._replace(free=3_000_000)
-    monkeypatch.setattr("mlx_forget.sweep_costs.shutil.disk_usage", lambda place: free)
+    monkeypatch.setattr("mlx_forget.sweeps.costs.shutil.disk_usage", lambda place: free)
     code, _, err = run_forget("sweep", tmp_path / "r.yaml", "--output", tmp_path / "s")
     assert code == 2
     assert "3 MB are free" in err

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from mlx_forget.errors import UserError
-from mlx_forget.grid import Recipe, read_recipe
 from mlx_forget.resources import recipe as find_recipe
+from mlx_forget.runs.missing import PLANNED
 from mlx_forget.studies.figure1 import CSV_COLUMNS
+from mlx_forget.sweeps.grid import Recipe, read_recipe
 from mlx_forget.trainer import available_backends
 
 pytestmark = pytest.mark.skipif(not available_backends(), reason="a sweep needs a framework")
@@ -127,8 +129,20 @@ def test_figure1_draws_writes_and_prints_what_the_runs_say(done, tmp_path, run_f
     assert len(written) == 2 * 3
     assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "f.pdf").read_bytes().startswith(b"%PDF")
-    code, out, _ = run_forget("plot", folder, "--output", tmp_path)
+    (tmp_path / "s").mkdir()
+    for run in folder.glob("*-*"):
+        shutil.copytree(run, tmp_path / "s" / run.name)
+    lost = next(run for run in (tmp_path / "s").iterdir() if run.name.startswith(rows[1]["run_id"]))
+    shutil.copyfile(folder / PLANNED, tmp_path / "s" / PLANNED)
+    (lost / "record.json").unlink()
+    code, out, err = run_forget("plot", tmp_path / "s", "--output", tmp_path, "--name", "g", "--json")
+    assert code == 0, err
+    (missing,) = json.loads(out)["missing"]
+    assert missing["folder"] == lost.name
+    assert missing["title"] in err
+    code, out, err = run_forget("plot", folder, "--output", tmp_path)
     assert "5%" in out
+    assert "not in this figure" not in err
 
 
 def test_a_failing_run_fails_the_sweep_and_shows_its_log(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 from mlx_forget import trainer as trainer_module
 from mlx_forget.costs import DEVICES
 from mlx_forget.ladder import model_spec, num_params
-from mlx_forget.sweep_costs import Speed, check_disk, disk_needed, hours_text, size_text
+from mlx_forget.sweeps.costs import Speed, check_disk, disk_needed, hours_text, size_text
 from tests.bigrams import CONFIG
 
 
@@ -65,8 +65,8 @@ def test_a_pending_run_costs_what_it_costs_once_its_data_are_there(run_forget, t
         monkeypatch.setenv("FORGET_HOME", str(folder))
         if folder == home:
             # Whatever prepares the data first.
-            from mlx_forget.grid import read_recipe
-            from mlx_forget.sweep import plan_sweep
+            from mlx_forget.sweeps.grid import read_recipe
+            from mlx_forget.sweeps.sweep import plan_sweep
 
             plan_sweep(read_recipe(path), tmp_path / "s")
         code, out, err = run_forget("sweep", path, "--output", tmp_path / "s", "--dry-run", "--json", "--on", "h100")
@@ -101,7 +101,7 @@ def test_disk_is_what_runs_keep_and_what_those_at_work_need_besides():
 
 def test_a_grid_larger_than_the_disk_is_refused_before_anything_is_written(run_forget, tmp_path, monkeypatch):
     free = shutil.disk_usage(tmp_path)._replace(free=3_000_000)
-    monkeypatch.setattr("mlx_forget.sweep_costs.shutil.disk_usage", lambda place: free)
+    monkeypatch.setattr("mlx_forget.sweeps.costs.shutil.disk_usage", lambda place: free)
     code, _, err = run_forget("sweep", recipe(tmp_path, grid={"seed": [0, 1, 2]}), "--output", tmp_path / "s")
     assert code == 2
     assert "3 MB are free" in err
@@ -177,9 +177,9 @@ def test_settings_that_slurm_does_not_know_are_refused(run_forget, tmp_path):
 
 @needs_submitit
 def test_a_slurm_that_takes_no_jobs_is_said_and_an_array_is_what_it_is_asked_for(run_forget, tmp_path, monkeypatch, cache_folder):
-    from mlx_forget.grid import read_recipe
-    from mlx_forget.run import execute
-    from mlx_forget.sweep import plan_sweep
+    from mlx_forget.sweeps.grid import read_recipe
+    from mlx_forget.sweeps.sweep import plan_sweep
+    from mlx_forget.training.run import execute
 
     path = recipe(tmp_path, grid={"seed": [0, 1, 2]})
     execute(plan_sweep(read_recipe(path), tmp_path / "s").bases[0].plan)

@@ -9,7 +9,7 @@ import pytest
 
 from mlx_forget import trainer as trainer_module
 from mlx_forget.history import read_history
-from mlx_forget.tracking import TensorBoard, WeightsAndBiases
+from mlx_forget.training.tracking import TensorBoard, WeightsAndBiases
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_a_sink_that_is_not_there_is_refused_before_any_work(train, monkeypatch,
     for name in ("wandb", "tensorboard"):
         code, _, err = train("--output", "r", "--log-to", name)
         assert code == 2
-        assert f"--log-to {name} needs {name}, which is not installed: pip install 'mlx-forget[tracking]'" in err
+        assert f"--log-to {name} needs {name}, which is not installed: pip install 'mlx-forget[{name}]'" in err
     code, _, err = train("--output", "r", "--log-to", "tensorbord")
     assert code == 2
     assert "Did you mean 'tensorboard'" in err

@@ -11,6 +11,7 @@ import typer
 from mlx_forget.cli import completion
 from mlx_forget.cli.answers import Json, emit, pairs, say, tell
 from mlx_forget.cli.fit import bootstrap_options, fit_options, report_left_out
+from mlx_forget.cli.options import ColumnMap
 from mlx_forget.cli.predict import COLUMN_OPTIONS, question
 from mlx_forget.errors import UserError
 
@@ -41,7 +42,7 @@ def advise_command(
             help="The law, where the source is a table. \\[default: the one that its runs allow]", autocompletion=completion.laws
         ),
     ] = None,
-    mapping: Annotated[list[str] | None, typer.Option("--map", help="LAW_COLUMN=TABLE_COLUMN.")] = None,
+    mapping: ColumnMap = None,
     allow_extrapolation: Annotated[bool | None, typer.Option("--allow-extrapolation", help="Answer far outside the data.")] = None,
     next_runs: Annotated[
         int | None, typer.Option("--next-runs", help="Name the runs that sharpen the answer most per FLOP.")

@@ -89,7 +89,7 @@ def purposes() -> list[str]:
 
 
 def sinks() -> list[str]:
-    from mlx_forget.tracking import SINKS
+    from mlx_forget.training.tracking import SINKS
 
     return list(SINKS)
 

@@ -72,6 +72,7 @@ def doctor(
             one.need.name: {
                 "purpose": one.need.purpose,
                 "ready": one.is_ready,
+                "needs": one.least,
                 "missing": list(one.missing),
                 "install": one.install or None,
                 "notes": list(one.notes),
@@ -85,7 +86,7 @@ def doctor(
     else:
         if not purposes:
             _print_machine(facts)
-        _print_purposes(found)
+        _print_purposes(found, asked=bool(purposes))
     lacking = [one.need.name for one in found if not one.is_ready]
     if purposes and lacking:
         raise RunFailed(f"Something is missing for {', '.join(lacking)}.")
@@ -107,10 +108,12 @@ def _print_machine(facts: dict[str, Any]) -> None:
     print()
 
 
-def _print_purposes(found: "list[Found]") -> None:
-    """What each purpose lacks, and the way to it."""
+def _print_purposes(found: "list[Found]", *, asked: bool) -> None:
+    """What each purpose lacks, and the way to it; what it needs at least where it was asked for or lacks something."""
     width = max(len(one.need.name) for one in found)
     for one in found:
         print(f"{one.need.name:<{width}}  {'ready  ' if one.is_ready else 'MISSING'}  {one.need.purpose}")
-        for line in (*(f"missing: {what}" for what in one.missing), *([one.install] if one.install else []), *one.notes):
+        least = [f"needs at least: {one.least}"] if asked or not one.is_ready else []
+        install = [one.install] if one.install else []
+        for line in (*least, *(f"missing: {what}" for what in one.missing), *install, *one.notes):
             print(f"{'':<{width}}           {line}")

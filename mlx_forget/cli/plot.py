@@ -1,12 +1,12 @@
 """`forget plot`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mlx_forget.cli import completion
-from mlx_forget.cli.answers import emit, say, works_in
+from mlx_forget.cli.answers import clean, emit, say, works_in
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,13 +18,19 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
+# What a figure is made of: plain values, and the same as lines.
+_Answer = tuple[dict[str, Any], list[str]]
+
 SLICES = ("model-size", "pretrain-length")
-KINDS = ("figure1", "methods", "learning-rate", *SLICES, "stages", "toy", "ranks")
+KINDS = ("figure1", "methods", "learning-rate", *SLICES, "stages", "toy", "ranks", "laws")
 
 
 @app.command()
 def plot(
-    sweep: Annotated[Path, typer.Argument(help="Folder of a sweep over p, methods or learning rates.")],
+    sweep: Annotated[
+        Path,
+        typer.Argument(help="Folder of a sweep over p, methods or learning rates; for laws also a table of `forget runs export`."),
+    ],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for the files. \\[default: figures]")] = None,
     name: Annotated[str | None, typer.Option(help="Stem of the files. \\[default: the sweep folder's name]")] = None,
     seed: Annotated[int | None, typer.Option(help="Which seed, if the sweep has several.")] = None,
@@ -32,7 +38,8 @@ def plot(
         str | None,
         typer.Option(
             help="figure1 (runs that differ in p), methods, learning-rate, model-size, pretrain-length, stages, toy (of "
-            "mlx_forget.studies.toy_continual), or ranks (runs compared with their start model). \\[default: what the runs differ in]",
+            "mlx_forget.studies.toy_continual), ranks (runs compared with their start model), or laws (sizes, amounts of target data "
+            "and p). \\[default: what the runs differ in]",
             autocompletion=completion.figures,
         ),
     ] = None,
@@ -46,18 +53,19 @@ def plot(
 ) -> None:
     """Draw Figure 1, methods or learning rates from the runs of a sweep, and print what is read at the minimum.
 
-    Writes PNG, PDF and CSV.
+    Writes PNG, PDF and CSV; for laws also a fit.json and the study as JSON, of which its tables in Markdown are made.
 
     Example: forget plot runs/figure1 --output figures
     """
+    from dataclasses import asdict
+
     from mlx_forget.durable_files import make_folder
     from mlx_forget.errors import UserError, unknown
-    from mlx_forget.plots import draw_figure1
     from mlx_forget.records import find_runs
-    from mlx_forget.studies.figure1 import as_json as table_json
-    from mlx_forget.studies.figure1 import load_curves, table, write_csv
+    from mlx_forget.runs.missing import missing_lines, missing_runs
 
-    if not sweep.is_dir():
+    is_table = sweep.is_file() and kind == "laws"
+    if not sweep.is_dir() and not is_table:
         raise UserError(f"There is no sweep folder {sweep}.")
     runs = list(find_runs(sweep))
     said = next((name for name in ("stages", "toy") if (sweep / f"{name}.json").is_file()), None)
@@ -67,37 +75,46 @@ def plot(
     folder, stem = output or Path("figures"), name or sweep.resolve().name
     works_in(folder)
     make_folder(folder)
-    if chosen != "figure1":
-        if chosen == "stages":
-            _plot_stages(sweep, folder / stem, as_json=as_json)
-        elif chosen == "toy":
-            _plot_toy(sweep, folder / stem, as_json=as_json)
-        elif chosen == "methods":
-            _plot_methods(runs, folder / stem, seed, max_forgetting, as_json=as_json)
-        elif chosen in SLICES:
-            _plot_slices(runs, folder / stem, seed, chosen, as_json=as_json)
-        else:
-            (_plot_ranks if chosen == "ranks" else _plot_rates)(runs, folder / stem, seed, as_json=as_json)
-        say(f"Wrote {folder / stem}.png, .pdf, .csv")
-        return
+    missing = missing_runs(sweep) if sweep.is_dir() else []
+    for line in missing_lines(missing):
+        say(line)
+    if chosen == "stages":
+        content, lines = _plot_stages(sweep, folder / stem)
+    elif chosen == "toy":
+        content, lines = _plot_toy(sweep, folder / stem)
+    elif chosen == "methods":
+        content, lines = _plot_methods(runs, folder / stem, seed, max_forgetting)
+    elif chosen == "laws":
+        content, lines = _plot_laws(sweep, runs, folder / stem)
+    elif chosen in SLICES:
+        content, lines = _plot_slices(runs, folder / stem, seed, chosen)
+    else:
+        draw = {"ranks": _plot_ranks, "learning-rate": _plot_rates, "figure1": _plot_figure1}[chosen]
+        content, lines = draw(runs, folder / stem, seed)
+    files = content.get("files", _files(folder / stem))
+    if as_json:
+        emit({**content, "files": files, "missing": [asdict(one) for one in missing]})
+    else:
+        print("\n".join(lines))
+    say(f"Wrote {folder / stem}" + ", ".join(path.removeprefix(str(folder / stem)) for path in files))
+
+
+def _plot_figure1(runs: "list[Run]", stem: Path, seed: int | None) -> _Answer:
+    from mlx_forget.plots import draw_figure1
+    from mlx_forget.studies.figure1 import as_json, load_curves, table, write_csv
+
     curves = load_curves(runs, seed)
     rows = table(curves)
     record = curves[0].record
     config = record["config"]
     title = f"{record['num_params'] / 1e6:.2g}M parameters, {config['pretrain']} to {config['target']}, seed {record['seed']}"
-    figure = draw_figure1(curves, title=title)
-    _save(figure, folder / stem)
-    write_csv(curves, folder / f"{stem}.csv")
-    if as_json:
-        emit({"rows": table_json(rows), "files": _files(folder / stem)})
-    else:
-        _print_table(rows)
-    say(f"Wrote {folder / stem}.png, .pdf, .csv")
+    _save(draw_figure1(curves, title=title), stem)
+    write_csv(curves, stem.with_name(f"{stem.name}.csv"))
+    return {"rows": as_json(rows)}, _table_lines(rows)
 
 
-def _plot_methods(runs: "list[Run]", stem: Path, seed: int | None, max_forgetting: float | None, *, as_json: bool) -> None:
-    from mlx_forget.studies.method_comparison import as_json as table_json
-    from mlx_forget.studies.method_comparison import load_trajectories, table, table_lines, write_csv
+def _plot_methods(runs: "list[Run]", stem: Path, seed: int | None, max_forgetting: float | None) -> _Answer:
+    from mlx_forget.studies.method_comparison import as_json, load_trajectories, table, table_lines, write_csv
     from mlx_forget.studies.method_plots import draw_methods
 
     trajectories = load_trajectories(runs, seed)
@@ -105,13 +122,10 @@ def _plot_methods(runs: "list[Run]", stem: Path, seed: int | None, max_forgettin
     figure = draw_methods(trajectories, title=f"{_setting(trajectories)}, seed {trajectories[0].seed}")
     _save(figure, stem)
     write_csv(trajectories, stem.with_name(f"{stem.name}.csv"))
-    if as_json:
-        emit({"rows": table_json(rows), "files": _files(stem)})
-    else:
-        print("\n".join(table_lines(rows)))
+    return {"rows": as_json(rows)}, table_lines(rows)
 
 
-def _plot_rates(runs: "list[Run]", stem: Path, seed: int | None, *, as_json: bool) -> None:
+def _plot_rates(runs: "list[Run]", stem: Path, seed: int | None) -> _Answer:
     from mlx_forget.studies.method_comparison import load_trajectories, write_csv
     from mlx_forget.studies.method_plots import draw_rates
     from mlx_forget.studies.rate_tradeoff import common_target_loss, point_lines, points, points_as_json
@@ -121,13 +135,10 @@ def _plot_rates(runs: "list[Run]", stem: Path, seed: int | None, *, as_json: boo
     figure = draw_rates(found, level, title=_setting(trajectories))
     _save(figure, stem)
     write_csv(trajectories, stem.with_name(f"{stem.name}.csv"))
-    if as_json:
-        emit({**points_as_json(found, level), "files": _files(stem)})
-    else:
-        print("\n".join(point_lines(found, level)))
+    return points_as_json(found, level), point_lines(found, level)
 
 
-def _plot_slices(runs: "list[Run]", stem: Path, seed: int | None, kind: str, *, as_json: bool) -> None:
+def _plot_slices(runs: "list[Run]", stem: Path, seed: int | None, kind: str) -> _Answer:
     from mlx_forget.studies.capacity_slices import slice_lines, slice_points, slices_as_json, target_loss
     from mlx_forget.studies.method_comparison import load_trajectories, write_csv
     from mlx_forget.studies.method_plots import draw_slices
@@ -140,13 +151,10 @@ def _plot_slices(runs: "list[Run]", stem: Path, seed: int | None, kind: str, *, 
     figure = draw_slices(found, axis, level, title=f"{config['pretrain']} to {config['target']}")
     _save(figure, stem)
     write_csv(trajectories, stem.with_name(f"{stem.name}.csv"))
-    if as_json:
-        emit({**slices_as_json(found, axis, level), "files": _files(stem)})
-    else:
-        print("\n".join(slice_lines(found, axis, level)))
+    return slices_as_json(found, axis, level), slice_lines(found, axis, level)
 
 
-def _plot_ranks(runs: "list[Run]", stem: Path, seed: int | None, *, as_json: bool) -> None:
+def _plot_ranks(runs: "list[Run]", stem: Path, seed: int | None) -> _Answer:
     from mlx_forget.studies import rank_study
     from mlx_forget.studies.rank_plots import draw_study
 
@@ -158,13 +166,36 @@ def _plot_ranks(runs: "list[Run]", stem: Path, seed: int | None, *, as_json: boo
     figure = draw_study(points, lines, joint, title=title)
     _save(figure, stem)
     rank_study.write_csv(points, stem.with_name(f"{stem.name}.csv"))
-    if as_json:
-        emit({**rank_study.as_json(lines, beside, joint), "files": _files(stem)})
-    else:
-        print("\n".join(rank_study.study_lines(lines, beside, joint)))
+    return rank_study.as_json(lines, beside, joint), rank_study.study_lines(lines, beside, joint)
 
 
-def _plot_stages(sweep: Path, stem: Path, *, as_json: bool) -> None:
+def _plot_laws(sweep: Path, runs: "list[Run]", stem: Path) -> _Answer:
+    """From run folders, or from an exported table, which has no histories."""
+    import json
+
+    from mlx_forget.durable_files import write_text
+    from mlx_forget.laws.files import fit_json, write_fit
+    from mlx_forget.runs.export import read_export
+    from mlx_forget.studies.law_study import analyse, load_cells, make_cells
+    from mlx_forget.studies.law_study_plot import draw_law_study
+    from mlx_forget.studies.law_study_text import study_lines, write_evaluations
+
+    cells = make_cells(read_export(sweep)) if sweep.is_file() else load_cells(runs)
+    study = analyse(cells)
+    content = clean(study.content)
+    row = cells[0].row
+    title = f"{row['pretrain']} to {', '.join(content['axes']['domain'])}: {len(cells)} runs"
+    _save(draw_law_study(content, title=title), stem)
+    write_text(stem.with_name(f"{stem.name}.json"), json.dumps(content, indent=1, allow_nan=False) + "\n")
+    if study.fits:
+        write_fit(stem.with_name(f"{stem.name}.fit.json"), clean(fit_json(study.fits, by="domain")), study.fits)
+    if runs:
+        write_evaluations(runs, stem.with_name(f"{stem.name}.csv"))
+    files = [path for path in [*_files(stem), f"{stem}.json", f"{stem}.fit.json"] if Path(path).is_file()]
+    return {**content, "files": files}, study_lines(content)
+
+
+def _plot_stages(sweep: Path, stem: Path) -> _Answer:
     from mlx_forget.errors import UserError
     from mlx_forget.studies.loss_matrix import FILE, read_matrices, summary, table_lines, write_csv
     from mlx_forget.studies.stage_plots import draw_stages
@@ -177,13 +208,10 @@ def _plot_stages(sweep: Path, stem: Path, *, as_json: bool) -> None:
     )
     _save(figure, stem)
     write_csv(matrices, stem.with_name(f"{stem.name}.csv"))
-    if as_json:
-        emit({"chains": [summary(matrix) for matrix in matrices], "files": _files(stem)})
-    else:
-        print("\n".join(table_lines(matrices)))
+    return {"chains": [summary(matrix) for matrix in matrices]}, table_lines(matrices)
 
 
-def _plot_toy(sweep: Path, stem: Path, *, as_json: bool) -> None:
+def _plot_toy(sweep: Path, stem: Path) -> _Answer:
     from mlx_forget.errors import UserError
     from mlx_forget.studies.stage_plots import draw_exact_match
     from mlx_forget.studies.toy_continual import FILE, read_outcome, table_lines, write_csv
@@ -193,10 +221,7 @@ def _plot_toy(sweep: Path, stem: Path, *, as_json: bool) -> None:
         raise UserError(f"{sweep} holds no {FILE}: python -m mlx_forget.studies.toy_continual --output {sweep}")
     _save(draw_exact_match(outcome, title=f"{', then '.join(outcome.spec.tasks)}, one after another"), stem)
     write_csv(outcome, stem.with_name(f"{stem.name}.csv"))
-    if as_json:
-        emit({**outcome.as_json(), "files": _files(stem)})
-    else:
-        print("\n".join(table_lines(outcome)))
+    return outcome.as_json(), table_lines(outcome)
 
 
 def _kind_of(runs: "list[Run]") -> str:
@@ -209,6 +234,8 @@ def _kind_of(runs: "list[Run]") -> str:
         return "ranks"
     if any(run.record["config"].get("fine_tune_type", "full") != "full" for run in runs):
         return "methods"
+    if values("method") == 1 and values("model") > 1 and values("target_tokens") > 1:
+        return "laws"
     if values("method") > 1 and (values("model") > 1 or values("base") > 1):
         return "model-size" if values("model") > 1 else "pretrain-length"
     return "learning-rate" if values("learning_rate") > 1 else "methods" if values("method") > 1 else "figure1"
@@ -230,13 +257,13 @@ def _files(stem: Path) -> list[str]:
     return [f"{stem}{suffix}" for suffix in (".png", ".pdf", ".csv")]
 
 
-def _print_table(rows: "list[Row]") -> None:
+def _table_lines(rows: "list[Row]") -> list[str]:
     """Plain aligned text: it goes into logs and papers."""
     header = (
         f"{'p':>6}  {'minimum at':>13}  {'target val':>15}  {'pretraining val':>15}  {'forgetting (nats)':>17}  "
         f"{'to p=0':>6}  {'progress lost: loss, tokens':>27}  {'less than row above':>19}  {'rise at end':>11}"
     )
-    print(header)
+    lines = [header]
     for row in rows:
         best, lost = row.curve.at_best, row.curve.record["progress_lost"]
         steps = f"{best['step']:,}/{row.curve.rows[-1]['step']:,}"
@@ -244,8 +271,8 @@ def _print_table(rows: "list[Row]") -> None:
         shares = ", ".join("?" if value is None else f"{value:.1%}" for value in (lost["loss_fraction"], lost["token_equivalent"]))
         less = row.less_than_previous
         fall = "" if less is None else f"{less.mean:+.4f}±{less.stderr:.4f}"
-        print(
+        lines.append(
             f"{row.curve.label:>6}  {steps:>13}  {row.target.mean:>8.4f}±{row.target.stderr:.4f}  {row.pretrain.mean:>8.4f}±{row.pretrain.stderr:.4f}  "
             f"{row.forgetting.mean:>+10.4f}±{row.forgetting.stderr:.4f}  {ratio:>6}  {shares:>27}  {fall:>19}  {row.rise:>+11.4f}"
         )
-    print("± is one standard error over evaluation windows; differences are paired by window.")
+    return [*lines, "± is one standard error over evaluation windows; differences are paired by window."]

@@ -57,17 +57,17 @@ def replay(
     from mlx_forget.errors import UserError, unknown
     from mlx_forget.fuse import whole_checkpoint
     from mlx_forget.ladder import default_row_length
-    from mlx_forget.log_probs import keep_log_probs
     from mlx_forget.pipeline.reference_rows import parse_kind
     from mlx_forget.pipeline.sides import RowSubset
     from mlx_forget.pipeline.store import open_store
     from mlx_forget.pipeline.vocabularies import load_vocabulary
     from mlx_forget.progress import Preparation
-    from mlx_forget.replay import sample_store, samples_of
-    from mlx_forget.sampling import SampleSpec
-    from mlx_forget.start import special_tokens
+    from mlx_forget.replay.log_probs import keep_log_probs
+    from mlx_forget.replay.sampled_store import sample_store, samples_of
+    from mlx_forget.replay.sampling import SampleSpec
     from mlx_forget.token_counts import parse_tokens
     from mlx_forget.trainer import RuntimeSpec, TrainerSpec, choose_backend, load_backend
+    from mlx_forget.training.start import special_tokens
 
     console = Console(stderr=True)
 

@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
     from mlx_forget.costs import Device
     from mlx_forget.engines import Demand
-    from mlx_forget.grid import Recipe
-    from mlx_forget.stacking import Wanted
-    from mlx_forget.stages import Chain
-    from mlx_forget.sweep import Job, Sweep
-    from mlx_forget.watch import Watch
+    from mlx_forget.sweeps.grid import Recipe
+    from mlx_forget.sweeps.stacking import Wanted
+    from mlx_forget.sweeps.stages import Chain
+    from mlx_forget.sweeps.sweep import Job, Sweep
+    from mlx_forget.training.watch import Watch
 
 
 def sweep_stages(
@@ -40,10 +40,10 @@ def sweep_stages(
         device: to assume for the hours of a dry run.
     """
     from mlx_forget.cli.signals import graceful_stop
-    from mlx_forget.stages import execute_stages, plan_stages
     from mlx_forget.studies.loss_matrix import FILE, measure, read_matrices, summary, table_lines, write_matrices
-    from mlx_forget.sweep import stack_sweep
-    from mlx_forget.sweep_costs import check_disk, disk_by_place
+    from mlx_forget.sweeps.costs import check_disk, disk_by_place
+    from mlx_forget.sweeps.stages import execute_stages, plan_stages
+    from mlx_forget.sweeps.sweep import stack_sweep
 
     if dry_run:
         _print_plan(recipe, overrides, name, demand, watch, device, as_json=as_json)
@@ -86,8 +86,8 @@ def _print_plan(
 ) -> None:
     """Every stage of every chain with its cost; nothing is prepared."""
     from mlx_forget.cli.sweep_view import print_plan
-    from mlx_forget.stages import plan_stages, titled_stages
-    from mlx_forget.sweep_costs import NotPreparedError, disk_needed, only_if_prepared, outlined_rows, speed_of
+    from mlx_forget.sweeps.costs import NotPreparedError, disk_needed, only_if_prepared, outlined_rows, speed_of
+    from mlx_forget.sweeps.stages import plan_stages, titled_stages
     from mlx_forget.trainer import choose_backend
 
     folder, later = demand.folder, {"run_id": None, "pending": "the stage before it"}
@@ -123,10 +123,10 @@ def _costs(
     chains: "list[Chain]", folder: Path, watch: "Watch", device: "Device | None"
 ) -> "tuple[list[dict[str, Any]], list[dict[str, Any]], list[tuple[int, bool, Job]]]":
     """What every base model and every stage will cost, and the stages as `planned_so_far` finds them."""
-    from mlx_forget.dispatch import look_back
-    from mlx_forget.stages import planned_so_far
-    from mlx_forget.sweep import Sweep, base_job
-    from mlx_forget.sweep_costs import planned_rows, speed_of
+    from mlx_forget.sweeps.costs import planned_rows, speed_of
+    from mlx_forget.sweeps.dispatch import look_back
+    from mlx_forget.sweeps.stages import planned_so_far
+    from mlx_forget.sweeps.sweep import Sweep, base_job
 
     found = planned_so_far(chains, folder, watch=watch)
     plans = [job.plan.base for _, _, job in found if job.plan.base is not None]

@@ -12,8 +12,8 @@ from mlx_forget.cli.sweep_runs import on_this_machine, report, train_runs
 
 if TYPE_CHECKING:
     from mlx_forget.costs import Device
-    from mlx_forget.grid import Recipe, Resources
-    from mlx_forget.stacking import Wanted
+    from mlx_forget.sweeps.grid import Recipe, Resources
+    from mlx_forget.sweeps.stacking import Wanted
 
 app = typer.Typer()
 
@@ -90,16 +90,16 @@ def sweep(
 
     from mlx_forget.cli.signals import graceful_stop
     from mlx_forget.costs import device_named
-    from mlx_forget.dispatch import look_back, unfinished_strangers
     from mlx_forget.engines import Demand
     from mlx_forget.errors import UserError
-    from mlx_forget.grid import Resources, read_recipe
-    from mlx_forget.plan import Target
     from mlx_forget.progress import Preparation
     from mlx_forget.resources import recipe as find_recipe
-    from mlx_forget.sweep import plan_sweep, stack_sweep
-    from mlx_forget.sweep_costs import NotPreparedError, check_disk, disk_by_place, only_if_prepared, planned_rows, speed_of
-    from mlx_forget.watch import Watch
+    from mlx_forget.sweeps.costs import NotPreparedError, check_disk, disk_by_place, only_if_prepared, planned_rows, speed_of
+    from mlx_forget.sweeps.dispatch import look_back, unfinished_strangers
+    from mlx_forget.sweeps.grid import Resources, read_recipe
+    from mlx_forget.sweeps.sweep import plan_sweep, stack_sweep
+    from mlx_forget.training.plan import Target
+    from mlx_forget.training.watch import Watch
 
     console = Console(stderr=True)
 
@@ -189,8 +189,8 @@ def _print_outline(
 ) -> None:
     """The dry run of a sweep whose data are not all prepared."""
     from mlx_forget.cli.sweep_view import print_plan
-    from mlx_forget.sweep import titled_runs
-    from mlx_forget.sweep_costs import disk_needed, outlined_rows, speed_of
+    from mlx_forget.sweeps.costs import disk_needed, outlined_rows, speed_of
+    from mlx_forget.sweeps.sweep import titled_runs
     from mlx_forget.trainer import choose_backend
 
     configs = recipe.configs(overrides)

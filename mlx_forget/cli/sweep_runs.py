@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from mlx_forget.engines import Demand
-    from mlx_forget.grid import Resources
-    from mlx_forget.plan import Plan
-    from mlx_forget.sweep import Job, Sweep
-    from mlx_forget.watch import Watch
+    from mlx_forget.sweeps.grid import Resources
+    from mlx_forget.sweeps.sweep import Job, Sweep
+    from mlx_forget.training.plan import Plan
+    from mlx_forget.training.watch import Watch
 
 _FAILURES_SHOWN = 20
 
@@ -50,9 +50,9 @@ def train_runs(
     from rich.live import Live
 
     from mlx_forget.cli.sweep_view import SweepView
-    from mlx_forget.dispatch import execute_sweep
     from mlx_forget.engines import open_engine
     from mlx_forget.progress import RunProgress
+    from mlx_forget.sweeps.dispatch import execute_sweep
 
     view = SweepView(console)
 

@@ -8,10 +8,10 @@ from rich.console import Console, Group
 from rich.table import Table
 
 from mlx_forget.cli.answers import emit
-from mlx_forget.dispatch import states
 from mlx_forget.progress import duration
-from mlx_forget.sweep import Job
-from mlx_forget.sweep_costs import hours_text, size_text
+from mlx_forget.sweeps.costs import hours_text, size_text
+from mlx_forget.sweeps.dispatch import states
+from mlx_forget.sweeps.sweep import Job
 
 _SHOWN_FIRST = ("running", "failed", "elsewhere", "queued", "blocked", "interrupted", "waiting", "done")
 
@@ -125,6 +125,10 @@ def print_plan(
         f"{len(rows)} runs, {totals['num_tokens']:,} tokens, {totals['train_flops']:.2e} FLOPs, "
         f"{'hours unknown until a run is done (or --on DEVICE)' if hours is None else times}, {size_text(disk_bytes)} of disk"
     )
+    early = [row for row in rows if row["may_stop"] and row["state"] != "done"]
+    if early:
+        rules = dict.fromkeys(rule for row in early for rule in row["may_stop"])
+        print(f"At most: {len(early)} of the runs may end before their last step ({', '.join(rules)}).")
     for run_ids in stacks:
         print(f"trained as one: {', '.join(run_ids)}")
     for note in notes:

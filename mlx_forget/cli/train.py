@@ -12,8 +12,8 @@ from mlx_forget.config import TrainConfig, from_layers, read_yaml, scale_default
 
 if TYPE_CHECKING:
     from mlx_forget.costs import Device, Rate
-    from mlx_forget.plan import Plan
-    from mlx_forget.watch import Watch
+    from mlx_forget.training.plan import Plan
+    from mlx_forget.training.watch import Watch
 
 app = typer.Typer()
 
@@ -58,13 +58,13 @@ def train(
     from mlx_forget.cli.signals import graceful_stop
     from mlx_forget.costs import device_named
     from mlx_forget.errors import RunFailed, UserError
-    from mlx_forget.measure import measured_rate
-    from mlx_forget.plan import Target, plan_run
     from mlx_forget.progress import SUPERVISOR, Preparation, RunProgress, supervisor
     from mlx_forget.progress import console as make_console
     from mlx_forget.records import read_record
-    from mlx_forget.run import execute
-    from mlx_forget.watch import Watch
+    from mlx_forget.training.measure import measured_rate
+    from mlx_forget.training.plan import Target, plan_run
+    from mlx_forget.training.run import execute
+    from mlx_forget.training.watch import Watch
 
     console = make_console()
     from_file = read_yaml(config) if config is not None else {}
@@ -129,9 +129,9 @@ def _train_stack(folders: "list[Path]", watch: "Watch") -> None:
     import dataclasses
 
     from mlx_forget.pipeline.opened import Opened
-    from mlx_forget.plan import plan_run
     from mlx_forget.records import REQUESTED
-    from mlx_forget.stacking import execute_stack
+    from mlx_forget.sweeps.stacking import execute_stack
+    from mlx_forget.training.plan import plan_run
 
     quiet, opened = dataclasses.replace(watch, say=lambda sentence: None), Opened()
     configs = [from_layers(TrainConfig, read_yaml(folder / REQUESTED)) for folder in folders]

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mlx_forget.errors import UserError, unknown
-from mlx_forget.grid import Resources
-from mlx_forget.watch import Watch
+from mlx_forget.sweeps.grid import Resources
+from mlx_forget.training.watch import Watch
 
 # Exit codes of a run that was asked to stop and has a checkpoint.
 STOPPED = (130, 143)

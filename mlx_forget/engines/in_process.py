@@ -8,13 +8,13 @@ from mlx_forget.config import TrainConfig, from_layers, read_yaml
 from mlx_forget.engines import Demand, Engine, Exit, Task
 from mlx_forget.engines.processes import num_cores
 from mlx_forget.errors import Interrupted, RunFailed, UserError, exit_code
-from mlx_forget.grid import Resources
 from mlx_forget.pipeline.opened import Opened
-from mlx_forget.plan import plan_run
 from mlx_forget.records import REQUESTED
-from mlx_forget.run import execute
-from mlx_forget.stacking import execute_stack
-from mlx_forget.watch import Watch
+from mlx_forget.sweeps.grid import Resources
+from mlx_forget.sweeps.stacking import execute_stack
+from mlx_forget.training.plan import plan_run
+from mlx_forget.training.run import execute
+from mlx_forget.training.watch import Watch
 
 
 class InProcessEngine(Engine):

@@ -9,8 +9,8 @@ import numpy as np
 from mlx_forget.engines import Demand, Engine, Exit, Task
 from mlx_forget.engines.child import Child
 from mlx_forget.errors import UserError
-from mlx_forget.grid import Resources
-from mlx_forget.watch import Watch
+from mlx_forget.sweeps.grid import Resources
+from mlx_forget.training.watch import Watch
 
 
 class ProcessEngine(Engine):

@@ -16,8 +16,8 @@ from mlx_forget.engines.cluster import ClusterEngine, first_line, stopped
 from mlx_forget.engines.lease import SECONDS_TO_LAPSE, attend
 from mlx_forget.engines.processes import num_cores
 from mlx_forget.errors import RunFailed, UserError
-from mlx_forget.grid import Resources
-from mlx_forget.watch import Watch
+from mlx_forget.sweeps.grid import Resources
+from mlx_forget.training.watch import Watch
 
 _SECONDS_TO_ANSWER = 10.0
 # Runs pass files, never objects: the smallest store that Ray takes.

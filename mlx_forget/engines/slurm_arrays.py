@@ -12,8 +12,8 @@ from mlx_forget.engines import Demand, Exit, Task
 from mlx_forget.engines.cluster import ClusterEngine, first_line, stopped
 from mlx_forget.engines.lease import SECONDS_TO_LAPSE, Attendance, Lease
 from mlx_forget.errors import RunFailed, UserError
-from mlx_forget.grid import Resources
-from mlx_forget.watch import Watch
+from mlx_forget.sweeps.grid import Resources
+from mlx_forget.training.watch import Watch
 
 _MINUTES = 24 * 60
 # How often a job that ran out of time may go back into the queue.

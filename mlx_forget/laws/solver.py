@@ -64,8 +64,8 @@ def solve_small(matrices: Array, vectors: Array) -> Array:
         except np.linalg.LinAlgError:
             padded[:, diagonal, diagonal] += 1e-12
             return np.asarray(np.linalg.solve(padded, vectors[:, :, None])[:, :, 0])
-    m = np.ascontiguousarray(matrices.transpose(1, 2, 0))
-    x = np.ascontiguousarray(vectors.T)
+    m = np.array(matrices.transpose(1, 2, 0), order="C")
+    x = np.array(vectors.T, order="C")
     inverse = np.empty((k, count))
     for j in range(k):
         if j:

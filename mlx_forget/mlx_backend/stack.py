@@ -8,15 +8,13 @@ import copy
 from collections.abc import Sequence
 
 import mlx.core as mx
-import numpy as np
 
 from mlx_forget.errors import UserError
 from mlx_forget.ladder import ModelSpec, initial_weights
-from mlx_forget.methods import NUM_SOURCES, NUM_TERMS
 from mlx_forget.mlx_backend import devices, optimizer
 from mlx_forget.mlx_backend.passes import SUMS, Arrays
 from mlx_forget.mlx_backend.trainer import MLXStep, MLXTrainer
-from mlx_forget.trainer import Batch, Stack, StackedBatch, StepResult, Trainer, TrainerSpec
+from mlx_forget.trainer import Batch, NoStep, Stack, StackedBatch, StepResult, Trainer, TrainerSpec
 
 
 class MLXStack(Stack):
@@ -38,7 +36,7 @@ class MLXStack(Stack):
         batch = StackedBatch.of([batches[k] for k in rows], self._spec.method)
         single = self._single
         gradients = self._gradients({name: mx.stack([m._weights[name] for m in members]) for name in members[0]._weights}, batch)
-        results: list[StepResult] = [MLXStep(mx.array(float("nan")), np.zeros((NUM_TERMS, NUM_SOURCES)))] * len(active)
+        results: list[StepResult] = [NoStep()] * len(active)
         pending: list[mx.array | Arrays] = []
         for row, (k, member) in enumerate(zip(rows, members, strict=True)):
             own = {name: value[row] for name, value in gradients.items()}

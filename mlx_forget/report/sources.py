@@ -21,6 +21,8 @@ READ_BY_LAWS = frozenset(
 )
 # Points of a grid that are written out one by one.
 MOST_POINTS = 60
+# How a start that is another run is told.
+_RUN = "run "
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,21 @@ def read_source(source: Path, *, where: str | None = None, status: str | None = 
         raise UserError(f"There is nothing at {source}: give the folder of a sweep, or a table of forget runs export.")
     first: dict[tuple[Any, Any], Row] = {}
     copies = [str(row["folder"]) for row in rows if first.setdefault((row["run"], row["backend"]), row) is not row]
+    _tell_starts(list(first.values()))
     chosen = select(list(first.values()), where=where, status=status)
     if not chosen:
         what = "no run that has ended" if not rows else f"no run of {len(rows):,} that was asked for"
         more = f"; {len(begun)} were begun: forget sweep goes on with them" if begun and not rows else ""
         raise UserError(f"{source} holds {what}{more}.")
     return Runs(source.resolve().name, source, root, chosen, problems, begun, copies, len(rows) + len(problems))
+
+
+def _tell_starts(rows: Sequence[Row]) -> None:
+    """Of runs that started from others of these rows, such as stages, say from which: the path is of one machine's disk."""
+    learnt = {row["run"]: row["domain"] for row in rows}
+    for row in rows:
+        if row["base"] in learnt:
+            row["init"] = f"{_RUN}{row['base']}, which learnt {learnt[row['base']]}"
 
 
 @dataclass(frozen=True)
@@ -87,17 +98,19 @@ class Recipe:
         axes: the values of each key that varies, in order.
         is_grid: every combination of the axes was run, once.
         points: the combinations, where they are no grid and not too many.
+        follow: runs start from one another, which no grid or list says.
     """
 
     config: dict[str, Any]
     axes: dict[str, list[Any]]
     is_grid: bool
     points: list[dict[str, Any]]
+    follow: bool = False
 
     @property
     def is_whole(self) -> bool:
         """Every run is in it."""
-        return self.is_grid or not self.axes or bool(self.points)
+        return not self.follow and (self.is_grid or not self.axes or bool(self.points))
 
     def as_yaml(self, name: str) -> str:
         """The recipe, for `forget sweep`."""
@@ -140,12 +153,13 @@ def recipe_of(rows: Sequence[Row]) -> Recipe:
             config[key] = found[0]
     combinations = [tuple(row.get(known[key]) for key in axes) for row in rows]
     whole = set(itertools.product(*axes.values())) if _product(axes) == len(rows) else None
-    is_grid = whole is not None and whole == set(combinations)
+    follow = any(str(row.get("init")).startswith(_RUN) for row in rows)
+    is_grid = not follow and whole is not None and whole == set(combinations)
     points: list[dict[str, Any]] = []
-    if not is_grid and len(rows) <= MOST_POINTS:
+    if not is_grid and not follow and len(rows) <= MOST_POINTS:
         combinations.sort(key=lambda one: [found.index(value) for found, value in zip(axes.values(), one, strict=True)])
         points = [dict(zip(axes, one, strict=True)) for one in combinations]
-    return Recipe(config, axes, is_grid, points)
+    return Recipe(config, axes, is_grid, points, follow)
 
 
 def _column(key: str) -> str:

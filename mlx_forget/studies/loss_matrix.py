@@ -29,10 +29,10 @@ from mlx_forget.errors import UserError
 from mlx_forget.evaluate import Estimate, Losses, Windows, estimate, paired_difference, window_losses
 from mlx_forget.fuse import whole_checkpoint
 from mlx_forget.methods import MethodSpec
-from mlx_forget.plan import Plan
-from mlx_forget.run import trainer_spec
-from mlx_forget.stages import CHECKPOINT_OF, Chain
+from mlx_forget.sweeps.stages import CHECKPOINT_OF, Chain
 from mlx_forget.trainer import Trainer, load_backend
+from mlx_forget.training.plan import Plan
+from mlx_forget.training.run import trainer_spec
 
 FILE = "stages.json"
 SCHEMA_VERSION = 1

@@ -31,7 +31,7 @@ from mlx_forget.errors import Interrupted, RunFailed, UserError, exit_code, unkn
 from mlx_forget.ladder import model_spec
 from mlx_forget.methods import TERM_REPLAY_NTP, method_spec
 from mlx_forget.records import installed_versions
-from mlx_forget.sampling import uniforms
+from mlx_forget.replay.sampling import uniforms
 from mlx_forget.studies.toy_tasks import LENGTH, TASKS, VOCAB_SIZE, Rows, bos_of, exact_match, examples
 from mlx_forget.trainer import Batch, OptimSpec, RuntimeSpec, Trainer, TrainerSpec, choose_backend, load_backend
 

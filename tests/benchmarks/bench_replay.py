@@ -25,7 +25,7 @@ from mlx_forget.ladder import hf_config, model_spec, num_params
 from mlx_forget.methods import TERM_REPLAY_KL, MethodSpec, method_spec
 from mlx_forget.pipeline.batches import Batch
 from mlx_forget.pipeline.reference_rows import ReferenceRows
-from mlx_forget.sampling import uniforms
+from mlx_forget.replay.sampling import uniforms
 from mlx_forget.trainer import RuntimeSpec, Trainer, TrainerSpec, available_backends, load_backend
 from tests.benchmarks.measure import interleaved, print_ratios
 

@@ -21,20 +21,20 @@ from cuda_backend.allocator import keep_freed_memory
 from cuda_backend.trainer import TorchTrainer
 from mlx_forget.evaluate import Windows
 from mlx_forget.ladder import ModelSpec, model_spec, num_params
-from mlx_forget.loop import Cadence, RunState, StopRules, drive
 from mlx_forget.pipeline.batches import BatchStream
 from mlx_forget.pipeline.mixture import Mixture, parse_share
 from mlx_forget.pipeline.sides import RowSubset
 from mlx_forget.pipeline.store import StoreWriter, open_store
 from mlx_forget.schedule import Schedule
 from mlx_forget.trainer import RuntimeSpec, TrainerSpec
-from mlx_forget.watch import NoObserver
+from mlx_forget.training.loop import Cadence, RunState, StopRules, drive
+from mlx_forget.training.watch import NoObserver
 from tests.benchmarks.measure import interleaved, print_ratios, rate
 from tests.benchmarks.nanogpt_style import NanoStyle
 
 BATCH, CONTEXT, VOCABULARY = 32, 256, 4096
 SEGMENT_STEPS = {"4x128": 4, "7x320": 1}
-NANO, KEPT, OURS = "nanoGPT-style loop", "the same, freed memory kept", "mlx-forget"
+NANO, KEPT, TANH, OURS = "nanoGPT-style loop", "the same, freed memory kept", "the same, and GPT-2's tanh GELU", "mlx-forget"
 TOKENIZER = Path(__file__).resolve().parents[1] / "pipeline" / "samples" / "store-v1" / "tokenizer.model"
 
 
@@ -88,9 +88,10 @@ def work(kind: str, model: str, store: Path, *, bf16: bool, compiled: bool) -> N
             return trainer.train_step(stream.batch(next(counter)), 1e-3).read()
 
     else:
-        if kind == KEPT:
+        if kind in (KEPT, TANH):
             assert keep_freed_memory()
-        nano = NanoStyle(spec, subset.split.tokens[0], batch_size=BATCH, bf16=bf16, compiled=compiled)
+        gelu = "tanh" if kind == TANH else "none"
+        nano = NanoStyle(spec, subset.split.tokens[0], batch_size=BATCH, bf16=bf16, compiled=compiled, gelu=gelu)
 
         def step() -> object:
             return nano.step().item()
@@ -103,13 +104,13 @@ def work(kind: str, model: str, store: Path, *, bf16: bool, compiled: bool) -> N
 
 def training_speed(model: str, store: Path, options: argparse.Namespace, *, bf16: bool, compiled: bool) -> None:
     """Tokens per second of the step, batches included, against the baseline."""
-    contenders = {kind: Contender(kind, model, store, options, bf16=bf16, compiled=compiled) for kind in (NANO, KEPT, OURS)}
+    contenders = {kind: Contender(kind, model, store, options, bf16=bf16, compiled=compiled) for kind in (NANO, KEPT, TANH, OURS)}
     figures = interleaved({kind: contender.segment for kind, contender in contenders.items()}, rounds=options.rounds)
     for contender in contenders.values():
         contender.close()
     size = f"{num_params(model_spec(model, VOCABULARY, CONTEXT)):,} parameters"
     kind = f"{'bf16' if bf16 else 'fp32'} {'compiled' if compiled else 'eager'}, {options.threads} threads"
-    for baseline in (NANO, KEPT):
+    for baseline in (NANO, KEPT, TANH):
         print_ratios(f"training, {size}, {kind}", figures, baseline=baseline, unit="tokens/s")
 
 

@@ -10,12 +10,12 @@ from mlx_forget.ladder import ModelSpec
 
 
 class Block(nn.Module):
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, gelu: str) -> None:
         super().__init__()
         d, self.heads = spec.width, spec.num_heads
         self.ln_1, self.ln_2 = nn.LayerNorm(d), nn.LayerNorm(d)
         self.c_attn, self.c_proj = nn.Linear(d, 3 * d), nn.Linear(d, d)
-        self.c_fc, self.c_out, self.gelu = nn.Linear(d, 4 * d), nn.Linear(4 * d, d), nn.GELU()
+        self.c_fc, self.c_out, self.gelu = nn.Linear(d, 4 * d), nn.Linear(4 * d, d), nn.GELU(gelu)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, T, D = x.shape
@@ -26,16 +26,28 @@ class Block(nn.Module):
 
 
 class NanoStyle(nn.Module):
-    """The baseline: model, optimiser and loop."""
+    """The baseline: model, optimiser and loop.
+
+    Args:
+        gelu: "none" is nanoGPT's, by the error function; "tanh" is GPT-2's, and ours, of more operations.
+    """
 
     def __init__(
-        self, spec: ModelSpec, tokens: np.ndarray, *, batch_size: int, bf16: bool, compiled: bool, device: str = "cpu"
+        self,
+        spec: ModelSpec,
+        tokens: np.ndarray,
+        *,
+        batch_size: int,
+        bf16: bool,
+        compiled: bool,
+        device: str = "cpu",
+        gelu: str = "none",
     ) -> None:
         super().__init__()
         self.device = device
         self.spec, self.tokens, self.batch_size, self.bf16 = spec, tokens, batch_size, bf16
         self.wte, self.wpe = nn.Embedding(spec.vocab_size, spec.width), nn.Embedding(spec.context_length, spec.width)
-        self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.num_layers))
+        self.blocks = nn.ModuleList(Block(spec, gelu) for _ in range(spec.num_layers))
         self.ln_f, self.head = nn.LayerNorm(spec.width), nn.Linear(spec.width, spec.vocab_size, bias=False)
         self.head.weight = self.wte.weight
         for parameter in self.parameters():

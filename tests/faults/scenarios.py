@@ -154,9 +154,10 @@ def _outcome(process: Any, receiving: Any) -> Outcome:
 def _child(folder: str, arguments: list[str], at: int | None, kind: str, sending: object) -> None:
     import io
 
-    from mlx_forget import log_probs, trainer
+    from mlx_forget import trainer
     from mlx_forget.cli import main
     from mlx_forget.pipeline.store import writing
+    from mlx_forget.replay import log_probs
     from mlx_forget.studies import toy_continual
 
     os.chdir(folder)

@@ -39,7 +39,8 @@ from pathlib import Path
 from mlx_forget import trainer
 from mlx_forget.cli import main
 trainer.BACKENDS["fake"] = trainer.Backend("tests.fakes:BigramTrainer", "numpy", "nothing to install")
-from mlx_forget import run, stacking
+from mlx_forget.training import run
+from mlx_forget.sweeps import stacking
 drive, most, count = run.drive, 0, 0
 def counted(*arguments, **words):
     global most, count

@@ -18,7 +18,6 @@ from mlx_forget.checkpoint import open_checkpoint
 from mlx_forget.config import TrainConfig, from_layers, read_yaml, to_yaml
 from mlx_forget.durable_files import sealed
 from mlx_forget.errors import UserError
-from mlx_forget.grid import read_recipe
 from mlx_forget.history import HistoryWriter, read_history
 from mlx_forget.ladder import spec_from_hf_config
 from mlx_forget.laws.files import SCHEMA_VERSION as FIT_VERSION
@@ -29,11 +28,13 @@ from mlx_forget.pipeline.recipes import read_recipes
 from mlx_forget.pipeline.sources import read_documents
 from mlx_forget.pipeline.store import open_store
 from mlx_forget.pipeline.vocabularies import load_vocabulary
-from mlx_forget.pretrained import older_keys, read_config, read_pretrained, read_tensor, tensor_names, weight_files
+from mlx_forget.pretrained import older_keys, read_config, read_pretrained
 from mlx_forget.records import read_record, write_record
-from mlx_forget.replay import _sampled_shard
+from mlx_forget.replay.sampled_store import _sampled_shard
 from mlx_forget.studies.loss_matrix import read_matrices
+from mlx_forget.sweeps.grid import read_recipe
 from mlx_forget.tables import read_table
+from mlx_forget.weight_files import read_tensor, tensor_names, weight_files
 
 SAMPLE = Path(__file__).resolve().parents[1] / "pipeline" / "samples" / "store-v1"
 RECORDS = [{"text": f"note {i}, and more"} for i in range(9)]

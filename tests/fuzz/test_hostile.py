@@ -18,16 +18,17 @@ import pytest
 from mlx_forget.config import TrainConfig, from_layers
 from mlx_forget.durable_files import sha256_of
 from mlx_forget.errors import UserError
-from mlx_forget.grid import read_recipe
 from mlx_forget.history import HistoryWriter, read_history
 from mlx_forget.pipeline.formats import BadInput, read_records, read_texts
 from mlx_forget.pipeline.recipes import read_recipes
 from mlx_forget.pipeline.sources import files_below, read_documents
 from mlx_forget.pipeline.store import open_store
 from mlx_forget.pipeline.vocabularies import load_vocabulary
-from mlx_forget.pretrained import read_pretrained, tensor_names, weight_files
+from mlx_forget.pretrained import read_pretrained
 from mlx_forget.strict_yaml import read_yaml
+from mlx_forget.sweeps.grid import read_recipe
 from mlx_forget.tables import read_table
+from mlx_forget.weight_files import tensor_names, weight_files
 from tests.fuzz.given_files import ROW, SAMPLE, model_folder
 
 GIGABYTE = 1 << 30

@@ -1,4 +1,5 @@
-from itertools import product
+from dataclasses import replace
+from itertools import combinations, product
 
 import numpy as np
 import pytest
@@ -6,7 +7,7 @@ import pytest
 from mlx_forget.errors import UserError
 from mlx_forget.laws.advise import AdviceOptions, pareto, run_cost, solve
 from mlx_forget.laws.choice import choose_law
-from mlx_forget.laws.design import next_runs, probe_runs
+from mlx_forget.laws.design import describe_plan, next_runs, probe_runs, run_flops
 from mlx_forget.laws.fit import fit_law
 from mlx_forget.laws.forms import get_law
 from mlx_forget.laws.predictor import Predictor
@@ -103,8 +104,14 @@ def test_a_budget_must_be_positive(known, budget):
 
 def test_replay_costs_p_over_one_minus_p_of_the_target_tokens():
     cost = run_cost({"N": 1e9, "D": 1e6, "p": 0.2}, epochs=3)
+    assert cost.target_tokens == 3e6
     assert cost.injected_tokens == pytest.approx(3e6 * 0.25)
     assert cost.train_flops == pytest.approx(6e9 * 3.75e6)
+    assert cost.overhead == pytest.approx(0.25)
+    plain = run_cost({"D": 1e6})
+    assert (plain.target_tokens, plain.injected_tokens, plain.overhead) == (1e6, 0.0, 0.0)
+    assert np.isnan(plain.train_flops)
+    assert run_cost({"N": 1e9, "D": 1e6, "p": 1.0}).injected_tokens == np.inf
 
 
 def test_nothing_beats_a_run_on_the_front(known):
@@ -115,6 +122,13 @@ def test_nothing_beats_a_run_on_the_front(known):
         resamples=30,
     )
     sizes, shares = SIZES, np.array([0.0, 0.001, 0.01, 0.05])
+    everything = pareto(known, target, sizes=sizes, tokens=TOKENS, shares=shares)
+    # The lowest target loss is that of the largest run; of equals, the one that forgets least.
+    assert everything[0].columns == {"N": SIZES[-1], "D": TOKENS[-1], "p": 0.05}
+    assert everything[0].target_loss == min(choice.target_loss for choice in everything)
+    assert everything[0].cost == run_cost(everything[0].columns)
+    twice = pareto(known, target, sizes=SIZES[0], tokens=TOKENS[0], shares=0.0, epochs=2.0)
+    assert [choice.cost.train_flops for choice in twice] == [pytest.approx(12 * SIZES[0] * TOKENS[0])]
     front = pareto(known, target, sizes=sizes, tokens=TOKENS, shares=shares, max_flops=3e16)
     assert len(front) >= 2
     forgettings = [choice.forgetting for choice in front]
@@ -215,6 +229,49 @@ def test_planned_runs_sharpen_the_fitted_interval_of_the_prediction():
     assert spread(planned) < spread(random)
 
 
+def width_after(predictor: Predictor, question, runs, **options) -> float:
+    """Standard deviation of the log prediction once all of these runs are done."""
+    return next_runs(predictor, question, runs, count=len(runs["N"]), **options).width[-1]
+
+
+def test_a_plan_is_the_best_of_all_choices_of_as_many_runs(known):
+    question = {"N": 1.27e9, "D": 3e7, "p": 0.01, "L0": 2.6}
+    some = replace(known, columns={name: values[::40] for name, values in known.columns.items()})
+    pool = np.random.default_rng(1).choice(125, size=7, replace=False)
+    candidates = {name: values[pool] for name, values in paper_grid().items()}
+    widths = {
+        rows: width_after(some, question, {name: values[list(rows)] for name, values in candidates.items()})
+        for count in (1, 3)
+        for rows in combinations(range(7), count)
+    }
+    best = min((rows for rows in widths if len(rows) == 3), key=lambda rows: widths[rows])
+    plan = next_runs(some, question, candidates, count=3, per_flop=False)
+    assert sorted(run["D"] for run in plan.runs) == sorted(candidates["D"][list(best)])
+    assert plan.width[-1] == pytest.approx(widths[best])
+    assert plan.width[-1] < 0.8 * plan.width[0]
+    # Per FLOP, the first run is the one with the largest fall of the log variance for its price.
+    plan, price = next_runs(some, question, candidates, count=3), run_flops(candidates)
+    first = max(range(7), key=lambda i: np.log(plan.width[0] / widths[i,]) / price[i])
+    assert plan.runs[0] == {name: values[first] for name, values in candidates.items()}
+    assert (plan.flops[0], plan.width[1]) == pytest.approx((price[first], widths[first,]))
+    assert describe_plan(plan)[0].endswith(f"then within {100 * 1.96 * plan.width[1]:.2g}%")
+    for count in (0, 8):
+        with pytest.raises(UserError, match=f"Asked for {count} of 7 candidate runs: ask for 1 to 7"):
+            next_runs(some, question, candidates, count=count)
+
+
+def test_runs_that_were_done_count_unless_told_otherwise(known):
+    question, runs = {"N": 1.27e9, "D": 3e7, "p": 0.01, "L0": 2.6}, {name: values[:5] for name, values in paper_grid().items()}
+    fresh = width_after(known, question, runs, use_data=False)
+    assert width_after(known, question, runs) < 0.1 * fresh
+    assert width_after(known, question, runs, noise=0.04) > 2 * width_after(known, question, runs)
+
+
+def test_a_run_costs_six_n_d_with_what_is_injected():
+    assert run_flops({"N": 1e9, "D": 2e6, "p": 0.2}) == pytest.approx([6e9 * 2e6 / 0.8])
+    assert run_flops({"D": [2e6, 3e6]}) == pytest.approx([1.2e7, 1.8e7])
+
+
 def test_plans_per_flop_prefer_cheap_runs(known):
     question = {"N": 1.27e9, "D": 3e7, "p": 0.01, "L0": 2.6}
     cheap = next_runs(known, question, paper_grid(), count=5)
@@ -226,6 +283,8 @@ def test_plans_per_flop_prefer_cheap_runs(known):
 def test_the_probe_determines_the_law_of_one_model():
     runs = probe_runs(3e7, 6)
     assert max(run["D"] for run in runs) <= 1e7
+    assert probe_runs(3e7, 4) == runs[:4]
+    assert probe_runs(3e7, 3) == [{"D": 3e7, "p": 0.0}, {"D": 3e7, "p": 0.005}, {"D": 3e7, "p": 0.05}]
     truth = {"A": 0.002, "beta": 0.35, "B": 600.0, "alpha": 0.5}
     columns = {name: np.array([run[name] for run in runs]) for name in ("D", "p")} | {"L0": np.full(6, 3.2)}
     fit = fit_law(Table.of(**columns, loss=get_law("forgetting-fixed-n").predict(truth, columns)), "forgetting-fixed-n")
@@ -247,3 +306,24 @@ def test_the_law_is_chosen_by_what_varies_and_a_column_that_is_not_there_does_no
     assert (alone.law.name, dict(alone.constraints.fixed)) == ("forgetting-fixed-n", {"beta": 0.0})
     bare = choose_law(table.select(table.columns["p"] == 0), response="pretraining")
     assert bare.law.name == "forgetting-fixed-n/no-p"
+    for one, words in ((choice, "one model size"), (alone, "one number of target tokens"), (bare, "one share p")):
+        assert words in one.why
+    assert "one share" not in choice.why
+    sized = Table({**table.columns, "N": np.array([1e7, 1e7, 1e8, 1e8])})
+    whole = choose_law(sized, response="pretraining")
+    assert (whole.law.name, whole.why) == ("bethune-forgetting", "")
+    assert choose_law(sized.select(np.arange(4) % 3 < 2), response="pretraining").law.name == "bethune-forgetting"
+    with pytest.raises(UserError, match="nothing to fit a law of forgetting to"):
+        choose_law(table.select(np.arange(4) < 1), response="pretraining")
+
+
+def test_the_law_of_the_target_loss_holds_what_does_not_vary():
+    columns = {"N": np.array([1e7, 1e8, 1e8]), "D": np.array([1e6, 1e6, 3e6]), "loss": np.array([3.0, 2.9, 2.8])}
+    held = {}
+    for rows in ([0, 1, 2], [0, 1], [1, 2]):
+        choice = choose_law(Table({name: values[rows] for name, values in columns.items()}), response="target")
+        assert choice.law.name == "bethune-finetuning"
+        held[tuple(rows)] = (dict(choice.constraints.fixed), choice.why == "")
+    assert held == {(0, 1, 2): ({}, True), (0, 1): ({"beta": 0.0}, False), (1, 2): ({"alpha": 0.0}, False)}
+    with pytest.raises(UserError, match="one size and one number of target tokens"):
+        choose_law(Table({name: values[:1] for name, values in columns.items()}), response="target")

@@ -4,13 +4,14 @@ from scipy.optimize import curve_fit, minimize
 
 from mlx_forget.laws.fit import FitOptions, fit_groups, fit_law
 from mlx_forget.laws.fitted import Fit
-from mlx_forget.laws.forms import get_law, law_contrasts
+from mlx_forget.laws.forms import get_law
 from mlx_forget.laws.model import Constraints
 from mlx_forget.laws.objective import Objective
 from mlx_forget.laws.table import Table
 from mlx_forget.tables import read_table
 
 from .conftest import REFERENCE
+from .contrasts import contrasts
 from .surfaces import SURFACES, grid, paper_grid
 
 NAMES = sorted(SURFACES)
@@ -23,9 +24,9 @@ def recover(name: str, count: int) -> None:
         fit = fit_law(table, name)
         assert np.allclose(fit.predicted, table.columns["loss"], rtol=1e-6, atol=0)
         found, wanted = ({k: np.array(v) for k, v in params.items()} for params in (fit.params, truth))
-        for contrast in law_contrasts(fit.law):
-            value, exact = (contrast.function(params, fit.model.references) for params in (found, wanted))
-            assert value == pytest.approx(float(exact), rel=1e-6), contrast.name
+        for contrast, of in contrasts(fit.law):
+            value, exact = (of(params, fit.model.references) for params in (found, wanted))
+            assert value == pytest.approx(float(exact), rel=1e-6), contrast
 
 
 @pytest.mark.parametrize("name", NAMES)

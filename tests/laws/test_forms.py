@@ -1,10 +1,13 @@
+import re
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from mlx_forget.errors import UserError
 from mlx_forget.laws.fit import fit_law
-from mlx_forget.laws.forms import Law, Parameter, get_law, law_from_function, laws, register
-from mlx_forget.laws.model import Constraints
+from mlx_forget.laws.forms import Law, Parameter, Rescale, get_law, law_from_function, laws, register
+from mlx_forget.laws.model import Constraints, bind
 from mlx_forget.laws.predictor import Predictor
 from mlx_forget.laws.table import Table
 from mlx_forget.laws.uncertainty import BootstrapOptions, assess
@@ -83,6 +86,23 @@ def test_natural_and_internal_parameters_are_inverse_and_centring_changes_no_pre
     assert np.allclose(np.broadcast_to(centred, (1, 7))[0], plain, rtol=1e-9)
 
 
+@BY_FORM
+def test_the_formula_that_is_shown_is_what_is_computed(law):
+    def as_python(text):
+        text = re.sub(r"log (\w+)", r"log(\1)", text)
+        return re.sub(r"(?<=[\w)])\s+(?=[\w(])", " * ", text).replace("^", "**")
+
+    columns = _columns(law)
+    references = {column: float(np.exp(np.log(columns[column]).mean())) for column in law.logs}
+    params = dict(zip(law.names, law.natural(_internal_point(law), references).tolist(), strict=True))
+    formula, *definitions = law.formula.removeprefix("loss = ").split("; ")
+    scope = {"log": np.log, "exp": np.exp, **columns, **params}
+    for definition in ", ".join(definitions).split(", ") if definitions else ():
+        head, body = definition.split("(r) = ")
+        scope[head] = eval(f"lambda r: {as_python(body)}", scope)
+    assert law.predict(params, columns) == pytest.approx(eval(as_python(formula), scope), rel=1e-9)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_natural_gradients_match_central_differences(name):
     surface = SURFACES[name]
@@ -133,10 +153,20 @@ def test_a_users_own_law_fits_predicts_and_carries_intervals():
     assert low[0] < law.predict(truth, {"D": 3e8})[0] < high[0]
 
 
-def test_a_law_that_contradicts_itself_is_refused():
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"logs": ("N",)}, "column 'D' is rescaled, so it must be listed in `logs`"),
+        ({"columns": ("N",)}, "'D' is in `logs` and not in `columns`"),
+        ({"rescales": (Rescale("X", "N", "alpha", 1.0),)}, "a rescale names 'X' or 'alpha'"),
+        ({"rescales": (Rescale("A", "N", "x", 1.0),)}, "a rescale names 'A' or 'x'"),
+    ],
+)
+def test_a_law_that_contradicts_itself_is_refused(changes, words):
     good = get_law("chinchilla")
-    with pytest.raises(UserError, match="logs"):
-        register(Law(**{**good.__dict__, "name": "bad", "logs": ("N",)}))
+    with pytest.raises(UserError, match=words):
+        register(replace(good, name="bad", **changes))
+    assert register(good) is good is get_law("chinchilla")
 
 
 def test_an_unknown_law_suggests_the_nearest():
@@ -196,19 +226,55 @@ def test_the_offset_of_the_log_limit_can_be_held():
 
 
 @pytest.mark.parametrize(
-    "constraints",
+    "constraints, words",
     [
-        Constraints(fixed={"gamma": 1.0}),
-        Constraints(tied={"A": "alpha"}),
-        Constraints(fixed={"alpha": -1.0}),
-        Constraints(fixed={"alpha": 1.0}, tied={"alpha": "beta"}),
+        (Constraints(fixed={"gamma": 1.0}), "gamma"),
+        (Constraints(tied={"A": "alpha"}), "an amplitude and an exponent are different things"),
+        (Constraints(fixed={"alpha": -1.0}), r"alpha=-1 is outside 0\.\.10"),
+        (Constraints(fixed={"alpha": float("nan")}), r"alpha=nan is outside 0\.\.10"),
+        (Constraints(fixed={"alpha": 11.0}), r"alpha=11 is outside 0\.\.10"),
+        (Constraints(fixed={"alpha": 1.0}, tied={"alpha": "beta"}), "one of them is held already"),
+        (Constraints(tied={"alpha": "alpha"}), "one of them is held already"),
+        (Constraints(tied={"alpha": "beta", "beta": "alpha"}), "one of them is held already"),
+        (Constraints(fixed={"A": 1.0, "alpha": 0.5, "beta": 0.5, "B": 10.0}), "every parameter is fixed"),
+        (Constraints(shared=("alpha",)), "name the column of the groups"),
     ],
 )
-def test_impossible_constraints_are_refused(constraints):
+def test_impossible_constraints_are_refused(constraints, words):
     columns = paper_grid()
     table = Table.of(**columns, loss=np.linspace(3, 4, len(columns["N"])))
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=words):
         fit_law(table, "bethune-forgetting", constraints=constraints)
+
+
+@pytest.mark.parametrize(
+    "constraints, free, undivided",
+    [
+        (Constraints(), "A alpha beta B", ""),
+        (Constraints(fixed={"alpha": 10.0}), "A beta B", ""),
+        (Constraints(tied={"beta": "alpha"}), "A alpha B", ""),
+        (Constraints(fixed={"A": 2.0}), "alpha beta B", "N D"),
+        (Constraints(shared=("A",)), "A alpha[x] alpha[y] beta[x] beta[y] B[x] B[y]", "N D"),
+        (Constraints(shared=("A", "alpha")), "A alpha beta[x] beta[y] B[x] B[y]", "D"),
+        (Constraints(shared=("A", "alpha", "beta")), "A alpha beta B[x] B[y]", ""),
+        (Constraints(shared=("A", "beta"), fixed={"alpha": 0.5}), "A beta B[x] B[y]", ""),
+    ],
+)
+def test_a_held_amplitude_keeps_its_columns_undivided(constraints, free, undivided):
+    columns = paper_grid()
+    groups = ("x", "y") if constraints.shared else ("",)
+    model = bind(get_law("bethune-forgetting"), columns, constraints=constraints, groups=groups)
+    assert model.coordinates == tuple(free.split())
+    means = {name: np.exp(np.log(columns[name]).mean()) for name in ("N", "D")}
+    assert model.references == pytest.approx({name: 1.0 if name in undivided.split() else mean for name, mean in means.items()})
+    u = np.random.default_rng(0).uniform(0.2, 0.4, (3, model.num_free))
+    natural = model.natural(u)
+    assert model.free(natural) == pytest.approx(u)
+    for name, value in constraints.fixed.items():
+        assert natural[..., model.law.index(name)] == pytest.approx(value)
+    for group in range(len(groups)):
+        params = dict(zip(model.law.names, natural[1, group], strict=True))
+        assert model.predict(u, columns, np.full(125, group))[1] == pytest.approx(model.law.predict(params, columns))
 
 
 @BY_FORM

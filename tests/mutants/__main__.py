@@ -4,27 +4,23 @@
     python -m tests.mutants --group laws --minutes 8     a piece of it
     python -m tests.mutants --again                      those that survived once more, after tests were added
 
-A mutant is tried with the quick tests that run its function, until one fails. Killed is also what takes several times the CPU time or the
-memory that it may.
+A mutant is tried with the quickest tests that run its statement, until one fails. Killed is also what takes several times the CPU time or
+the memory that it may. Results are kept in build/mutants; remove it to begin again.
 """
 
 import argparse
-import importlib
+import hashlib
 import json
 import os
-import random
-import shutil
+import signal
 import sys
-import tempfile
 import time
 import tomllib
 from pathlib import Path
-from typing import Any
 
-from tests.mutants.covering import covering
-from tests.mutants.groups import GROUPS, SLOW_SECONDS
+from tests.mutants.groups import GROUPS, MOST_SECONDS
 from tests.mutants.sites import Site, sites
-from tests.mutants.trial import module_of, tried
+from tests.mutants.trial import Trials, replace_text
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / "build" / "mutants"
@@ -32,51 +28,38 @@ JUDGED = Path(__file__).with_name("equivalent.toml")
 
 
 def drawn(seed: int) -> dict[str, list[Site]]:
-    """The mutants of a seed, by group."""
+    """The mutants of a seed, by group: those whose names have the lowest digests, so that an edit changes few of them."""
+
+    def digest(site: Site) -> bytes:
+        return hashlib.sha256(f"{seed} {site.name}".encode()).digest()
+
     found = {}
     for name, group in GROUPS.items():
         all_sites = [site for path in group.sources(ROOT) for site in sites(ROOT, path)]
-        found[name] = random.Random(f"{seed} {name}").sample(all_sites, group.num)
+        found[name] = sorted(all_sites, key=digest)[: group.num]
     return found
 
 
-def chosen(site: Site, maps: list[dict[str, Any]]) -> dict[str, float]:
-    """The quick tests that enter the function of a mutant, file by file, with their seconds of CPU; those of its file if it is in none."""
-    files = []
-    for one in maps:
-
-        def has_it(entered: list[list[Any]]) -> bool:
-            first, last = (0, 1 << 30) if site.outermost is None else site.outermost[1:]
-            return any(path == site.path and first <= line <= last for path, line in entered)
-
-        shared = has_it(one["shared"])
-        tests = {name: seconds for name, (seconds, entered) in one["tests"].items() if shared or has_it(entered)}
-        files.append({name: seconds for name, seconds in sorted(tests.items(), key=lambda item: item[1]) if seconds < SLOW_SECONDS})
-    files.sort(key=lambda tests: sum(tests.values()))
-    return {name: seconds for tests in files for name, seconds in tests.items()}
+def judged() -> dict[str, str]:
+    """The reasons why some mutants cannot be killed, by their names."""
+    return {one["mutant"]: one["reason"] for one in tomllib.loads(JUDGED.read_text())["mutant"]}
 
 
 def report(mutants: dict[str, list[Site]], results: dict[str, str]) -> int:
     """Print the counts and the survivors; returns how many of these nobody has judged."""
-    judged = {one["mutant"]: one["reason"] for one in tomllib.loads(JUDGED.read_text())["mutant"]} if JUDGED.exists() else {}
+    reasons = judged()
     num_tried = num_killed = num_unjudged = 0
     for group, members in mutants.items():
-        done = [site for site in members if str(site) in results]
-        alive = [site for site in done if results[str(site)].startswith("survived")]
+        done = [site for site in members if site.name in results]
+        alive = [site for site in done if results[site.name].startswith("survived")]
         num_tried, num_killed = num_tried + len(done), num_killed + len(done) - len(alive)
         print(f"mutants: {len(done) - len(alive)} of {len(done)} of {group} killed")
         for site in alive:
-            reason = judged.get(without_line(site))
-            num_unjudged += reason is None
-            print(f"  {site}\n    {results[str(site)]}{'; equivalent: ' + reason if reason else ''}")
+            num_unjudged += site.name not in reasons
+            print(f"  {site}\n    {results[site.name]}{'; equivalent: ' + reasons[site.name] if site.name in reasons else ''}")
     if num_tried:
         print(f"mutants: {num_killed} of {num_tried} killed ({num_killed / num_tried:.1%}); survivors not judged: {num_unjudged}")
     return num_unjudged
-
-
-def without_line(site: Site) -> str:
-    """The name of a mutant that stays when lines are added above it."""
-    return f"{site.path} {site.function}: {site.what}"
 
 
 def main() -> None:
@@ -86,60 +69,48 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=1e9, help="stop after so long; the same command goes on")
     parser.add_argument("--again", action="store_true", help="try again those that survived")
     parser.add_argument("--report", action="store_true", help="only print what is known")
+    parser.add_argument("--most-seconds", type=float, default=MOST_SECONDS, help="of tests for one mutant, the quickest first")
     options = parser.parse_args()
+    # So that what was started is ended.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    os.chdir(ROOT)
     mutants = drawn(options.seed)
+    wanted = {name: members for name, members in mutants.items() if name in (options.group or GROUPS)}
     kept = KEPT / f"results-{options.seed}.json"
     results: dict[str, str] = json.loads(kept.read_text()) if kept.exists() else {}
     if options.again:
-        results = {name: what for name, what in results.items() if not what.startswith("survived")}
+        for site in [site for members in wanted.values() for site in members if site.name not in judged()]:
+            if results.get(site.name, "").startswith("survived"):
+                del results[site.name]
     if not options.report:
-        try_all({name: mutants[name] for name in options.group or GROUPS}, results, kept, time.monotonic() + 60 * options.minutes)
+        try_all(wanted, results, kept, options)
     num_unjudged = report(mutants, results)
-    sys.exit(num_unjudged > 0 or any(str(site) not in results for members in mutants.values() for site in members))
+    sys.exit(num_unjudged > 0 or any(site.name not in results for members in mutants.values() for site in members))
 
 
-def try_all(mutants: dict[str, list[Site]], results: dict[str, str], kept: Path, deadline: float) -> None:
-    """Try what has no result yet, until a time; results are kept as they come."""
-    home = KEPT / "home"
-    home.mkdir(parents=True, exist_ok=True)
+def try_all(mutants: dict[str, list[Site]], results: dict[str, str], kept: Path, options: argparse.Namespace) -> None:
+    """Try what has no result yet; results are kept as they come."""
+
+    def tell(site: Site, result: str, seconds: float) -> None:
+        results[site.name] = result
+        replace_text(kept, json.dumps(results, indent=1))
+        print(f"{seconds:5.1f} s  {result}  {site}", flush=True)
+
+    deadline = time.monotonic() + 60 * options.minutes
     for name, members in mutants.items():
-        todo = [site for site in members if str(site) not in results]
-        maps = []
-        for test_file in GROUPS[name].tests if todo else ():
-            if time.monotonic() > deadline:
-                return
-            maps.append(_mapped(GROUPS[name].sources(ROOT), test_file, home))
-        for test_file in GROUPS[name].tests if todo else ():
-            importlib.import_module(module_of(test_file))
-        for site in todo:
-            if time.monotonic() > deadline:
-                return
-            tests = chosen(site, maps)
-            begin = time.monotonic()
-            results[str(site)] = tried(ROOT, site, tests, home)
-            print(f"{time.monotonic() - begin:5.1f} s  {results[str(site)]}  {site}", flush=True)
-            kept.write_text(json.dumps(results, indent=1))
-
-
-def _mapped(sources: list[str], test_file: str, home: Path) -> dict[str, Any]:
-    """`covering`, in a process of its own that leaves in `home` the corpora that it had to build."""
-    process = os.fork()
-    if process == 0:
-        code = 1
-        try:
-            run = f"mutants-{os.getpid()}"
-            os.environ["PYTEST_XDIST_TESTRUNUID"] = run
-            place = Path(tempfile.gettempdir()) / f"mlx-forget-tests-{run}"
-            shutil.copytree(home, place)
-            covering(ROOT, sources, test_file, KEPT / "covering")
-            shutil.copytree(place, home, dirs_exist_ok=True)
-            shutil.rmtree(place)
-            code = 0
-        finally:
-            os._exit(code)
-    if os.waitpid(process, 0)[1]:
-        sys.exit(f"{test_file} cannot be mapped: it fails as it is.")
-    return covering(ROOT, sources, test_file, KEPT / "covering")
+        todo = [site for site in members if site.name not in results]
+        if todo and time.monotonic() < deadline:
+            group = GROUPS[name]
+            Trials(
+                ROOT,
+                group.sources(ROOT),
+                group.tests,
+                todo,
+                most_seconds=options.most_seconds,
+                deadline=deadline,
+                kept=KEPT,
+                tell=tell,
+            ).run()
 
 
 if __name__ == "__main__":

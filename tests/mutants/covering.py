@@ -1,74 +1,68 @@
-"""Which tests enter which functions of some files, and how long each test takes: what a mutant is tried with.
+"""Which tests run which lines of some files, and how long each test takes: what a mutant is tried with.
 
-A function that a test enters before its body, in a fixture that others may share or as its file is imported, counts for every test of
-that file.
+A line that a fixture runs counts for every test that asks for the fixture.
 """
 
-import hashlib
-import json
-import sys
+import inspect
 import time
 from collections import defaultdict
 from collections.abc import Generator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-PYTEST = ["-q", "-x", "-m", "not full", "-p", "no:xdist", "-p", "no:cacheprovider"]
+Line = tuple[str, int]
 
 
 class Covering:
-    """A plugin of pytest that notes, for every test, its seconds of CPU and (file, first line) of the watched functions it enters."""
+    """A plugin of pytest that notes the (file, line) of the watched files that every test runs, and its seconds of CPU.
+
+    Args:
+        watched: path from the root by absolute path.
+
+    Attributes:
+        outside: lines of functions that ran outside of tests and fixtures, such as while modules are imported.
+    """
 
     def __init__(self, watched: dict[str, str]) -> None:
         self.watched = watched
-        self.entered: dict[str, set[tuple[str, int]]] = defaultdict(set)
-        self.shared: set[tuple[str, int]] = set()
-        self.seconds: dict[str, float] = {}
-        self._now = self.shared
+        self.lines: dict[str, set[Line]] = defaultdict(set)
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._fixtures: dict[str, list[str]] = {}
+        self.outside: set[Line] = set()
+        self._now = self.outside
 
     @pytest.hookimpl(hookwrapper=True)
-    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, None, None]:
-        begin = time.process_time()
+    def pytest_fixture_setup(self, fixturedef: Any, request: Any) -> Generator[None, None, None]:
+        around, begin = self._now, time.process_time()
+        self._now = self.lines[f"fixture {fixturedef.argname}"]
         yield
+        self._now = around
+        self.seconds[f"fixture {fixturedef.argname}"] = time.process_time() - begin
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_call(self, item: Any) -> Generator[None, None, None]:
+        self._now, begin = self.lines[item.nodeid], time.process_time()
+        self._fixtures[item.nodeid] = [f"fixture {name}" for name in item.fixturenames]
+        yield
+        self._now = self.outside
         self.seconds[item.nodeid] = time.process_time() - begin
 
-    @pytest.hookimpl(hookwrapper=True)
-    def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, None, None]:
-        self._now = self.entered[item.nodeid]
-        yield
-        self._now = self.shared
-
-    def enter(self, frame: Any, event: str, argument: object) -> None:
+    def trace(self, frame: Any, event: str, argument: object) -> Any:
+        """A trace function, as `sys.settrace` wants one."""
         path = self.watched.get(frame.f_code.co_filename)
-        if path is not None:
-            self._now.add((path, frame.f_code.co_firstlineno))
+        # Not the bodies of modules and classes.
+        if path is None or not frame.f_code.co_flags & inspect.CO_OPTIMIZED:
+            return None
+        self._now.add((path, frame.f_lineno))
+        return self.trace
 
-
-def covering(root: Path, watched: list[str], test_file: str, kept: Path) -> dict[str, Any]:
-    """Every test of a file with its seconds and the functions it enters: {"tests": {id: [seconds, [[path, line], ...]]}, "shared": [...]}.
-
-    What is kept from an earlier call serves as long as neither the tests nor the watched files have changed.
-    """
-    digest = hashlib.sha256()
-    for path in (test_file, *watched):
-        digest.update((root / path).read_bytes())
-    kept = kept / f"{test_file.replace('/', '-')}-{Path(watched[0]).stem}.json"
-    if kept.exists() and (found := json.loads(kept.read_text()))["digest"] == digest.hexdigest():
-        return found
-    plugin = Covering({str(root / path): path for path in watched})
-    sys.settrace(plugin.enter)
-    try:
-        code = pytest.main([*PYTEST, test_file], plugins=[plugin])
-    finally:
-        sys.settrace(None)
-    assert code == 0, f"{test_file} does not pass as it is"
-    found = {
-        "digest": digest.hexdigest(),
-        "tests": {name: [plugin.seconds[name], sorted(plugin.entered[name])] for name in plugin.seconds},
-        "shared": sorted(plugin.shared),
-    }
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps(found))
-    return json.loads(json.dumps(found))
+    def found(self) -> dict[str, tuple[float, list[Line]]]:
+        """Of each test its seconds and lines, with those of its fixtures."""
+        return {
+            test: (
+                sum(self.seconds[one] for one in (test, *fixtures)),
+                sorted(set().union(*(self.lines[one] for one in (test, *fixtures)))),
+            )
+            for test, fixtures in self._fixtures.items()
+        }

@@ -7,6 +7,7 @@ what cannot but fail at once (paths joined by another operator, an encoding of n
 
 import ast
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,8 +52,9 @@ class Site:
         path: of the file, relative to the root of the repository.
         line: from 1.
         function: the innermost function or class, or the module.
-        what: the code before and after.
+        what: the code before and after; of several that read alike in one function, which one.
         outermost: the function of the file, or method of a class, whose body it is in: name, first and last line; None outside of all.
+        lines: first and last line of the innermost statement, without the block that it may head.
     """
 
     path: str
@@ -60,31 +62,43 @@ class Site:
     function: str
     what: str
     outermost: tuple[str, int, int] | None
+    lines: tuple[int, int]
     node: int
     way: int
 
     def __str__(self) -> str:
         return f"{self.path}:{self.line} {self.function}: {self.what}"
 
+    @property
+    def name(self) -> str:
+        """What it is called when lines may have been added above it."""
+        return f"{self.path} {self.function}: {self.what}"
+
 
 def sites(root: Path, path: str) -> list[Site]:
     """All mistakes that can be made in a file, in the order of its text."""
     tree = ast.parse((root / path).read_text(encoding="utf-8"))
     found = []
-    for number, (node, function, outermost) in enumerate(_nodes(tree)):
-        before = _shown(node)
-        for way in range(len(_ways(node))):
+    alike: Counter[tuple[str, str]] = Counter()
+    for number, (node, function, outermost, lines) in enumerate(_nodes(tree)):
+        ways = range(len(_ways(node)))
+        before = _shown(node) if ways else ""
+        for way in ways:
             after = copy.deepcopy(node)
             _ways(after)[way]()
             shown = "left out" if isinstance(after, ast.stmt) and hasattr(after, "left_out") else _shown(after)
-            found.append(Site(path, node.lineno, function, f"{before}  ->  {shown}", outermost, number, way))
+            what = f"{before}  ->  {shown}"
+            alike[function, what] += 1
+            if alike[function, what] > 1:
+                what += f"  (no. {alike[function, what]})"
+            found.append(Site(path, node.lineno, function, what, outermost, lines, number, way))
     return found
 
 
 def mutated(root: Path, site: Site) -> ast.Module:
     """The file with one mistake in it; lines are those of the file."""
     tree = ast.parse((root / site.path).read_text(encoding="utf-8"))
-    node = next(node for number, (node, _, _) in enumerate(_nodes(tree)) if number == site.node)
+    node = next(node for number, (node, *_) in enumerate(_nodes(tree)) if number == site.node)
     _ways(node)[site.way]()
     tree = _LeaveOut().visit(tree)
     return ast.fix_missing_locations(tree)
@@ -102,19 +116,21 @@ def _shown(node: ast.AST) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
-_Found = tuple[ast.expr | ast.stmt, str, tuple[str, int, int] | None]
+_Found = tuple[ast.expr | ast.stmt, str, tuple[str, int, int] | None, tuple[int, int]]
 
 
 def _nodes(tree: ast.Module) -> Iterator[_Found]:
-    """Every node that may be changed, with its `function` and `outermost`, in the order of the text."""
+    """Every node that may be changed, with its `function`, `outermost` and `lines`, in the order of the text."""
 
-    def walk(node: ast.AST, function: str, outermost: tuple[str, int, int] | None) -> Iterator[_Found]:
+    def walk(node: ast.AST, function: str, outermost: tuple[str, int, int] | None, lines: tuple[int, int]) -> Iterator[_Found]:
         if _is_left_alone(node):
             return
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             function = node.name if function == "module" else f"{function}.{node.name}"
+        if isinstance(node, ast.stmt | ast.excepthandler | ast.match_case):
+            lines = _own_lines(node)
         if isinstance(node, ast.expr | ast.stmt):
-            yield node, function, outermost
+            yield node, function, outermost, lines
         for name, field in ast.iter_fields(node):
             if name not in _NOT_MUTATED:
                 inside = outermost
@@ -123,9 +139,18 @@ def _nodes(tree: ast.Module) -> Iterator[_Found]:
                     inside = (function, first, node.end_lineno or first)
                 for child in field if isinstance(field, list) else [field]:
                     if isinstance(child, ast.AST):
-                        yield from walk(child, function, inside)
+                        yield from walk(child, function, inside, lines)
 
-    return walk(tree, "module", None)
+    return walk(tree, "module", None, (1, 1))
+
+
+def _own_lines(node: ast.stmt | ast.excepthandler | ast.match_case) -> tuple[int, int]:
+    """First and last line of a statement, without the block that it heads."""
+    first: int = node.pattern.lineno if isinstance(node, ast.match_case) else node.lineno
+    body = getattr(node, "body", None)
+    if body is None or isinstance(body, ast.AST):
+        return first, getattr(node, "end_lineno", None) or first
+    return first, max(first, body[0].lineno - 1)
 
 
 def _is_left_alone(node: ast.AST) -> bool:

@@ -1,11 +1,10 @@
 """The mutants themselves: a mistake is one change, what is drawn is drawn again, and a test that fails kills."""
 
 import ast
-from pathlib import Path
 
 import pytest
 
-from tests.mutants.__main__ import JUDGED, ROOT, drawn
+from tests.mutants.__main__ import ROOT, drawn, judged
 from tests.mutants.groups import GROUPS
 from tests.mutants.sites import mutated, sites
 from tests.mutants.trial import put_in_place
@@ -49,11 +48,18 @@ def test_the_same_seed_draws_the_same_two_hundred():
 
 
 def test_what_was_judged_is_named_with_a_reason():
-    import tomllib
+    names = {site.name for group in GROUPS.values() for path in group.sources(ROOT) for site in sites(ROOT, path)}
+    for name, reason in judged().items():
+        assert name in names
+        assert reason
 
-    for one in tomllib.loads(JUDGED.read_text())["mutant"]:
-        assert Path(ROOT, one["mutant"].split(" ")[0]).is_file()
-        assert one["reason"]
+
+def test_those_that_read_alike_have_names_of_their_own(tmp_path):
+    (tmp_path / "m.py").write_text("def f(x):\n    if x < 1:\n        return (\n            x + 1\n        )\n")
+    found = sites(tmp_path, "m.py")
+    assert [site.what for site in found if site.what.startswith("1")] == ["1  ->  2", "1  ->  2  (no. 2)"]
+    # Of an `if` only its test; of a statement all of its lines.
+    assert {site.what: site.lines for site in found if "1  ->  2" in site.what} == {"1  ->  2": (2, 2), "1  ->  2  (no. 2)": (3, 5)}
 
 
 def test_a_mistake_takes_the_place_of_a_function_in_this_process(monkeypatch):

@@ -1,11 +1,14 @@
-"""A mutant in a process of its own: put in place of what it changes, and tried with tests until one fails.
+"""Mutants in processes of their own: put in place of what they change, and tried with tests until one fails.
 
-The process is forked from one that has imported the tool and the tests, so that a mutant costs little more than its tests. No file is
-changed. A mistake in the body of a function takes the place of its code; any other is made as everything is imported anew.
+Pytest collects the tests of a part once; then, instead of running them, it forks a process for every mutant, which costs little more
+than its tests. No file is changed. A mistake in the body of a function takes the place of its code; any other, and one in a function
+that runs as modules are imported, is made as everything is imported anew.
 """
 
 import functools
+import hashlib
 import importlib
+import json
 import os
 import resource
 import shutil
@@ -13,33 +16,39 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from importlib.util import spec_from_file_location
+from itertools import pairwise
 from pathlib import Path
 from types import CodeType
 from typing import Any
 
 import pytest
 
-from tests.mutants.covering import PYTEST
+from tests.mutants.covering import Covering
 from tests.mutants.sites import Site, mutated
+
+PYTEST = ["-q", "-s", "-x", "-m", "not full", "-p", "no:xdist", "-p", "no:cacheprovider"]
 
 _MOST_BYTES = 6 << 30
 _MOST_WALL_SECONDS = 900
 # What a child and a test may take beside its usual time.
 _CPU_SECONDS_TO_START, _CPU_SECONDS_FOR_A_TEST = 60, 2
 
+# Seconds of the tests that are tried in one round.
+_ROUNDS = (0.0, 0.3, 1.5, 1e9)
 
-def module_of(path: str) -> str:
-    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+Tests = dict[str, tuple[float, list[list[Any]]]]
 
 
 class _Finder(MetaPathFinder, SourceFileLoader):
     """Finds one module only, and loads it with its mistake."""
 
     def __init__(self, root: Path, site: Site) -> None:
-        SourceFileLoader.__init__(self, module_of(site.path), str(root / site.path))
+        SourceFileLoader.__init__(self, _module_of(site.path), str(root / site.path))
         self.root, self.site = root, site
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:  # type: ignore[override]
@@ -49,16 +58,17 @@ class _Finder(MetaPathFinder, SourceFileLoader):
         return compile(mutated(self.root, self.site), self.path, "exec")
 
 
-def put_in_place(root: Path, site: Site) -> None:
-    """From now on, this process runs the tool with the mistake."""
-    if site.outermost is None:
+def put_in_place(root: Path, site: Site, *, anew: bool = False) -> None:
+    """From now on, this process runs the tool with the mistake; `anew` where what was imported is not to be used any more."""
+    if anew:
         for name in [name for name in sys.modules if name.split(".")[0] in ("mlx_forget", "cuda_backend", "tests")]:
             if not name.startswith("tests.mutants") and name != "tests":
                 del sys.modules[name]
         sys.meta_path.insert(0, _Finder(root, site))
         return
+    assert site.outermost is not None
     code: Any = compile(mutated(root, site), str(root / site.path), "exec")
-    found: Any = importlib.import_module(module_of(site.path))
+    found: Any = importlib.import_module(_module_of(site.path))
     for name in site.outermost[0].split("."):
         code = next(one for one in code.co_consts if isinstance(one, CodeType) and one.co_name == name)
         found = vars(found)[name]
@@ -78,61 +88,209 @@ def put_in_place(root: Path, site: Site) -> None:
     found.__code__ = code
 
 
-class _TimeLimits:
-    """A test that takes several times as long as it should is stopped, with its process."""
-
-    def __init__(self, seconds: dict[str, float]) -> None:
-        self.seconds = seconds
-
-    def pytest_runtest_setup(self, item: pytest.Item) -> None:
-        signal.setitimer(signal.ITIMER_PROF, _CPU_SECONDS_FOR_A_TEST + 5 * self.seconds.get(item.nodeid, 1))
+def _module_of(path: str) -> str:
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
-def tried(root: Path, site: Site | None, tests: dict[str, float], home: Path) -> str:
-    """What becomes of a mutant: killed, killed by time, or survived.
+class Trials:
+    """A plugin of pytest that tries mutants with the tests that were collected.
 
     Args:
         root: of the repository.
-        site: the mistake; None for none, which should survive.
-        tests: ids of the tests, with the seconds of CPU that each takes.
-        home: a cache folder of the tool to begin with; the mutant gets a copy, so that no other sees what it leaves there.
+        sources: the files that are mutated, as paths from the root.
+        test_files: likewise.
+        todo: the mutants.
+        most_seconds: of tests for a mutant, by CPU time while their lines are traced.
+        deadline: by the monotonic clock; no mutant is begun later.
+        kept: folder for what is found out about the tests.
+        tell: called with each mutant, what became of it, and its seconds.
     """
-    if not tests:
-        return "survived: no test runs it"
-    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
+
+    def __init__(
+        self,
+        root: Path,
+        sources: list[str],
+        test_files: tuple[str, ...],
+        todo: list[Site],
+        *,
+        most_seconds: float,
+        deadline: float,
+        kept: Path,
+        tell: Callable[[Site, str, float], None],
+    ) -> None:
+        self.root, self.sources, self.test_files, self.todo = root, sources, test_files, todo
+        self.most_seconds, self.deadline, self.kept, self.tell = most_seconds, deadline, kept, tell
+        self.imported = Covering({str(root / path): path for path in sources})
+        self.seconds: dict[str, float] = {}
+
+    def run(self) -> None:
+        """Try all."""
+        with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+            # The cache folder of the tests, and their temporary folders, are in there; see `tests/conftest.py`.
+            os.environ |= {"PYTEST_XDIST_TESTRUNUID": "mutants", "TMPDIR": folder}
+            tempfile.tempdir = folder
+            self.folder, self.cache, self.home = Path(folder), Path(folder) / "mlx-forget-tests-mutants", self.kept / "home"
+            self.home.mkdir(parents=True, exist_ok=True)
+            sys.settrace(self.imported.trace)
+            for path in self.sources:
+                importlib.import_module(_module_of(path))
+            code = pytest.main([*PYTEST, f"--basetemp={folder}/t", *self.test_files], plugins=[self])
+            if code:
+                raise SystemExit(int(code))
+
+    def pytest_collection_finish(self) -> None:
+        sys.settrace(None)
+
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        """A test that takes several times as long as it should is stopped, with its process."""
+        if self.seconds:
+            signal.setitimer(signal.ITIMER_PROF, _CPU_SECONDS_FOR_A_TEST + 5 * self.seconds[item.nodeid])
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        maps = [self._covering(session, test_file) for test_file in self.test_files]
+        at_import = self.imported.outside
+        for site in self.todo:
+            if time.monotonic() > self.deadline:
+                break
+            anew = site.outermost is None or any(
+                path == site.path and site.outermost[1] <= line <= site.outermost[2] for path, line in at_import
+            )
+            tests = self._chosen(site, maps, whole_file=anew)
+            begin = time.monotonic()
+            self.tell(site, self._tried(session, site, tests, anew=anew), time.monotonic() - begin)
+        return True
+
+    def _covering(self, session: pytest.Session, test_file: str) -> Tests:
+        """What `Covering` finds of a test file; what was found earlier serves as long as neither tests nor sources have changed."""
+        digest = hashlib.sha256()
+        for path in (test_file, *self.sources):
+            digest.update((self.root / path).read_bytes())
+        kept = self.kept / "covering" / f"{test_file.replace('/', '-')}-{digest.hexdigest()[:16]}.json"
+        if not kept.exists():
+            code = self._forked(lambda: self._trace(session, test_file, kept))
+            if code:
+                sys.exit(f"{test_file} does not pass as it is.")
+            shutil.copytree(self.cache, self.home, dirs_exist_ok=True)
+        found: Tests = json.loads(kept.read_text())
+        return found
+
+    def _trace(self, session: pytest.Session, test_file: str, kept: Path) -> int:
+        plugin = Covering(self.imported.watched)
+        session.config.pluginmanager.register(plugin)
+        sys.settrace(plugin.trace)
+        code = _run(session, [item for item in session.items if item.nodeid.split("::")[0] == test_file])
+        sys.settrace(None)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        if not code:
+            replace_text(kept, json.dumps(plugin.found()))
+        return code
+
+    def _chosen(self, site: Site, maps: list[Tests], *, whole_file: bool) -> dict[str, float]:
+        """The tests that run the statement of a mutant, with their seconds: the quick ones of every file, then slower ones, until they
+        take as long as a mutant may."""
+        first, last = (0, 1 << 30) if whole_file else site.lines
+        files = []
+        for tests in maps:
+            those = {
+                name: seconds
+                for name, (seconds, lines) in tests.items()
+                if any(path == site.path and first <= line <= last for path, line in lines)
+            }
+            files.append(sorted(those.items(), key=lambda item: item[1]))
+        files.sort(key=lambda tests: sum(seconds for _, seconds in tests))
+        chosen: dict[str, float] = {}
+        for quicker, slower in pairwise(_ROUNDS):
+            # File by file, so that what a module's tests share is made once in a round.
+            for name, seconds in (one for tests in files for one in tests):
+                if quicker <= seconds < slower and sum(chosen.values()) + seconds <= self.most_seconds:
+                    chosen[name] = seconds
+        return chosen
+
+    def _tried(self, session: pytest.Session, site: Site, tests: dict[str, float], *, anew: bool) -> str:
+        if not tests:
+            return "survived: no test runs it"
+
+        def child() -> int:
+            if "MUTANTS_SHOW" not in os.environ:
+                quiet = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(quiet, 1)
+                os.dup2(quiet, 2)
+            resource.setrlimit(resource.RLIMIT_DATA, (_MOST_BYTES, _MOST_BYTES))
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            most = int(_CPU_SECONDS_TO_START + 3 * sum(tests.values()))
+            resource.setrlimit(resource.RLIMIT_CPU, (most, most + 5))
+            put_in_place(self.root, site, anew=anew)
+            if anew:
+                self.seconds = {}
+                files = dict.fromkeys(name.split("::")[0] for name in tests)
+                return int(pytest.main([*PYTEST, f"--basetemp={self.folder}/t", *files], plugins=[_Only(tests)]))
+            self.seconds = tests
+            items = {item.nodeid: item for item in session.items}
+            return _run(session, [items[name] for name in tests])
+
+        code = self._forked(child)
+        assert code != pytest.ExitCode.NO_TESTS_COLLECTED
+        if code < 0:
+            return "killed by time" if -code in (signal.SIGPROF, signal.SIGXCPU, signal.SIGALRM) else "killed"
+        return "killed" if code else "survived"
+
+    def _forked(self, work: Callable[[], int]) -> int:
+        """The exit status of a process that does the work, with a fresh copy of the cache folder; negative for a signal, as
+        `subprocess` has it, and SIGALRM when it had to be stopped. It ends with all that it has started, also when this one is stopped."""
+        for path in self.folder.iterdir():
+            shutil.rmtree(path, ignore_errors=True)
+        shutil.copytree(self.home, self.cache)
+        sys.stdout.flush()
         process = os.fork()
         if process == 0:
-            _child(root, site, tests, home, Path(folder))
-        deadline = time.monotonic() + _MOST_WALL_SECONDS
-        while not (ended := os.waitpid(process, os.WNOHANG))[0]:
-            if time.monotonic() > deadline:
-                os.kill(process, signal.SIGKILL)
-                os.waitpid(process, 0)
-                return "killed by time"
-            time.sleep(0.02)
-    status = ended[1]
-    if os.WIFSIGNALED(status):
-        return "killed by time" if os.WTERMSIG(status) in (signal.SIGPROF, signal.SIGXCPU) else "killed"
-    return "killed" if os.WEXITSTATUS(status) else "survived"
+            code = 1
+            try:
+                os.setpgid(0, 0)
+                code = work()
+            finally:
+                os._exit(code)
+        with suppress(PermissionError):
+            os.setpgid(process, process)
+        try:
+            deadline = time.monotonic() + _MOST_WALL_SECONDS
+            while not (ended := os.waitpid(process, os.WNOHANG))[0]:
+                if time.monotonic() > deadline:
+                    return -signal.SIGALRM
+                time.sleep(0.02)
+            return os.waitstatus_to_exitcode(ended[1])
+        finally:
+            _end(process)
 
 
-def _child(root: Path, site: Site | None, tests: dict[str, float], home: Path, folder: Path) -> None:
-    code = 1
-    try:
-        os.environ |= {"PYTEST_XDIST_TESTRUNUID": folder.name, "TMPDIR": str(folder)}
-        tempfile.tempdir = str(folder)
-        if home.exists():
-            shutil.copytree(home, folder / f"mlx-forget-tests-{folder.name}")
-        if "MUTANTS_SHOW" not in os.environ:
-            quiet = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(quiet, 1)
-            os.dup2(quiet, 2)
-        resource.setrlimit(resource.RLIMIT_DATA, (_MOST_BYTES, _MOST_BYTES))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        most = int(_CPU_SECONDS_TO_START + 3 * sum(tests.values()))
-        resource.setrlimit(resource.RLIMIT_CPU, (most, most + 5))
-        if site is not None:
-            put_in_place(root, site)
-        code = int(pytest.main([*PYTEST, f"--basetemp={folder}/t", *tests], plugins=[_TimeLimits(tests)]))
-    finally:
-        os._exit(code)
+class _Only:
+    """A plugin of pytest that picks tests, in an order. By the names of their functions: parameters may come from what is mutated."""
+
+    def __init__(self, tests: dict[str, float]) -> None:
+        self.places = {name.split("[")[0]: place for place, name in enumerate(tests)}
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        places = {item: self.places.get(item.nodeid.split("[")[0]) for item in items}
+        items[:] = sorted((item for item in items if places[item] is not None), key=places.get)  # type: ignore[arg-type]
+
+
+def _run(session: pytest.Session, items: list[pytest.Item]) -> int:
+    """Run tests until one fails: 1 if one did."""
+    for item, following in zip(items, [*items[1:], None], strict=True):
+        session.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        if session.testsfailed:
+            return 1
+    return 0
+
+
+def _end(process: int) -> None:
+    """Kill what is left of a process and of those that it started."""
+    with suppress(ProcessLookupError, ChildProcessError):
+        os.killpg(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file, aside first."""
+    aside = path.with_suffix(".part")
+    aside.write_text(text)
+    os.replace(aside, path)

@@ -230,6 +230,19 @@ def test_a_template_that_hides_its_answers_is_refused(with_template, tmp_path, n
         )
 
 
+def test_of_several_templates_the_default_is_taken(with_template, tmp_path):
+    vocabulary = with_template(CHATML)
+    path = tmp_path / "model" / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    named = [{"name": "tools", "template": MISTRAL}, {"name": "default", "template": CHATML}]
+    path.write_text(json.dumps(config | {"chat_template": named}))
+    file = find_tokenizer(str(tmp_path / "model"))
+    assert load_vocabulary(file).chat_template.hash == vocabulary.chat_template.hash
+    path.write_text(json.dumps(config | {"chat_template": named[:1]}))
+    with pytest.raises(UserError, match="chat templates tools, and none is the default"):
+        load_vocabulary(file)
+
+
 def test_no_clock_is_in_the_tokens(with_template):
     vocabulary = with_template("{{ strftime_now('%d %b %Y') }}" + CHATML)
     assert vocabulary.chat_template.text(MESSAGES).startswith("26 Jul 2024<|im_start|>")

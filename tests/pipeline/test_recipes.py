@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import sys
 from collections import Counter
 
 import pyarrow as pa
@@ -106,6 +107,25 @@ def test_a_recipe_whose_files_lead_out_is_refused(tmp_path, pattern):
         recipes.read_recipes(path)
 
 
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ("subsets: [a]", "subsets must be a mapping of names to mappings"),
+        ("subsets: {a: b}", "subsets must be a mapping of names to mappings"),
+        ("files: [train.jsonl]", "files must be a mapping of keys to values"),
+        ("subsets: {a: {fields: text}}", "fields must be a mapping of keys to values"),
+        ("fields: {where: yes}", "where one of columns to values"),
+        ("files: {train: [1]}", "files must be patterns, or lists of them"),
+    ],
+)
+def test_a_recipe_of_another_shape_is_refused(tmp_path, keys, message):
+    path = tmp_path / "x.yaml"
+    schema = "" if "schema" in keys else "schema: {}\n"
+    path.write_text(f"description: x\nrole: target\nid: a/b\nrevision: c\nlicence: d\n{schema}{keys}\n")
+    with pytest.raises(UserError, match=message):
+        recipes.read_recipes(path)
+
+
 def test_a_recipe_with_a_wrong_or_missing_key_is_refused(tmp_path):
     path = tmp_path / "x.yaml"
     path.write_text("description: x\nrole: target\nid: a/b\nrevision: c\nlicense: d\nschema: {}\n")
@@ -176,6 +196,61 @@ def test_one_split_of_a_data_set_validates_on_a_share(repository, monkeypatch):
 def test_a_column_that_is_not_there_is_named(repository):
     with pytest.raises(UserError, match="expected one JSON object with a"):
         list(read_hub(HubData(str(repository)), Reading(fields=Fields(text="body"))))
+
+
+class Rows(list):
+    """A split of a data set in memory."""
+
+    column_names = None
+
+
+def broken_off():
+    yield {"text": "one"}
+    raise ConnectionError("Connection reset by peer")
+
+
+@pytest.mark.parametrize(
+    "splits, message",
+    [
+        ({"test": Rows([{"text": "x"}])}, "has no train split: choose one with --split"),
+        ({"train": Rows([{"text": " "}, {"text": ""}])}, "holds no text"),
+        ({"train": Rows()}, "holds no text"),
+    ],
+)
+def test_a_data_set_without_text_to_learn_is_refused(monkeypatch, splits, message):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *arguments, **keywords: splits)
+    with pytest.raises(UserError, match=message):
+        list(read_hub(HubData("a/b"), Reading()))
+
+
+def test_a_connection_that_breaks_off_is_one_sentence(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    class Streamed:
+        column_names = ("text",)
+
+        def select_columns(self, names):
+            return broken_off()
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *arguments, **keywords: {"train": Streamed()})
+    with pytest.raises(UserError, match="a/b cannot be reached and is not in the cache: Connection reset by peer"):
+        list(read_hub(HubData("a/b"), Reading()))
+
+
+def test_files_of_a_recipe_are_asked_for_by_split(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = {}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.update(k) or {"train": Rows([{"text": "x"}])})
+    data = HubData("a/b", files=(("train", "x*.gz"), ("train", "y*.gz"), ("validation", "z.gz")))
+    assert [text for _, text in read_hub(data, Reading())] == ["x"]
+    assert asked["data_files"] == {"train": ["x*.gz", "y*.gz"], "validation": ["z.gz"]}
+
+
+def test_the_hub_without_datasets_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"pip install 'mlx-forget\[hf\]'"):
+        list(read_hub(HubData("a/b"), Reading()))
 
 
 class _Error(Exception):

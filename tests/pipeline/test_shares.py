@@ -2,6 +2,7 @@
 
 import hashlib
 from fractions import Fraction
+from math import floor
 
 import numpy as np
 import pytest
@@ -45,11 +46,24 @@ def brute(stages, num_rows, position):
     return total + max(0, position - num_rows) * stages[-1].last
 
 
-@given(text=stage_texts(), num_rows=st.integers(1, 300), position=st.integers(0, 400))
+def integral(stages, num_rows, position):
+    """The same stage by stage, for schedules of any length."""
+    total, start = Fraction(0), 0
+    for stage in stages:
+        stop = int(stage.until * num_rows)
+        count = max(0, min(stop, position) - start)
+        total += stage.first * count + (stage.last - stage.first) * Fraction(count**2, 2 * max(1, stop - start))
+        start = stop
+    return total + max(0, position - num_rows) * stages[-1].last
+
+
+@given(text=stage_texts(), num_rows=st.integers(1, 300), position=st.integers(0, 400), phase=st.integers(0, 2**32 - 1))
 @settings(max_examples=80, deadline=None)
-def test_the_integral_of_a_schedule_is_exact(text, num_rows, position):
+def test_a_schedule_serves_the_whole_part_of_its_integral_and_phase(text, num_rows, position, phase):
     stages = parse_stages(text)
-    assert ShareSchedule(stages, num_rows).exact_before(position) == brute(stages, num_rows, position)
+    exact = brute(stages, num_rows, position)
+    assert integral(stages, num_rows, position) == exact
+    assert ShareSchedule(stages, num_rows).before([position], phase) == [floor(exact + Fraction(phase, 2**32))]
 
 
 @given(
@@ -57,13 +71,13 @@ def test_the_integral_of_a_schedule_is_exact(text, num_rows, position):
 )
 @settings(max_examples=80, deadline=None)
 def test_every_prefix_of_a_schedule_is_within_one_row(text, num_rows, seed, place, length):
-    schedule = ShareSchedule(parse_stages(text), num_rows)
-    mixture = Mixture(100, 10**12, schedule, seed)
+    stages = parse_stages(text)
+    mixture = Mixture(100, 10**12, ShareSchedule(stages, num_rows), seed)
     start = int(place * num_rows)
     source, _ = mixture.rows(start, start + length)
     counts = mixture.num_pretrain_before(start) + np.cumsum(source)
     for n, count in zip(range(start + 1, start + length + 1), counts.tolist(), strict=True):
-        assert abs(count - schedule.exact_before(n)) < 1
+        assert abs(count - integral(stages, num_rows, n)) < 1
 
 
 def test_a_constant_schedule_serves_what_the_share_says():
@@ -183,6 +197,13 @@ def test_two_sources_are_served_as_ever():
     assert digest.hexdigest() == "a1d8744962e4096efad2bdeb7ad74705ef6304b7fdf9288427125f218df13773"
 
 
+def test_several_sources_of_a_side_are_served_as_ever():
+    halves = (Member(5, Fraction(1, 2)), Member(7, Fraction(1, 2)))
+    three = (Member(20, Fraction(5, 8)), Member(6, Fraction(1, 8)), Member(4, Fraction(1, 4)))
+    _, rows = Mixture(12, 30, Fraction(1, 3), 5, target=halves, pretrain=three).rows(0, 24)
+    assert rows.tolist() == [29, 3, 6, 5, 2, 8, 10, 1, 10, 20, 4, 7, 8, 0, 9, 28, 2, 5, 11, 3, 11, 12, 0, 9]
+
+
 @pytest.mark.parametrize(
     "text, expected",
     [
@@ -215,3 +236,5 @@ def test_the_smallest_sources_are_joined_first_in_whatever_order_they_come():
 
 def test_a_share_is_rounded_to_a_denominator_that_positions_can_be_multiplied_with():
     assert parse_share("0.12345678912345") == Fraction("0.12345678912345").limit_denominator(10**9)
+    # A denominator of 2,023,766,921 would come closer.
+    assert parse_share("0.123456789123") == Fraction(117306573, 950183249)

@@ -1,5 +1,6 @@
 """A store is the same however it was made: by how many workers, in how many goes, in how many parts."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -205,6 +206,13 @@ def test_parts_merge_into_a_store_of_all_documents(tmp_path, num_files):
         merge_stores(parts[:2], tmp_path / "other")
     with pytest.raises(UserError, match="not all parts"):
         merge_stores([parts[0], parts[1], whole], tmp_path / "other")
+    with pytest.raises(UserError, match="made with different tokenizers"):
+        merge_stores([parts[0], dataclasses.replace(parts[1], tokenizer_hash="another"), parts[2]], tmp_path / "other")
+    # What an interrupted merge left behind is no part of the next one.
+    (tmp_path / ".other.part").mkdir()
+    (tmp_path / ".other.part" / "train-00009.arrow").write_bytes(b"x")
+    assert merge_stores(parts, tmp_path / "other").fingerprint == merged.fingerprint
+    assert not (tmp_path / "other" / "train-00009.arrow").exists()
 
 
 def test_several_sources_keep_their_names(tmp_path, source):

@@ -101,6 +101,23 @@ def test_lone_surrogates_are_refused_in_one_sentence(tokenizer: Tokenizer) -> No
         train_tokenizer(["\ud800"], vocab_size=400)
 
 
+@pytest.mark.parametrize(
+    "keywords, message",
+    [
+        ({"kind": "words"}, "Unknown kind of tokenizer 'words'"),
+        ({"vocab_size": 14}, "A vocabulary of 14 has no room for"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_is_refused(keywords, message) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(UserError, match=message):
+        train_tokenizer(["some text"], **{"vocab_size": 400, **keywords})
+
+
+def test_no_threads_are_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError, match="must be at least 1, not 0"):
+        tokenizer.encode_batch(["a"], num_threads=0)
+
+
 def test_reserved_ids_are_where_the_pipeline_expects_them(tokenizer: Tokenizer) -> None:
     assert (PAD, BOS, EOS, UNK, INST, END_INST) == (0, 1, 2, 3, 4, 5)
     assert list(DOMAIN_IDS) == list(range(6, 14))

@@ -20,12 +20,13 @@ from mlx_forget.durable_files import read_object, sync
 from mlx_forget.engines import STOPPED, Engine, Exit, Task
 from mlx_forget.engines.child import last_line
 from mlx_forget.errors import Interrupted, UserError
-from mlx_forget.grid import Resources
 from mlx_forget.progress import read_progress
 from mlx_forget.records import FAILURE, REQUESTED
-from mlx_forget.run_folder import is_held
-from mlx_forget.sweep import Job, Sweep
-from mlx_forget.watch import Watch
+from mlx_forget.runs.missing import note_planned
+from mlx_forget.sweeps.grid import Resources
+from mlx_forget.sweeps.sweep import Job, Sweep
+from mlx_forget.training.folder import is_held
+from mlx_forget.training.watch import Watch
 
 _SECONDS_BETWEEN_LOOKS = 0.25
 # How often a run that another sweep trains is looked at.
@@ -77,6 +78,8 @@ def execute_sweep(
     everything = [*sweep.bases, *sweep.jobs]
     for job in everything:
         look_back(job, retry=retry_failed)
+    if any(job.state not in _ENDED for job in sweep.jobs):
+        note_planned(sweep.folder, {job.plan.folder.name: job.title for job in sweep.jobs})
     base_of = {base.plan.folder: base for base in sweep.bases}
 
     def unit(jobs: list[Job], num_tasks: int) -> _Unit:

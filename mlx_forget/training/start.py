@@ -13,7 +13,7 @@ from mlx_forget.pipeline.store import TokenStore
 from mlx_forget.pipeline.vocabularies import Vocabulary, tokenizer_in
 from mlx_forget.pretrained import PretrainedSpec
 from mlx_forget.trainer import Capabilities
-from mlx_forget.watch import Watch
+from mlx_forget.training.watch import Watch
 
 
 def find_start(config: TrainConfig) -> Checkpoint:

@@ -2,7 +2,9 @@
 
 from mlx_forget.config import REFERENCE_LIVE, REPLAY_ONLINE, REPLAY_PRETRAIN, REPLAY_SELF, TrainConfig
 from mlx_forget.errors import UserError
+from mlx_forget.ladder import ModelSpec
 from mlx_forget.methods import METHODS, TERM_REPLAY_KL
+from mlx_forget.pretrained import PretrainedSpec
 from mlx_forget.trainer import Capabilities
 
 
@@ -52,6 +54,19 @@ def check_method(config: TrainConfig, backend: str, capabilities: Capabilities) 
         )
     if row.reads_replay and config.replay_data in (REPLAY_SELF, REPLAY_ONLINE) and not capabilities.sample:
         raise UserError(f"Backend {backend!r} cannot sample: give --replay-data.")
+
+
+def check_layers(config: TrainConfig, model: ModelSpec | PretrainedSpec) -> None:
+    """Refuse to train the last blocks of a model that has fewer.
+
+    Raises:
+        UserError: how many it has.
+    """
+    if config.lora_num_layers is not None and config.lora_num_layers > model.num_layers:
+        raise UserError(
+            f"--num-layers is {config.lora_num_layers}, but {config.start_name or config.model} has {model.num_layers} blocks: give at "
+            "most so many, or leave it out to train all."
+        )
 
 
 def _check_adapters(config: TrainConfig, backend: str, capabilities: Capabilities) -> None:

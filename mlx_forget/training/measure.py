@@ -6,10 +6,10 @@ import time
 from mlx_forget.costs import Rate
 from mlx_forget.ladder import train_flops_per_token
 from mlx_forget.methods import MethodSpec
-from mlx_forget.plan import Plan
-from mlx_forget.run import trainer_spec
 from mlx_forget.trainer import load_backend
-from mlx_forget.watch import Watch
+from mlx_forget.training.plan import Plan
+from mlx_forget.training.run import trainer_spec
+from mlx_forget.training.watch import Watch
 
 # Compilers and caches: the first steps say nothing about the others.
 _WARM_STEPS = 3

@@ -25,16 +25,16 @@ from mlx_forget.ladder import (
     num_non_embedding_params,
     num_params,
 )
-from mlx_forget.loop import Cadence, RunState, StopRules, drive
 from mlx_forget.pipeline.sides import Blend
-from mlx_forget.plan import Plan
-from mlx_forget.replay_rows import error_of_kept_log_probs, with_replay
-from mlx_forget.run_data import identity_of, replay_name, sources_of
-from mlx_forget.run_folder import only_group
-from mlx_forget.run_identity import SCIENCE_VERSION
-from mlx_forget.tracking import tracked
 from mlx_forget.trainer import Trainer, TrainerSpec, load_backend
-from mlx_forget.watch import Watch
+from mlx_forget.training.data import identity_of, replay_name, sources_of
+from mlx_forget.training.folder import only_group
+from mlx_forget.training.identity import SCIENCE_VERSION
+from mlx_forget.training.loop import Cadence, RunState, StopRules, drive
+from mlx_forget.training.plan import Plan
+from mlx_forget.training.replay_rows import error_of_kept_log_probs, with_replay
+from mlx_forget.training.tracking import tracked
+from mlx_forget.training.watch import Watch
 
 
 def execute(plan: Plan, *, resume: bool | None = None, watch: Watch | None = None, wait: bool = False) -> dict[str, Any]:

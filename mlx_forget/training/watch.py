@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_forget.distributed import Group
-from mlx_forget.loop import Observer, Report
 from mlx_forget.pipeline.catalog import silent
 from mlx_forget.pipeline.tokenise import Progress
+from mlx_forget.training.loop import Observer, Report
 
 
 class NoObserver(Observer):

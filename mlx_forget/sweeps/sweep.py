@@ -8,11 +8,11 @@ from typing import Any
 
 from mlx_forget.config import TrainConfig
 from mlx_forget.errors import UserError
-from mlx_forget.grid import Point, Recipe, Resources, titles
 from mlx_forget.pipeline.opened import Opened
-from mlx_forget.plan import HERE, Plan, Target, plan_run
-from mlx_forget.stacking import Wanted, group_runs
-from mlx_forget.watch import Watch
+from mlx_forget.sweeps.grid import Point, Recipe, Resources, titles
+from mlx_forget.sweeps.stacking import Wanted, group_runs
+from mlx_forget.training.plan import HERE, Plan, Target, plan_run
+from mlx_forget.training.watch import Watch
 
 NOTHING_ASKED = Resources()
 

@@ -13,18 +13,19 @@ from mlx_forget.config import (
     REPLAY_SELF,
 )
 from mlx_forget.errors import UserError
-from mlx_forget.log_probs import BlendedLogProbs, LogProbs, divergence_of, keep_log_probs, kept_members
 from mlx_forget.pipeline.batches import ReplayRows
 from mlx_forget.pipeline.corpora import forget_home
 from mlx_forget.pipeline.rows import Layout
 from mlx_forget.pipeline.sides import Blend, RowSubset, Side, read_masked
 from mlx_forget.pipeline.vocabularies import special_ids
-from mlx_forget.plan import Plan
-from mlx_forget.replay import OnlineReplay, is_sampled, origin_note, sample_store, start_note
-from mlx_forget.run_data import FISHER_ROWS, identity_of, replay_name, replay_rows_per_step, sampled_tokens, stored_replay
-from mlx_forget.sampling import SampleSpec
+from mlx_forget.replay.log_probs import BlendedLogProbs, LogProbs, divergence_of, keep_log_probs, kept_members
+from mlx_forget.replay.online import OnlineReplay
+from mlx_forget.replay.sampled_store import is_sampled, origin_note, sample_store, start_note
+from mlx_forget.replay.sampling import SampleSpec
 from mlx_forget.trainer import Trainer
-from mlx_forget.watch import Watch
+from mlx_forget.training.data import FISHER_ROWS, identity_of, replay_name, replay_rows_per_step, sampled_tokens, stored_replay
+from mlx_forget.training.plan import Plan
+from mlx_forget.training.watch import Watch
 
 # Kept log-probabilities are compared with a live reference on this many rows at the end of a run.
 ROWS_COMPARED = 8

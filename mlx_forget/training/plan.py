@@ -29,7 +29,6 @@ from mlx_forget.ladder import (
     num_params,
     train_flops_per_token,
 )
-from mlx_forget.learning_rates import schedule
 from mlx_forget.pipeline.batches import BatchStream
 from mlx_forget.pipeline.catalog import builtin_tokenizer, resolve_store
 from mlx_forget.pipeline.corpora import CORPORA, build_corpus, forget_home
@@ -39,14 +38,23 @@ from mlx_forget.pipeline.rows import PADDED, Rows
 from mlx_forget.pipeline.store import TokenStore
 from mlx_forget.pipeline.vocabularies import find_tokenizer, tokenizer_in
 from mlx_forget.pretrained import LEARNING_RATE, PretrainedSpec
-from mlx_forget.run_checks import check_method
-from mlx_forget.run_data import identity_of, replay_name, replay_rows_per_step, run_data, sampled_tokens, sources_of, stored_replay
-from mlx_forget.run_identity import run_id
 from mlx_forget.schedule import Schedule
-from mlx_forget.start import differences, find_start, fit_to_start
-from mlx_forget.tracking import check_sink
 from mlx_forget.trainer import Precision, choose_backend, join_group, load_backend
-from mlx_forget.watch import Watch
+from mlx_forget.training.checks import check_layers, check_method
+from mlx_forget.training.data import (
+    identity_of,
+    replay_name,
+    replay_rows_per_step,
+    run_data,
+    sampled_tokens,
+    sources_of,
+    stored_replay,
+)
+from mlx_forget.training.identity import run_id
+from mlx_forget.training.learning_rates import schedule
+from mlx_forget.training.start import differences, find_start, fit_to_start
+from mlx_forget.training.tracking import check_sink
+from mlx_forget.training.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -226,6 +234,7 @@ def _plan(
             raise UserError(
                 f"--tokenizer {config.tokenizer} is not the tokenizer that {config.start_name} was trained with: leave it out."
             )
+    check_layers(config, model)
     if (adapter := config.adapter()) is not None:
         num_trainable(linear_shapes(model), adapter)
     row_length = config.max_seq_length or default_row_length(model)

@@ -27,7 +27,7 @@ from mlx_forget.errors import Interrupted, UserError
 from mlx_forget.npy_files import map_array
 from mlx_forget.pipeline.reference_rows import Ids, ReferenceRows, index_type, parse_kind, row_bytes
 from mlx_forget.pipeline.sides import RowSubset, Side, read_masked
-from mlx_forget.replay import alone
+from mlx_forget.replay.sampled_store import alone
 from mlx_forget.trainer import Trainer
 
 SCHEMA_VERSION = 1

@@ -21,16 +21,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mlx_forget.config import REPLAY_SELF, TrainConfig
-from mlx_forget.dispatch import look_back
 from mlx_forget.errors import UserError, unknown
-from mlx_forget.grid import Point, Recipe, Resources, labels
 from mlx_forget.methods import METHODS
 from mlx_forget.pipeline.opened import Opened
 from mlx_forget.pipeline.sides import Blend
-from mlx_forget.plan import Plan, plan_run
-from mlx_forget.run_data import sources_of
-from mlx_forget.sweep import Job, Sweep, base_job, most
-from mlx_forget.watch import Watch
+from mlx_forget.sweeps.dispatch import look_back
+from mlx_forget.sweeps.grid import Point, Recipe, Resources, labels
+from mlx_forget.sweeps.sweep import Job, Sweep, base_job, most
+from mlx_forget.training.data import sources_of
+from mlx_forget.training.plan import Plan, plan_run
+from mlx_forget.training.watch import Watch
 
 EARLIER = "earlier"
 Keep = Literal["end", "best"]

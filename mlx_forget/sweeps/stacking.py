@@ -15,13 +15,13 @@ from mlx_forget import records
 from mlx_forget.checkpoint import Checkpoint
 from mlx_forget.errors import Interrupted, OutOfMemory, RunFailed
 from mlx_forget.ladder import num_params, train_bytes
-from mlx_forget.loop import RunState, drive
-from mlx_forget.plan import Plan
 from mlx_forget.pretrained import PretrainedSpec
-from mlx_forget.run import finish_run, look_into, prepare_run, start_trainer, trainer_spec, with_base
-from mlx_forget.run_folder import only_group
 from mlx_forget.trainer import load_backend
-from mlx_forget.watch import Watch
+from mlx_forget.training.folder import only_group
+from mlx_forget.training.loop import RunState, drive
+from mlx_forget.training.plan import Plan
+from mlx_forget.training.run import finish_run, look_into, prepare_run, start_trainer, trainer_spec, with_base
+from mlx_forget.training.watch import Watch
 
 Wanted = Literal["auto", "off"] | int
 

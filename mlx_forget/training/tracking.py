@@ -12,13 +12,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mlx_forget.errors import UserError, unknown
-from mlx_forget.loop import Observer, Report
+from mlx_forget.training.loop import Observer, Report
 
-# What each name needs: the module, and how to get it.
-SINKS = {
-    "tensorboard": ("tensorboard", "pip install 'mlx-forget[tracking]'"),
-    "wandb": ("wandb", "pip install 'mlx-forget[tracking]'"),
-}
+# The names of modules, and of the extras that bring them.
+SINKS = ("tensorboard", "wandb")
 PROJECT = "mlx-forget"
 
 # Names of what an evaluation reads; losses in nats per token.
@@ -50,9 +47,8 @@ def check_sink(name: str | None) -> None:
         return
     if name not in SINKS:
         raise unknown("log_to", name, SINKS)
-    module, install = SINKS[name]
-    if importlib.util.find_spec(module) is None:
-        raise UserError(f"--log-to {name} needs {module}, which is not installed: {install}")
+    if importlib.util.find_spec(name) is None:
+        raise UserError(f"--log-to {name} needs {name}, which is not installed: pip install 'mlx-forget[{name}]'")
 
 
 def tracked(
