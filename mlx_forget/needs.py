@@ -142,11 +142,13 @@ def look(names: Iterable[str] = ()) -> list[Found]:
 
 
 def _look(need: Need) -> Found:
-    lacking = {way: {extra: _lacking(extra) for extra in way} for way in need.ways}
+    # What an extra has nothing of for this machine, it does not bring here.
+    ways = [way for way in need.ways if all(_requirements(extra) for extra in way)] or need.ways
+    lacking = {way: {extra: _lacking(extra) for extra in way} for way in ways}
     found = min(lacking.values(), key=lambda extras: sum(map(len, extras.values())))
     packages = list(dict.fromkeys(package for own in found.values() for package in own))
     extras = tuple(extra for extra, own in found.items() if own)
-    least = [", ".join(f"{one.name}{one.specifier}" for extra in way for one in _requirements(extra)) for way in need.ways]
+    least = [", ".join(f"{one.name}{one.specifier}" for extra in way for one in _requirements(extra)) for way in ways]
     missing, notes = need.beyond()
     return Found(need, "; or ".join(least), (*packages, *missing), _install(extras) if extras else "", tuple(notes))
 

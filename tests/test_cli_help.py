@@ -1,13 +1,17 @@
 """What the command line says of itself: help, examples, completion, doctor, and that every command reports."""
 
+import errno
 import json
+import os
 import shlex
+import subprocess
+import sys
 
 import pytest
 import typer
 
-from mlx_forget.cli import COMMANDS, app, load_command
-from mlx_forget.errors import Interrupted
+from mlx_forget.cli import COMMANDS, app, load_command, main
+from mlx_forget.errors import Interrupted, LeaderFailed, RunFailed
 
 
 def test_the_command_table_says_what_the_commands_say():
@@ -92,6 +96,16 @@ def test_doctor_wants_no_more_than_one_way_to_a_purpose(run_forget, monkeypatch)
     assert found["notes"] == [f"to load it outside of this tool: pip install -U 'mlx-forget[{'mlx' if is_mac else 'peft'}]'"]
 
 
+def test_what_there_is_not_for_this_machine_is_no_way(monkeypatch):
+    from mlx_forget import needs
+
+    requirements = needs._requirements
+    monkeypatch.setattr(needs, "_version", lambda name: None)
+    monkeypatch.setattr(needs, "_requirements", lambda extra: [] if extra == "mlx" else requirements(extra))
+    (lora,) = needs.look(["lora"])
+    assert (lora.is_ready, lora.install) == (False, "pip install -U 'mlx-forget[cuda]'")
+
+
 def test_doctor_names_no_purpose_that_is_none(run_forget):
     code, _, err = run_forget("doctor", "tracing")
     assert (code, "Did you mean 'tracking'" in err) == (2, True)
@@ -116,6 +130,18 @@ def test_every_extra_of_a_purpose_is_one_of_the_package():
         ("forget sweep kalajdzievski/la", {"kalajdzievski/laptop"}),
         ("forget doctor tr", {"tracking"}),
         ("forget audit --backend c", {"cuda"}),
+        ("forget train --model 0.1", {"0.16m"}),
+        ("forget train --target ma", {"math"}),
+        ("forget train --on h10", {"h100"}),
+        ("forget prepare pile-pub", {"pile-pubmed-central"}),
+        ("forget sweep figure1 --engine ra", {"ray"}),
+        ("forget sweep figure1 --log-to w", {"wandb"}),
+        ("forget sweep figure1 --on h10", {"h100"}),
+        ("forget plot runs/f --kind mo", {"model-size"}),
+        ("forget report runs/f --status dive", {"diverged"}),
+        ("forget fit table.csv --intervals pro", {"profile"}),
+        ("forget fit table.csv --cluster re", {"repeat"}),
+        ("forget replay runs/a --precision b", {"bf16"}),
     ],
 )
 def test_a_shell_completes_commands_options_and_names(typed, offered, run_forget, monkeypatch):
@@ -147,3 +173,45 @@ def test_a_command_that_is_interrupted_answers_with_one_json_object(words, comma
     assert code == 130
     assert json.loads(out) == {"status": "interrupted", "signal": 2, "reason": "interrupted", "folder": None}
     assert err == "forget: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    "error, code, said",
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "runs/a"),
+            1,
+            "forget: The disk is full (runs/a): free some space, and the same",
+        ),
+        (
+            OSError(errno.EDQUOT, "Disk quota exceeded"),
+            1,
+            "forget: The disk is full: free some space, and the same command goes on.",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "runs/a"), 2, "forget: runs/a: Permission denied."),
+        (RunFailed("2 of 5 runs failed"), 1, "forget: 2 of 5 runs failed"),
+        (LeaderFailed(3), 3, ""),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)
+def test_what_ends_a_command_is_one_line_and_its_exit_code(run_forget, monkeypatch, error, code, said):
+    def fails(self, ctx):
+        raise error
+
+    monkeypatch.setattr(type(load_command("laws")), "invoke", fails)
+    found, out, err = run_forget("laws")
+    assert (found, out) == (code, "")
+    assert err.startswith(said)
+    assert err.count("\n") == bool(said)
+    if isinstance(error, OSError) and error.errno == errno.EACCES:
+        with pytest.raises(PermissionError):
+            main(["laws", "--debug"])
+
+
+def test_a_reader_that_has_gone_ends_a_command_in_silence():
+    """As in `forget laws | head -1`."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as pipe:
+        found = subprocess.run([sys.executable, "-m", "mlx_forget", "laws"], stdout=pipe, stderr=subprocess.PIPE, text=True)
+    assert (found.returncode, found.stderr) == (1, "")

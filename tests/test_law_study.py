@@ -181,6 +181,7 @@ def test_the_recipe_spans_a_factor_of_16_and_its_runs_differ(monkeypatch):
     assert all(c.stop_patience for c in configs)
 
 
+@pytest.mark.full
 def test_make_reproduce_ladder_runs_plots_and_goes_on(run_forget, tmp_path, monkeypatch):
     root = resource_path().parent
     monkeypatch.chdir(root)

@@ -54,12 +54,11 @@ def test_everything_works_on_mlx_where_there_is_no_pytorch(tmp_path):
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout.splitlines()[-1])
     assert found["loaded"] == []
-    # What transformers says of itself without PyTorch is no news to who trains on MLX.
-    assert "PyTorch was not found" not in result.stderr
     answers = dict(zip(wanted, found["answers"], strict=True))
     for name, (code, _, err) in answers.items():
         assert code == 0, (name, err)
-        assert "PyTorch" not in err, name
+        # What transformers says of itself without PyTorch is no news to who trains on MLX.
+        assert "PyTorch was not found" not in err + result.stderr, name
     for name in ("full", "lora", "dora", "ia3", "kl"):
         losses = json.loads(answers[name][1])["losses"]
         assert losses["end"]["target_val"] < losses["start"]["target_val"], name

@@ -4,8 +4,6 @@ Exit codes: 0 done; 1 a run failed or diverged; 2 the request was wrong; 130 int
 """
 
 import errno
-import os
-import signal
 import sys
 from importlib import import_module
 from typing import Any
@@ -121,10 +119,6 @@ def _run(arguments: list[str], *, debug: bool) -> int:
         return exit_code(error)
     except LeaderFailed as error:
         return error.code
-    except BrokenPipeError:
-        # Whoever read our output has gone; nothing more can be said there.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             where = f" ({error.filename})" if error.filename else ""

@@ -75,7 +75,7 @@ def plot(
     folder, stem = output or Path("figures"), name or sweep.resolve().name
     works_in(folder)
     make_folder(folder)
-    missing = missing_runs(sweep) if sweep.is_dir() else []
+    missing = [] if is_table else missing_runs(sweep)
     for line in missing_lines(missing):
         say(line)
     if chosen == "stages":
@@ -91,12 +91,13 @@ def plot(
     else:
         draw = {"ranks": _plot_ranks, "learning-rate": _plot_rates, "figure1": _plot_figure1}[chosen]
         content, lines = draw(runs, folder / stem, seed)
-    files = content.get("files", _files(folder / stem))
+    suffixes = (".png", ".pdf", *((".csv",) if not is_table else ()), *((".json", ".fit.json") if chosen == "laws" else ()))
+    files = [path for path in (f"{folder / stem}{suffix}" for suffix in suffixes) if Path(path).is_file()]
     if as_json:
         emit({**content, "files": files, "missing": [asdict(one) for one in missing]})
     else:
         print("\n".join(lines))
-    say(f"Wrote {folder / stem}" + ", ".join(path.removeprefix(str(folder / stem)) for path in files))
+    say(f"Wrote {', '.join([files[0], *(path.removeprefix(str(folder / stem)) for path in files[1:])])}")
 
 
 def _plot_figure1(runs: "list[Run]", stem: Path, seed: int | None) -> _Answer:
@@ -191,8 +192,7 @@ def _plot_laws(sweep: Path, runs: "list[Run]", stem: Path) -> _Answer:
         write_fit(stem.with_name(f"{stem.name}.fit.json"), clean(fit_json(study.fits, by="domain")), study.fits)
     if runs:
         write_evaluations(runs, stem.with_name(f"{stem.name}.csv"))
-    files = [path for path in [*_files(stem), f"{stem}.json", f"{stem}.fit.json"] if Path(path).is_file()]
-    return {**content, "files": files}, study_lines(content)
+    return content, study_lines(content)
 
 
 def _plot_stages(sweep: Path, stem: Path) -> _Answer:
@@ -251,10 +251,6 @@ def _save(figure: "Figure", stem: Path) -> None:
 
     for suffix in (".png", ".pdf"):
         save_figure(figure, stem.with_name(stem.name + suffix))
-
-
-def _files(stem: Path) -> list[str]:
-    return [f"{stem}{suffix}" for suffix in (".png", ".pdf", ".csv")]
 
 
 def _table_lines(rows: "list[Row]") -> list[str]:

@@ -130,6 +130,19 @@ def test_the_certificate_says_how_the_fit_ended():
     assert "sum over 125 rows" in fit.objective.describe(fit.num_rows)
 
 
+def test_a_fit_that_is_cut_short_says_so():
+    surface = SURFACES["bethune-forgetting"]
+    table = surface.table(surface.truths(1)[0], noise=0.004)
+    short = FitOptions(num_starts=3, num_first_steps=1, num_finalists=2, max_steps=1)
+    fit, whole = (fit_law(table, "bethune-forgetting", options=options) for options in (short, FitOptions()))
+    certificate = fit.certificate
+    assert (certificate.status, certificate.num_starts, certificate.steps) == ("iteration limit", 2, 2)
+    assert "the objective may still fall" in certificate.reason
+    assert fit.value > whole.value
+    assert certificate.gradient_norm > 1e-3
+    assert 1e-6 < certificate.excess <= 1.0
+
+
 def test_least_squares_in_the_plain_loss_is_curve_fits_optimum():
     surface = SURFACES["chinchilla"]
     table = surface.table(surface.truths(1)[0], noise=0.01)

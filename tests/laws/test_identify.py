@@ -4,8 +4,9 @@ import pytest
 from mlx_forget.laws.fit import fit_law
 from mlx_forget.laws.fitted import Fit
 from mlx_forget.laws.forms import get_law
-from mlx_forget.laws.identify import candidate_runs, describe_run, design_flags, limits, ridges
+from mlx_forget.laws.identify import candidate_runs, describe_run, design_flags, fit_flags, limits, ridges
 from mlx_forget.laws.model import bind
+from mlx_forget.laws.noise import Noise
 from mlx_forget.laws.table import Table
 
 from .designs import DESIGNS, TWIN_CONSTRAINTS, TWIN_TRUTHS, Design
@@ -108,6 +109,10 @@ def test_candidate_runs_change_one_column_of_a_run_that_exists():
         assert run["L0"] == 3.0
     ratios = sorted({round(run["N"] / 1e8, 6) for run in found})
     assert ratios == [0.1, 0.25, 1.0, 2.5, 4.0, 10.0, 40.0, 100.0]
+    assert sorted({run["p"] for run in found}) == [0.0, 0.002, 0.01, 0.05, 0.25]
+    for law, name in (("cmr", "R"), ("overfitting-gap", "r")):
+        runs = candidate_runs(get_law(law), Table.of(**{name: [0.3]}, D=1e9))
+        assert [run[name] for run in runs if run[name] != 0.3] == [0.002, 0.01, 0.05, 0.25, 0.5, 1.0]
     steps = candidate_runs(get_law("kalajdzievski-finetuning"), Table.of(P=[1e6], steps=[800.0]))
     assert {(run["P"], run["steps"]) for run in steps} == {(1.25e5, 800), (8e6, 800), (1e6, 100), (1e6, 6400)}
     line = candidate_runs(get_law("kalajdzievski-linear"), Table.of(L_ft=[1.0]))
@@ -132,3 +137,17 @@ def test_as_many_rows_as_parameters_is_a_flag_of_the_data():
     assert [flag.words for flag in fit.flags if flag.kind == "data"] == [
         "3 rows for 3 free parameters: the law passes through them, and no interval is possible"
     ]
+
+
+def test_a_free_direction_names_what_moves_in_it_by_more_than_a_seventh_of_the_strongest():
+    columns = paper_grid()
+    table = Table.of(**columns, loss=3.0)
+    model = bind(get_law("bethune-forgetting"), columns)
+    limit = limits(model, table.columns["loss"])
+    free = np.array([1.0, 0.2, -0.1, 0.0]) / np.sqrt(1.05)
+    # Known in every direction at right angles to that one.
+    rows = np.linalg.svd(free[None])[2][1:]
+    jacobian = np.tile(rows, (42, 1))[:125] / limit
+    (flag,) = fit_flags(model, np.array([0.0, 0.5, 0.5, 3.0]), jacobian, Noise(0.01, 0.01, 1e-4), table, ())
+    assert flag.parameters == ("A", "alpha")
+    assert flag.words.startswith("the data do not tell A and alpha apart")

@@ -253,6 +253,13 @@ def test_what_was_held_and_what_is_tied_is_said_and_forgetting_is_the_loss_less_
         half = 1.9797 * np.sqrt(fit.covariance[m, m])
         ends = fit.u[m] - half, fit.u[m] + half
         assert (found.params[name].low, found.params[name].high) == pytest.approx(np.exp(ends) if name == "B" else ends, rel=1e-3)
+    # A mixes its coordinate with beta: log A = u_A - beta log(middle of D) + what is held.
+    gradient = np.array(
+        [-np.log(fit.model.references["D"]) if name == "beta" else float(name == "A") for name in fit.model.coordinates]
+    )
+    half = 1.9797 * np.sqrt(gradient @ fit.covariance @ gradient)
+    ends = found.params["A"].low, found.params["A"].high
+    assert np.log(ends) == pytest.approx(np.log(found.params["A"].value) + np.array([-half, half]), rel=1e-3)
     tied = assess(
         fit_law(table, surface.form, constraints=Constraints(tied={"beta": "alpha"})),
         BootstrapOptions(num_resamples=40, method="cluster"),

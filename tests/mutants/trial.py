@@ -21,7 +21,7 @@ from contextlib import suppress
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from importlib.util import spec_from_file_location
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -61,9 +61,7 @@ class _Finder(MetaPathFinder, SourceFileLoader):
 def put_in_place(root: Path, site: Site, *, anew: bool = False) -> None:
     """From now on, this process runs the tool with the mistake; `anew` where what was imported is not to be used any more."""
     if anew:
-        for name in [name for name in sys.modules if name.split(".")[0] in ("mlx_forget", "cuda_backend", "tests")]:
-            if not name.startswith("tests.mutants") and name != "tests":
-                del sys.modules[name]
+        _forget_imports()
         sys.meta_path.insert(0, _Finder(root, site))
         return
     assert site.outermost is not None
@@ -86,6 +84,16 @@ def put_in_place(root: Path, site: Site, *, anew: bool = False) -> None:
     while hasattr(found, "__wrapped__"):
         found = found.__wrapped__
     found.__code__ = code
+
+
+def _forget_imports() -> None:
+    for name in list(sys.modules):
+        if (
+            name.split(".")[0] in ("mlx_forget", "cuda_backend", "tests")
+            and name != "tests"
+            and not name.startswith("tests.mutants")
+        ):
+            del sys.modules[name]
 
 
 def _module_of(path: str) -> str:
@@ -125,18 +133,26 @@ class Trials:
 
     def run(self) -> None:
         """Try all."""
+        _forget_imports()
         with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
             # The cache folder of the tests, and their temporary folders, are in there; see `tests/conftest.py`.
             os.environ |= {"PYTEST_XDIST_TESTRUNUID": "mutants", "TMPDIR": folder}
             tempfile.tempdir = folder
-            self.folder, self.cache, self.home = Path(folder), Path(folder) / "mlx-forget-tests-mutants", self.kept / "home"
-            self.home.mkdir(parents=True, exist_ok=True)
-            sys.settrace(self.imported.trace)
-            for path in self.sources:
-                importlib.import_module(_module_of(path))
-            code = pytest.main([*PYTEST, f"--basetemp={folder}/t", *self.test_files], plugins=[self])
-            if code:
-                raise SystemExit(int(code))
+            try:
+                self._collect(Path(folder))
+            finally:
+                del os.environ["TMPDIR"]
+                tempfile.tempdir = None
+
+    def _collect(self, folder: Path) -> None:
+        self.folder, self.cache, self.home = folder, folder / "mlx-forget-tests-mutants", self.kept / "home"
+        self.home.mkdir(parents=True, exist_ok=True)
+        sys.settrace(self.imported.trace)
+        for path in self.sources:
+            importlib.import_module(_module_of(path))
+        code = pytest.main([*PYTEST, f"--basetemp={folder}/t", *self.test_files], plugins=[self])
+        if code:
+            raise SystemExit(int(code))
 
     def pytest_collection_finish(self) -> None:
         sys.settrace(None)
@@ -275,7 +291,7 @@ class _Only:
 
 def _run(session: pytest.Session, items: list[pytest.Item]) -> int:
     """Run tests until one fails: 1 if one did."""
-    for item, following in zip(items, [*items[1:], None], strict=True):
+    for item, following in zip_longest(items, items[1:]):
         session.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
         if session.testsfailed:
             return 1
