@@ -73,7 +73,7 @@ SCENARIOS: dict[str, list[str]] = {
     "fit": ["fit", "runs.csv", "--law", "bethune-forgetting", "--bootstrap", "20", "-o", "made/fit.json"],
     "probe": ["advise", "--probe", "made/probe.jsonl", "--d", "1e6"],
 }
-# A kill at one point of each is in the short form; of the others, at every point in the long form alone.
+# A kill at one point of each of these is in the short form; the others are killed in the long form alone.
 OFTEN = ("prepare", "train", "replay", "sweep")
 
 
