@@ -242,6 +242,11 @@ def test_a_dry_run_of_stages_prepares_nothing(run_forget, tmp_path, monkeypatch)
     assert not (tmp_path / "runs").exists()
 
 
+def test_what_replays_earlier_data_is_outlined_when_only_the_first_corpora_are_there():
+    (first, _), (second, _) = titled_stages(recipe(config={**CONFIG, "method": "kl-replay", "replay_data": "earlier"}))[0][:2]
+    assert (first.config.replay_data, second.config.replay_data) == (first.config.pretrain, "self")
+
+
 def test_stages_may_use_what_the_recipe_lets_them():
     chains = plan_stages(recipe(resources={"threads": 3}))
     sweeps = []
