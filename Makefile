@@ -18,7 +18,7 @@ OUTPUT ?= runs/$(RECIPE)-seed$(SEED)
 SETTINGS = --set seed=$(SEED) --set backend=$(BACKEND) $(if $(SIZE),--set model=$(SIZE)) $(if $(DATA),--set target=$(DATA)) $(if $(PRETRAIN),--set pretrain=$(PRETRAIN))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint type test test-full test-no-torch test-no-mlx test-oldest test-faults fuzz mutants audit-dependencies bench parity coverage intervals docs pages reproduce-figure1 reproduce-laws reproduce-replay reproduce-toy clean
+.PHONY: help setup lint type test test-full test-no-torch test-no-mlx test-oldest test-faults fuzz mutants audit-dependencies bench parity coverage intervals docs pages reproduce-figure1 reproduce-ladder reproduce-laws reproduce-replay reproduce-toy clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-20s %s\n", $$1, $$2}'
@@ -126,13 +126,24 @@ reproduce-laws: setup  ## refit and redraw the laws from the committed tables, i
 	$(FIT) data/reference/replay_ibrahim2024.csv --law bethune-forgetting-e --by setting --fix beta=0 -o $(LAWS)/replay/fit.json --plot $(LAWS)/replay
 	$(FIT) data/runs/figure1.parquet --law forgetting-fixed-n --fix beta=0 -o $(LAWS)/figure1/fit.json --plot $(LAWS)/figure1
 
+# Goes on where it was stopped; what fits of the study so far say, `forget plot` prints at any time.
+LADDER := $(if $(filter command line,$(origin OUTPUT)),$(OUTPUT),runs/ladder-builtin)
+reproduce-ladder: setup  ## the laws measured at laptop scale: 225 runs, their tables and figure; resumable; BACKEND= OUTPUT=
+	$(BIN)/forget sweep ladder-builtin --set backend=$(BACKEND) --output $(LADDER)
+	$(BIN)/forget plot $(LADDER) --kind laws --output figures --name ladder-builtin
+
 reproduce-replay: setup  ## methods compared at laptop scale (Marek et al.); SEED= BACKEND= OUTPUT=
 	$(BIN)/forget sweep replay --set seed=$(SEED) --set backend=$(BACKEND) --output $(if $(filter command line,$(origin OUTPUT)),$(OUTPUT),runs/replay-seed$(SEED))
 	$(BIN)/forget plot $(if $(filter command line,$(origin OUTPUT)),$(OUTPUT),runs/replay-seed$(SEED)) --output figures --name $(if $(filter 0,$(SEED)),replay,replay-seed$(SEED))
 
-reproduce-toy: setup  ## tasks learnt one after another, with and without self-generated replay (Marek et al.), at a small size; BACKEND= OUTPUT=
-	$(BIN)/python -m mlx_forget.studies.toy_continual --tasks reversal,sort --shape 2x64 --batch-size 256 --steps 600 --learning-rate 3e-3 --warmup-steps 60 --backend $(BACKEND) --output $(if $(filter command line,$(origin OUTPUT)),$(OUTPUT),runs/toy-continual)
-	$(BIN)/forget plot $(if $(filter command line,$(origin OUTPUT)),$(OUTPUT),runs/toy-continual) --output figures --name toy-continual
+# All four of the paper: make reproduce-toy TASKS=add,reversal,sort,modadd
+TASKS ?= reversal,sort
+STEPS ?= 600
+TOY = toy-continual$(if $(filter 600:reversal$(comma)sort,$(STEPS):$(TASKS)),,-$(subst $(comma),-,$(TASKS))-$(STEPS))
+TOY_OUTPUT = $(if $(filter command line,$(origin OUTPUT)),$(OUTPUT),runs/$(TOY))
+reproduce-toy: setup  ## tasks learnt one after another, with and without self-generated replay (Marek et al.), at a small size; TASKS= STEPS= BACKEND= OUTPUT=
+	$(BIN)/python -m mlx_forget.studies.toy_continual --tasks $(TASKS) --shape 2x64 --batch-size 256 --steps $(STEPS) --learning-rate 3e-3 --warmup-steps 60 --backend $(BACKEND) --output $(TOY_OUTPUT)
+	$(BIN)/forget plot $(TOY_OUTPUT) --output figures --name $(TOY)
 
 clean:  ## remove the environment, builds and caches of tools; runs, figures and corpora stay
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -32,7 +32,6 @@ def capabilities() -> Capabilities:
         shard=True,
         document_masks=True,
         stack=True,
-        bitwise_resume=not torch.cuda.is_available(),
         accelerator=torch.cuda.is_available(),
         fast_bf16=torch.cuda.is_bf16_supported() if torch.cuda.is_available() else torch.cpu._is_amx_tile_supported(),
         gpus=_gpus(),

@@ -12,8 +12,9 @@ from cuda_backend.decoder import Decoder
 from mlx_forget.adapters import initial_adapters, is_adapter, parameter_name, parameter_shapes, trained_names
 from mlx_forget.errors import UserError
 from mlx_forget.ladder import linear_shapes, outputs_first
-from mlx_forget.pretrained import names_in_files, weight_files
+from mlx_forget.pretrained import names_in_files
 from mlx_forget.trainer import TrainerSpec
+from mlx_forget.weight_files import weight_files
 
 Weights = dict[str, Tensor]
 

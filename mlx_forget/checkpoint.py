@@ -12,35 +12,30 @@ leaves `last` or `previous` whole.
 """
 
 import json
+import math
 import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from safetensors import SafetensorError
 
-from mlx_forget import adapters, pretrained
+from mlx_forget import adapters, imported_adapters
 from mlx_forget.durable_files import SEAL, is_whole, read_object, sealed, sha256_of, sync
 from mlx_forget.errors import UserError
 from mlx_forget.ladder import ModelSpec, hf_config, linear_shapes, spec_from_hf_config
 from mlx_forget.pipeline.vocabularies import JSON_FILE, SENTENCEPIECE_FILE, copy_tokenizer, special_ids, tokenizer_in
-from mlx_forget.pretrained import (
-    PretrainedSpec,
-    find_pretrained,
-    older_keys,
-    read_config,
-    read_pretrained,
-    refuse_pickles,
-    weights_sha256,
-)
+from mlx_forget.pretrained import CONFIG as CONFIG
+from mlx_forget.pretrained import PretrainedSpec, find_pretrained, older_keys, read_config, read_pretrained
 from mlx_forget.trainer import AdapterSpec, Trainer
+from mlx_forget.weight_files import WEIGHTS as WEIGHTS
+from mlx_forget.weight_files import refuse_pickles, weights_sha256
 
 SCHEMA_VERSION = 1
-CONFIG, WEIGHTS = pretrained.CONFIG, pretrained.WEIGHTS
 TRAINING_STATE = "training_state.safetensors"
 STATE = "state.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -69,7 +64,8 @@ class Checkpoint:
     def weights(self) -> Path:
         """The weights that its run trained: those of a whole model (the folder where they are in several files), or adapters."""
         if self.adapter is not None:
-            return self.folder / adapters.WEIGHTS
+            file: str = self.state.get("adapter_file", adapters.WEIGHTS)
+            return self.folder / file
         single = self.folder / WEIGHTS
         return single if single.is_file() else self.folder
 
@@ -83,8 +79,8 @@ class Checkpoint:
 
     @property
     def is_own(self) -> bool:
-        """Whether this tool wrote it."""
-        return "schema_version" in self.state
+        """Whether a run of this tool trained it."""
+        return "schema_version" in self.state and not self.state.get("is_imported", False)
 
     def model_spec(self) -> ModelSpec | PretrainedSpec:
         """The model's shape: a rung of the ladder where it is one, whoever wrote it, else what it is."""
@@ -96,9 +92,37 @@ class Checkpoint:
 
 
 def adapter_of(state: dict[str, Any]) -> AdapterSpec | None:
-    """The adapters that a run's state speaks of, or None."""
+    """The adapters that a run's state speaks of, or None.
+
+    Raises:
+        KeyError, TypeError, ValueError: it speaks of something else.
+    """
     given = state.get("adapter")
-    return None if given is None else AdapterSpec(**{**given, "target_modules": tuple(given["target_modules"])})
+    if given is None:
+        return None
+    targets, layers = tuple(map(str, given["target_modules"])), given["num_layers"]
+    numbers = {"rank": int(given["rank"]), "alpha": float(given["alpha"]), "dropout": float(given["dropout"])}
+    spec = AdapterSpec(**{**given, **numbers, "target_modules": targets, "num_layers": None if layers is None else int(layers)})
+    if spec.kind not in get_args(get_type_hints(AdapterSpec)["kind"]) or spec.rank < 1 or not math.isfinite(spec.scale):
+        raise ValueError
+    return spec
+
+
+def _check(state: dict[str, Any]) -> None:
+    """Refuse what is no state of a checkpoint: whatever reads one counts on it.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is none.
+    """
+    if adapter_of(state) is not None:
+        base = state["base"]
+        # Places and names are made of them.
+        if not (re.fullmatch("[0-9a-f]{64}", base["weights_sha256"]) and isinstance(base["folder"], str) and "run_id" in base):
+            raise ValueError
+        if adapters.WEIGHTS not in state["files"]:
+            raise ValueError
+    if not isinstance(state.get("step", 0), int) or not all(len(point) == 2 for point in state.get("curve") or ()):
+        raise ValueError
 
 
 def save_checkpoint(
@@ -120,7 +144,7 @@ def save_checkpoint(
         if with_training_state:
             trainer.save_state(aside / TRAINING_STATE)
     copy_tokenizer(tokenizer, aside)
-    config = _config_of(model, tokenizer)
+    config = config_of(model, tokenizer)
     (aside / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
     if isinstance(model, PretrainedSpec):
         code = [path.name for path in sorted(model.folder.glob("*.py"))] if model.trust_remote_code else []
@@ -152,7 +176,7 @@ def copy_companions(source: Path, folder: Path, code: Iterable[str]) -> None:
             shutil.copyfile(source / name, folder / name)
 
 
-def _config_of(model: ModelSpec | PretrainedSpec, tokenizer: Path) -> dict[str, Any]:
+def config_of(model: ModelSpec | PretrainedSpec, tokenizer: Path) -> dict[str, Any]:
     """`config.json` of a checkpoint: the ladder's own, or that of the start with the type of the weights as they are saved."""
     if isinstance(model, PretrainedSpec):
         config = {key: value for key, value in older_keys(read_config(model.folder)).items() if key != "dtype"}
@@ -196,6 +220,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             raise UserError(f"Checkpoint {folder} names files outside of it, which is refused.")
         if not path.is_file() or sha256_of(path) != wanted:
             raise UserError(f"Checkpoint file {path} is damaged or missing (its checksum does not match).")
+    try:
+        _check(state)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, ZeroDivisionError):
+        raise UserError(f"Checkpoint {folder} is damaged: {STATE} is not what a run writes.") from None
     return Checkpoint(folder, state)
 
 
@@ -207,6 +235,8 @@ def places(path: Path) -> tuple[Path, ...]:
 def find_checkpoint(name: str | Path, *, trust_remote_code: bool = False) -> Checkpoint:
     """The checkpoint that a user means: a folder of this tool, the last one of a run folder, or a Hugging Face folder or Hub id.
 
+    Adapters of peft and mlx-lm are a checkpoint too, whose base is named and not yet looked for.
+
     Raises:
         UserError: none there, or damaged.
     """
@@ -214,16 +244,15 @@ def find_checkpoint(name: str | Path, *, trust_remote_code: bool = False) -> Che
     for candidate in places(path):
         if (candidate / STATE).exists():
             return replace(open_checkpoint(candidate), trust_remote_code=trust_remote_code)
+    if imported_adapters.is_imported(path):
+        return _of_adapters(path, trust_remote_code=trust_remote_code)
     found = find_pretrained(str(name), trust_remote_code=trust_remote_code)
+    if found is not None and imported_adapters.is_imported(found):
+        return _of_adapters(found, trust_remote_code=trust_remote_code)
     if found is not None:
         return _of_another_tool(str(name), found, trust_remote_code=trust_remote_code)
     if path.exists():
         refuse_pickles(path)
-        if (path / adapters.CONFIG).is_file():
-            raise UserError(
-                f"{path} holds another tool's adapters without their base: merge them there (peft's merge_and_unload and save_pretrained, or "
-                "mlx_lm.fuse), then give the folder of the result."
-            )
         raise UserError(
             f"{path} holds no checkpoint: give a run folder, one of its checkpoints/last or checkpoints/best, or a Hugging Face folder."
         )
@@ -244,6 +273,23 @@ def _of_another_tool(name: str, folder: Path, *, trust_remote_code: bool) -> Che
     if not checkpoint.tokenizer.is_file():
         raise UserError(f"{folder} has no {JSON_FILE} and no {SENTENCEPIECE_FILE}: copy its tokenizer's files there.")
     return checkpoint
+
+
+def _of_adapters(folder: Path, *, trust_remote_code: bool) -> Checkpoint:
+    """Adapters of another tool, with what their files say of them."""
+    found = imported_adapters.read_adapter(folder)
+    digest = imported_adapters.identity(found)
+    state = {
+        "run_id": f"{folder.resolve().name}-{digest[:12]}",
+        "files": {adapters.WEIGHTS: digest},
+        "is_pretraining": False,
+        "curve": [],
+        "is_imported": True,
+        "adapter": asdict(found.spec),
+        "adapter_file": found.weights.name,
+        "base": {"folder": found.base, "run_id": None, "weights_sha256": None},
+    }
+    return Checkpoint(folder, state, trust_remote_code)
 
 
 def latest_checkpoint(folder: Path) -> tuple[Checkpoint | None, str | None]:

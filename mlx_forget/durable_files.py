@@ -68,11 +68,14 @@ def read_object(path: Path) -> dict[str, Any]:
 
     Raises:
         OSError: it cannot be read, or is no ordinary file (which might never end).
-        ValueError: it is no JSON, none that is an object, or nested too deeply to be read.
+        ValueError: it is no JSON, none that is an object, nested too deeply to be read, or with text that cannot be written again.
     """
     content = read_bytes(path)
     try:
         found = json.loads(content.decode("utf-8"))
+        if b"\\u" in content:
+            # Halves of a character can be escaped, but neither printed nor tokenised.
+            json.dumps(found, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise ValueError(f"it is not JSON, or nested too deeply: {str(error)[:100]}") from None
     if not isinstance(found, dict):

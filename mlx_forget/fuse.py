@@ -12,14 +12,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mlx_forget import adapters, checkpoint
+from mlx_forget import adapters, checkpoint, imported_adapters
 from mlx_forget.checkpoint import Checkpoint
 from mlx_forget.durable_files import sync
 from mlx_forget.errors import UserError
-from mlx_forget.ladder import outputs_first, param_shapes
+from mlx_forget.ladder import ModelSpec, outputs_first, param_shapes
 from mlx_forget.pipeline.corpora import forget_home
+from mlx_forget.pipeline.store.writing import acquire
 from mlx_forget.pipeline.vocabularies import copy_tokenizer
-from mlx_forget.pretrained import names_in_files, read_tensor, tensor_names, weight_files, write_tensors
+from mlx_forget.pretrained import PretrainedSpec, names_in_files
+from mlx_forget.specs import AdapterSpec
+from mlx_forget.weight_files import read_tensor, tensor_names, weight_files, write_tensors
+
+# Of a checkpoint's state, what a whole one has not or has anew.
+_OF_ADAPTERS = ("schema_version", "files", "adapter", "adapter_file", "base")
 
 
 def base_of(start: Checkpoint) -> dict[str, Any]:
@@ -45,36 +51,39 @@ def fuse(found: Checkpoint, folder: Path, *, base: Path | None = None) -> Checkp
     if folder.exists():
         raise UserError(f"{folder} exists already: choose another place or remove it.")
     start = _open_base(found, base)
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    _write_fused(start, found, aside / checkpoint.WEIGHTS)
-    copy_tokenizer(found.tokenizer, aside)
-    shutil.copyfile(found.folder / checkpoint.CONFIG, aside / checkpoint.CONFIG)
-    checkpoint.copy_companions(found.folder, aside, _code(found))
-    kept = {key: value for key, value in found.state.items() if key not in ("schema_version", "files", "adapter", "base")}
-    fused_from = {"folder": str(found.folder.resolve()), "adapter": found.state["adapter"], "base": found.state["base"]}
-    checkpoint.seal(aside, {**kept, "fused_from": fused_from})
+    if (bits := getattr(start.model_spec(), "bits", None)) is not None:
+        raise UserError(
+            f"{start.folder} is quantised to {bits} bits, and adapters are fused into whole weights: give its original with --base."
+        )
     try:
-        os.rename(aside, folder)
-        sync(folder.parent)
-    except OSError:
+        _fuse_aside(start, found, folder)
+    except OSError as error:
+        raise UserError(f"Cannot write {folder}: {error.strerror or error}.") from None
+    except UserError:
         # Another process was faster; what it wrote is checked below.
         if not folder.is_dir():
             raise
-        shutil.rmtree(aside)
     return replace(checkpoint.open_checkpoint(folder), trust_remote_code=found.trust_remote_code)
 
 
-def whole_checkpoint(found: Checkpoint) -> Checkpoint:
+def whole_checkpoint(found: Checkpoint, *, stand_in: str | None = None) -> Checkpoint:
     """A checkpoint with whole weights: itself, or its adapters fused with their base, made once and kept in the cache.
+
+    Args:
+        stand_in: the base of imported adapters where the folder that they name is not here.
 
     Raises:
         UserError: the base of the adapters is missing or another one.
     """
     if found.adapter is None:
         return found
+    if not found.is_own:
+        named = found.state["base"]["folder"]
+        found = _on_base(found, None if named and Path(named).exists() else stand_in)
     parts = [found.state["base"]["weights_sha256"], found.state["files"][adapters.WEIGHTS]]
+    if not found.is_own:
+        # Their scale is not in their weights.
+        parts.append(hashlib.sha256(json.dumps(found.state["adapter"]).encode()).hexdigest())
     if code := _code(found):
         # Code that is trusted must not be another's that came with the same weights.
         parts.append(hashlib.sha256(json.dumps(code).encode()).hexdigest())
@@ -85,42 +94,84 @@ def whole_checkpoint(found: Checkpoint) -> Checkpoint:
     return fuse(found, folder)
 
 
+def _on_base(found: Checkpoint, base: str | None) -> Checkpoint:
+    """Imported adapters whose base has been found, as those of a run."""
+    start = _open_base(found, base)
+    return replace(found, state={**found.state, "base": base_of(start)})
+
+
 def _code(found: Checkpoint) -> dict[str, str]:
     """The checksums of the code that came with a checkpoint, by file name."""
     return {name: sha for name, sha in sorted(found.state["files"].items()) if name.endswith(".py") and "/" not in name}
 
 
-def _open_base(found: Checkpoint, base: Path | None) -> Checkpoint:
+def _open_base(found: Checkpoint, base: Path | str | None) -> Checkpoint:
     wanted = found.state["base"]
-    place = Path(wanted["folder"]) if base is None else base
-    if not place.exists():
-        raise UserError(
-            f"{found.folder} holds adapters for run {wanted['run_id']}, which is no longer at {place}: give its folder with --base."
-        )
-    start = whole_checkpoint(checkpoint.find_checkpoint(place, trust_remote_code=found.trust_remote_code))
+    place = wanted["folder"] if base is None else base
+    way_out = f"give the folder of their own base: forget fuse {found.folder} --base BASE -o WHOLE"
+    if place is None:
+        raise UserError(f"{found.folder} holds adapters that do not name their base: {way_out}.")
+    whose = f"run {wanted['run_id']}" if found.is_own else str(wanted["folder"])
+    if found.is_own and not Path(place).exists():
+        raise UserError(f"{found.folder} holds adapters for {whose}, which is no longer at {place}: {way_out}.")
+    try:
+        start = whole_checkpoint(checkpoint.find_checkpoint(place, trust_remote_code=found.trust_remote_code))
+    except UserError as error:
+        if base is not None or found.is_own:
+            raise
+        raise UserError(f"{found.folder} holds adapters for {whose}. {error} Or {way_out}.") from None
     sha = start.state["files"][checkpoint.WEIGHTS]
-    if sha != wanted["weights_sha256"]:
+    if wanted["weights_sha256"] not in (None, sha):
         raise UserError(
-            f"{found.folder} holds adapters for run {wanted['run_id']} (weights {wanted['weights_sha256'][:12]}), and {place} holds "
-            f"other weights ({sha[:12]}): give the folder of their own base with --base."
+            f"{found.folder} holds adapters for {whose} (weights {wanted['weights_sha256'][:12]}), and {place} holds other weights "
+            f"({sha[:12]}): {way_out}."
         )
     return start
 
 
-def _write_fused(start: Checkpoint, found: Checkpoint, target: Path) -> None:
-    """The weights of a base with adapters in them, float32; one tensor is in memory at a time."""
-    from safetensors.numpy import load_file
+def _fuse_aside(start: Checkpoint, found: Checkpoint, folder: Path) -> None:
+    """Write the checkpoint beside its place, which one process does at a time, and move it there when it is whole."""
+    aside = folder.with_name(f".{folder.name}.part")
+    lock = acquire(aside, folder, wait=True)
+    try:
+        # What a killed process left.
+        for path in aside.iterdir():
+            path.unlink()
+        _write_checkpoint(start, found, aside)
+        os.rename(aside, folder)
+        sync(folder.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    finally:
+        os.close(lock)
 
-    adapter, model = found.adapter, start.model_spec()
-    assert adapter is not None
-    parts: dict[str, adapters.Arrays] = {}
-    for file_name, value in load_file(found.weights).items():
-        name = adapters.parameter_name(file_name)
-        module = adapters.module_of(name)
-        parts.setdefault(module, {})[name.removeprefix(module)] = value
+
+def _write_checkpoint(start: Checkpoint, found: Checkpoint, folder: Path) -> None:
+    assert found.adapter is not None
+    model = start.model_spec()
+    parts = imported_adapters.read_parts(found.weights, found.adapter, model, start.folder)
+    _write_fused(start, model, parts, found.adapter, folder / checkpoint.WEIGHTS)
+    # Imported adapters come without a model's files, or with some that were written again.
+    whose = found if found.is_own else start
+    copy_tokenizer(whose.tokenizer, folder)
+    if found.is_own:
+        shutil.copyfile(found.folder / checkpoint.CONFIG, folder / checkpoint.CONFIG)
+    else:
+        config = checkpoint.config_of(model, start.tokenizer)
+        (folder / checkpoint.CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
+    checkpoint.copy_companions(whose.folder, folder, _code(whose))
+    kept = {key: value for key, value in found.state.items() if key not in _OF_ADAPTERS}
+    named = found.state["base"] if found.is_own else base_of(start)
+    fused_from = {"folder": str(found.folder.resolve()), "adapter": found.state["adapter"], "base": named}
+    checkpoint.seal(folder, {**kept, "fused_from": fused_from})
+
+
+def _write_fused(
+    start: Checkpoint, model: ModelSpec | PretrainedSpec, parts: imported_adapters.Parts, adapter: AdapterSpec, target: Path
+) -> None:
+    """The weights of a base with adapters in them, float32; one tensor is in memory at a time."""
     shapes = param_shapes(model)
-    for name in {f"{module}.weight" for module in parts} - set(shapes):
-        raise UserError(f"{found.weights} has adapters for {name}, which {start.folder} does not have.")
     places = {
         name: (file, name_in_file)
         for file in weight_files(start.weights)

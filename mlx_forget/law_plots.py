@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from mlx_forget.durable_files import replacing
 from mlx_forget.laws.advise import Advice
 from mlx_forget.laws.fitted import Fit
 from mlx_forget.laws.predictor import Predictor
@@ -56,7 +57,8 @@ def _tidy(axes: Axes) -> None:
 def _save(figure: Figure, folder: Path, name: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.png"
-    figure.savefig(path, dpi=140, metadata={"Software": "mlx-forget"})
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=140, metadata={"Software": "mlx-forget"})
     return path
 
 

@@ -1,11 +1,11 @@
 """Figures, drawn with matplotlib in a palette that colour-blind readers can tell apart, each line also marked by its own shape."""
 
-import os
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlx_forget.durable_files import replacing
 from mlx_forget.history import read_history
 from mlx_forget.records import Run
 from mlx_forget.studies.figure1 import Curve
@@ -81,8 +81,7 @@ def draw_histories(runs: Sequence[Run]) -> "Figure":
 
 def save_figure(figure: "Figure", path: Path) -> None:
     """Write a figure in the format of the path's suffix, aside first."""
-    aside = path.with_name(f".{path.stem}.part{path.suffix}")
     # Without dates, the same runs give the same files.
     metadata = {"CreationDate": None} if path.suffix == ".pdf" else None
-    figure.savefig(aside, dpi=160, metadata=metadata)
-    os.replace(aside, path)
+    with replacing(path) as file:
+        figure.savefig(file, format=path.suffix[1:], dpi=160, metadata=metadata)

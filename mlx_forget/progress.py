@@ -14,9 +14,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from mlx_forget.distributed import launched_rank
+from mlx_forget.durable_files import read_object
 from mlx_forget.training.loop import Report
 
 PROGRESS_FILE = "progress.json"
+# Its keys.
+_PROGRESS = {"title": str, "step": int, "num_steps": int, "tokens_per_second": float, "seconds_left": float, "losses": str}
 # Set by a sweep for the processes it starts: its own process number.
 SUPERVISOR = "FORGET_SUPERVISOR"
 
@@ -75,6 +78,15 @@ def duration(seconds: float) -> str:
     whole = round(seconds)
     hours, minutes = divmod(whole // 60, 60)
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
+
+
+def read_progress(folder: Path) -> dict[str, Any] | None:
+    """What a run last wrote about itself; None where it has not, or where that cannot be read."""
+    try:
+        found = read_object(folder / PROGRESS_FILE)
+        return {name: kind(found[name]) for name, kind in _PROGRESS.items()}
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        return None
 
 
 class RunProgress:

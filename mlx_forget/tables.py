@@ -16,6 +16,7 @@ from mlx_forget.errors import UserError, unknown
 from mlx_forget.laws.forms import COLUMNS
 from mlx_forget.laws.table import Table
 from mlx_forget.records import HISTORY, RECORD
+from mlx_forget.runs.export import EXPORTED
 from mlx_forget.runs.index import read_index
 from mlx_forget.runs.rows import MARK, Row, fitted_rows
 
@@ -269,6 +270,8 @@ def read_exported(
     Raises:
         UserError: no run of it can be fitted.
     """
+    if lacking := [name for name in EXPORTED if name not in rows[0]]:
+        raise UserError(f"{source} lacks {', '.join(lacking)}, which forget runs export writes: export the runs again.")
     whole = [{key: None if value == "" else value for key, value in row.items()} for row in rows]
     made, left_out = fitted_rows(((str(row["run"]), row) for row in whole), response=response, adapters=adapters)
     reasons = {reason: tuple(names) for reason, names in left_out.items()}

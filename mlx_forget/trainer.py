@@ -92,7 +92,6 @@ class Capabilities:
     document_masks: bool = False
     distributed: bool = False
     shard: bool = False
-    bitwise_resume: bool = False
     fast_bf16: bool = False
     accelerator: bool = False
     # GPUs that a process can be confined to, as the environment variable takes them.

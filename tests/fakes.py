@@ -66,9 +66,7 @@ class BigramTrainer(Trainer):
 
     @classmethod
     def describe(cls):
-        return Capabilities(
-            precisions=("fp32",), terms=(0, 1, 2), anchor=True, fisher=True, sample=True, stack=True, bitwise_resume=True
-        )
+        return Capabilities(precisions=("fp32",), terms=(0, 1, 2), anchor=True, fisher=True, sample=True, stack=True)
 
     @classmethod
     def stack(cls, spec, seeds):

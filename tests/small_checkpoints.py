@@ -1,8 +1,15 @@
-"""Small checkpoints of real architectures, written by transformers with a tokenizer and a chat template of their own."""
+"""Small checkpoints of real architectures with a tokenizer and a chat template of their own.
+
+The configurations are transformers' own, the weights are named and shaped here, so that none of it needs PyTorch; where that is installed,
+transformers loads them and is what the backends are compared with.
+"""
 
 import json
 from functools import cache
 from pathlib import Path
+
+import numpy as np
+import pytest
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] | trim }}<|im_end|>\n{% endfor %}"
@@ -18,6 +25,14 @@ SPECIAL = ("<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>")
 WORDS = "the quick brown fox jumps over the lazy dog while seven wise owls sing of rivers, stones and rain. "
 CONTEXT = 64
 
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "cohere": "CohereForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+}
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
@@ -71,26 +86,56 @@ def config_of(kind: str):
     }[kind]()
 
 
+def weight_shapes(config) -> dict[str, tuple[int, ...]]:
+    """Shape of every weight under the name that transformers gives it, in its order; a tied head is left out."""
+    if config.model_type == "gpt2":
+        from mlx_forget.ladder import model_spec, param_shapes
+
+        return param_shapes(model_spec(f"{config.n_layer}x{config.n_embd}", config.vocab_size, config.n_positions))
+    width, wide, kind = config.hidden_size, config.intermediate_size, config.model_type
+    head = getattr(config, "head_dim", None) or width // config.num_attention_heads
+    queries, keys = head * config.num_attention_heads, head * config.num_key_value_heads
+    norms = ["input_layernorm", "post_attention_layernorm"]
+    norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"] if kind == "gemma2" else []
+    shapes = {"model.embed_tokens.weight": (config.vocab_size, width)}
+    for number in range(config.num_hidden_layers):
+        block = f"model.layers.{number}."
+        for name, size in (("q", queries), ("k", keys), ("v", keys)):
+            shapes[f"{block}self_attn.{name}_proj.weight"] = (size, width)
+            if kind == "qwen2":
+                shapes[f"{block}self_attn.{name}_proj.bias"] = (size,)
+        shapes[f"{block}self_attn.o_proj.weight"] = (width, queries)
+        if kind == "qwen3":
+            shapes |= {f"{block}self_attn.{name}_norm.weight": (head,) for name in "qk"}
+        shapes |= {f"{block}mlp.{name}_proj.weight": (wide, width) for name in ("gate", "up")}
+        shapes[f"{block}mlp.down_proj.weight"] = (width, wide)
+        shapes |= {f"{block}{name}.weight": (width,) for name in norms[: 1 if kind == "cohere" else None]}
+    shapes["model.norm.weight"] = (width,)
+    return shapes if config.tie_word_embeddings else shapes | {"lm_head.weight": (config.vocab_size, width)}
+
+
 def write_checkpoint(folder: Path, kind: str = "llama", *, seed: int = 0, scale: float = 0.2, config=None, **tokenizer) -> Path:
     """A checkpoint with random weights, large enough that every one of them matters; of a configuration of its own where one is given."""
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
+    from safetensors.numpy import save_file
 
-    logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_config(config_of(kind) if config is None else config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for value in model.parameters():
-            value.copy_(torch.randn(value.shape, generator=generator) * scale + (value.ndim == 1) * (kind not in ("gemma2",)))
-    model.save_pretrained(folder)
+    config = config_of(kind) if config is None else config
+    config.architectures, config.dtype = [ARCHITECTURES[config.model_type]], "float32"
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder)
+    generator = np.random.default_rng(seed)
+    # Norms of all but Gemma are a factor, those of Gemma are one less.
+    weights = {
+        name: (generator.standard_normal(shape) * scale + (len(shape) == 1 and kind != "gemma2")).astype(np.float32)
+        for name, shape in weight_shapes(config).items()
+    }
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     write_tokenizer(folder, **tokenizer)
     return folder
 
 
 def transformers_logits(folder: Path, tokens, **inputs):
-    """float32[B, T, V] of int[B, T] tokens, as transformers computes them."""
-    import torch
+    """float32[B, T, V] of int[B, T] tokens, as transformers computes them; the test is skipped where there is no PyTorch."""
+    torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -17,7 +17,6 @@ from tests.test_pretrained import batch_of, nll_of, rows
 from tests.test_pretrained_runs import write_texts
 
 pytest.importorskip("transformers")
-torch = pytest.importorskip("torch")
 
 BACKENDS = available_backends()
 # Biases of queries and keys, heads that are tied, and logits that are no plain product.
@@ -42,8 +41,10 @@ def trainer_of(backend, folder, *, kind="lora", method="plain", target="all-line
     return load_backend(backend)(spec)
 
 
-def plain_of(backend, folder):
-    return load_backend(backend)(TrainerSpec(model=find_checkpoint(folder).model_spec(), runtime=RuntimeSpec(num_threads=1)))
+def plain_of(backend, folder, **runtime):
+    return load_backend(backend)(
+        TrainerSpec(model=find_checkpoint(folder).model_spec(), runtime=RuntimeSpec(num_threads=1, **runtime))
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -65,6 +66,33 @@ def test_adapters_start_as_the_base_train_and_fuse(checkpoints, backend, kind, b
     prompts, u = np.full((2, 2), 5, np.int32), np.random.default_rng(0).random((2, 6))
     np.testing.assert_array_equal(trainer.sample(prompts, u), plain.sample(prompts, u))
     assert all(value is trainer._weights[name] for name, value in trainer._reference.items())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("base", ["llama", "qwen2"])
+def test_dora_in_bf16_starts_as_the_base_and_sees_small_changes_of_length(checkpoints, backend, base, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    tokens = rows(6)
+    narrow = plain_of(backend, checkpoints[base], precision="bf16").token_losses(tokens)
+    rounding = np.abs(narrow - plain_of(backend, checkpoints[base]).token_losses(tokens))
+    changes = []
+    for precision in ("fp32", "bf16"):
+        trainer = trainer_of(backend, checkpoints[base], kind="dora", precision=precision)
+        start = trainer.token_losses(tokens)
+        if precision == "bf16":
+            apart = np.abs(start - narrow)
+            assert rounding.max() > 0
+            assert (apart.max(), apart.mean()) <= (rounding.max(), rounding.mean())
+        trainer.save(tmp_path / "adapters.safetensors", trainable_only=True)
+        stored = load_file(tmp_path / "adapters.safetensors")
+        # Less than half a step of bf16 at 1.
+        longer = {name: value * np.float32(1.0035 if name.endswith("magnitude_vector") else 1) for name, value in stored.items()}
+        save_file(longer, tmp_path / "adapters.safetensors")
+        trainer.load(tmp_path / "adapters.safetensors")
+        changes.append(trainer.token_losses(tokens) - start)
+    exact, found = changes
+    assert 0.5 < (exact * found).sum() / (exact * exact).sum() < 1.5
 
 
 @pytest.mark.skipif(len(BACKENDS) < 2, reason="needs both backends")
@@ -127,7 +155,7 @@ def test_targets_are_named_as_the_checkpoint_names_them(checkpoints):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_run_is_resumed_fused_audited_and_loaded_by_peft_and_mlx_lm(checkpoints, backend, run_forget, tmp_path, monkeypatch):
-    PeftModel = pytest.importorskip("peft").PeftModel
+    torch, PeftModel = pytest.importorskip("torch"), pytest.importorskip("peft").PeftModel
     from transformers import AutoModelForCausalLM
 
     monkeypatch.chdir(tmp_path)

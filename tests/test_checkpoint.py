@@ -141,6 +141,7 @@ def test_a_state_that_is_none_is_one_sentence(last, content, words):
 
 
 def test_a_checkpoint_is_found_by_its_run_and_by_its_own_folder(last, tmp_path):
+    assert not find_checkpoint(last).trust_remote_code
     assert places(tmp_path) == (tmp_path, tmp_path / "checkpoints" / "last", tmp_path / "last")
     for name in places(tmp_path):
         if (name / "state.json").exists():

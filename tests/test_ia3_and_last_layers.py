@@ -32,7 +32,6 @@ def backend(request):
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     pytest.importorskip("transformers")
-    pytest.importorskip("torch")
     folder = tmp_path_factory.mktemp("bases")
     return {kind: write_checkpoint(folder / kind, kind) for kind in ("llama", "qwen2")}
 

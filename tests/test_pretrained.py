@@ -10,12 +10,12 @@ from mlx_forget.checkpoint import find_checkpoint
 from mlx_forget.errors import UserError
 from mlx_forget.ladder import ModelSpec, num_non_embedding_params, num_params
 from mlx_forget.methods import method_spec
-from mlx_forget.pretrained import older_keys, read_pretrained, read_tensor, tensor_names, weight_files
+from mlx_forget.pretrained import older_keys, read_pretrained
 from mlx_forget.trainer import AdapterSpec, Batch, RuntimeSpec, TrainerSpec, available_backends, load_backend
+from mlx_forget.weight_files import read_tensor, tensor_names, weight_files
 from tests.small_checkpoints import CONTEXT, transformers_logits, vocab_size, write_checkpoint, write_tokenizer
 
 pytest.importorskip("transformers")
-torch = pytest.importorskip("torch")
 
 BACKENDS = available_backends()
 # A rotary base that is no default, tied heads, norms of queries and keys, soft-capped logits, scaled logits.
@@ -62,6 +62,7 @@ def batch_of(tokens, term=None):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_facts_are_those_of_transformers(checkpoints, kind):
+    pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
     spec, model = read_pretrained(checkpoints(kind)), AutoModelForCausalLM.from_pretrained(checkpoints(kind))
@@ -122,6 +123,7 @@ def test_both_backends_take_the_same_steps(checkpoints, kind, tmp_path):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_step_is_that_of_autograd_over_transformers(checkpoints, backend):
     """The loss over the model's own logits, differentiated by PyTorch: the gradient's norm is the one that the step reports."""
+    torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
     for kind in ("llama-tied", "gemma2"):
@@ -150,6 +152,7 @@ def test_recomputed_activations_and_micro_batches_change_no_step(checkpoints, ba
 
 
 def test_documents_of_a_row_do_not_see_each_other(checkpoints):
+    pytest.importorskip("torch")
     tokens = rows(2)
     segment = np.zeros((2, 24), np.int32)
     segment[:, 10:] = 1
@@ -196,6 +199,7 @@ def test_an_audit_trainer_holds_what_it_is_given(checkpoints, backend, tmp_path)
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_adapters_are_those_of_peft(checkpoints, tmp_path, kind):
     """Steps on both backends, then the adapters in peft: the same losses, and the base is untouched."""
+    torch = pytest.importorskip("torch")
     peft = pytest.importorskip("peft")
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
@@ -290,6 +294,7 @@ def test_adapters_sit_on_a_quantised_base_on_mlx_and_nowhere_else(checkpoints, t
 
 
 def test_weights_in_parts_and_in_half_precision_are_read(checkpoints, tmp_path):
+    torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(checkpoints("qwen2"), dtype=torch.bfloat16)
@@ -324,6 +329,7 @@ def test_the_rotary_base_is_also_written_where_older_readers_look():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_ladder_checkpoint_goes_to_transformers_and_returns(backend, tmp_path):
+    pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
     from mlx_forget.checkpoint import save_checkpoint

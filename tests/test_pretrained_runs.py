@@ -234,7 +234,7 @@ WRONG = [
     (("--model", "untokenised"), "has no tokenizer.json and no tokenizer.model"),
     (("--model", "strange"), "cannot load StrangeForCausalLM"),
     (("--model", "coded"), "give --trust-remote-code"),
-    (("--model", "theirs"), "holds another tool's adapters without their base"),
+    (("--model", "theirs"), "an adapter with modules_to_save, which is not read here"),
     (("--model", "inconsistent", "--backend", "cuda"), "transformers cannot load Qwen3ForCausalLM"),
     (("--model", "lacking", "--backend", "cuda"), "lacks 1 of the 21 weights of its LlamaForCausalLM (model.norm.weight)"),
     (

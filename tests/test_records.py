@@ -195,13 +195,13 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     done = []
-    monkeypatch.setattr(durable_files.os, "fsync", lambda handle: done.append("sync"))
+    monkeypatch.setattr(durable_files.os, "fsync", lambda handle: done.append(os.fstat(handle).st_size))
     replace = os.replace
     monkeypatch.setattr(durable_files.os, "replace", lambda a, b: (done.append("rename"), replace(a, b)))
-    write_text(tmp_path / "a", "x")
-    assert done == ["sync", "rename"]
+    write_text(tmp_path / "a", "xyz")
+    assert done == [3, "rename"]
     write_record(tmp_path, {"schema_version": 1})
-    assert done[2:] == ["sync", "rename", "sync"]
+    assert done[2:] == [(tmp_path / "record.json").stat().st_size, "rename", tmp_path.stat().st_size]
 
 
 def test_a_seal_shows_every_change_and_no_order(tmp_path):

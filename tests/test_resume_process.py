@@ -39,8 +39,8 @@ STEPS = [
 
 @pytest.fixture(params=available_backends(), scope="module")
 def backend(request, cache_folder):
-    if not load_backend(request.param).describe().bitwise_resume:
-        pytest.skip("this device does not promise bitwise resume")
+    if load_backend(request.param).describe().accelerator:
+        pytest.skip("sums on a GPU are not the same to the last bit twice")
     return request.param
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from mlx_forget.errors import Interrupted, UserError
+from mlx_forget.studies import toy_continual
 from mlx_forget.studies.toy_continual import FILE, PLAIN, REPLAYED, ToySpec, main, read_outcome, run_toy
 from mlx_forget.studies.toy_tasks import LENGTH, TASKS, bos_of, exact_match, examples
 from mlx_forget.trainer import RuntimeSpec, available_backends
@@ -85,6 +86,23 @@ def test_both_arms_share_the_first_task_and_are_read_at_the_same_steps(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [FILE], "weights are gone when all is learnt"
     again = run_small(tmp_path)
     assert again.as_json() == read_outcome(tmp_path).as_json() == outcome.as_json()
+
+
+@needs_a_network
+def test_all_four_tasks_are_learnt_and_every_earlier_one_is_replayed_in_equal_parts(tmp_path, monkeypatch):
+    sampled, replayed = [], toy_continual._replayed
+
+    def seen(trainer, earlier, *rest):
+        rows = replayed(trainer, earlier, *rest)
+        sampled.append((earlier, rows[:, 0].tolist()))
+        return rows
+
+    monkeypatch.setattr(toy_continual, "_replayed", seen)
+    outcome = run_small(tmp_path, tasks=TASKS, steps=4, batch_size=12)
+    assert list(outcome.after(PLAIN, 3)) == list(outcome.after(REPLAYED, 3)) == list(TASKS)
+    assert [earlier for earlier, _ in sampled] == [TASKS[:1], TASKS[:2], TASKS[:3]]
+    for earlier, first in sampled:
+        assert {bos: first.count(bos) for bos in set(first)} == {bos_of(task): 48 // len(earlier) for task in earlier}
 
 
 @needs_a_network

@@ -3,6 +3,7 @@
 A page asks with a line of its own: `<!-- from code: WHAT -->`.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING
@@ -19,6 +20,7 @@ from mlx_forget.cli import COMMANDS, load_command
 from mlx_forget.ladder import SIZES, model_spec, num_non_embedding_params, num_params
 from mlx_forget.laws.forms import COLUMNS, get_law, laws
 from mlx_forget.methods import METHODS
+from mlx_forget.studies.law_study_text import study_lines
 from mlx_forget.sweeps.grid import read_recipe
 
 _WANTED = re.compile(r"^<!-- from code: (\w+)(?: (\S+))? -->$", re.MULTILINE)
@@ -149,6 +151,21 @@ def _usual(size: str) -> tuple[int, int]:
     return (32_000, 1_024) if size[0].isalpha() else (2_048, 128)
 
 
+def law_study(name: str) -> str:
+    """What a study of the laws found, from the file that `forget plot --kind laws` wrote; says how much of its recipe was run."""
+    path = resources.path("runs") / f"{name}.json"
+    num_asked = len(read_recipe(resources.recipe(name)).configs({}))
+    if not path.is_file():
+        return f"The study, {num_asked} runs, has not been run for this release."
+    content = json.loads(path.read_text("utf-8"))
+    lines = study_lines(content)
+    if content["num_runs"] < num_asked:
+        lines.insert(0, f"**{content['num_runs']} of the recipe's {num_asked} runs have been made so far; these say:**\n")
+    if (ROOT / "docs" / f"{name}.png").is_file():
+        lines.append(f"![Forgetting against p by size, measured against the law, B by domain, progress lost]({name}.png)")
+    return "\n".join(lines)
+
+
 def recipes() -> str:
     """The recipes that come with the tool."""
     folder = resources.path("recipes")
@@ -168,5 +185,5 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 MAKERS: dict[str, Callable[..., str]] = {
-    one.__name__: one for one in (readme, commands, public_names, law, law_list, law_columns, methods, sizes, recipes)
+    one.__name__: one for one in (readme, commands, public_names, law, law_list, law_columns, law_study, methods, sizes, recipes)
 }

@@ -14,19 +14,13 @@ import numpy.typing as npt
 from mlx_forget import checkpoint, records
 from mlx_forget.errors import UserError
 from mlx_forget.fuse import whole_checkpoint
+from mlx_forget.imported_adapters import is_imported
 from mlx_forget.ladder import ModelSpec, is_ladder_name, num_params, param_shapes
 from mlx_forget.pipeline.corpora import forget_home
 from mlx_forget.pipeline.hub import parse_id
 from mlx_forget.pipeline.vocabularies import Vocabulary, load_vocabulary
-from mlx_forget.pretrained import (
-    PretrainedSpec,
-    is_pretrained,
-    names_in_files,
-    read_tensor,
-    refuse_pickles,
-    tensor_names,
-    weight_files,
-)
+from mlx_forget.pretrained import PretrainedSpec, is_pretrained, names_in_files
+from mlx_forget.weight_files import read_tensor, refuse_pickles, tensor_names, weight_files
 
 AUTO = "auto"
 
@@ -46,6 +40,7 @@ class Model:
         step: optimiser steps behind it, where known.
         curve: (tokens, pretraining validation loss) along its own pretraining, empty for a finetune.
         record: the record of the run that made it, where there is one.
+        base: what adapters of another tool sit on.
     """
 
     name: str
@@ -58,6 +53,7 @@ class Model:
     step: int | None
     curve: tuple[tuple[float, float], ...]
     record: dict[str, Any] | None
+    base: Path | None = None
 
     def tensors(self) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
         """Every weight, one at a time, in the order of their names."""
@@ -73,7 +69,7 @@ class Model:
         """How it was trained, in words."""
         at = "" if self.step is None else f", step {self.step:,}"
         if self.record is None:
-            return f"checkpoint {self.name}"
+            return f"checkpoint {self.name}" if self.base is None else f"adapters {self.name} on {self.base}"
         config = self.record["config"]
         if config["init"] == "scratch":
             return f"pretrained on {config['target']}{at}"
@@ -101,7 +97,8 @@ def open_pair(base: str, tuned: str, *, say: Callable[[str], None], trust_remote
     Raises:
         UserError: one cannot be opened, or they differ in shape, vocabulary or tokenizer.
     """
-    after = open_model(Path(tuned).expanduser(), say=say, trust_remote_code=trust_remote_code)
+    stand_in = None if base == AUTO else base
+    after = open_model(Path(tuned).expanduser(), say=say, trust_remote_code=trust_remote_code, stand_in=stand_in)
     start = _start_of(after, trust_remote_code=trust_remote_code) if base == AUTO else Path(base).expanduser()
     before = open_model(start, say=say, trust_remote_code=trust_remote_code)
     if before.spec.vocab_size != after.spec.vocab_size:
@@ -122,8 +119,17 @@ def open_pair(base: str, tuned: str, *, say: Callable[[str], None], trust_remote
     return before, after
 
 
-def open_model(folder: Path, *, say: Callable[[str], None] = lambda sentence: None, trust_remote_code: bool = False) -> Model:
+def open_model(
+    folder: Path,
+    *,
+    say: Callable[[str], None] = lambda sentence: None,
+    trust_remote_code: bool = False,
+    stand_in: str | None = None,
+) -> Model:
     """A model from a folder of any known kind.
+
+    Args:
+        stand_in: the base of another tool's adapters where the folder that they name is not here.
 
     Raises:
         UserError: nothing there, no weights, pickled weights only, or a damaged file.
@@ -132,7 +138,7 @@ def open_model(folder: Path, *, say: Callable[[str], None] = lambda sentence: No
         raise UserError(f"There is no folder {folder}.")
     for recognises, opened in _OPENERS:
         if recognises(folder):
-            return opened(folder, say, trust_remote_code)
+            return opened(folder, say, trust_remote_code, stand_in)
     if folder.exists():
         refuse_pickles(folder)
     raise UserError(
@@ -144,7 +150,7 @@ def _holds_checkpoint(folder: Path) -> bool:
     return any((place / checkpoint.STATE).is_file() for place in checkpoint.places(folder))
 
 
-def _open_checkpoint(folder: Path, say: Callable[[str], None], trust_remote_code: bool) -> Model:
+def _open_checkpoint(folder: Path, say: Callable[[str], None], trust_remote_code: bool, stand_in: str | None) -> Model:
     found = checkpoint.find_checkpoint(folder, trust_remote_code=trust_remote_code)
     for needed in (found.weights, found.tokenizer, found.folder / checkpoint.CONFIG):
         if not needed.is_file():
@@ -178,28 +184,33 @@ def _open_checkpoint(folder: Path, say: Callable[[str], None], trust_remote_code
 
 
 def _is_of_another_tool(folder: Path) -> bool:
-    return is_pretrained(folder) or (not folder.exists() and parse_id(str(folder)) is not None)
+    return is_pretrained(folder) or is_imported(folder) or (not folder.exists() and parse_id(str(folder)) is not None)
 
 
-def _open_pretrained(folder: Path, say: Callable[[str], None], trust_remote_code: bool) -> Model:
-    """A checkpoint of another tool; of its training nothing is known."""
+def _open_pretrained(folder: Path, say: Callable[[str], None], trust_remote_code: bool, stand_in: str | None) -> Model:
+    """A checkpoint of another tool, or its adapters on their base; of its training nothing is known."""
     found = checkpoint.find_checkpoint(folder, trust_remote_code=trust_remote_code)
-    tokenizer = load_vocabulary(found.tokenizer)
+    whole, base = whole_checkpoint(found, stand_in=stand_in), None
+    if whole is not found:
+        base = Path(whole.state["fused_from"]["base"]["folder"])
+        say(f"{folder} holds adapters, which are taken on {base}.")
+    tokenizer = load_vocabulary(whole.tokenizer)
     return Model(
         name=str(found.state["run_id"]),
         folder=found.folder,
-        spec=found.model_spec(),
-        weights=found.weights,
-        tokenizer_file=found.tokenizer,
+        spec=whole.model_spec(),
+        weights=whole.weights,
+        tokenizer_file=whole.tokenizer,
         tokenizer=tokenizer,
         bos_id=tokenizer.bos_id,
         step=None,
         curve=(),
         record=None,
+        base=base,
     )
 
 
-_Opener = Callable[[Path, Callable[[str], None], bool], Model]
+_Opener = Callable[[Path, Callable[[str], None], bool, str | None], Model]
 _OPENERS: tuple[tuple[Callable[[Path], bool], _Opener], ...] = (
     (_holds_checkpoint, _open_checkpoint),
     (_is_of_another_tool, _open_pretrained),
@@ -207,11 +218,13 @@ _OPENERS: tuple[tuple[Callable[[Path], bool], _Opener], ...] = (
 
 
 def _start_of(tuned: Model, *, trust_remote_code: bool) -> Path:
-    """What a finetune started from, as its record names it: the folder of `init`, or a base in the cache.
+    """What a finetune started from, as its record names it: the folder of `init`, or a base in the cache; of adapters, their base.
 
     Raises:
         UserError: no record, nothing there any more, or another run in the folder.
     """
+    if tuned.base is not None:
+        return tuned.base
     init = None if tuned.record is None else tuned.record.get("init")
     if tuned.record is None or init in (None, "scratch"):
         raise UserError(f"{tuned.folder} has no record that says what it was finetuned from: name BASE by its folder.")

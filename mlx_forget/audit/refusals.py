@@ -102,7 +102,7 @@ def _answers(trainer: Trainer, model: Model, prompts: Iterable[str], num_tokens:
 def _prompt_of(line: str, path: Path, number: int) -> str:
     try:
         prompt = json.loads(line)["prompt"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f'{path}, line {number}: expected one JSON object with a "prompt" key.') from None
     if not isinstance(prompt, str) or not prompt:
         raise UserError(f'{path}, line {number}: "prompt" must be a string.')

@@ -24,7 +24,6 @@ Tokens = npt.NDArray[np.int32]
 Ids = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.uint8]
 
-_DEFAULT_TEXTS = ("prose", "code")
 # Orders the documents of a text that is larger than the audit: smaller readings are prefixes of larger ones.
 _ORDER_KEY = 8
 

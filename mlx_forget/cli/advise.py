@@ -11,6 +11,7 @@ import typer
 from mlx_forget.cli import completion
 from mlx_forget.cli.answers import Json, emit, pairs, say, tell
 from mlx_forget.cli.fit import bootstrap_options, fit_options, report_left_out
+from mlx_forget.cli.options import ColumnMap
 from mlx_forget.cli.predict import COLUMN_OPTIONS, question
 from mlx_forget.errors import UserError
 
@@ -41,7 +42,7 @@ def advise_command(
             help="The law, where the source is a table. \\[default: the one that its runs allow]", autocompletion=completion.laws
         ),
     ] = None,
-    mapping: Annotated[list[str] | None, typer.Option("--map", help="LAW_COLUMN=TABLE_COLUMN.")] = None,
+    mapping: ColumnMap = None,
     allow_extrapolation: Annotated[bool | None, typer.Option("--allow-extrapolation", help="Answer far outside the data.")] = None,
     next_runs: Annotated[
         int | None, typer.Option("--next-runs", help="Name the runs that sharpen the answer most per FLOP.")
@@ -138,6 +139,7 @@ def advise_command(
 
 def write_probe(path: Path, tokens: float | None, num_runs: int | None, as_json: bool | None) -> None:
     """Write the runs of a probe, one JSON object per line, and say what to do with them."""
+    from mlx_forget.durable_files import write_text
     from mlx_forget.laws.design import probe_runs
     from mlx_forget.laws.files import check_target
 
@@ -146,7 +148,7 @@ def write_probe(path: Path, tokens: float | None, num_runs: int | None, as_json:
     check_target(path)
     runs = probe_runs(tokens, PROBE_RUNS if num_runs is None else num_runs)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(run) + "\n" for run in runs), encoding="utf-8")
+    write_text(path, "".join(json.dumps(run) + "\n" for run in runs))
     for run in runs:
         tell(f"forget train --target-tokens {run['D']:.0f} --p {run['p']:g} ...")
     say(f"Wrote {path}: finetune your model once per line, then `forget advise RUNS --max-forgetting BUDGET --d {tokens:g}`")

@@ -8,6 +8,7 @@ import typer
 
 from mlx_forget.cli import completion
 from mlx_forget.cli.answers import Json, clean, emit, numbers, pairs, say, tell
+from mlx_forget.cli.options import ColumnMap
 from mlx_forget.errors import UserError, unknown
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def fit_command(
     shared: Annotated[list[str] | None, typer.Option(help="A parameter that all groups share (joint fit).")] = None,
     fix: Annotated[list[str] | None, typer.Option(help="Hold a parameter: NAME=VALUE.")] = None,
     tie: Annotated[list[str] | None, typer.Option(help="Tie parameters: FOLLOWER=LEADER.")] = None,
-    mapping: Annotated[list[str] | None, typer.Option("--map", help="LAW_COLUMN=TABLE_COLUMN, or =NUMBER for a constant.")] = None,
+    mapping: ColumnMap = None,
     where: Annotated[str | None, typer.Option(help="Keep these rows, such as 'p > 0'.")] = None,
     evaluations: Annotated[
         bool | None, typer.Option("--evaluations", help="Of run folders: every evaluation is a row, instead of each run's best.")

@@ -12,15 +12,17 @@ app = typer.Typer()
 
 @app.command("fuse")
 def fuse_command(
-    run: Annotated[Path, typer.Argument(help="A run with adapters, or one of its checkpoints/last or checkpoints/best.")],
+    run: Annotated[
+        Path, typer.Argument(help="A run with adapters, one of its checkpoints, or a folder of peft's or mlx-lm's adapters.")
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the whole checkpoint.")],
-    base: Annotated[Path | None, typer.Option(help="Where the base is now. [default: where it was]")] = None,
+    base: Annotated[Path | None, typer.Option(help="Where the base is now. [default: what the adapters name]")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Accept a model whose config.json names code; none is run here.")
     ] = False,
     as_json: Json = None,
 ) -> None:
-    """Make one whole checkpoint of a run's adapters and the base that they were trained on.
+    """Make one whole checkpoint of adapters and the base that they were trained on.
 
     The result needs no adapter support: transformers loads it, and so does --init.
 
@@ -32,9 +34,11 @@ def fuse_command(
     found = find_checkpoint(run.expanduser(), trust_remote_code=trust_remote_code)
     works_in(output)
     made = fuse(found, output.expanduser(), base=None if base is None else base.expanduser())
+    step = made.state.get("step")
     if as_json:
-        emit({"folder": str(made.folder), "step": made.state["step"], "fused_from": made.state["fused_from"]})
+        emit({"folder": str(made.folder), "step": step, "fused_from": made.state["fused_from"]})
     else:
-        start = found.state["base"]["folder"] if base is None else base
-        say(f"Wrote {made.folder}: the adapters of {found.folder}, step {made.state['step']:,}, in the weights of {start}.")
+        start = base or made.state["fused_from"]["base"]["folder"]
+        at = "" if step is None else f", step {step:,}"
+        say(f"Wrote {made.folder}: the adapters of {found.folder}{at}, in the weights of {start}.")
         say(f"It is a whole checkpoint. What it forgot: forget audit {start} {made.folder}; go on from it: --init {made.folder}")

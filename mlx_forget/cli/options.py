@@ -5,11 +5,13 @@ import inspect
 import types
 import typing
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 from mlx_forget.cli.completion import OF_KEYS
+
+ColumnMap = Annotated[list[str] | None, typer.Option("--map", help="LAW_COLUMN=TABLE_COLUMN, or =NUMBER for a constant.")]
 
 
 def options_of(kind: type) -> list[inspect.Parameter]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlx_forget.cli import completion
-from mlx_forget.cli.answers import emit, say, works_in
+from mlx_forget.cli.answers import clean, emit, say, works_in
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,12 +22,15 @@ app = typer.Typer()
 _Answer = tuple[dict[str, Any], list[str]]
 
 SLICES = ("model-size", "pretrain-length")
-KINDS = ("figure1", "methods", "learning-rate", *SLICES, "stages", "toy", "ranks")
+KINDS = ("figure1", "methods", "learning-rate", *SLICES, "stages", "toy", "ranks", "laws")
 
 
 @app.command()
 def plot(
-    sweep: Annotated[Path, typer.Argument(help="Folder of a sweep over p, methods or learning rates.")],
+    sweep: Annotated[
+        Path,
+        typer.Argument(help="Folder of a sweep over p, methods or learning rates; for laws also a table of `forget runs export`."),
+    ],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for the files. \\[default: figures]")] = None,
     name: Annotated[str | None, typer.Option(help="Stem of the files. \\[default: the sweep folder's name]")] = None,
     seed: Annotated[int | None, typer.Option(help="Which seed, if the sweep has several.")] = None,
@@ -35,7 +38,8 @@ def plot(
         str | None,
         typer.Option(
             help="figure1 (runs that differ in p), methods, learning-rate, model-size, pretrain-length, stages, toy (of "
-            "mlx_forget.studies.toy_continual), or ranks (runs compared with their start model). \\[default: what the runs differ in]",
+            "mlx_forget.studies.toy_continual), ranks (runs compared with their start model), or laws (sizes, amounts of target data "
+            "and p). \\[default: what the runs differ in]",
             autocompletion=completion.figures,
         ),
     ] = None,
@@ -49,7 +53,7 @@ def plot(
 ) -> None:
     """Draw Figure 1, methods or learning rates from the runs of a sweep, and print what is read at the minimum.
 
-    Writes PNG, PDF and CSV.
+    Writes PNG, PDF and CSV; for laws also a fit.json and the study as JSON, of which its tables in Markdown are made.
 
     Example: forget plot runs/figure1 --output figures
     """
@@ -60,7 +64,8 @@ def plot(
     from mlx_forget.records import find_runs
     from mlx_forget.runs.missing import missing_lines, missing_runs
 
-    if not sweep.is_dir():
+    is_table = sweep.is_file() and kind == "laws"
+    if not sweep.is_dir() and not is_table:
         raise UserError(f"There is no sweep folder {sweep}.")
     runs = list(find_runs(sweep))
     said = next((name for name in ("stages", "toy") if (sweep / f"{name}.json").is_file()), None)
@@ -70,7 +75,7 @@ def plot(
     folder, stem = output or Path("figures"), name or sweep.resolve().name
     works_in(folder)
     make_folder(folder)
-    missing = missing_runs(sweep)
+    missing = [] if is_table else missing_runs(sweep)
     for line in missing_lines(missing):
         say(line)
     if chosen == "stages":
@@ -79,16 +84,20 @@ def plot(
         content, lines = _plot_toy(sweep, folder / stem)
     elif chosen == "methods":
         content, lines = _plot_methods(runs, folder / stem, seed, max_forgetting)
+    elif chosen == "laws":
+        content, lines = _plot_laws(sweep, runs, folder / stem)
     elif chosen in SLICES:
         content, lines = _plot_slices(runs, folder / stem, seed, chosen)
     else:
         draw = {"ranks": _plot_ranks, "learning-rate": _plot_rates, "figure1": _plot_figure1}[chosen]
         content, lines = draw(runs, folder / stem, seed)
+    suffixes = (".png", ".pdf", *((".csv",) if not is_table else ()), *((".json", ".fit.json") if chosen == "laws" else ()))
+    files = [path for path in (f"{folder / stem}{suffix}" for suffix in suffixes) if Path(path).is_file()]
     if as_json:
-        emit({**content, "files": _files(folder / stem), "missing": [asdict(one) for one in missing]})
+        emit({**content, "files": files, "missing": [asdict(one) for one in missing]})
     else:
         print("\n".join(lines))
-    say(f"Wrote {folder / stem}.png, .pdf, .csv")
+    say(f"Wrote {', '.join([files[0], *(path.removeprefix(str(folder / stem)) for path in files[1:])])}")
 
 
 def _plot_figure1(runs: "list[Run]", stem: Path, seed: int | None) -> _Answer:
@@ -161,6 +170,31 @@ def _plot_ranks(runs: "list[Run]", stem: Path, seed: int | None) -> _Answer:
     return rank_study.as_json(lines, beside, joint), rank_study.study_lines(lines, beside, joint)
 
 
+def _plot_laws(sweep: Path, runs: "list[Run]", stem: Path) -> _Answer:
+    """From run folders, or from an exported table, which has no histories."""
+    import json
+
+    from mlx_forget.durable_files import write_text
+    from mlx_forget.laws.files import fit_json, write_fit
+    from mlx_forget.runs.export import read_export
+    from mlx_forget.studies.law_study import analyse, load_cells, make_cells
+    from mlx_forget.studies.law_study_plot import draw_law_study
+    from mlx_forget.studies.law_study_text import study_lines, write_evaluations
+
+    cells = make_cells(read_export(sweep)) if sweep.is_file() else load_cells(runs)
+    study = analyse(cells)
+    content = clean(study.content)
+    row = cells[0].row
+    title = f"{row['pretrain']} to {', '.join(content['axes']['domain'])}: {len(cells)} runs"
+    _save(draw_law_study(content, title=title), stem)
+    write_text(stem.with_name(f"{stem.name}.json"), json.dumps(content, indent=1, allow_nan=False) + "\n")
+    if study.fits:
+        write_fit(stem.with_name(f"{stem.name}.fit.json"), clean(fit_json(study.fits, by="domain")), study.fits)
+    if runs:
+        write_evaluations(runs, stem.with_name(f"{stem.name}.csv"))
+    return content, study_lines(content)
+
+
 def _plot_stages(sweep: Path, stem: Path) -> _Answer:
     from mlx_forget.errors import UserError
     from mlx_forget.studies.loss_matrix import FILE, read_matrices, summary, table_lines, write_csv
@@ -200,6 +234,8 @@ def _kind_of(runs: "list[Run]") -> str:
         return "ranks"
     if any(run.record["config"].get("fine_tune_type", "full") != "full" for run in runs):
         return "methods"
+    if values("method") == 1 and values("model") > 1 and values("target_tokens") > 1:
+        return "laws"
     if values("method") > 1 and (values("model") > 1 or values("base") > 1):
         return "model-size" if values("model") > 1 else "pretrain-length"
     return "learning-rate" if values("learning_rate") > 1 else "methods" if values("method") > 1 else "figure1"
@@ -215,10 +251,6 @@ def _save(figure: "Figure", stem: Path) -> None:
 
     for suffix in (".png", ".pdf"):
         save_figure(figure, stem.with_name(stem.name + suffix))
-
-
-def _files(stem: Path) -> list[str]:
-    return [f"{stem}{suffix}" for suffix in (".png", ".pdf", ".csv")]
 
 
 def _table_lines(rows: "list[Row]") -> list[str]:

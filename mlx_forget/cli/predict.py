@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mlx_forget.cli.answers import Json, emit, tell
+from mlx_forget.cli import completion
+from mlx_forget.cli.answers import Json, clean, emit, say, tell
 from mlx_forget.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def question(law: "Law", given: Mapping[str, float | None], *, need: tuple[str, 
 
 @app.command("predict")
 def predict_command(
-    fit: Annotated[Path, typer.Argument(help="A fit.json.")],
+    fit: Annotated[Path, typer.Argument(help="A fit.json; with --measured, a file of predictions.")],
     n: Annotated[float | None, typer.Option("--n", help="Parameters N.")] = None,
     d: Annotated[float | None, typer.Option("--d", help="Unique finetuning tokens D.")] = None,
     p: Annotated[str | None, typer.Option("--p", help="Share of pretraining data: 0.01 or 1%.")] = None,
@@ -62,17 +63,38 @@ def predict_command(
     ] = None,
     group: Annotated[str | None, typer.Option(help="The group, where the fit has several.")] = None,
     level: Annotated[float | None, typer.Option(help="Coverage of the interval.")] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="Predict the forgetting of every run of this recipe, before they are run.", autocompletion=completion.recipes
+        ),
+    ] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the predictions of --recipe here, once.")] = None,
+    measured: Annotated[
+        Path | None, typer.Option(help="Hold predictions against these runs: a folder, or a table of `forget runs export`.")
+    ] = None,
     as_json: Json = None,
 ) -> None:
     """Predict a loss, or the forgetting, from a fit.json.
 
     Example: forget predict fit.json --n 1.27e9 --d 3e7 --p 1%
     """
+    if recipe is not None or measured is not None or output is not None:
+        asked = {"--n": n, "--d": d, "--p": p, "--r": r, "--share": share, "--trainable": trainable, "--steps": steps}
+        others = [name for name, value in {**asked, "--l-ft": l_ft, "--l0": l0, "--group": group}.items() if value is not None]
+        if others:
+            raise UserError(f"--recipe and --measured ask of whole runs: leave {', '.join(others)} out.")
+        if (recipe is None) == (measured is None) or (measured is not None and (output is not None or level is not None)):
+            raise UserError("Give --recipe with -o FILE to predict runs, or --measured RUNS to hold predictions against them.")
+        if measured is not None:
+            _hold_against(fit, measured, as_json=bool(as_json))
+        else:
+            _predict_runs(fit, str(recipe), output, level, as_json=bool(as_json))
+        return
     import numpy as np
 
     from mlx_forget.laws.files import read_fit
     from mlx_forget.laws.predictor import describe_distance
-    from mlx_forget.laws.uncertainty import BootstrapOptions
     from mlx_forget.tables import parse_share
 
     predictor = read_fit(fit).pick(group)
@@ -82,9 +104,7 @@ def predict_command(
     is_forgetting = "L0" in predictor.law.columns and l0 is None
     columns = question(predictor.law, {**given, "L0": 0.0 if is_forgetting else l0})
     value = float(predictor.predict(columns)[0])
-    coverage = BootstrapOptions().level if level is None else level
-    if not 0 < coverage < 1:
-        raise UserError(f"--level must lie between 0 and 1, and it is {coverage:g}.")
+    coverage = _coverage(level)
     low, high = (float(end[0]) for end in predictor.interval(columns, level=coverage))
     has_interval = len(predictor.draws) > 0 and bool(np.isfinite([low, high]).all())
     distance = describe_distance(predictor.distance(columns), predictor.data_range)
@@ -109,3 +129,46 @@ def predict_command(
         tell(f"outside the data: {distance}")
     for name, words in predictor.unidentified.items():
         tell(f"{name} is not determined: {words}")
+
+
+def _coverage(level: float | None) -> float:
+    from mlx_forget.laws.uncertainty import BootstrapOptions
+
+    coverage = BootstrapOptions().level if level is None else level
+    if not 0 < coverage < 1:
+        raise UserError(f"--level must lie between 0 and 1, and it is {coverage:g}.")
+    return coverage
+
+
+def _predict_runs(fit: Path, recipe: str, output: Path | None, level: float | None, *, as_json: bool) -> None:
+    from mlx_forget import resources
+    from mlx_forget.studies.prospective import Outcome, outcome_lines, predict_recipe, predictions, write_predictions
+    from mlx_forget.sweeps.grid import read_recipe
+
+    content = predict_recipe(fit, read_recipe(resources.recipe(recipe)), level=_coverage(level))
+    if output is not None:
+        write_predictions(output, content)
+        say(f"Wrote {output}: commit it before the runs are made.")
+    if as_json:
+        emit(content)
+    for line in outcome_lines(content, [Outcome(one) for one in predictions(content)]):
+        tell(line)
+
+
+def _hold_against(path: Path, runs: Path, *, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from mlx_forget.runs.export import read_export
+    from mlx_forget.runs.index import read_index
+    from mlx_forget.studies.prospective import compare, outcome_lines, read_predictions, summary
+
+    content = read_predictions(path)
+    if content is None:
+        raise UserError(f"{path} holds no predictions: make them with `forget predict FIT --recipe NAME -o {path.name}`.")
+    if not runs.exists():
+        raise UserError(f"There are no runs at {runs}: give a folder of runs, or a table of `forget runs export`.")
+    outcomes = compare(content, read_index(runs).rows if runs.is_dir() else read_export(runs))
+    if as_json:
+        emit(clean({"summary": summary(outcomes), "outcomes": [asdict(one) for one in outcomes]}))
+    for line in outcome_lines(content, outcomes):
+        tell(line)

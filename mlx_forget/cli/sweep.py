@@ -210,7 +210,7 @@ def _parse(settings: list[str]) -> dict[str, Any]:
     for key, text in _pairs("--set", settings).items():
         try:
             values[key] = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):
             raise UserError(f"--set {key}={text}: the value is not valid YAML.") from None
     return values
 

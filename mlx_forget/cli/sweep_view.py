@@ -125,6 +125,10 @@ def print_plan(
         f"{len(rows)} runs, {totals['num_tokens']:,} tokens, {totals['train_flops']:.2e} FLOPs, "
         f"{'hours unknown until a run is done (or --on DEVICE)' if hours is None else times}, {size_text(disk_bytes)} of disk"
     )
+    early = [row for row in rows if row["may_stop"] and row["state"] != "done"]
+    if early:
+        rules = dict.fromkeys(rule for row in early for rule in row["may_stop"])
+        print(f"At most: {len(early)} of the runs may end before their last step ({', '.join(rules)}).")
     for run_ids in stacks:
         print(f"trained as one: {', '.join(run_ids)}")
     for note in notes:

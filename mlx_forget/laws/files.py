@@ -61,6 +61,7 @@ def _one(uncertainty: Uncertainty, group: str) -> dict[str, Any]:
         "params": params,
         "data_range": {name: list(ends) for name, ends in predictor.data_range.items()},
         "mre": float(np.mean(error)),
+        "noise_nats": _finite(fit.noise_nats),
         "bootstrap": {
             "num_resamples": 0 if draws is None else len(draws.u),
             "mre": None if draws is None else _finite(draws.out_of_bag_mre),
@@ -256,6 +257,7 @@ def _predictors(content: Mapping[str, Any], law: Law, arrays: Mapping[str, Any])
             {name: arrays[f"column_{i}_{name}"] for name in law.columns if f"column_{i}_{name}" in arrays},
             group,
             reasons,
+            float("nan") if entry.get("noise_nats") is None else float(entry["noise_nats"]),
         )
     return predictors
 

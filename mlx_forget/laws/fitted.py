@@ -103,6 +103,12 @@ class Fit:
         return float(np.mean(np.abs(self.predicted - loss) / loss))
 
     @property
+    def noise_nats(self) -> float:
+        """The standard deviation of one run's loss about the law, nats; where the link is the logarithm, at the mean loss."""
+        scale = float(np.mean(self.table.columns["loss"])) if self.objective.link == "log" else 1.0
+        return self.noise.residual * scale
+
+    @property
     def data_range(self) -> dict[str, tuple[float, float]]:
         """The smallest and largest value of every column of the law, and of the loss."""
         columns = self.table.columns

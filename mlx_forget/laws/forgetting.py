@@ -117,6 +117,13 @@ def _replay_saturates(f: Features, theta: Sequence[Array]) -> tuple[Array, Seque
     return f["L0"] + term, (term, by_alpha, f["D"] * term, by_b, whole * (1 - left))
 
 
+def _own_exponent(f: Features, theta: Sequence[Array]) -> tuple[Array, Sequence[Partial]]:
+    a, alpha, beta, b, gamma = theta
+    capacity = np.log1p(np.exp(b) * f["p"])
+    term = np.exp(a + beta * f["D"] - alpha * f["N"] - gamma * capacity)
+    return f["L0"] + term, (term, -f["N"] * term, f["D"] * term, gamma * term * np.expm1(-capacity), -capacity * term)
+
+
 def _log_limit(f: Features, theta: Sequence[Array]) -> tuple[Array, Sequence[Partial]]:
     c, slope_data, slope_size, b = theta
     capacity = np.log1p(np.exp(b) * f["p"])
@@ -214,6 +221,21 @@ register(
             Parameter("S", "share of forgetting that no replay removes", low=0.0, high=1.0, grid=(0.02, 0.3)),
         ),
         evaluate=_replay_saturates,
+        logs=("N", "D"),
+        rescales=FORGETTING_RESCALES,
+        alternatives=FORGETTING_RIVALS,
+        response="pretraining",
+    )
+)
+register(
+    Law(
+        name="bethune-forgetting/own-exponent",
+        formula="loss = L0 + A D^beta / (N^alpha (1 + B p)^gamma)",
+        latex=r"L_{pt} = L^0_{pt} + A D^{\beta} / (N^{\alpha} (1 + B p)^{\gamma})",
+        source="Eq. 7 where replay is no factor of the size: its exponent is its own",
+        columns=("N", "D", "p", "L0"),
+        parameters=(*FORGETTING_PARAMETERS, exponent("gamma", "how fast forgetting falls with (1 + B p)")),
+        evaluate=_own_exponent,
         logs=("N", "D"),
         rescales=FORGETTING_RESCALES,
         alternatives=FORGETTING_RIVALS,

@@ -1,4 +1,4 @@
-"""What a law is, as data: its formula, columns, parameters, gradient, contrasts, and the registry of laws.
+"""What a law is, as data: its formula, columns, parameters, gradient, and the registry of laws.
 
 A law is written in *internal* coordinates: a positive amplitude enters as its logarithm, and every column that the law sees through
 a logarithm is divided by a reference (its geometric mean over the table). Centred this way, an amplitude is the size of its term in
@@ -95,21 +95,6 @@ class Rescale:
 
 
 @dataclass(frozen=True)
-class Contrast:
-    """A combination of parameters that data of ordinary design determine, unlike the raw amplitudes.
-
-    Args:
-        name: what to call it.
-        meaning: in words.
-        function: from {parameter: natural value} and {column: reference} to the value.
-    """
-
-    name: str
-    meaning: str
-    function: Callable[[Mapping[str, Array], Mapping[str, float]], Array]
-
-
-@dataclass(frozen=True)
 class Alternative:
     """A rival of a law, for selection: another law, or the same one with parameters fixed or tied.
 
@@ -149,7 +134,6 @@ class Law:
             respect to the internal coordinates) broadcast to [R, n].
         logs: columns seen through a logarithm.
         rescales: how amplitudes absorb the references.
-        contrasts: what the data determine (see `law_contrasts` for the ones that follow from `rescales`).
         alternatives: rivals for selection, this law included.
         response: what is predicted: "pretraining", "target", "forgetting" (cross-entropy to the start model) or "loss".
         to_natural, to_internal: own change of coordinates, for laws where `rescales` cannot say it.
@@ -168,7 +152,6 @@ class Law:
     evaluate: Evaluate
     logs: tuple[str, ...] = ()
     rescales: tuple[Rescale, ...] = ()
-    contrasts: tuple[Contrast, ...] = ()
     alternatives: tuple[Alternative, ...] = ()
     response: str = "loss"
     to_natural: ToNatural | None = None
@@ -267,25 +250,6 @@ class Law:
             both = self.internal(np.stack([natural + step, natural - step]), references)
             matrix[:, j] = (both[0] - both[1]) / (2 * step[j])
         return jacobian @ matrix
-
-
-def law_contrasts(law: Law) -> tuple[Contrast, ...]:
-    """What ordinary data determine: the law's own contrasts, its exponents, and each amplitude at the middle of the data."""
-    if law.to_natural is not None:
-        return law.contrasts
-    made = list(law.contrasts)
-    for j, parameter in enumerate(law.parameters):
-        rescaled = [rule for rule in law.rescales if rule.amplitude == parameter.name]
-        columns = " and ".join(rule.column for rule in rescaled)
-
-        def centred(params: Mapping[str, Array], references: Mapping[str, float], j: int = j) -> Array:
-            natural = np.stack([np.asarray(params[name], float) for name in law.names], axis=-1)
-            value = law.internal(natural, references)[..., j]
-            return np.exp(value) if law.parameters[j].log else value
-
-        name = f"{parameter.name} at the middle of {columns}" if rescaled else parameter.name
-        made.append(Contrast(name, parameter.meaning, centred))
-    return tuple(made)
 
 
 _LAWS: dict[str, Law] = {}

@@ -15,7 +15,7 @@ from scipy.special import stdtrit
 from mlx_forget.laws.forms import Array, Law
 from mlx_forget.laws.model import FREE, Constraints, Model, bind
 from mlx_forget.laws.noise import Noise
-from mlx_forget.laws.table import Table
+from mlx_forget.laws.table import Table, check_columns
 
 LOG_LIMIT = 2.0
 EXPONENT_LIMIT = 0.5
@@ -137,7 +137,11 @@ def design_flags(law: Law, table: Table, *, constraints: Constraints = FREE, noi
 
     The law's sensitivity is taken at a spread of plausible parameters; a direction counts only where it is free at most of them.
     The table needs no `loss`.
+
+    Raises:
+        UserError: a column of the law is missing, or its values cannot be what its name says.
     """
+    check_columns(table, law.columns)
     model = bind(law, table.columns, constraints=constraints)
     found = list(_data_flags(model, table))
     known = {name for flag in found for name in flag.parameters}

@@ -1,10 +1,10 @@
 """Laws of a loss that falls with parameters and tokens: Chinchilla's, and Bethune's of finetuning."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from mlx_forget.laws.forms import Alternative, Array, Contrast, Features, Law, Partial, Rescale, register
+from mlx_forget.laws.forms import Alternative, Array, Features, Law, Partial, Rescale, register
 from mlx_forget.laws.parameters import SOURCE_BETHUNE, amplitude, exponent, floor
 
 
@@ -13,10 +13,6 @@ def _chinchilla(f: Features, theta: Sequence[Array]) -> tuple[Array, Sequence[Pa
     x, z = f["N"], f["D"]
     size, data = np.exp(a - alpha * x), np.exp(b - beta * z)
     return e + size + data, (1.0, size, data, -x * size, -z * data)
-
-
-def _compute_split(params: Mapping[str, Array], references: Mapping[str, float]) -> Array:
-    return np.asarray(params["beta"] / (params["alpha"] + params["beta"]))
 
 
 chinchilla = register(
@@ -36,13 +32,6 @@ chinchilla = register(
         evaluate=_chinchilla,
         logs=("N", "D"),
         rescales=(Rescale("A", "N", "alpha", 1.0), Rescale("B", "D", "beta", 1.0)),
-        contrasts=(
-            Contrast(
-                "beta / (alpha + beta)",
-                "exponent of the compute-optimal model size in compute",
-                _compute_split,
-            ),
-        ),
         alternatives=(
             Alternative("chinchilla", "chinchilla"),
             Alternative("tied exponents", "chinchilla", tied={"beta": "alpha"}, inside=("chinchilla",)),

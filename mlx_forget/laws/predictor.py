@@ -29,6 +29,7 @@ class Predictor:
         columns: the fitted rows of the law's columns, {column: float64[n]}; may be empty.
         group: the group's name, or "".
         unidentified: {parameter: why it is not determined}.
+        noise_nats: standard deviation of one run's loss about the law, nats; NaN where unknown.
     """
 
     law: Law
@@ -39,6 +40,7 @@ class Predictor:
     columns: Mapping[str, Array] = field(default_factory=dict)
     group: str = ""
     unidentified: Mapping[str, str] = field(default_factory=dict)
+    noise_nats: float = float("nan")
 
     @classmethod
     def from_uncertainty(cls, uncertainty: Uncertainty, group: str = "") -> "Predictor":
@@ -67,6 +69,7 @@ class Predictor:
             {name: table.columns[name] for name in fit.law.columns},
             group,
             reasons,
+            fit.noise_nats,
         )
 
     def predict(self, columns: Mapping[str, npt.ArrayLike]) -> Array:
@@ -98,6 +101,18 @@ class Predictor:
         """The ends [n] of the interval of the law's value."""
         low, high = np.quantile(self.sample(columns), [0.5 - level / 2, 0.5 + level / 2], axis=0)
         return low, high
+
+    def run_interval(self, columns: Mapping[str, npt.ArrayLike], *, level: float = 0.95) -> tuple[Array, Array]:
+        """The ends [n] of the interval of one new run's loss: the law's own interval and the noise of a run, added as squares.
+
+        Infinite where the fit has no draws, or its noise is unknown.
+        """
+        centre = self.predict(columns)
+        if not len(self.draws) or not np.isfinite(self.noise_nats):
+            return np.full_like(centre, -np.inf), np.full_like(centre, np.inf)
+        low, high = self.interval(columns, level=level)
+        noise = float(ndtri(0.5 + level / 2)) * self.noise_nats
+        return np.asarray(centre - np.hypot(centre - low, noise)), np.asarray(centre + np.hypot(high - centre, noise))
 
     def upper(self, columns: Mapping[str, npt.ArrayLike], *, confidence: float) -> Array:
         """The value [n] that the law stays below with this confidence."""

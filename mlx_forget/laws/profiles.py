@@ -182,7 +182,10 @@ def profile_prediction(fit: Fit, columns: Mapping[str, npt.ArrayLike], *, level:
 def _profile_point(fit: Fit, point: Mapping[str, float], level: float, group: str | None) -> Interval:
     centre = float(predict_at(fit, fit.u[None], point, group=group)[0, 0])
     transformed = float(fit.objective.transform(np.array([centre]))[0])
-    which = None if fit.group is None else np.array([fit.model.groups.index(str(group))])
+    which, groups = None, None
+    if fit.group is not None:
+        which = np.array([fit.model.groups.index(str(group))])
+        groups = np.append(fit.group, which)
     features = fit.law.features({name: np.array([value]) for name, value in point.items()}, fit.model.references)
     value, partials = fit.model.evaluate(features, which, fit.u[None])
     gradient = np.array([float(np.broadcast_to(p, value.shape)[0, 0]) for p in partials])
@@ -195,7 +198,6 @@ def _profile_point(fit: Fit, point: Mapping[str, float], level: float, group: st
     critical = critical_fall(fit, level)
     columns = {name: np.append(fit.table.columns[name], point[name]) for name in fit.law.columns}
     all_features = fit.law.features(columns, fit.model.references)
-    groups = None if fit.group is None or which is None else np.append(fit.group, which)
     direction = inverse @ gradient / max(gradient @ inverse @ gradient, 1e-300)
     # Where the ends would be for a law linear in its parameters, and the pull on the extra row there.
     reach = width * float(np.sqrt(2 * critical / fit.noise.ratio))

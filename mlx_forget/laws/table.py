@@ -207,21 +207,12 @@ def _compare(
     return np.asarray(operation(np.asarray(left), np.asarray(right)))
 
 
-def check(
-    table: Table,
-    law: Law,
-    *,
-    num_free: int | None = None,
-    allow_duplicates: bool = False,
-    allow_units: bool = False,
-) -> None:
-    """Refuse what a fit could not answer honestly, in one sentence that names the rows and the way out.
+def check_columns(table: Table, needed: Sequence[str], *, allow_units: bool = False) -> None:
+    """Refuse columns that are missing, or whose values cannot be what their names say.
 
     Raises:
-        UserError: a column is missing; a value is not finite, not positive or not a share; a count looks as if it were in millions;
-            rows are duplicated; there are fewer rows than free parameters.
+        UserError: as for `check`, of the columns alone.
     """
-    needed = (*law.columns, "loss")
     for column in needed:
         if column not in table.columns:
             raise missing_column(column, table)
@@ -238,13 +229,6 @@ def check(
             )
         if column == "p":
             _refuse_rows(table, values == 1, "p is 100%, which leaves no target data (is it in percent? 1% is 0.01)")
-    has_offset = any(parameter.linear and not parameter.log for parameter in law.parameters)
-    if "L0" in law.columns and not has_offset:
-        below = int(np.sum(table.columns["loss"] < table.columns["L0"]))
-        if below > MOST_BELOW * table.num_rows:
-            raise UserError(
-                f"In {below} of {table.num_rows} rows 'loss' is below 'L0', so nothing was forgotten: are the two columns swapped?"
-            )
     if not allow_units:
         for column in needed:
             if column in SMALLEST and table.num_rows and table.columns[column].max() < SMALLEST[column]:
@@ -254,6 +238,31 @@ def check(
                     "billions; give plain counts, or pass allow_units (--allow-units) if it really "
                     "is so small."
                 )
+
+
+def check(
+    table: Table,
+    law: Law,
+    *,
+    num_free: int | None = None,
+    allow_duplicates: bool = False,
+    allow_units: bool = False,
+) -> None:
+    """Refuse what a fit could not answer honestly, in one sentence that names the rows and the way out.
+
+    Raises:
+        UserError: a column is missing; a value is not finite, not positive or not a share; a count looks as if it were in millions;
+            rows are duplicated; there are fewer rows than free parameters.
+    """
+    needed = (*law.columns, "loss")
+    check_columns(table, needed, allow_units=allow_units)
+    has_offset = any(parameter.linear and not parameter.log for parameter in law.parameters)
+    if "L0" in law.columns and not has_offset:
+        below = int(np.sum(table.columns["loss"] < table.columns["L0"]))
+        if below > MOST_BELOW * table.num_rows:
+            raise UserError(
+                f"In {below} of {table.num_rows} rows 'loss' is below 'L0', so nothing was forgotten: are the two columns swapped?"
+            )
     if not allow_duplicates:
         refuse_duplicates(table, needed)
     free = len(law.parameters) if num_free is None else num_free

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from mlx_forget.laws.forms import Array, Contrast, Evaluate, Features, Law, Parameter, Partial, Starts, register
+from mlx_forget.laws.forms import Array, Evaluate, Features, Law, Parameter, Partial, Starts, register
 
 SOURCE = "Kalajdzievski 2024, arXiv 2401.05605"
 
@@ -126,24 +126,6 @@ def _starts(sign: float) -> Starts:
     return starts
 
 
-def _elasticity(amplitude: int) -> Contrast:
-    name, column, power = (("a", "P", "alpha"), ("b", "steps", "beta"))[amplitude]
-    other, other_column, other_power = (("b", "steps", "beta"), ("a", "P", "alpha"))[amplitude]
-
-    def value(params: Mapping[str, Array], references: Mapping[str, float]) -> Array:
-        own = np.exp(params[power] * np.log(params[name] / references[column]))
-        rest = np.exp(params[other_power] * np.log(params[other] / references[other_column]))
-        return np.asarray(params["rho"] * (own + rest) ** (params["rho"] - 1) * own * params[power])
-
-    return Contrast(f"slope in log {column}", f"nats per factor e of {column} at the middle of the data", value)
-
-
-def _size(params: Mapping[str, Array], references: Mapping[str, float]) -> Array:
-    own = np.exp(params["alpha"] * np.log(params["a"] / references["P"]))
-    rest = np.exp(params["beta"] * np.log(params["b"] / references["steps"]))
-    return np.asarray((own + rest) ** params["rho"])
-
-
 PARAMETERS = (
     Parameter("a", "scale of the trainable-parameter term", "parameters", log=True, low=0.0, high=np.inf),
     Parameter("b", "scale of the step term", "steps", log=True, low=0.0, high=np.inf),
@@ -186,11 +168,6 @@ for _name, _text, _latex, _equation, _evaluate, _sign, _response in (
         to_internal=_to_internal,
         starts=_starts(_sign),
         mixed=("a", "b"),
-        contrasts=(
-            _elasticity(0),
-            _elasticity(1),
-            Contrast("size of the term", "the bracket's contribution at the middle of the data", _size),
-        ),
         response=_response,
     )
     _held = replace(

@@ -256,7 +256,8 @@ def select(
     fits = _fit_all(table, candidates, sharp)
     n = table.num_rows
     largest = min(fits.values(), key=lambda fit: fit.value / max(n - fit.model.num_free, 1))
-    ratio = estimate_noise(largest.residual, largest.objective, largest.model.num_free).ratio
+    # Rows that the law meets exactly have no noise.
+    ratio = max(estimate_noise(largest.residual, largest.objective, largest.model.num_free).ratio, 1e-300)
     errors = dict.fromkeys(fits, float("nan"))
     if condition is not None:
         train = table.where(condition)

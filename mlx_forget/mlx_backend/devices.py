@@ -31,7 +31,6 @@ def capabilities() -> Capabilities:
         sample=True,
         distributed=True,
         stack=True,
-        bitwise_resume=not gpu,
         accelerator=gpu,
         fast_bf16=gpu,
     )

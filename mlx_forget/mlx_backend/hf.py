@@ -7,6 +7,7 @@ Shapes: B rows, T tokens, D width, V vocabulary, N = B * T.
 """
 
 import inspect
+import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -187,7 +188,12 @@ class Pretrained:
         return None if self._scale is None else weights[self._head_name]
 
     def _narrow(self, weights: Weights) -> Arrays:
-        return {name: value.astype(self._operators.dtype) if is_floating(value) else value for name, value in weights.items()}
+        """The weights in the type of products; DoRA's factors stay as they are."""
+        narrow = self._operators.dtype
+        return {
+            name: value.astype(narrow) if is_floating(value) and not name.endswith(lora.FACTOR) else value
+            for name, value in weights.items()
+        }
 
     def _put(self, weights: Weights) -> None:
         """Let the module compute with these weights, and with the folded adapters that are among them."""
@@ -315,9 +321,10 @@ def _adapted(kind: type) -> Callable[..., Any]:
         product = product + (inputs @ layer["lora_A"].T) @ layer["lora_B"].T
         if layer["lora_factor"].ndim == 0:
             return product
-        bias = layer["bias"] if "bias" in layer else mx.zeros(())
-        whole: mx.array = (product - bias) * layer["lora_factor"] + bias
-        return whole
+        # The factor is float32: in bf16 it would move by steps of 1/128.
+        bias = layer["bias"].astype(mx.float32) if "bias" in layer else mx.zeros(())
+        whole: mx.array = (product.astype(mx.float32) - bias) * layer["lora_factor"] + bias
+        return whole.astype(product.dtype)
 
     return call
 
@@ -369,6 +376,8 @@ def _load(spec: PretrainedSpec) -> Any:
     Raises:
         UserError: no mlx-lm, or one that does not know the architecture or the files.
     """
+    # Without PyTorch, transformers says that models are not available; these are mlx-lm's.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         from mlx_lm.utils import load_model
     except ImportError:

@@ -89,8 +89,9 @@ def linear(x: mx.array, weights: Mapping[str, mx.array], name: str, operators: O
         tape[name] = (inputs, mask, low, product if factor is not None else None)
     if factor is None:
         return product
-    scaled = product * factor.astype(operators.dtype)
-    return scaled if bias is None else scaled + bias
+    # In bf16, a factor near 1 would move by steps of 1/128, and smaller ones be lost.
+    scaled = product.astype(mx.float32) * factor
+    return (scaled if bias is None else scaled + bias).astype(operators.dtype)
 
 
 def linear_gradient(

@@ -13,8 +13,9 @@ from mlx_forget.ladder import linear_shapes, outputs_first
 from mlx_forget.mlx_backend import lora
 from mlx_forget.mlx_backend.decoder import Decoder
 from mlx_forget.mlx_backend.packed import widened
-from mlx_forget.pretrained import PretrainedSpec, names_in_files, weight_files
+from mlx_forget.pretrained import PretrainedSpec, names_in_files
 from mlx_forget.trainer import TrainerSpec
+from mlx_forget.weight_files import weight_files
 
 Arrays = dict[str, mx.array]
 

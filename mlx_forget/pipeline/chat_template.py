@@ -18,7 +18,7 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_forget.durable_files import read_object
+from mlx_forget.durable_files import read_bytes, read_object
 from mlx_forget.errors import UserError
 
 TEMPLATE_FILE = "chat_template.jinja"
@@ -61,7 +61,10 @@ class ChatTemplate:
         config = _read_json(folder / "tokenizer_config.json")
         source: Any = config.get("chat_template")
         if (folder / TEMPLATE_FILE).is_file():
-            source = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
+            try:
+                source = read_bytes(folder / TEMPLATE_FILE).decode("utf-8")
+            except (OSError, UnicodeDecodeError):
+                raise UserError(f"{folder / TEMPLATE_FILE} cannot be read, or is not UTF-8.") from None
         if isinstance(source, list):
             named = {one.get("name"): one.get("template") for one in source if isinstance(one, dict)}
             if "default" not in named:
@@ -180,15 +183,19 @@ class ChatTemplate:
             return environment.from_string(self.source)
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"The chat template of {self._where} is not valid: line {error.lineno}: {error.message}.") from None
+        except (RecursionError, ValueError, OverflowError) as error:
+            raise UserError(f"The chat template of {self._where} is not valid ({type(error).__name__}).") from None
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         plain = [{"role": role, "content": self._harmless(text)} for role, text in messages]
         program = self._program
         try:
-            # What else a template may do wrong is any Python error.
-            return str(
+            # What else a template may do wrong is any Python error; halves of a character are no text.
+            written = str(
                 program.render(messages=plain, tools=None, add_generation_prompt=add_generation_prompt, **self._special_tokens)
             )
+            written.encode()
+            return written
         except Exception as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             begins = next((text for _, text in messages), "")[:80]

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, get_args
 
-from mlx_forget.durable_files import read_object
+from mlx_forget.durable_files import is_whole, read_object, sealed, sha256_of
 from mlx_forget.errors import UserError, unknown
 from mlx_forget.pipeline import documents, installation, mathematics
 from mlx_forget.pipeline.documents import Split
@@ -60,6 +60,7 @@ CORPORA: Mapping[str, Corpus] = MappingProxyType(
         )
     }
 )
+MANIFEST = "corpus.json"
 # Counts up whenever the same sources would give other text.
 RECIPE_VERSION = 1
 # The fingerprints with the pinned versions.
@@ -142,15 +143,27 @@ def read_documents(corpus: BuiltCorpus, split: Split) -> Iterator[str]:
     """The documents of a split in their order, from a memory-mapped Arrow file.
 
     Raises:
-        UserError: unknown split.
+        UserError: unknown split, or a damaged file.
     """
     import pyarrow as pa
 
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
+    _check_file(corpus.folder, split)
     with pa.memory_map(str(corpus.folder / f"{split}.arrow")) as source, pa.ipc.open_file(source) as reader:
         for i in range(reader.num_record_batches):
             yield from reader.get_batch(i).column("text").to_pylist()
+
+
+def _check_file(folder: Path, split: Split) -> None:
+    """Refuse documents that have changed since they were written; corpora of earlier releases have no checksum."""
+    try:
+        wanted = read_object(folder / MANIFEST).get("file_sha256")
+        if wanted is None or wanted[split] == sha256_of(folder / f"{split}.arrow"):
+            return
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise UserError(f"The corpus in {folder} is damaged ({split}.arrow): remove that folder, and it is built again.")
 
 
 @dataclass(frozen=True)
@@ -199,22 +212,25 @@ def _open(recipe: _Recipe, corpora: Path, name: str) -> BuiltCorpus | None:
     """The corpus in the cache, or None where it is not, or not all of it."""
     folder = recipe.folder(corpora, name)
     try:
-        manifest = read_object(folder / "corpus.json")
-        whole = all((folder / f"{split}.arrow").stat().st_size == manifest["file_bytes"][split] for split in SPLITS)
-    except (OSError, ValueError, KeyError, TypeError):
+        manifest = read_object(folder / MANIFEST)
+        fingerprint, differences = str(manifest["fingerprint"]), tuple(str(one) for one in manifest["differences"])
+        num_bytes, num_documents, file_bytes = (
+            {split: int(manifest[key][split]) for split in SPLITS} for key in ("num_bytes", "num_documents", "file_bytes")
+        )
+        whole = is_whole(manifest) and all((folder / f"{split}.arrow").stat().st_size == file_bytes[split] for split in SPLITS)
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
     if not whole:
         return None
-    published = manifest["fingerprint"] == PUBLISHED.get(name)
-    differences = tuple(manifest["differences"])
+    published = fingerprint == PUBLISHED.get(name)
     if not published and not differences:
         differences = ("the same versions, but other files: packages of another platform, or changed by hand",)
     return BuiltCorpus(
         name=name,
         folder=folder,
-        fingerprint=manifest["fingerprint"],
-        num_bytes=manifest["num_bytes"],
-        num_documents=manifest["num_documents"],
+        fingerprint=fingerprint,
+        num_bytes=num_bytes,
+        num_documents=num_documents,
         published=published,
         differences=() if published else differences,
     )
@@ -337,9 +353,10 @@ def _write(folder: Path, splits: dict[Split, list[str]], differences: list[str])
         "num_bytes": num_bytes,
         "num_documents": {split: len(splits[split]) for split in SPLITS},
         "file_bytes": {split: (folder / f"{split}.arrow").stat().st_size for split in SPLITS},
+        "file_sha256": {split: sha256_of(folder / f"{split}.arrow") for split in SPLITS},
         "differences": differences,
     }
-    (folder / "corpus.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    (folder / MANIFEST).write_text(json.dumps(sealed(manifest), indent=2) + "\n")
     for path in folder.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())

@@ -108,12 +108,6 @@ class ShareSchedule:
             counts.append(((exact << _PHASE_BITS) + phase * denominator) // (denominator << _PHASE_BITS))
         return counts
 
-    def exact_before(self, position: int) -> Fraction:
-        """The integral of p over the first `position` rows."""
-        start, constant, slope, bend, denominator = next(piece for piece in reversed(self._pieces()) if piece[0] <= position)
-        x = position - start
-        return Fraction(constant + x * (slope + bend * x), denominator)
-
     def _pieces(self) -> list[tuple[int, int, int, int, int]]:
         """Of each stage: its first row, and the integral from the start as (constant + slope x + bend x^2) / denominator."""
         pieces = []

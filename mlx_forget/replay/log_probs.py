@@ -11,7 +11,6 @@ is a lower bound, and a run's record says how far below the whole one it was at 
 
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ import numpy.typing as npt
 
 from mlx_forget import checkpoint
 from mlx_forget.checkpoint import Checkpoint
-from mlx_forget.durable_files import read_object, replacing, sha256_of, write_text
+from mlx_forget.durable_files import is_whole, read_object, replacing, sealed, sha256_of, write_text
 from mlx_forget.errors import Interrupted, UserError
 from mlx_forget.npy_files import map_array
 from mlx_forget.pipeline.reference_rows import Ids, ReferenceRows, index_type, parse_kind, row_bytes
@@ -64,7 +63,7 @@ class LogProbs:
         """The rows at `index` int64[n] of the subset."""
         top = parse_kind(self.kind)
         parts: list[npt.NDArray[Any] | None] = []
-        for part in _PARTS[: 1 if top is None else 3]:
+        for part in _parts(top):
             values = np.stack([self._shard(int(row) // self.rows_per_shard, part)[row % self.rows_per_shard] for row in index])
             parts.append(values.astype(np.int32) if part == "top" else values)
         return ReferenceRows(*parts)  # type: ignore[arg-type]
@@ -172,11 +171,9 @@ def keep_log_probs(
                     kept, error = _score(trainer, subset, rows, top, vocab_size)
                     _write_shard(folder, number, kept, vocab_size)
                     measured = measured or error
-                files |= {
-                    _file(number, part): sha256_of(folder / _file(number, part)) for part in _PARTS[: 1 if top is None else 3]
-                }
+                files |= {_file(number, part): sha256_of(folder / _file(number, part)) for part in _parts(top)}
             content = {**identity, "backend": backend, "num_rows": subset.num_rows, "files": files, "measured": measured}
-            write_text(folder / MANIFEST, json.dumps(content, indent=1))
+            write_text(folder / MANIFEST, json.dumps(sealed(content), indent=1))
         except OSError as error:
             raise UserError(f"Cannot write {folder}: {error.strerror or error}. The same command goes on from there.") from None
         progress(f"log-probabilities of {start.state['run_id']}", 1.0)
@@ -235,12 +232,18 @@ def _read_manifest(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | N
         found = read_object(folder / MANIFEST)
         if {key: found.get(key) for key in identity} != identity:
             return None
-        whole = isinstance(found["num_rows"], int) and isinstance(found["measured"], dict)
-        if not whole or not all(re.fullmatch(r"\d{5}\.\w+\.npy", name) for name in found["files"]):
+        files, measured, parts = found["files"], found["measured"], _parts(parse_kind(found["kind"]))
+        num_shards = len(files) // len(parts)
+        # As many files as rows, and no other: what lacks one would be found out in the middle of a run.
+        if not is_whole(found) or -(-found["num_rows"] // found["rows_per_shard"]) != num_shards:
             raise ValueError
+        if set(files) != {_file(number, part) for number in range(num_shards) for part in parts}:
+            raise ValueError
+        names = ("num_tokens", "kl_of_kept_nats", "tail_probability")[: 2 if len(parts) == 1 else 3]
+        found["measured"] = {name: float(measured[name]) for name in names}
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         raise UserError(f"{folder / MANIFEST} is damaged: remove {folder}, and it is computed again.") from None
     return found
 
@@ -276,10 +279,10 @@ def _open_folder(folder: Path, identity: dict[str, Any]) -> None:
 
 def _is_whole(folder: Path, number: int, num_rows: int, top: int | None) -> bool:
     try:
-        shapes = [map_array(folder / _file(number, part)).shape for part in _PARTS[: 1 if top is None else 3]]
+        shapes = [map_array(folder / _file(number, part)).shape for part in _parts(top)]
     except (OSError, ValueError):
         return False
-    return all(shape[0] == num_rows for shape in shapes)
+    return all(shape[:1] == (num_rows,) for shape in shapes)
 
 
 def _write_shard(folder: Path, number: int, kept: ReferenceRows, vocab_size: int) -> None:
@@ -288,6 +291,11 @@ def _write_shard(folder: Path, number: int, kept: ReferenceRows, vocab_size: int
         if values is not None:
             with replacing(folder / _file(number, part)) as file:
                 np.save(file, values)
+
+
+def _parts(top: int | None) -> tuple[str, ...]:
+    """Of what there are files."""
+    return _PARTS[: 1 if top is None else 3]
 
 
 def _file(number: int, part: str) -> str:

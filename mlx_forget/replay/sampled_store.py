@@ -7,7 +7,7 @@ import fcntl
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 
 from mlx_forget import checkpoint
 from mlx_forget.checkpoint import Checkpoint
-from mlx_forget.durable_files import replacing, write_text
+from mlx_forget.durable_files import read_bytes, replacing, write_text
 from mlx_forget.errors import Interrupted, UserError
 from mlx_forget.npy_files import map_array
 from mlx_forget.pipeline.store import MANIFEST, StoreWriter, TokenStore, open_store
@@ -166,9 +166,10 @@ def _open_part(part: Path, identity: dict[str, Any], say: Callable[[str], None])
     """A folder for shards of this sample and no other."""
     found = part / _IDENTITY
     text = json.dumps(identity, indent=1, sort_keys=True)
-    if found.is_file():
-        if found.read_text(encoding="utf-8") == text:
-            return
+    if found.exists():
+        with suppress(OSError):
+            if read_bytes(found) == text.encode():
+                return
         say(f"{part} holds rows of another sample: starting afresh.")
     shutil.rmtree(part, ignore_errors=True)
     try:

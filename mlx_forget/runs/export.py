@@ -14,6 +14,8 @@ from mlx_forget.runs.rows import LAW_COLUMNS, MARK, Row
 from mlx_forget.runs.selection import columns_of
 
 FORMATS = (".parquet", ".csv")
+# What every export has, and those who read one count on.
+EXPORTED = (*LAW_COLUMNS, "status", "forgetting_nats", MARK)
 
 
 def check_format(path: Path) -> None:
@@ -68,7 +70,7 @@ def read_export(path: Path) -> list[Row]:
     from mlx_forget.tables import read_rows
 
     rows = read_rows(path) if path.suffix.lower() in FORMATS else []
-    if not rows or MARK not in rows[0]:
+    if not rows or any(name not in rows[0] for name in EXPORTED):
         raise UserError(
             f"{path} was not written by forget runs export, which alone knows what a run was: give that, or a folder of runs; "
             "`forget fit TABLE --plot FOLDER` draws a table of your own."

@@ -1,7 +1,8 @@
 """Every run at or below a folder as flat rows, fast: rows are cached in the folder, and read anew where a record's size or time differs.
 
-The cache is only a cache. It is one JSON file, columns rather than rows, written aside and renamed, so that processes at work side by side
-see one whole version or another; a folder that cannot be written, or a cache that cannot be read, costs time and nothing else.
+The cache is only a cache. It is one JSON file with a checksum, columns rather than rows, written aside and renamed, so that processes at
+work side by side see one whole version or another; a folder that cannot be written, or a cache that cannot be read, costs time and nothing
+else.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mlx_forget.durable_files import is_whole, read_bytes, read_object
 from mlx_forget.errors import UserError
 from mlx_forget.records import CONFIG, HISTORY, RECORD, REQUESTED
 from mlx_forget.runs import rows as rows_module
@@ -21,7 +23,7 @@ from mlx_forget.runs.rows import DAMAGED, Row, read_content
 
 INDEX = ".forget-runs.json"
 # Raised when rows hold something else than before.
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 # Fewer records are read faster than an index is worth keeping.
 LEAST_RECORDS = 100
 # The index is written again once more than this share of the records had to be read.
@@ -32,6 +34,8 @@ YOUNG_SECONDS = 2.0
 # What a run folder has before its record.
 _BEGUN = frozenset({REQUESTED, CONFIG, HISTORY, f".{RECORD}.part"})
 _NOT_SEARCHED = frozenset({"checkpoints"})
+# How a cache begins: with the checksum of all that follows it.
+_HEAD, _DIGITS = b'{"checksum": "', 64
 
 
 @dataclass(frozen=True)
@@ -129,9 +133,10 @@ def _parents(folder: str) -> Iterator[str]:
 
 def _read_row(path: Path) -> Row:
     try:
-        with open(path, "rb", buffering=0) as file:
-            content = json.loads(file.read())
-    except (ValueError, OSError, RecursionError):
+        content = read_object(path)
+    except (ValueError, OSError):
+        return {"problem": DAMAGED}
+    if not is_whole(content):
         return {"problem": DAMAGED}
     row = read_content(content)
     return {"problem": row} if isinstance(row, str) else row
@@ -139,7 +144,10 @@ def _read_row(path: Path) -> Row:
 
 def _read_cache(path: Path) -> dict[_Seen, Row]:
     try:
-        content = json.loads(path.read_bytes())
+        found = read_bytes(path)
+        if found[len(_HEAD) : len(_HEAD) + _DIGITS] != _digest(found[len(_HEAD) + _DIGITS :]):
+            return {}
+        content = json.loads(found)
         if (content["index_version"], content["made_by"]) != (INDEX_VERSION, _maker()):
             return {}
         seen = [_Seen(*record) for record in zip(*content["records"], strict=True)]
@@ -169,13 +177,18 @@ def _write_cache(path: Path, seen: list[_Seen], rows: list[Row]) -> None:
         or [[], [], []],
         "columns": {name: _folded([row.get(name) for _, row in kept]) for name in names},
     }
+    rest = b'", ' + json.dumps(content).encode().removeprefix(b"{")
     aside = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        aside.write_text(json.dumps(content), encoding="utf-8")
+        aside.write_bytes(_HEAD + _digest(rest) + rest)
         os.replace(aside, path)
     except OSError:
         with contextlib.suppress(OSError):
             aside.unlink()
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).hexdigest().encode()
 
 
 def _maker() -> str:

@@ -71,7 +71,8 @@ def _verify_contents(record: dict[str, Any]) -> Iterator[str]:
         row = record["losses"].get(name) if isinstance(record["losses"], dict) else None
         if not isinstance(row, dict) or any(key not in row for key in _LOSSES):
             yield f"{RECORD} has no whole losses.{name}"
-    if not isinstance(record["data"], dict) or any("role" not in source for source in record["data"].values()):
+    sources = record["data"].values() if isinstance(record["data"], dict) else [None]
+    if any(not isinstance(source, dict) or "role" not in source for source in sources):
         yield f"{RECORD} does not say which data was what"
 
 
@@ -84,10 +85,12 @@ def _verify_history(path: Path, record: dict[str, Any]) -> Iterator[str]:
         yield f"{HISTORY} cannot be read"
         return
     for name in ("start", "best", "end"):
-        losses = record["losses"].get(name) or {}
-        row = rows.get(losses.get("step"))
+        losses = record["losses"].get(name) if isinstance(record["losses"], dict) else None
+        if not isinstance(losses, dict) or not isinstance(losses.get("step"), int):
+            continue
+        row = rows.get(losses["step"])
         if row is None:
-            yield f"{HISTORY} has no evaluation at step {losses.get('step')}, which the record calls {name}"
+            yield f"{HISTORY} has no evaluation at step {losses['step']}, which the record calls {name}"
         elif (row["target_val_loss"], row["pretrain_val_loss"]) != (losses.get("target_val"), losses.get("pretrain_val")):
             yield f"{HISTORY} and {RECORD} disagree about step {losses['step']}"
 
@@ -106,14 +109,13 @@ def _verify_checkpoint(folder: Path, record: dict[str, Any]) -> Iterator[str]:
 
 def describe_begun(folder: Path) -> str:
     """How far a run got that has no record, or why it failed."""
-    from mlx_forget.progress import PROGRESS_FILE
+    from mlx_forget.progress import read_progress
 
     try:
         return f"failed: {read_object(folder / FAILURE)['reason']}"
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    try:
-        progress = read_object(folder / PROGRESS_FILE)
-        return f"begun, at step {progress['step']:,} of {progress['num_steps']:,} when last heard of"
-    except (OSError, ValueError, KeyError, TypeError):
+    progress = read_progress(folder)
+    if progress is None:
         return "begun, without an evaluation yet"
+    return f"begun, at step {progress['step']:,} of {progress['num_steps']:,} when last heard of"

@@ -189,7 +189,7 @@ def read_matrices(path: Path) -> list[LossMatrix]:
         return [_from_json(chain) for chain in content["chains"]]
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path} is damaged: remove it, and the same sweep measures it again.") from None
@@ -198,8 +198,16 @@ def read_matrices(path: Path) -> list[LossMatrix]:
 def _from_json(chain: dict[str, Any]) -> LossMatrix:
     names = ("rows", "columns", "runs", "weights", "evaluated")
     losses = tuple(tuple(np.array(one, np.float64) for one in row) for row in chain["window_losses"])
-    texts = {name: tuple(chain[name]) for name in names}
-    return LossMatrix(label=chain["label"], first_stage=chain["first_stage"], losses=losses, **texts)
+    texts = {name: tuple(map(str, chain[name])) for name in names}
+    made = LossMatrix(label=str(chain["label"]), first_stage=int(chain["first_stage"]), losses=losses, **texts)
+    # One loss for every window of a column in every row, and a column for every stage that is done.
+    shapes = [[one.shape for one in row] for row in losses]
+    is_whole = shapes == [[(one.size,) for one in losses[0]]] * len(made.rows) and len(losses[0]) == len(made.columns)
+    if not is_whole or made.first_stage not in (0, 1) or not 0 <= made.num_done <= len(made.columns) - made.first_stage:
+        raise ValueError
+    if not len(made.rows) == len(made.weights) == made.num_done + 1 or len(made.evaluated) != len(made.columns):
+        raise ValueError
+    return made
 
 
 def summary(matrix: LossMatrix) -> dict[str, Any]:

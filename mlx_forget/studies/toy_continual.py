@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_forget.durable_files import make_folder, write_text
+from mlx_forget.durable_files import is_whole, make_folder, read_object, sealed, sync, write_text
 from mlx_forget.errors import Interrupted, RunFailed, UserError, exit_code, unknown
 from mlx_forget.ladder import model_spec
 from mlx_forget.methods import TERM_REPLAY_NTP, method_spec
@@ -137,17 +137,24 @@ def read_outcome(folder: Path) -> Outcome | None:
     """
     path = folder / FILE
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_object(path)
         if found["schema_version"] != SCHEMA_VERSION:
             raise UserError(f"{path} has schema {found['schema_version']}, this version reads {SCHEMA_VERSION}.")
-        spec = ToySpec(**{**found["spec"], "tasks": tuple(found["spec"]["tasks"])})
-        return Outcome(spec, found["backend"], found["device"], {arm: list(found["arms"][arm]) for arm in ARMS})
+        if not is_whole(found):
+            raise ValueError
+        given = {name: type(default)(found["spec"][name]) for name, default in asdict(ToySpec()).items()}
+        arms = {arm: [_reading(row, given["tasks"]) for row in found["arms"][arm]] for arm in ARMS}
+        return Outcome(ToySpec(**given), str(found["backend"]), str(found["device"]), arms)
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path} is damaged: remove {folder}, and the experiment starts again.") from None
+
+
+def _reading(row: Mapping[str, Any], tasks: Sequence[str]) -> Reading:
+    return {"step": int(row["step"]), "exact_match": {task: float(row["exact_match"][task]) for task in tasks}}
 
 
 def run_toy(
@@ -231,7 +238,7 @@ def _learn(
             scores = {name: exact_match(trainer, rows) for name, rows in valid.items()}
             readings.append({"step": first + step + 1, "exact_match": scores})
             # In this order: readings that no checkpoint has reached are read again.
-            write_text(folder / FILE, json.dumps(outcome.as_json(), indent=1))
+            write_text(folder / FILE, json.dumps(sealed(outcome.as_json()), indent=1))
             _keep(trainer, folder / ARMS[arm], stage, step + 1, whole=last)
         if (signal := interrupted()) and not last:
             _keep(trainer, folder / ARMS[arm], stage, step + 1, whole=False)
@@ -249,7 +256,9 @@ def _keep(trainer: Trainer, folder: Path, stage: int, step: int, *, whole: bool)
     if whole:
         aside = folder / f".{stage}.part.safetensors"
         trainer.save(aside)
+        sync(aside)
         os.replace(aside, _learnt(folder, stage))
+        sync(folder)
     older = [path for path in folder.glob(f"{stage}-*") if path.name != f"{stage}-{step}"]
     if not whole and not (folder / f"{stage}-{step}").exists():
         parts = folder / f".{stage}-{step}.part"
@@ -257,7 +266,10 @@ def _keep(trainer: Trainer, folder: Path, stage: int, step: int, *, whole: bool)
         parts.mkdir()
         trainer.save(parts / _WEIGHTS)
         trainer.save_state(parts / _STATE)
+        for part in (parts / _WEIGHTS, parts / _STATE, parts):
+            sync(part)
         os.rename(parts, folder / f"{stage}-{step}")
+        sync(folder)
     for one in older:
         shutil.rmtree(one)
 

@@ -11,6 +11,7 @@ from typing import Any
 from mlx_forget import costs, records
 from mlx_forget.config import EVALUATIONS_PER_RUN, TrainConfig
 from mlx_forget.errors import UserError
+from mlx_forget.fuse import whole_checkpoint
 from mlx_forget.ladder import ModelSpec, default_context, model_spec, num_non_embedding_params, num_params, train_flops_per_token
 from mlx_forget.pipeline.opened import Opened
 from mlx_forget.pretrained import PretrainedSpec
@@ -21,6 +22,8 @@ from mlx_forget.training.plan import plan_run
 from mlx_forget.training.start import find_start
 from mlx_forget.training.watch import Watch
 
+# What may end a run before its last step, depending on how it goes.
+STOP_RULES = ("stop_target_loss", "stop_patience", "stop_minutes", "max_forgetting")
 # Tokenizer, configuration, log and record.
 _SMALL_FILES_BYTES = 300_000
 # Two window sets of float64 losses an evaluation.
@@ -101,7 +104,7 @@ def planned_rows(sweep: Sweep, speed: Speed) -> list[dict[str, Any]]:
         hours, says = speed.hours(plan.model, summary["num_tokens"], plan.precision, num_devices=job.resources.num_ranks)
         kept = summary["kept_disk_bytes"] + _beside_checkpoints(plan.config, plan.num_steps)
         rows.append({"title": job.title, **summary, "kept_disk_bytes": kept, "state": job.state, "hours": hours, "rate": says})
-        rows[-1]["num_gpus"] = job.resources.gpus
+        rows[-1] |= {"num_gpus": job.resources.gpus, "may_stop": _stop_rules(job.plan.config)}
     return rows
 
 
@@ -183,12 +186,18 @@ def _outline(config: TrainConfig, title: str, backend: str, speed: Speed, asked:
         "hours": hours,
         "rate": says,
         "num_gpus": asked.gpus,
+        "may_stop": _stop_rules(config),
     }
+
+
+def _stop_rules(config: TrainConfig) -> list[str]:
+    """The keys that may end a run before its steps are done, whose number nothing says beforehand."""
+    return [key for key in STOP_RULES if getattr(config, key) is not None]
 
 
 def _model(config: TrainConfig) -> ModelSpec | PretrainedSpec:
     if config.start_name is not None:
-        return find_start(config).model_spec()
+        return whole_checkpoint(find_start(config)).model_spec()
     vocab_size = config.vocab_size
     if config.tokenizer is not None:
         from mlx_forget.pipeline.vocabularies import find_tokenizer, load_vocabulary

@@ -20,7 +20,7 @@ from mlx_forget.durable_files import read_object, sync
 from mlx_forget.engines import STOPPED, Engine, Exit, Task
 from mlx_forget.engines.child import last_line
 from mlx_forget.errors import Interrupted, UserError
-from mlx_forget.progress import PROGRESS_FILE
+from mlx_forget.progress import read_progress
 from mlx_forget.records import FAILURE, REQUESTED
 from mlx_forget.runs.missing import note_planned
 from mlx_forget.sweeps.grid import Resources
@@ -208,10 +208,7 @@ class _Dispatch:
             begun = self._engine.begun(task)
             for job in unit.left:
                 job.state = "running" if begun else "queued"
-                try:
-                    job.progress = read_object(job.plan.folder / PROGRESS_FILE)
-                except (OSError, ValueError):
-                    continue
+                job.progress = read_progress(job.plan.folder) or job.progress
 
 
 def unfinished_strangers(sweep: Sweep) -> list[Path]:

@@ -21,6 +21,9 @@ from mlx_forget.history import read_history
 from tests.faults.injection import Faults
 
 TOKENIZER = Path(__file__).resolve().parents[1] / "pipeline" / "samples" / "store-v1" / "tokenizer.model"
+SAMPLES = Path(__file__).resolve().parents[1] / "samples"
+# A study is a program of its own.
+TOY = "toy"
 _TRAIN = ["--backend", "fake", "--tokenizer", str(TOKENIZER), "--model", "1x16", "--max-seq-length", "16", "--batch-size", "8"]
 _STEPS = ["--iters", "12", "--steps-per-eval", "4", "--save-every", "4", "--eval-rows", "16", "--p", "25%"]
 _DATA = ["--target", "stores/notes", "--pretrain", "stores/other"]
@@ -30,12 +33,48 @@ config: {{backend: fake, model: 1x16, tokenizer: {TOKENIZER}, target: stores/not
 grid: {{p: ["0", "25%"]}}
 """
 
+_STAGES = (
+    _RECIPE.partition("grid:")[0]
+    + """
+stages:
+- {target: stores/notes}
+- {target: stores/other, iters: 4}
+"""
+)
+_TOY = ["--steps", "4", "--batch-size", "4", "--num-train", "16", "--num-valid", "4", "--shape", "1x16", "--warmup-steps", "1"]
+
 SCENARIOS: dict[str, list[str]] = {
     "prepare": ["prepare", "notes.txt", "-o", "made", "--tokenizer", str(TOKENIZER), "--workers", "0"],
     "train": ["train", *_TRAIN, *_STEPS, *_DATA, "--init", "base", "--output", "made"],
     "replay": ["replay", "base", "--backend", "fake", "--num-tokens", "2K", "--length", "16", "-o", "made"],
     "sweep": ["sweep", "recipe.yaml", "--output", "made", "--engine", "in-process", "--threads", "1"],
+    "stages": ["sweep", "stages.yaml", "--output", "made", "--engine", "in-process", "--threads", "1"],
+    "log-probs": [
+        "replay",
+        "base",
+        "--backend",
+        "fake",
+        "--num-tokens",
+        "2K",
+        "--length",
+        "16",
+        "--log-probs",
+        "top-3",
+        "-o",
+        "made",
+    ],
+    "toy": [TOY, "--backend", "fake", "--tasks", "sort,reversal", *_TOY, "-o", "made"],
+    "fuse": ["fuse", str(SAMPLES / "lora-v1"), "--base", str(SAMPLES / "run-v1"), "-o", "made"],
+    "audit": ["audit", "base", "tuned", "--backend", "fake", "--data", "notes=stores/notes", "--max-tokens", "400", "-o", "made"],
+    "export": ["runs", "export", ".", "-o", "made/runs.parquet"],
+    "prune": ["runs", "prune", "tuned", "--best-too", "--yes"],
+    "compare": ["runs", "compare", "base", "tuned", "--plot", "made/compared.png"],
+    "report": ["report", "tuned", "-o", "made/report.html"],
+    "fit": ["fit", "runs.csv", "--law", "bethune-forgetting", "--bootstrap", "20", "-o", "made/fit.json"],
+    "probe": ["advise", "--probe", "made/probe.jsonl", "--d", "1e6"],
 }
+# A kill at one point of each is in the short form; of the others, at every point in the long form alone.
+OFTEN = ("prepare", "train", "replay", "sweep")
 
 
 @dataclass(frozen=True)
@@ -57,7 +96,14 @@ def make_world(folder: Path) -> None:
     base = [*_TRAIN, "--iters", "4", "--eval-rows", "16", "--target", "stores/other", "--init", "scratch", "--output", "base"]
     made = run(folder, ["train", *base])
     assert made.code == 0, made.said
+    made = run(folder, ["train", *_TRAIN, *_STEPS, *_DATA, "--init", "base", "--output", "tuned"])
+    assert made.code == 0, made.said
     (folder / "recipe.yaml").write_text(_RECIPE)
+    (folder / "stages.yaml").write_text(_STAGES)
+    rows = [(n, d, p) for n in (1e8, 3e8, 1e9) for d in (1e6, 3e6) for p in (0, 0.01)]
+    losses = [3 + 20 * d**0.3 / ((1 + 300 * p) * n) ** 0.42 for n, d, p in rows]
+    lines = [f"{n},{d},{p},3,{loss!r}" for (n, d, p), loss in zip(rows, losses, strict=True)]
+    (folder / "runs.csv").write_text("\n".join(["N,D,p,L0,loss", *lines]) + "\n")
 
 
 def copy_world(world: Path, folder: Path) -> Path:
@@ -108,15 +154,17 @@ def _outcome(process: Any, receiving: Any) -> Outcome:
 def _child(folder: str, arguments: list[str], at: int | None, kind: str, sending: object) -> None:
     import io
 
-    from mlx_forget import trainer
+    from mlx_forget import log_probs, trainer
     from mlx_forget.cli import main
     from mlx_forget.pipeline.store import writing
+    from mlx_forget.studies import toy_continual
 
     os.chdir(folder)
     os.environ |= {"FORGET_HOME": f"{folder}/home", "FORGET_SCALE": "smoke"}
     trainer.BACKENDS["fake"] = trainer.Backend("tests.fakes:BigramTrainer", "numpy", "nothing to install")
     # Several shards of a little text.
     writing.TOKENS_PER_SHARD = 2000
+    log_probs._MAX_ROWS_PER_SHARD = 50
     writing.StoreWriter.__init__.__defaults__ = tuple(
         2000 if value == 1 << 26 else value for value in writing.StoreWriter.__init__.__defaults__
     )
@@ -126,7 +174,11 @@ def _child(folder: str, arguments: list[str], at: int | None, kind: str, sending
     sys.stderr = said = io.StringIO()
     code: object = 1
     try:
-        main(arguments)
+        if arguments[0] == TOY:
+            toy_continual.main(arguments[1:])
+            code = 0
+        else:
+            main(arguments)
     except SystemExit as stop:
         code = stop.code or 0
     except BaseException:
@@ -160,10 +212,38 @@ def result_of(folder: Path) -> dict[str, object]:
             made[name] = read_history(path).select(_SCIENCE).to_pylist()
         elif path.suffix == ".safetensors":
             made[name] = {key: value.tobytes() for key, value in load_file(path).items()}
+        elif path.suffix == ".npy":
+            made[name] = path.read_bytes()
+        elif path.suffix in (".json", ".jsonl", ".parquet", ".png", ".html", ".npz") and "checkpoints" not in name:
+            made[name] = _content(path)
+    made["checkpoints"] = sorted(str(path.relative_to(folder)) for path in folder.glob("*/checkpoints/*"))
     made["strangers"] = sorted(
         str(path.relative_to(folder)) for path in folder.rglob("*") if ".part" in path.name or ".trash" in path.name
     )
     return made
+
+
+def _content(path: Path) -> object:
+    """What a file says but for times and the folder that it was made in."""
+    import json
+
+    import numpy as np
+
+    from mlx_forget.tables import read_rows
+
+    if path.suffix == ".parquet":
+        return read_rows(path)
+    if path.suffix == ".npz":
+        with np.load(path) as arrays:
+            return {key: arrays[key].tobytes() for key in arrays}
+    if path.suffix == ".json":
+        return {key: value for key, value in json.loads(path.read_text()).items() if key not in VARIES}
+    # That it is whole: pages and pictures name times.
+    return path.suffix, path.read_bytes()[-8:]
+
+
+# Keys of JSON files that differ between two runs of one command.
+VARIES = ("checksum", "seconds", "made_at", "seconds_left", "tokens_per_second", "ended_at", "base", "tuned", "timings")
 
 
 def shuffled(points: int, num: int, seed: str) -> list[int]:

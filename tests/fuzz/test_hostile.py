@@ -24,11 +24,12 @@ from mlx_forget.pipeline.recipes import read_recipes
 from mlx_forget.pipeline.sources import files_below, read_documents
 from mlx_forget.pipeline.store import open_store
 from mlx_forget.pipeline.vocabularies import load_vocabulary
-from mlx_forget.pretrained import read_pretrained, tensor_names, weight_files
+from mlx_forget.pretrained import read_pretrained
 from mlx_forget.strict_yaml import read_yaml
 from mlx_forget.sweeps.grid import read_recipe
 from mlx_forget.tables import read_table
-from tests.fuzz.test_readers import ROW, SAMPLE, model_folder
+from mlx_forget.weight_files import tensor_names, weight_files
+from tests.fuzz.given_files import ROW, SAMPLE, model_folder
 
 GIGABYTE = 1 << 30
 

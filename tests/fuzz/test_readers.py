@@ -1,269 +1,45 @@
 """Every reader of a file is given files that are almost right: it reads them, or says one sentence. No traceback, no hang.
 
-A good file of each kind is changed in a few places by hypothesis. What was ever found is kept in `finds` and tried first.
-`FUZZ_EXAMPLES` is the number of examples per reader (`make fuzz`: 10,000).
+A good file of each kind is changed in a few places. What was ever found is kept in `finds` and tried first. `FUZZ_EXAMPLES` is the number
+of examples per reader (`make fuzz`: 10,000): example k of a reader is always the same, and `FUZZ_FIRST` is the first k. The first ones are
+hypothesis's, which makes what it finds small; the others cost it more time than the readers do, and are drawn here. What fails is kept in
+build/fuzz, one file for each place in the code.
 """
 
-import contextlib
-import gzip
 import hashlib
-import json
 import os
 import resource
-import shutil
-from collections import Counter
-from collections.abc import Callable
+import signal
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from random import Random
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import save_file
 
-from mlx_forget.checkpoint import open_checkpoint
-from mlx_forget.config import TrainConfig, from_layers, read_yaml, to_yaml
-from mlx_forget.durable_files import sealed
 from mlx_forget.errors import UserError
-from mlx_forget.history import HistoryWriter, read_history
-from mlx_forget.ladder import spec_from_hf_config
-from mlx_forget.laws.files import SCHEMA_VERSION as FIT_VERSION
-from mlx_forget.laws.files import read_fit
-from mlx_forget.laws.forms import get_law
-from mlx_forget.pipeline.formats import BadInput
-from mlx_forget.pipeline.recipes import read_recipes
-from mlx_forget.pipeline.sources import read_documents
-from mlx_forget.pipeline.store import open_store
-from mlx_forget.pipeline.vocabularies import load_vocabulary
-from mlx_forget.pretrained import older_keys, read_config, read_pretrained, read_tensor, tensor_names, weight_files
-from mlx_forget.records import read_record, write_record
-from mlx_forget.replay.sampled_store import _sampled_shard
-from mlx_forget.studies.loss_matrix import read_matrices
-from mlx_forget.sweeps.grid import read_recipe
-from mlx_forget.tables import read_table
+from tests.fuzz.changes import HOW, PIECES, changed, drawn
+from tests.fuzz.given_files import GIVEN
+from tests.fuzz.own_files import OWN
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "25"))
+READERS = GIVEN | OWN
+FEW = 25
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "50"))
+FIRST = int(os.environ.get("FUZZ_FIRST", "0"))
 FINDS = Path(__file__).parent / "finds"
-SAMPLE = Path(__file__).resolve().parents[1] / "pipeline" / "samples" / "store-v1"
-RECORDS = [{"text": f"note {i}, and more"} for i in range(9)]
-CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
-ROW = {"step": 1, "tokens": 2, "target_val_windows": [1.0, 2.5], "batch_loss": 3.5}
-TOKENIZER_CONFIG = {
-    "eos_token": {"content": "</s>"},
-    "bos_token": "<s>",
-    "chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}",
-}
-STAGES = {"schema_version": 1, "recipe": "r", "chains": []}
-RUNS: list[dict[str, object]] = [
-    {"N": 1e6 * i, "D": 2000000, "p": 0.01, "L0": 3.0, "loss": 3.2, "run": f"r{i}"} for i in range(1, 4)
-]
-TRIED: Counter[str] = Counter()
-
-
-def documents(path: Path) -> object:
-    """Both ways with bad input: stop, and skip."""
-    list(read_documents(path, bad=BadInput(skip=True)))
-    return list(read_documents(path))
-
-
-def parquet(path: Path) -> None:
-    pq.write_table(pa.Table.from_pylist(RECORDS), path)
-
-
-def arrow(path: Path, rows: list[dict[str, object]] = RECORDS) -> None:
-    table = pa.Table.from_pylist(rows)
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table)
-
-
-def zstd(path: Path) -> None:
-    with pa.CompressedOutputStream(pa.OSFile(str(path), "wb"), "zstd") as stream:
-        stream.write(lines())
-
-
-def lines() -> bytes:
-    return "".join(json.dumps(row) + "\n" for row in [*RECORDS, CHAT]).encode()
-
-
-def history(path: Path) -> None:
-    with HistoryWriter(path) as writer:
-        for _ in range(3):
-            writer.append(ROW)
-
-
-def checkpoint(path: Path, seal: Callable[[dict[str, object]], dict[str, object]] = sealed) -> None:
-    save_file({"a": np.zeros(3, np.float32)}, path.parent / "model.safetensors")
-    digest = hashlib.sha256((path.parent / "model.safetensors").read_bytes()).hexdigest()
-    path.write_text(json.dumps(seal({"schema_version": 1, "run_id": "x", "files": {"model.safetensors": digest}})))
-
-
-def unsealed(path: Path) -> None:
-    """A manifest as earlier versions wrote it: nothing but the reader's own care protects it."""
-    for file in SAMPLE.iterdir():
-        shutil.copy(file, path.parent)
-
-
-def tokenizer_json(path: Path) -> None:
-    tokenizers = pytest.importorskip("tokenizers")
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "</s>": 1, "a": 2, "b": 3}, unk_token="a"))
-    made.add_special_tokens(["<s>", "</s>"])
-    made.save(str(path))
-
-
-def dataset_repository(path: Path) -> None:
-    (path.parent / "data").mkdir()
-    (path.parent / "data" / "train.jsonl").write_bytes(lines())
-    path.write_text(
-        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/*.jsonl\n---\n# Notes\n"
-    )
-
-
-def model_folder(path: Path) -> None:
-    """A checkpoint of another tool with its weights in one file, and an index that says so."""
-    weights = {"model.embed_tokens.weight": np.ones((5, 4), np.float32), "model.norm.weight": np.ones(4, np.float16)}
-    save_file(weights, path.parent / "model.safetensors")
-    index = {"metadata": {"total_size": 88}, "weight_map": dict.fromkeys(weights, "model.safetensors")}
-    (path.parent / "model.safetensors.index.json").write_text(json.dumps(index))
-    sizes = {"hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 5, "max_position_embeddings": 8}
-    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **sizes, "n_embd": 4, "quantization": {"bits": 4}}
-    (path.parent / "config.json").write_text(json.dumps(config))
-
-
-def model_shape(path: Path) -> object:
-    shape = read_pretrained(path.parent)
-    with contextlib.suppress(UserError):
-        spec_from_hf_config(read_config(path.parent) | {"model_type": "gpt2"})
-    return shape.num_params, older_keys(read_config(path.parent))
-
-
-def tensors(path: Path) -> object:
-    return [read_tensor(path, name) for name in tensor_names(path)]
-
-
-def saved_fit(path: Path) -> None:
-    law = get_law("chinchilla")
-    values = {name: {"value": 1.0, "low": 0.5, "high": 2.0} for name in law.names}
-    content = {
-        "schema_version": FIT_VERSION,
-        "law": law.name,
-        "params": values,
-        "groups": None,
-        "flags": [],
-        "intervals": {"widen": 1.0},
-    }
-    path.write_text(json.dumps({**content, "data_range": {"N": [1.0, 2.0]}, "draws": "fit.draws.npz"}))
-    np.savez_compressed(path.with_name("fit.draws.npz"), draws_0=np.ones((9, len(law.names))), column_0_N=np.ones(4))
-
-
-def configuration(path: Path) -> TrainConfig:
-    return from_layers(TrainConfig, read_yaml(path))
-
-
-Make, Read = Callable[[Path], object], Callable[[Path], object]
-# name of the file, how a good one is made, how it is read
-READERS: dict[str, tuple[str, Make, Read]] = {
-    "text": ("a.txt", lambda path: path.write_bytes("naïve words\n".encode() * 9), documents),
-    "JSON lines": ("a.jsonl", lambda path: path.write_bytes(lines()), documents),
-    "JSON": ("a.json", lambda path: path.write_text(json.dumps(RECORDS)), documents),
-    "gzip": ("a.jsonl.gz", lambda path: path.write_bytes(gzip.compress(lines(), mtime=0)), documents),
-    "zstd": ("a.jsonl.zst", zstd, documents),
-    "Parquet": ("a.parquet", parquet, documents),
-    "Arrow": ("a.arrow", arrow, documents),
-    "manifest": ("manifest.json", unsealed, lambda path: open_store(path.parent)),
-    "shard": ("train-00000.arrow", unsealed, lambda path: open_store(path.parent, verify=False).split("train").document(0)),
-    "tokenizer model": ("tokenizer.model", unsealed, load_vocabulary),
-    "tokenizer.json": ("tokenizer.json", tokenizer_json, load_vocabulary),
-    "checkpoint state": ("state.json", checkpoint, lambda path: open_checkpoint(path.parent)),
-    "record": ("record.json", lambda path: write_record(path.parent, {"schema_version": 1}), lambda path: read_record(path.parent)),
-    "history": ("history.arrows", history, read_history),
-    "configuration": ("config.yaml", lambda path: path.write_text(to_yaml(TrainConfig())), configuration),
-    "sweep recipe": ("r.yaml", lambda path: path.write_text("config: {iters: 8}\ngrid: {p: ['0', '1%']}\n"), read_recipe),
-    "dataset card": ("README.md", dataset_repository, lambda path: documents(path.parent)),
-    "model configuration": ("config.json", model_folder, model_shape),
-    "safetensors": ("model.safetensors", model_folder, tensors),
-    "index of weights": ("model.safetensors.index.json", model_folder, lambda path: weight_files(path.parent)),
-    "checkpoint without seal": ("state.json", lambda path: checkpoint(path, seal=dict), lambda path: open_checkpoint(path.parent)),
-    "tokenizer configuration": (
-        "tokenizer_config.json",
-        lambda path: (tokenizer_json(path.with_name("tokenizer.json")), path.write_text(json.dumps(TOKENIZER_CONFIG))),
-        lambda path: load_vocabulary(path.with_name("tokenizer.json")),
-    ),
-    "fit": ("fit.json", saved_fit, read_fit),
-    "draws of a fit": (
-        "fit.draws.npz",
-        lambda path: saved_fit(path.with_name("fit.json")),
-        lambda path: read_fit(path.with_name("fit.json")),
-    ),
-    "loss matrices": ("stages.json", lambda path: path.write_text(json.dumps(STAGES)), read_matrices),
-    "sampled rows": (
-        "rows.npy",
-        lambda path: np.save(path, np.zeros((3, 4), np.int32)),
-        lambda path: _sampled_shard(path, (3, 4), 9),
-    ),
-    "table of runs, JSON lines": (
-        "t.jsonl",
-        lambda path: path.write_text("".join(json.dumps(run) + "\n" for run in RUNS)),
-        read_table,
-    ),
-    "table of runs, Parquet": ("t.parquet", lambda path: pq.write_table(pa.Table.from_pylist(RUNS), path), read_table),
-    "table of runs, Arrow": ("t.arrow", lambda path: arrow(path, RUNS), read_table),
-    "corpus recipe": (
-        "pile.yaml",
-        lambda path: path.write_text(
-            "description: d\nrole: r\nid: o/n\nrevision: x\nlicence: l\nschema: {text: string}\n"
-            "files: {train: a/*.zst}\nsubsets: {one: {fields: {where: {a.b: c}}}, two: {num_bytes: 3}}\n"
-        ),
-        read_recipes,
-    ),
-    "table of runs": ("t.csv", lambda path: path.write_text("N,D,p,L0,loss\n1e6,2e6,0.01,3,3.2\n2e6,2e6,0,3,3.4\n"), read_table),
-}
-
+KEPT = Path("build/fuzz")
 CHANGES = st.lists(
     st.tuples(
-        st.sampled_from(["flip", "cut", "insert", "repeat", "swap"]),
+        st.sampled_from(HOW),
         st.floats(0, 1, exclude_max=True),
-        st.one_of(
-            st.binary(min_size=1, max_size=8),
-            st.sampled_from(
-                [
-                    b"\xff" * 8,
-                    b"\x00" * 8,
-                    b"-1",
-                    b"1e999",
-                    b"99999999999999999999",
-                    b"null",
-                    b"NaN",
-                    b"[" * 2000,
-                    b"{",
-                    b'"',
-                    b"..",
-                    b"\n",
-                    b"&a *a",
-                ]
-            ),
-        ),
+        st.one_of(st.binary(min_size=1, max_size=8), st.sampled_from(PIECES)),
     ),
     min_size=1,
     max_size=4,
 )
-
-
-def changed(content: bytes, changes: list[tuple[str, float, bytes]]) -> bytes:
-    for how, where, what in changes:
-        at = int(where * (len(content) + 1))
-        if how == "flip" and at < len(content):
-            content = content[:at] + bytes([content[at] ^ (what[0] or 1)]) + content[at + 1 :]
-        elif how == "cut":
-            content = content[:at]
-        elif how == "insert":
-            content = content[:at] + what + content[at:]
-        elif how == "repeat":
-            content = content[:at] + content[at // 2 : at][:5000] + content[at:]
-        elif how == "swap":
-            content = content[:at] + what + content[at + len(what) :]
-    return content
 
 
 def try_reading(name: str, path: Path) -> None:
@@ -277,37 +53,68 @@ def try_reading(name: str, path: Path) -> None:
     assert sentence.strip()
 
 
+@contextmanager
+def limits() -> Iterator[None]:
+    """Nothing may ask for more memory than there is text to read."""
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    handler = signal.signal(signal.SIGPROF, _too_long)
+    resource.setrlimit(resource.RLIMIT_DATA, (6 << 30, before[1]))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, handler)
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def _too_long(number: int, frame: object) -> None:
+    raise TimeoutError("five seconds of CPU time")
+
+
+def place_of(error: BaseException) -> str:
+    """Where an error came from: the innermost line that is the tool's own."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "mlx_forget/" in frame.filename or "_backend/" in frame.filename] or frames
+    return f"{type(error).__name__} at {Path(own[-1].filename).name}:{own[-1].lineno}: {str(error)[:200]}"
+
+
 @pytest.mark.parametrize("name", READERS)
 def test_what_is_almost_right_is_read_or_refused(name, tmp_path):
     path = tmp_path / READERS[name][0]
+    path.parent.mkdir(parents=True, exist_ok=True)
     READERS[name][1](path)
     good = path.read_bytes()
     READERS[name][2](path)
-    for find in sorted(FINDS.glob(f"{name.replace(' ', '-')}-*")):
-        path.write_bytes(find.read_bytes())
-        try_reading(name, path)
 
-    # Nothing may ask for more memory than there is text to read.
-    before = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (6 << 30, before[1]))
+    def read(content: bytes) -> None:
+        # A new file: what was read from the old one may still be mapped.
+        path.unlink(missing_ok=True)
+        path.write_bytes(content)
+        signal.setitimer(signal.ITIMER_PROF, 5)
+        try_reading(name, path)
 
     @settings(
-        max_examples=EXAMPLES,
-        deadline=5000,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-        derandomize=EXAMPLES < 1000,
+        max_examples=min(FEW, EXAMPLES), deadline=None, database=None, suppress_health_check=list(HealthCheck), derandomize=True
     )
     @given(CHANGES)
-    def check(changes):
-        # A new file: what was read from the old one may still be mapped.
-        path.unlink()
-        path.write_bytes(changed(good, changes))
-        TRIED[name] += 1
-        try_reading(name, path)
+    def shrunk(changes):
+        read(changed(good, changes))
 
-    try:
-        check()
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, before)
-    print(f"fuzz: {TRIED[name]:,} examples of {name}, tracebacks: none")
+    failed: dict[str, Path] = {}
+    with limits():
+        for find in sorted(FINDS.glob(f"{name.replace(' ', '-')}-*")):
+            read(find.read_bytes())
+        if FIRST == 0:
+            shrunk()
+        for number in range(max(FIRST, FEW), EXAMPLES):
+            content = changed(good, drawn(Random(f"{name} {number}")))
+            try:
+                read(content)
+            except Exception as error:
+                place = place_of(error)
+                if place.partition(": ")[0] not in {known.partition(": ")[0] for known in failed}:
+                    KEPT.mkdir(parents=True, exist_ok=True)
+                    failed[place] = KEPT / f"{name.replace(' ', '-')}-{hashlib.sha256(content).hexdigest()[:8]}"
+                    failed[place].write_bytes(content)
+    assert not failed, "\n".join(f"{place} ({kept})" for place, kept in failed.items())
+    print(f"fuzz: {EXAMPLES - FIRST:,} examples of {name}, tracebacks: none", flush=True)

@@ -44,6 +44,30 @@ def test_the_smallest_share_meets_the_budget_with_the_confidence_and_no_smaller_
     assert exact < advice.answer < 1.5 * exact
 
 
+def test_an_answer_comes_with_its_forgetting_its_cost_and_what_would_be_without_replay(known):
+    advice = solve(known, RUN, "p", max_forgetting=0.08, epochs=2.0)
+    at = {**RUN, "p": advice.answer}
+    assert (advice.unknown, advice.columns) == ("p", at)
+    assert advice.question == "smallest p with forgetting <= 0.08 nats at 90% confidence"
+    assert advice.expected == pytest.approx(known.forgetting(at)[0])
+    assert advice.without_replay == pytest.approx(known.forgetting({**RUN, "p": 0.0})[0])
+    assert advice.expected < advice.upper == pytest.approx(known.upper({**at, "L0": 0.0}, confidence=0.9)[0])
+    assert advice.cost == run_cost(at, epochs=2.0)
+    assert advice.distance == ""
+    assert advice.words.endswith("more tokens.")
+    assert "confidence" in advice.words
+
+
+def test_the_largest_share_considered_is_a_half_and_beyond_the_data_twice_what_was_run(known):
+    beyond = AdviceOptions(allow_extrapolation=True)
+    assert "No p up to 50% keeps forgetting within 1e-05 nats" in solve(known, RUN, "p", max_forgetting=1e-5, options=beyond).words
+    little = AdviceOptions(max_share=0.07)
+    assert "No p up to 7%" in solve(known, RUN, "p", max_forgetting=1e-5, options=little).words
+    far = solve(known, {"N": 3.34e8, "D": 1e8}, "p", max_forgetting=1.0)
+    assert far.distance == "D is 3.33 times outside the data (3e+05 to 3e+07)"
+    assert far.words.endswith(f" Outside the data: {far.distance}.")
+
+
 def test_more_confidence_asks_for_more_replay(known):
     shares = [solve(known, RUN, "p", max_forgetting=0.08, options=AdviceOptions(confidence=c)).answer for c in (0.5, 0.9, 0.99)]
     assert shares == sorted(shares)

@@ -1,39 +1,20 @@
-import csv
 import json
 
 import numpy as np
 import pytest
 
-from mlx_forget.laws.files import read_fit
+from mlx_forget.errors import UserError
+from mlx_forget.laws.files import fit_json, read_fit, write_fit
 from mlx_forget.laws.fit import fit_law
 from mlx_forget.laws.forms import Parameter, get_law, law_from_function, register
+from mlx_forget.laws.model import Constraints
 from mlx_forget.laws.predictor import Predictor
+from mlx_forget.laws.table import Table
 from mlx_forget.laws.uncertainty import BootstrapOptions, assess
 from mlx_forget.tables import read_table
 
+from .conftest import TRUTH
 from .surfaces import SIZES, paper_grid
-
-TRUTH = {"A": 3.0, "alpha": 0.45, "beta": 0.4, "B": 600.0}
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    path = tmp_path_factory.mktemp("laws") / "runs.csv"
-    columns = paper_grid()
-    with open(path, "w", newline="") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["N", "D", "p", "L0", "final_loss", "domain"])
-        for i, domain in enumerate(("code", "math")):
-            exact = get_law("bethune-forgetting").predict({**TRUTH, "B": TRUTH["B"] * (1 + i)}, columns)
-            noisy = exact * np.exp(0.004 * np.random.default_rng(i).standard_normal(len(exact)))
-            for row in zip(columns["N"], columns["D"], columns["p"], columns["L0"], noisy, strict=True):
-                writer.writerow([*row, domain])
-    return path
-
-
-@pytest.fixture(scope="module")
-def one(runs):
-    return ("--map", "loss=final_loss", "--where", 'domain == "code"', "--bootstrap", "60")
 
 
 def test_fit_prints_one_json_object_and_nothing_else_on_stdout(forget, runs, one, tmp_path):
@@ -75,6 +56,69 @@ def test_a_saved_fit_predicts_what_the_fit_in_memory_predicts(forget, runs, one,
     point = {"N": 1.27e9, "D": 3e7, "p": 0.01, "L0": 2.1}
     assert saved.predict(point) == pytest.approx(live.predict(point), rel=1e-12)
     assert np.array(saved.interval(point)) == pytest.approx(np.array(live.interval(point)), rel=1e-9)
+
+
+def test_a_file_keeps_what_was_not_determined_what_was_held_and_how_the_fit_ended(tmp_path):
+    columns = paper_grid(sizes=SIZES[2:3], shares=np.array([0.0, 0.01]))
+    loss = get_law("bethune-forgetting").predict(TRUTH, columns) * np.exp(0.004 * np.random.default_rng(0).standard_normal(10))
+    fit = fit_law(Table.of(**columns, loss=loss), "bethune-forgetting", constraints=Constraints(fixed={"beta": 0.4}))
+    found = assess(fit, BootstrapOptions(num_resamples=20, method="residual"))
+    content = fit_json({"": found}, extrapolation={"train_on": "p < 1", "num_test": 1, "mre": 0.01, "max": 0.02})
+    read = read_fit(write_fit(tmp_path / "new" / "fit.json", content, {"": found}))
+    saved, live = read.pick(None), Predictor.from_uncertainty(found)
+    assert set(saved.unidentified) == {"alpha", "B"}
+    for name in ("params", "data_range", "widen", "unidentified", "group"):
+        assert getattr(saved, name) == getattr(live, name), name
+    assert np.array_equal(saved.draws, live.draws)
+    assert saved.columns.keys() == live.columns.keys()
+    assert read.content == json.loads(json.dumps({**content, "draws": "fit.draws.npz"}))
+    (flag,) = read.content["flags"]
+    assert {**flag, "parameters": tuple(flag["parameters"])} == vars(fit.flags[0])
+    for name, value in {
+        "schema_version": 1, "law": "bethune-forgetting", "loss": "huber", "link": "log", "delta": 0.001, "reduction": "sum",
+        "fixed": {"beta": 0.4}, "tied": {}, "shared": [], "by": None, "groups": {}, "columns": ["N", "D", "p", "L0"], "num_rows": 10,
+        "objective": fit.value, "mre": pytest.approx(fit.mre), "status": "converged", "reason": fit.certificate.reason,
+        "clusters": {"level": "row", "num": 10}, "warnings": list(found.warnings),
+        "extrapolation": {"train_on": "p < 1", "num_test": 1, "mre": 0.01, "max": 0.02},
+        "intervals": {"method": "residual bootstrap", "level": 0.95, "widen": live.widen},
+        "bootstrap": {"num_resamples": 20, "mre": None, "share_converged": found.draws.share_converged},
+    }.items():  # fmt: skip
+        assert read.content[name] == value, name
+    for name in ("num_starts", "num_agree", "excess", "gradient_norm"):
+        assert read.content["certificate"][name] == getattr(fit.certificate, name)
+    assert read.content["params"]["beta"] == {"value": 0.4, "low": 0.4, "high": 0.4, "reason": "fixed by the user, not estimated"}
+    (tmp_path / "new" / "fit.draws.npz").unlink()
+    assert len(read_fit(tmp_path / "new" / "fit.json").pick(None).draws) == 0
+    (tmp_path / "new" / "fit.json").write_text("{}")
+    with pytest.raises(UserError, match=r"is not a fit: give a fit\.json"):
+        read_fit(tmp_path / "new" / "fit.json")
+
+
+def test_groups_add_up_in_the_file_of_their_fits(tmp_path):
+    found, columns = {}, paper_grid(sizes=SIZES[:2], tokens=[1e6, 3e6, 1e7])
+    for i, name in enumerate(("code", "math")):
+        loss = get_law("bethune-forgetting").predict(TRUTH, columns) * np.exp(0.004 * np.random.default_rng(i).standard_normal(30))
+        rows = np.arange(30) >= 5 * i
+        found[name] = assess(
+            fit_law(Table.of(**columns, loss=loss).select(rows), "bethune-forgetting"), BootstrapOptions(num_resamples=5)
+        )
+    content = fit_json(found, by="domain")
+    code, math = content["groups"]["code"], content["groups"]["math"]
+    assert (content["num_rows"], code["num_rows"], math["num_rows"], content["by"]) == (55, 30, 25, "domain")
+    assert content["objective"] == pytest.approx(code["objective"] + math["objective"])
+    assert content["mre"] == pytest.approx((30 * code["mre"] + 25 * math["mre"]) / 55)
+    assert (content["params"], content["status"], content["bootstrap"]["num_resamples"]) == ({}, "converged", 5)
+    assert content["data_range"]["p"] == [0.0, 0.05]
+    assert content["data_range"]["loss"] == [min(code["data_range"]["loss"][0], math["data_range"]["loss"][0]), max(code["data_range"]["loss"][1], math["data_range"]["loss"][1])]  # fmt: skip
+    assert content["reason"] == f"code: {code['reason']}; math: {math['reason']}"
+    saved = read_fit(write_fit(tmp_path / "fit.json", content, found))
+    assert list(saved.predictors) == ["code", "math"]
+    assert saved.pick("math").params == Predictor.from_uncertainty(found["math"]).params
+    assert saved.pick("math").group == "math"
+    with pytest.raises(UserError, match="groups code, math: name one with --group, none was named"):
+        saved.pick(None)
+    with pytest.raises(UserError, match="not 'prose'"):
+        saved.pick("prose")
 
 
 def test_predict_gives_a_loss_with_l0_and_forgetting_without(forget, runs, one, tmp_path):
@@ -242,74 +286,26 @@ def test_a_folder_of_runs_says_what_it_left_out(forget, tmp_path):
     }
 
 
-def test_advise_names_the_smallest_share_and_the_next_runs(forget, runs, one, tmp_path):
-    forget("fit", runs, *one, "-o", tmp_path / "fit.json")
-    ran = forget(
-        "advise",
-        tmp_path / "fit.json",
-        "--max-forgetting",
-        "0.08",
-        "--n",
-        "3.34e8",
-        "--d",
-        "1e7",
-        "--next-runs",
-        "3",
-        "--plot",
-        tmp_path,
-        "--json",
-    )
-    assert ran.json["unknown"] == "p"
-    assert 0.01 < ran.json["answer"] < 0.06
-    assert ran.json["upper_forgetting_nats"] <= 0.0801
-    assert len(ran.json["next_runs"]) == 3
-    assert (tmp_path / "advice.png").stat().st_size > 5000
-
-
-def test_a_budget_out_of_reach_comes_without_numbers(forget, runs, one, tmp_path):
-    forget("fit", runs, *one, "-o", tmp_path / "fit.json")
-    ran = forget("advise", tmp_path / "fit.json", "--max-forgetting", "1e-5", "--n", "4.1e7", "--d", "3e7", "--json")
-    assert ran.code == 0
-    assert "expected" not in ran.stderr
-    assert {ran.json[key] for key in ("answer", "columns", "expected_forgetting_nats", "cost")} == {None}
-
-
-def test_runs_of_one_d_answer_at_that_d_only(forget, runs, tmp_path):
-    lines = [line for line in runs.read_text().splitlines() if line.startswith("N") or ("code" in line and ",3000000.0," in line)]
-    path = tmp_path / "one.csv"
-    path.write_text("\n".join(line for line in lines if line.startswith(("N", "334"))) + "\n")
-    ask = ("advise", path, "--map", "loss=final_loss", "--max-forgetting", "0.1", "--json")
-    assert 0.0 < forget(*ask, "--d", "3e6").json["answer"] < 0.05
-    for other in (("--d", "1e7"), ("--p", "1%")):
-        refused = forget(*ask, *other)
-        assert refused.code == 2
-        assert "nothing says what other D do" in refused.stderr
-
-
-def test_a_probe_becomes_advice_for_one_model(forget, tmp_path):
-    plan = tmp_path / "probe.jsonl"
-    assert forget("advise", "--probe", plan, "--d", "3e7").code == 0
-    runs = [json.loads(line) for line in plan.read_text().splitlines()]
-    law = get_law("forgetting-fixed-n")
-    truth = {"A": 0.002, "beta": 0.35, "B": 600.0, "alpha": 0.5}
-    columns = {name: np.array([run[name] for run in runs]) for name in ("D", "p")} | {"L0": np.full(len(runs), 3.2)}
-    loss = law.predict(truth, columns) * np.exp(0.0005 * np.random.default_rng(0).standard_normal(len(runs)))
-    done = tmp_path / "done.jsonl"
-    done.write_text(
-        "".join(json.dumps({**run, "L0": 3.2, "loss": value}) + "\n" for run, value in zip(runs, loss.tolist(), strict=True))
-    )
-    ran = forget("advise", done, "--max-forgetting", "0.3", "--d", "3e7", "--json")
-    assert ran.code == 0
-    exact = ((0.002 * 3e7**0.35 / 0.3) ** 2 - 1) / 600
-    assert ran.json["answer"] is None or 0.5 * exact < ran.json["answer"] < 4 * exact
-
-
 def test_laws_lists_every_law_with_its_formula(forget):
     content = forget("laws", "--json").json
     assert {"chinchilla", "d-cpt", "overfitting-gap"} <= {law["name"] for law in content["laws"]}
     one = forget("laws", "bethune-forgetting").stdout
     assert "(1 + B p) N" in one
     assert "rivals" in one
+
+
+def test_a_plan_is_told_what_it_would_not_determine_before_any_run(forget, tmp_path):
+    plan = tmp_path / "planned.csv"
+    sizes = [(n, d) for n in ("1e7", "3e7", "1e8") for d in ("1e6", "3e6", "1e7")]
+    plan.write_text("N,D,p\n" + "".join(f"{n},{d},0\n" for n, d in sizes))
+    lacking = ("laws", "bethune-forgetting", "--design", plan)
+    assert "--map L0=" in forget(*lacking).stderr
+    said = forget(*lacking, "--map", "L0=3.2", "--json").json
+    assert [flag["parameters"] for flag in said["flags"]] == [["B"]]
+    assert "one run with p = 1%" in forget(*lacking, "--map", "L0=3.2").stdout
+    plan.write_text("N,D,p\n" + "".join(f"{n},{d},{p}\n" for n, d in sizes for p in (0, 0.01, 0.05)))
+    assert "leave nothing undetermined" in forget(*lacking, "--map", "L0=3.2").stdout
+    assert forget("laws", "--design", plan).code == 2
 
 
 def test_a_users_own_law_is_fitted_asked_and_advises(forget, tmp_path):

@@ -4,13 +4,14 @@ from scipy.optimize import curve_fit, minimize
 
 from mlx_forget.laws.fit import FitOptions, fit_groups, fit_law
 from mlx_forget.laws.fitted import Fit
-from mlx_forget.laws.forms import get_law, law_contrasts
+from mlx_forget.laws.forms import get_law
 from mlx_forget.laws.model import Constraints
 from mlx_forget.laws.objective import Objective
 from mlx_forget.laws.table import Table
 from mlx_forget.tables import read_table
 
 from .conftest import REFERENCE
+from .contrasts import contrasts
 from .surfaces import SURFACES, grid, paper_grid
 
 NAMES = sorted(SURFACES)
@@ -23,9 +24,9 @@ def recover(name: str, count: int) -> None:
         fit = fit_law(table, name)
         assert np.allclose(fit.predicted, table.columns["loss"], rtol=1e-6, atol=0)
         found, wanted = ({k: np.array(v) for k, v in params.items()} for params in (fit.params, truth))
-        for contrast in law_contrasts(fit.law):
-            value, exact = (contrast.function(params, fit.model.references) for params in (found, wanted))
-            assert value == pytest.approx(float(exact), rel=1e-6), contrast.name
+        for contrast, of in contrasts(fit.law):
+            value, exact = (of(params, fit.model.references) for params in (found, wanted))
+            assert value == pytest.approx(float(exact), rel=1e-6), contrast
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -127,6 +128,19 @@ def test_the_certificate_says_how_the_fit_ended():
     assert certificate.gradient_norm < 1e-5
     assert certificate.excess < 1e-9
     assert "sum over 125 rows" in fit.objective.describe(fit.num_rows)
+
+
+def test_a_fit_that_is_cut_short_says_so():
+    surface = SURFACES["bethune-forgetting"]
+    table = surface.table(surface.truths(1)[0], noise=0.004)
+    short = FitOptions(num_starts=3, num_first_steps=1, num_finalists=2, max_steps=1)
+    fit, whole = (fit_law(table, "bethune-forgetting", options=options) for options in (short, FitOptions()))
+    certificate = fit.certificate
+    assert (certificate.status, certificate.num_starts, certificate.steps) == ("iteration limit", 2, 2)
+    assert "the objective may still fall" in certificate.reason
+    assert fit.value > whole.value
+    assert certificate.gradient_norm > 1e-3
+    assert 1e-6 < certificate.excess <= 1.0
 
 
 def test_least_squares_in_the_plain_loss_is_curve_fits_optimum():

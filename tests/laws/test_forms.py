@@ -116,6 +116,19 @@ def test_natural_gradients_match_central_differences(name):
         assert np.allclose(gradient[:, j], numeric, rtol=2e-5, atol=1e-6 * np.abs(numeric).max() + 1e-15), parameter
 
 
+@pytest.mark.parametrize("law", [law for law in laws() if law.alternatives], ids=lambda law: law.name)
+def test_rivals_name_laws_parameters_and_larger_rivals_that_exist(law):
+    sizes = {}
+    for rival in law.alternatives:
+        form = get_law(rival.law)
+        assert {*rival.fixed, *rival.tied, *rival.tied.values()} <= set(form.names)
+        assert set(form.columns) <= set(law.columns)
+        sizes[rival.name] = len(form.names) - len(rival.fixed) - len(rival.tied)
+    for rival in law.alternatives:
+        assert all(sizes[larger] > sizes[rival.name] for larger in rival.inside)
+    assert any(rival.law == law.name and not rival.fixed and not rival.tied for rival in law.alternatives)
+
+
 def _saturating_law() -> Law:
     return law_from_function(
         "test-saturating",

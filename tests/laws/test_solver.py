@@ -1,6 +1,6 @@
 """The minimiser, its objectives and the noise, against closed forms and against code that shares nothing with them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from scipy.optimize import lsq_linear
 from mlx_forget.laws import objective as objectives
 from mlx_forget.laws.fit import FitOptions, fit_law
 from mlx_forget.laws.forms import get_law
-from mlx_forget.laws.model import bind
+from mlx_forget.laws.model import Constraints, bind
 from mlx_forget.laws.noise import estimate_noise
 from mlx_forget.laws.objective import Curvature, LawProblem, Objective, TangentProblem
 from mlx_forget.laws.profiles import profile_coordinates
@@ -261,6 +261,27 @@ def test_a_profile_of_the_line_is_a_parabola_whose_ends_are_where_it_is_one(line
     assert (wide.low, wide.high) == pytest.approx((few.params["s"] - half, few.params["s"] + half), rel=1e-4)
 
 
+def test_two_lines_of_one_slope_are_the_analysis_of_covariance():
+    x, g = np.tile(np.linspace(0.6, 0.9, 6), 2), np.repeat([0, 1], 6)
+    loss = 2.5 + 0.3 * g - 1.2 * x + 0.01 * np.random.default_rng(1).standard_normal(12)
+    table = replace(Table.of(L_ft=x, loss=loss), labels={"data": np.array(["u", "v"])[g]})
+    options = FitOptions(objective=Objective("linear", np.inf))
+    fit = fit_law(table, "kalajdzievski-linear", constraints=Constraints(shared=("c",)), by="data", options=options)
+    design = np.stack([-x, g == 0, g == 1], axis=1).astype(float)
+    best, (squares,), *_ = np.linalg.lstsq(design, loss, rcond=None)
+    covariance = squares / 9 * np.linalg.inv(design.T @ design)
+    assert [fit.params[name] for name in ("c", "s[u]", "s[v]")] == pytest.approx(best)
+    found = assess(fit, BootstrapOptions(num_resamples=0, method="profile"))
+    t_of_9 = 2.2621571627409915
+    for i, name in enumerate(("c", "s[u]", "s[v]")):
+        half = t_of_9 * np.sqrt(covariance[i, i])
+        assert (found.params[name].low, found.params[name].high) == pytest.approx((best[i] - half, best[i] + half), rel=1e-4)
+    for group, at in (("u", np.array([-0.5, 1, 0])), ("v", np.array([-0.5, 0, 1]))):
+        half = t_of_9 * np.sqrt(at @ covariance @ at)
+        (interval,) = predict_intervals(found, {"L_ft": 0.5}, group=group)
+        assert (interval.low, interval.high) == pytest.approx((at @ best - half, at @ best + half), rel=1e-4)
+
+
 # --- starts
 
 
@@ -288,3 +309,7 @@ def test_data_made_at_a_point_of_the_grid_are_found_by_the_first_start(name):
         misfits = [np.sum(own * (law.evaluate(features, [np.array([[x]]) for x in one])[0] / loss - 1) ** 2) for one in row]
         assert misfits == sorted(misfits)
         assert len(set(misfits)) == len(row)
+    if law.plain is not None:
+        (row,) = projected_starts(law.plain, law.plain.features(columns, references), loss, weights[:1], count=1)
+        features = law.plain.features(columns, references)
+        assert np.allclose(law.plain.evaluate(features, [np.array([[x]]) for x in row[0]])[0], loss, rtol=1e-5)

@@ -124,6 +124,59 @@ def test_rows_that_would_spoil_a_fit_are_named(changes, words):
         check(rows_with(**changes), get_law("bethune-forgetting"))
 
 
+@pytest.mark.parametrize("num, shown", [(1, "In row 1, "), (8, "In rows 1, 2, 3, 4, 5, 6, 7, 8, "), (9, "7, 8, ..., column")])
+def test_at_most_eight_rows_are_named(num, shown):
+    from mlx_forget.laws.table import Table
+
+    loss = np.where(np.arange(12) < num, -1.0, 3.0)
+    with pytest.raises(UserError, match=shown) as refused:
+        check(Table.of(N=np.geomspace(1e7, 1e9, 12), D=1e7, loss=loss), get_law("chinchilla"))
+    assert str(refused.value).endswith("remove it." if num == 1 else "remove them.")
+
+
+def test_rows_of_two_runs_may_agree_and_of_one_run_may_not():
+    from mlx_forget.laws.table import Table
+
+    columns = {name: [values[0], *values[:4]] for name, values in rows_with().columns.items()}
+    law = get_law("bethune-forgetting")
+    check(Table.of(run=["a", "b", "a", "a", "a"], **columns), law)
+    for run in (None, ["a", "a", "b", "b", "b"]):
+        with pytest.raises(UserError, match=r"Row 2 repeats row 1 exactly \(1 duplicated row in all\)"):
+            check(Table.of(run=run, **columns), law)
+        check(Table.of(run=run, **columns), law, allow_duplicates=True)
+
+
+def test_counts_in_millions_are_refused_unless_they_are_so_small():
+    for column, value, law in (("N", 334.0, "chinchilla"), ("D", 1500.0, "chinchilla"), ("P", 2.5, "kalajdzievski-finetuning")):
+        columns = {"N": np.geomspace(1e7, 1e9, 9), "D": 1e7, "P": 1e6, "steps": 100.0, "loss": np.linspace(3, 4, 9)} | {
+            column: value
+        }
+        from mlx_forget.laws.table import Table
+
+        table = Table.of(**columns)
+        with pytest.raises(UserError, match=f"Column '{column}' never exceeds {value:g}"):
+            check(table, get_law(law))
+        check(table, get_law(law), allow_units=True)
+
+
+@pytest.mark.parametrize(
+    "wanted, there",
+    [("N", "total_params"), ("D", "train_tokens"), ("p", "replay_fraction"), ("P", "trainable"), ("steps", "num_iters"), ("L0", "base_loss"),
+     ("loss", "final_nll"), ("run", "my_name"), ("base", "init_from"), ("L_ft", "target_nats"), ("r", "domain_share"), ("R", "MIX_RATIO")],
+)  # fmt: skip
+def test_what_others_call_a_column_is_recognised(wanted, there):
+    from mlx_forget.laws.table import Table, missing_column
+
+    assert f"--map {wanted}={there}" in str(missing_column(wanted, Table.of(zzz=1.0, **{there: 1.0})))
+
+
+def test_of_many_columns_two_dozen_are_named():
+    from mlx_forget.laws.table import Table, missing_column
+
+    for num, end in ((24, "x23. "), (25, "x23, .... ")):
+        assert f", x22, {end}" in str(missing_column("N", Table.of(**{f"x{i}": 1.0 for i in range(num)})))
+
+
 def test_fewer_rows_than_parameters_are_refused():
     with pytest.raises(UserError, match="4 free parameters and the table 3 rows"):
         check(rows_with().select(np.arange(5) < 3), get_law("bethune-forgetting"))

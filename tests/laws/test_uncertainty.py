@@ -1,8 +1,11 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from mlx_forget.errors import UserError
-from mlx_forget.laws.bootstrap import bootstrap, cluster_weights, refit
+from mlx_forget.laws import uncertainty
+from mlx_forget.laws.bootstrap import Draws, bootstrap, cluster_weights, draws_interval, refit, stretch
 from mlx_forget.laws.clusters import Clusters, cluster_rows
 from mlx_forget.laws.fit import fit_law
 from mlx_forget.laws.forms import get_law
@@ -183,7 +186,112 @@ def test_prediction_intervals_of_both_methods_agree_and_widen_beyond_the_data():
 
 def test_the_bootstrapped_error_is_out_of_sample():
     fit = noisy("bethune-forgetting")
-    assert fit.mre < bootstrap(fit, num_resamples=200).out_of_bag_mre < 2 * fit.mre
+    draws = bootstrap(fit, num_resamples=200)
+    assert fit.mre < draws.out_of_bag_mre < 2 * fit.mre
+    two = replace(draws, u=draws.u[:2], weights=draws.weights[:2])
+    errors = [
+        np.abs(fit.model.predict(u[None], fit.table.columns)[0] / fit.table.columns["loss"] - 1)[weights == 0].mean()
+        for u, weights in zip(two.u, two.weights, strict=True)
+    ]
+    assert two.out_of_bag_mre == pytest.approx(np.mean(errors))
+    for unseen in (replace(draws, weights=None), replace(draws, method="bayesian"), replace(draws, weights=draws.weights + 1)):
+        assert np.isnan(unseen.out_of_bag_mre)
+
+
+def drawn(num_clusters: int, method: str = "cluster") -> tuple[Draws, np.ndarray]:
+    """4,000 draws of one number about the fit's, a hundred of them lost far away; and those that converged."""
+    fit = replace(noisy("bethune-finetuning"), u=np.array([0.5, 0.1, 0.1, 0.6]))
+    u = np.tile(fit.u, (4000, 1))
+    u[:, 0] += np.random.default_rng(0).gamma(2.0, 0.1, 4000) - 0.15
+    u[:100, 0] = 1e9
+    return Draws(fit, u, np.arange(4000) >= 100, None, method, num_clusters), u[100:, 0]
+
+
+def test_intervals_of_many_clusters_are_stretched_percentiles_and_of_few_are_students():
+    draws, values = drawn(25)
+    low, high = draws_interval(draws, lambda u: u[:, :1], level=0.9)
+    stretched = np.sqrt(25 / 24) * 1.7108820799 / 1.6448536270
+    assert stretch(25, 0.9) == pytest.approx(stretched)
+    ends = np.quantile(values, [0.05, 0.95])
+    assert (low[0], high[0]) == pytest.approx(tuple(0.5 + stretched * (ends - 0.5)))
+    # One-sided draws leave the fit's own value as an end.
+    draws, values = drawn(25)
+    low, high = draws_interval(draws, lambda u: np.maximum(u[:, :1], 0.5), level=0.9)
+    assert low[0] == 0.5 < high[0]
+    draws, values = drawn(10)
+    low, high = draws_interval(draws, lambda u: u[:, :1], level=0.9)
+    half = 1.8331129327 * np.std(values, ddof=1) * np.sqrt(10 / 9)
+    assert (low[0], high[0]) == pytest.approx((0.5 - half, 0.5 + half))
+    residual, values = drawn(10, "residual")
+    low, high = draws_interval(residual, lambda u: u[:, :1], level=0.9)
+    assert high[0] - low[0] == pytest.approx(stretch(10, 0.9) * np.subtract(*np.quantile(values, [0.95, 0.05])))
+
+
+@pytest.mark.parametrize("bayesian", [False, True])
+def test_weights_of_resamples_add_up_to_the_clusters_and_are_drawn_again_from_a_seed(bayesian):
+    clusters = Clusters(np.array([0, 1, 2, 3]), "row")
+    weights = cluster_weights(clusters, 3000, seed=4, bayesian=bayesian)
+    assert weights.sum(axis=1) == pytest.approx(4.0)
+    assert weights.mean(axis=0) == pytest.approx(1.0, abs=0.06)
+    # Variances of a multinomial count, and of a Dirichlet share.
+    assert weights.var() == pytest.approx(0.6 if bayesian else 0.75, abs=0.05)
+    assert (weights == weights.round()).all() != bayesian
+    assert np.array_equal(weights, cluster_weights(clusters, 3000, seed=4, bayesian=bayesian))
+    assert not np.array_equal(weights, cluster_weights(clusters, 3000, seed=5, bayesian=bayesian))
+
+
+def test_what_was_held_and_what_is_tied_is_said_and_forgetting_is_the_loss_less_its_start():
+    surface = SURFACES["bethune-forgetting"]
+    table = surface.table(surface.truths(1, seed=7)[0], noise=0.004)
+    held = Constraints(fixed={"alpha": 0.4}, tied={})
+    found = assess(fit_law(table, surface.form, constraints=held), BootstrapOptions(num_resamples=0, method="cluster"))
+    assert found.method == "curvature"
+    assert vars(found.params["alpha"]) == {"value": 0.4, "low": 0.4, "high": 0.4, "reason": "fixed by the user, not estimated"}
+    fit = found.fit
+    for name in ("beta", "B"):
+        m = fit.model.coordinates.index(name)
+        half = 1.9797 * np.sqrt(fit.covariance[m, m])
+        ends = fit.u[m] - half, fit.u[m] + half
+        assert (found.params[name].low, found.params[name].high) == pytest.approx(np.exp(ends) if name == "B" else ends, rel=1e-3)
+    # A mixes its coordinate with beta: log A = u_A - beta log(middle of D) + what is held.
+    gradient = np.array(
+        [-np.log(fit.model.references["D"]) if name == "beta" else float(name == "A") for name in fit.model.coordinates]
+    )
+    half = 1.9797 * np.sqrt(gradient @ fit.covariance @ gradient)
+    ends = found.params["A"].low, found.params["A"].high
+    assert np.log(ends) == pytest.approx(np.log(found.params["A"].value) + np.array([-half, half]), rel=1e-3)
+    tied = assess(
+        fit_law(table, surface.form, constraints=Constraints(tied={"beta": "alpha"})),
+        BootstrapOptions(num_resamples=40, method="cluster"),
+    )
+    assert tied.params["beta"] == tied.params["alpha"]
+    assert tied.params["alpha"].low < tied.params["alpha"].value < tied.params["alpha"].high
+    point = {"N": [3.34e8, 1e9], "D": 3e6, "p": 0.01, "L0": [3.0, 2.5]}
+    losses, forgotten = (predict_intervals(tied, point, forgetting=only) for only in (False, True))
+    for loss, less, start in zip(losses, forgotten, (3.0, 2.5), strict=True):
+        assert (less.value, less.low, less.high) == pytest.approx((loss.value - start, loss.low - start, loss.high - start))
+        assert less.low < less.value < less.high
+    bare = predict_intervals(found, point)
+    assert [(interval.low, interval.high) for interval in bare] == [(None, None)] * 2
+    assert [interval.value for interval in bare] == pytest.approx(fit.predict(point))
+
+
+@pytest.mark.parametrize("num_lost, words", [(0, []), (1, []), (2, ["1.0% of the resamples did not converge"])])
+def test_resamples_that_do_not_converge_are_warned_of(monkeypatch, num_lost, words):
+    def some_lost(*arguments, **options):
+        draws = bootstrap(*arguments, **options)
+        return replace(draws, converged=np.arange(200) >= num_lost)
+
+    monkeypatch.setattr(uncertainty, "bootstrap", some_lost)
+    found = assess(noisy("bethune-finetuning"), BootstrapOptions(num_resamples=200, method="cluster"))
+    assert [warning.split(":")[0] for warning in found.warnings] == words
+
+
+def test_rows_that_are_not_independent_are_warned_of():
+    table = noisy("bethune-finetuning").table
+    runs = Table(table.columns, run=np.arange(25) % 22)
+    found = assess(fit_law(runs, "bethune-finetuning"), BootstrapOptions(num_resamples=20, method="profile"))
+    assert "profile-F takes all 25 rows for independent, and they are 22 independent runs: too narrow" in found.warnings
 
 
 def test_an_unknown_method_is_refused():

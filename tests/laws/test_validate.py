@@ -1,8 +1,12 @@
 import numpy as np
 import pytest
+from scipy.special import erf, fdtrc
 
 from mlx_forget.errors import UserError
+from mlx_forget.laws import validate
+from mlx_forget.laws.fit import FitOptions
 from mlx_forget.laws.forms import Alternative, get_law
+from mlx_forget.laws.objective import Objective
 from mlx_forget.laws.table import Table
 from mlx_forget.laws.uncertainty import BootstrapOptions
 from mlx_forget.laws.validate import leave_out, select, train_on
@@ -81,6 +85,56 @@ def test_standard_hold_outs_leave_the_extremes_and_each_share():
         assert expected in names
     calibrated = [h.covered for h in found if "largest" in h.name or "domain" in h.name]
     assert min(calibrated) >= 0.8
+
+
+@pytest.mark.parametrize(
+    "law, tops, shares",
+    [
+        ("bethune-forgetting", "N D", "p"),
+        ("chinchilla", "N D", ""),
+        ("d-cpt", "N D", "r"),
+        ("cmr", "", "R"),
+        ("kalajdzievski-finetuning", "P steps", ""),
+        ("kalajdzievski-linear", "", ""),
+    ],
+)
+def test_standard_hold_outs_of_a_law_are_its_own_columns(monkeypatch, law, tops, shares):
+    monkeypatch.setattr(validate, "hold_out", lambda table, law, train, *, name, **_: (name, train))
+    columns = SURFACES[law].columns
+    found = dict(leave_out(Table.of(**columns, loss=3.0), law))
+    wanted = {f"largest {name} ({columns[name].max():.3g})": columns[name] < columns[name].max() for name in tops.split()}
+    for name in shares.split():
+        wanted |= {f"{name} = {100 * value:g}%": columns[name] != value for value in np.unique(columns[name])}
+    assert list(found) == list(wanted)
+    assert all(np.array_equal(found[name], rows) for name, rows in wanted.items())
+    two = {name: np.where(values == values.max(), values.max(), values.min()) for name, values in columns.items()}
+    assert leave_out(Table.of(**two, loss=3.0), law) == []
+
+
+def test_selection_weighs_a_line_against_a_constant_as_the_textbook_does():
+    # Residuals of one size, so that the Huber loss of either is a square: then the F ratio and AICc have closed forms.
+    x = np.linspace(-1.0, 1.0, 12) + 2.0
+    loss = 3.0 - 0.004 * x + 0.01 * np.array([1, -1, -1, 1] * 3)
+    table = Table.of(L_ft=x, loss=loss)
+    rivals = [
+        Alternative("line", "kalajdzievski-linear"),
+        Alternative("constant", "kalajdzievski-linear", fixed={"c": 0.0}, inside=("line",)),
+    ]
+    found = select(table, "kalajdzievski-linear", alternatives=rivals, options=FitOptions(objective=Objective("linear")))
+    squares = {"constant": ((loss - loss.mean()) ** 2).sum(), "line": np.polyfit(x, loss, 1, full=True)[1][0]}
+    # The share of a normal law within 1.345 deviations stands for the slope of the Huber loss.
+    slope = erf(1.345 / np.sqrt(2))
+    (test,) = found.tests
+    statistic = (squares["constant"] - squares["line"]) / (squares["line"] / 10) * slope
+    assert (test.smaller, test.larger, test.statistic) == ("constant", "line", pytest.approx(statistic, rel=0.05))
+    assert test.p_value == pytest.approx(fdtrc(1, 10, test.statistic))
+    assert (found.chosen, found.rivals[0].name) == ("constant", "constant")
+    by_name = {rival.name: rival.aicc for rival in found.rivals}
+    ratio = min(squares["line"] / 10, squares["constant"] / 11) / slope
+    penalties = 2 * 3 + 24 / 8 - (2 * 2 + 12 / 9)
+    assert by_name["line"] - by_name["constant"] == pytest.approx(
+        (squares["line"] - squares["constant"]) / ratio + penalties, rel=0.05
+    )
 
 
 @pytest.mark.parametrize("condition", ["N < ", "import os", "N <= 'big'", "size <= 3", "N.real < 3", "N <= 1"])

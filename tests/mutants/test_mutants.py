@@ -1,6 +1,10 @@
 """The mutants themselves: a mistake is one change, what is drawn is drawn again, and a test that fails kills."""
 
 import ast
+import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -70,3 +74,41 @@ def test_a_mistake_takes_the_place_of_a_function_in_this_process(monkeypatch):
     put_in_place(ROOT, site)
     with pytest.raises(TypeError):
         mixture.stream_key(0, 1)
+
+
+COUNTER = """
+def count(n):
+    done = 0
+    while done < n:
+        done += 1
+    return done
+"""
+DRIVER = """
+import json, sys
+from pathlib import Path
+from tests.mutants.sites import sites
+from tests.mutants.trial import Trials
+
+found, here = {}, Path.cwd()
+trials = Trials(here, ["m.py"], ("test_m.py",), sites(here, "m.py"), most_seconds=9, deadline=1e12, kept=here / "kept",
+                tell=lambda site, result, seconds: found.update({site.what: result}))
+trials.run()
+Path("found.json").write_text(json.dumps(found))
+"""
+
+
+@pytest.mark.full
+def test_a_mutant_that_hangs_is_killed_by_time_and_no_file_changes(tmp_path):
+    (tmp_path / "m.py").write_text(COUNTER)
+    (tmp_path / "test_m.py").write_text("from m import count\n\n\ndef test_it():\n    assert count(3) == 3\n")
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}", "TMPDIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", DRIVER], cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=300)
+    assert json.loads((tmp_path / "found.json").read_text()) == {
+        "0  ->  1": "survived",
+        "done < n  ->  done <= n": "killed",
+        "done += 1  ->  done -= 1": "killed by time",
+        "1  ->  2": "killed",
+        "return done  ->  return None": "killed",
+    }
+    assert (tmp_path / "m.py").read_text() == COUNTER
+    assert not list(tmp_path.glob("mutants-*"))

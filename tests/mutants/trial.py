@@ -21,6 +21,7 @@ from contextlib import suppress
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from importlib.util import spec_from_file_location
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -36,6 +37,9 @@ _MOST_BYTES = 6 << 30
 _MOST_WALL_SECONDS = 900
 # What a child and a test may take beside its usual time.
 _CPU_SECONDS_TO_START, _CPU_SECONDS_FOR_A_TEST = 60, 2
+
+# Seconds of the tests that are tried in one round.
+_ROUNDS = (0.0, 0.3, 1.5, 1e9)
 
 Tests = dict[str, tuple[float, list[list[Any]]]]
 
@@ -57,9 +61,7 @@ class _Finder(MetaPathFinder, SourceFileLoader):
 def put_in_place(root: Path, site: Site, *, anew: bool = False) -> None:
     """From now on, this process runs the tool with the mistake; `anew` where what was imported is not to be used any more."""
     if anew:
-        for name in [name for name in sys.modules if name.split(".")[0] in ("mlx_forget", "cuda_backend", "tests")]:
-            if not name.startswith("tests.mutants") and name != "tests":
-                del sys.modules[name]
+        _forget_imports()
         sys.meta_path.insert(0, _Finder(root, site))
         return
     assert site.outermost is not None
@@ -84,6 +86,16 @@ def put_in_place(root: Path, site: Site, *, anew: bool = False) -> None:
     found.__code__ = code
 
 
+def _forget_imports() -> None:
+    for name in list(sys.modules):
+        if (
+            name.split(".")[0] in ("mlx_forget", "cuda_backend", "tests")
+            and name != "tests"
+            and not name.startswith("tests.mutants")
+        ):
+            del sys.modules[name]
+
+
 def _module_of(path: str) -> str:
     return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
@@ -96,7 +108,7 @@ class Trials:
         sources: the files that are mutated, as paths from the root.
         test_files: likewise.
         todo: the mutants.
-        slow_seconds: tests that take longer are left out.
+        most_seconds: of tests for a mutant, by CPU time while their lines are traced.
         deadline: by the monotonic clock; no mutant is begun later.
         kept: folder for what is found out about the tests.
         tell: called with each mutant, what became of it, and its seconds.
@@ -109,30 +121,38 @@ class Trials:
         test_files: tuple[str, ...],
         todo: list[Site],
         *,
-        slow_seconds: float,
+        most_seconds: float,
         deadline: float,
         kept: Path,
         tell: Callable[[Site, str, float], None],
     ) -> None:
         self.root, self.sources, self.test_files, self.todo = root, sources, test_files, todo
-        self.slow_seconds, self.deadline, self.kept, self.tell = slow_seconds, deadline, kept, tell
+        self.most_seconds, self.deadline, self.kept, self.tell = most_seconds, deadline, kept, tell
         self.imported = Covering({str(root / path): path for path in sources})
         self.seconds: dict[str, float] = {}
 
     def run(self) -> None:
         """Try all."""
+        _forget_imports()
         with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
             # The cache folder of the tests, and their temporary folders, are in there; see `tests/conftest.py`.
             os.environ |= {"PYTEST_XDIST_TESTRUNUID": "mutants", "TMPDIR": folder}
             tempfile.tempdir = folder
-            self.folder, self.cache, self.home = Path(folder), Path(folder) / "mlx-forget-tests-mutants", self.kept / "home"
-            self.home.mkdir(parents=True, exist_ok=True)
-            sys.settrace(self.imported.trace)
-            for path in self.sources:
-                importlib.import_module(_module_of(path))
-            code = pytest.main([*PYTEST, f"--basetemp={folder}/t", *self.test_files], plugins=[self])
-            if code:
-                raise SystemExit(int(code))
+            try:
+                self._collect(Path(folder))
+            finally:
+                del os.environ["TMPDIR"]
+                tempfile.tempdir = None
+
+    def _collect(self, folder: Path) -> None:
+        self.folder, self.cache, self.home = folder, folder / "mlx-forget-tests-mutants", self.kept / "home"
+        self.home.mkdir(parents=True, exist_ok=True)
+        sys.settrace(self.imported.trace)
+        for path in self.sources:
+            importlib.import_module(_module_of(path))
+        code = pytest.main([*PYTEST, f"--basetemp={folder}/t", *self.test_files], plugins=[self])
+        if code:
+            raise SystemExit(int(code))
 
     def pytest_collection_finish(self) -> None:
         sys.settrace(None)
@@ -182,18 +202,25 @@ class Trials:
         return code
 
     def _chosen(self, site: Site, maps: list[Tests], *, whole_file: bool) -> dict[str, float]:
-        """The tests that run the statement of a mutant, with their seconds: file by file, in each the quickest first."""
+        """The tests that run the statement of a mutant, with their seconds: the quick ones of every file, then slower ones, until they
+        take as long as a mutant may."""
         first, last = (0, 1 << 30) if whole_file else site.lines
         files = []
         for tests in maps:
             those = {
                 name: seconds
                 for name, (seconds, lines) in tests.items()
-                if seconds < self.slow_seconds and any(path == site.path and first <= line <= last for path, line in lines)
+                if any(path == site.path and first <= line <= last for path, line in lines)
             }
-            files.append(dict(sorted(those.items(), key=lambda item: item[1])))
-        files.sort(key=lambda tests: sum(tests.values()))
-        return {name: seconds for tests in files for name, seconds in tests.items()}
+            files.append(sorted(those.items(), key=lambda item: item[1]))
+        files.sort(key=lambda tests: sum(seconds for _, seconds in tests))
+        chosen: dict[str, float] = {}
+        for quicker, slower in pairwise(_ROUNDS):
+            # File by file, so that what a module's tests share is made once in a round.
+            for name, seconds in (one for tests in files for one in tests):
+                if quicker <= seconds < slower and sum(chosen.values()) + seconds <= self.most_seconds:
+                    chosen[name] = seconds
+        return chosen
 
     def _tried(self, session: pytest.Session, site: Site, tests: dict[str, float], *, anew: bool) -> str:
         if not tests:
@@ -264,7 +291,7 @@ class _Only:
 
 def _run(session: pytest.Session, items: list[pytest.Item]) -> int:
     """Run tests until one fails: 1 if one did."""
-    for item, following in zip(items, [*items[1:], None], strict=True):
+    for item, following in zip_longest(items, items[1:]):
         session.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
         if session.testsfailed:
             return 1

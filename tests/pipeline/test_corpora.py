@@ -1,19 +1,14 @@
 """The built-in corpora: clean text, no copies across splits, the same bytes for everyone, safe caching, honest differences."""
 
-import ast
 import fcntl
-import io
 import json
 import os
 import pickle
 import random
 import subprocess
 import sys
-import sysconfig
 import time
-import tokenize
 from dataclasses import replace
-from inspect import cleandoc
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +20,6 @@ from mlx_forget.pipeline import harvest as harvest_module
 from mlx_forget.pipeline.corpora import CORPORA, SPLITS, BuiltCorpus, build_corpus, forget_home, read_documents
 from mlx_forget.pipeline.harvest import harvest
 from mlx_forget.pipeline.near_copies import SeenText, fingerprints
-from mlx_forget.pipeline.passages import english_passages, paragraphs, pieces
 
 ROOT = Path(corpora.__file__).parents[2]
 
@@ -106,243 +100,8 @@ def test_cpp_documents_begin_without_a_licence(built: dict[str, BuiltCorpus]) ->
 
 # Taking Python apart
 
-STRIPPING = [
-    ('"""Module."""\nx = 1\n', "x = 1\n"),
-    ("# comment\nx = 1  # why\n", "x = 1\n"),
-    ("x = '# no comment'  # comment\n", "x = '# no comment'\n"),
-    ('x = """a\n# no comment\n"""\n', 'x = """a\n# no comment\n"""\n'),
-    ("x = r'\\'  # comment ' quote\n", None),
-    ("x = 'it\\'s # not'  # is\n", "x = 'it\\'s # not'\n"),
-    ("x = f'{y}#{z}'  # is\n", "x = f'{y}#{z}'\n"),
-    ('def f():\n    """Only this."""\n', "def f():\n    pass\n"),
-    ('def f(): "Only this."\n', "def f(): pass\n"),
-    ('def f():\n    """This."""  # and this\n    return 1\n', "def f():\n    return 1\n"),
-    ('def f():\n    """This."""; return 1\n', "def f():\n    pass; return 1\n"),
-    ('class A:\n    "First."\n    x = 1\n    "About x."\n', "class A:\n    x = 1\n"),
-    ('class A:\n    "First."\n    "Second."\n', "class A:\n    pass\n"),
-    ('def f():\n    """Größe → ü."""\n    return "é"  # ö\n', 'def f():\n    return "é"\n'),
-    ('é = "ü"; """stray""" ; y = 2\n', 'é = "ü"; pass ; y = 2\n'),
-    ("if x:\n    # only\n    pass\n", "if x:\n    pass\n"),
-    ("x = 1\n\n\n\n\ny = 2\n", "x = 1\n\ny = 2\n"),
-    ('match x:\n    case 1:\n        "doc"\n', "match x:\n    case 1:\n        pass\n"),
-    ("x = (1,  # one\n     # two\n     2)\n", "x = (1,\n     2)\n"),
-    ("x = 1\r\n# gone\r\ny = 2\r\n", "x = 1\ny = 2\n"),
-    ('"""Only a docstring."""', "pass\n"),
-    ("# only a comment", None),
-    ("", None),
-]
-
-
-@pytest.mark.parametrize(("source", "wanted"), STRIPPING)
-def test_stripping_keeps_code_and_nothing_else(source: str, wanted: str | None) -> None:
-    parsed = python_source.parse(source.encode())
-    if parsed is None:
-        assert wanted is None
-    else:
-        assert python_source.strip(parsed) == wanted
-
-
-def library_sample() -> list[Path]:
-    paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    return random.Random(0).sample(paths, 12)
-
-
-class WithoutText(ast.NodeTransformer):
-    """A tree without statements that are only a string, and with every other string blank (their whitespace may change)."""
-
-    def visit_Constant(self, node: ast.Constant) -> ast.AST:
-        return ast.Constant("") if isinstance(node.value, str | bytes) else node
-
-    def generic_visit(self, node: ast.AST) -> ast.AST:
-        for name in ("body", "orelse", "finalbody"):
-            body = getattr(node, name, None)
-            if isinstance(body, list):
-                kept = [line for line in body if not (is_string(line) or isinstance(line, ast.Pass))]
-                setattr(node, name, kept)
-        return super().generic_visit(node)
-
-
-def is_string(statement: ast.stmt) -> bool:
-    value = getattr(statement, "value", None)
-    return isinstance(statement, ast.Expr) and isinstance(value, ast.Constant) and isinstance(value.value, str)
-
-
-def test_stripped_library_files_mean_the_same_and_hold_no_comment() -> None:
-    for path in library_sample():
-        parsed = python_source.parse(path.read_bytes())
-        assert parsed is not None
-        code = python_source.strip(parsed)
-        assert code is not None, path
-        before, after = (ast.dump(WithoutText().visit(ast.parse(text))) for text in (parsed.text, code))
-        assert before == after, path
-        kinds = {token.type for token in tokenize.generate_tokens(io.StringIO(code).readline)}
-        assert tokenize.COMMENT not in kinds, path
-        assert "\n\n\n" not in code
-
-
-@pytest.mark.parametrize("source", [b"def f(:\n", b"\xff\xfe", b"x = '\\ud800'\n\0", b"(" * 5000])
-def test_files_that_do_not_decode_or_parse_are_left_out(source: bytes) -> None:
-    assert python_source.parse(source) is None
-
-
-def test_english_of_a_file_comes_in_its_order_and_without_licences() -> None:
-    source = '''# Copyright 2026 Somebody. Licensed under terms that are long enough to pass for English, and this is it.
-"""The first docstring of this file, which is long enough to be kept."""
-
-# A comment that runs over several lines and tells the reader of this file why it is
-# that the function below has to be as it is, and not otherwise.
-def f():
-    """The second docstring of this file, which is long enough to be kept."""
-    # x = [compute(i) for i in range(10)]; y = {k: v for k, v in zip(a, b)}; z = sorted(y.items())[0]
-    return 1  # short
-
-
-add_docstr(f, """
-    The third one is passed to a call, as those of C extensions are. It has to be rather longer than the others are,
-    because strings are passed to calls for other reasons too, and most of those are shorter than this one is. And so on.
-    """)
-'''
-    parsed = python_source.parse(source.encode())
-    assert parsed is not None
-    found = python_source.english(parsed)
-    assert [text[:9] for text in found] == ["The first", "A comment", "The secon", "The third"]
-    assert "as it is, and not otherwise." in found[1]
-
-
-def test_docstrings_of_cython_are_found_without_parsing_it() -> None:
-    source = b'cdef class A:\n    """What this class is for, in one sentence that is long enough."""\n    cdef int x\n'
-    assert python_source.cython_english(source) == ["What this class is for, in one sentence that is long enough."]
-    assert python_source.cython_english(b"\xff") == []
-
-
-def test_paragraphs_drop_examples_code_and_the_headings_left_alone() -> None:
-    docstring = """Add two numbers.
-
-    Parameters
-    ----------
-    a : int
-        The first.
-
-    For instance::
-
-        c = add(1, 2)
-
-        d = c
-
-    More about it.
-
-    <Tip>
-
-    ```python
-    add(1, 2)
-
-    add(3, 4)
-    ```
-
-    .. plot::
-
-        import matplotlib
-
-    Examples
-    --------
-
-    >>> add(1, 2)
-    3
-
-    Notes
-    -----
-    """
-    kept = "\n".join(paragraphs(cleandoc(docstring)))
-    assert kept == ("Add two numbers.\nParameters\n----------\na : int\n    The first.\nFor instance::\nMore about it.")
-
-
-def test_long_texts_are_cut_between_functions_and_nothing_is_lost() -> None:
-    text = "".join(f"def function_{i}():\n    return {i}\n\n    # tail\n\n" for i in range(2000))
-    cut = pieces(text)
-    assert "".join(cut) == text
-    assert all(len(piece) <= 20_000 and piece.startswith("def ") for piece in cut)
-    assert "".join(pieces("x" * 50_000)) == "x" * 50_000
-
 
 # Near-copies
-
-STORY = (
-    "The lamp on the harbour wall had not been lit for eleven years when the keeper's daughter came back with a box "
-    "of matches, two candles and the firm belief that somebody out there was still waiting for a light."
-)
-
-
-def test_a_copy_is_known_by_its_words_not_by_its_layout() -> None:
-    seen = SeenText()
-    seen.add(fingerprints([STORY]))
-    changed = STORY.upper().replace(" ", "\n  ").replace(",", ";")
-    other_word = STORY.replace("eleven", "twelve")
-    unrelated = " ".join(sorted(STORY.split()))
-    shares = [seen.share(marks) for marks in fingerprints([changed, other_word, unrelated, "too short"])]
-    assert shares[0] == 1.0
-    assert 0.5 <= shares[1] < 1.0
-    assert shares[2] < 0.2
-    assert shares[3] == 0.0
-
-
-def test_marks_do_not_depend_on_the_neighbours() -> None:
-    alone = [fingerprints([text])[0].tolist() for text in (STORY, STORY[40:], "one two")]
-    together = [marks.tolist() for marks in fingerprints([STORY, STORY[40:], "one two"])]
-    assert alone == together
-
-
-def sources(*texts: str) -> list[documents.English]:
-    return [(english_passages(text),) for text in texts]
-
-
-def test_prose_keeps_one_of_two_copies_and_all_that_is_new() -> None:
-    new = "This paragraph is found in one of the two files only, so it stays. " + "And so on. " * 19 + "The end."
-    texts = [STORY + "\n\n" + STORY.replace("eleven", "twelve") + "\n\n" + new, STORY + "\n\n" + new[::-1]]
-    kept = "".join(text for found in documents.prose(sources(*texts), seen=SeenText()) for text in found)
-    assert kept.count("The lamp on the harbour wall") == 1
-    assert new in kept
-
-
-def test_prose_does_not_depend_on_the_order_of_files() -> None:
-    texts = [STORY * 2, STORY[::-1] * 2, "Something else altogether that nobody has written before. " * 10]
-    orders = [sources(*texts), sources(*reversed(texts))]
-    first, second = (list(documents.prose(order, seen=SeenText())) for order in orders)
-    assert first == second
-
-
-def code_passages(*texts: str) -> list[tuple[passages.Passage, ...]]:
-    return [(passages.Passage(text, fingerprints([text])[0]),) for text in texts]
-
-
-def test_code_that_repeats_prose_or_validation_is_left_out() -> None:
-    rng = random.Random(1)
-    files = [" ".join(f"name_{rng.randrange(10**6)}" for _ in range(60)) for _ in range(60)]
-    prose = SeenText()
-    prose.add(fingerprints([STORY]))
-    clean = documents.code(code_passages(*files, STORY), prose=prose, validation_share=0.3, max_bytes=10**6)
-    assert sorted(clean["train"] + clean["validation"]) == sorted(files)
-    assert len(clean["validation"]) > 5
-    # A training piece that swallows a validation piece, whichever of the two is the larger.
-    small, noise = clean["validation"][0], [f"noise_{i}" for i in range(600)]
-    for length in (2, 600):
-        texts = [" ".join([small, *noise[:length], ending]) for ending in "abcdefgh"]
-        results = [
-            documents.code(code_passages(*files, whole), prose=prose, validation_share=0.3, max_bytes=10**6) for whole in texts
-        ]
-        assert not any(small in found["validation"] and set(found["train"]) & set(texts) for found in results)
-        assert any(set(found["train"]) & set(texts) for found in results) == (length == 600)
-
-
-def test_all_of_a_file_goes_to_one_split_and_the_cap_holds() -> None:
-    rng = random.Random(2)
-    files = [[f"{i} {j} {rng.random()}" for j in range(5)] for i in range(200)]
-    splits = documents.split(files, validation_share=0.2, max_bytes=10**6)
-    place = {text: split for split in SPLITS for text in splits[split]}
-    assert all(len({place[text] for text in texts}) == 1 for texts in files)
-    assert 20 < len({text.split()[0] for text in splits["validation"]}) < 60
-    capped = documents.split(files, validation_share=0.2, max_bytes=1000)
-    assert sum(map(len, capped["train"] + capped["validation"])) < 1100
-    assert capped["train"] == splits["train"][: len(capped["train"])]
 
 
 # The same bytes for everyone

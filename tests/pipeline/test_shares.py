@@ -2,6 +2,7 @@
 
 import hashlib
 from fractions import Fraction
+from math import floor
 
 import numpy as np
 import pytest
@@ -45,11 +46,24 @@ def brute(stages, num_rows, position):
     return total + max(0, position - num_rows) * stages[-1].last
 
 
-@given(text=stage_texts(), num_rows=st.integers(1, 300), position=st.integers(0, 400))
+def integral(stages, num_rows, position):
+    """The same stage by stage, for schedules of any length."""
+    total, start = Fraction(0), 0
+    for stage in stages:
+        stop = int(stage.until * num_rows)
+        count = max(0, min(stop, position) - start)
+        total += stage.first * count + (stage.last - stage.first) * Fraction(count**2, 2 * max(1, stop - start))
+        start = stop
+    return total + max(0, position - num_rows) * stages[-1].last
+
+
+@given(text=stage_texts(), num_rows=st.integers(1, 300), position=st.integers(0, 400), phase=st.integers(0, 2**32 - 1))
 @settings(max_examples=80, deadline=None)
-def test_the_integral_of_a_schedule_is_exact(text, num_rows, position):
+def test_a_schedule_serves_the_whole_part_of_its_integral_and_phase(text, num_rows, position, phase):
     stages = parse_stages(text)
-    assert ShareSchedule(stages, num_rows).exact_before(position) == brute(stages, num_rows, position)
+    exact = brute(stages, num_rows, position)
+    assert integral(stages, num_rows, position) == exact
+    assert ShareSchedule(stages, num_rows).before([position], phase) == [floor(exact + Fraction(phase, 2**32))]
 
 
 @given(
@@ -57,13 +71,13 @@ def test_the_integral_of_a_schedule_is_exact(text, num_rows, position):
 )
 @settings(max_examples=80, deadline=None)
 def test_every_prefix_of_a_schedule_is_within_one_row(text, num_rows, seed, place, length):
-    schedule = ShareSchedule(parse_stages(text), num_rows)
-    mixture = Mixture(100, 10**12, schedule, seed)
+    stages = parse_stages(text)
+    mixture = Mixture(100, 10**12, ShareSchedule(stages, num_rows), seed)
     start = int(place * num_rows)
     source, _ = mixture.rows(start, start + length)
     counts = mixture.num_pretrain_before(start) + np.cumsum(source)
     for n, count in zip(range(start + 1, start + length + 1), counts.tolist(), strict=True):
-        assert abs(count - schedule.exact_before(n)) < 1
+        assert abs(count - integral(stages, num_rows, n)) < 1
 
 
 def test_a_constant_schedule_serves_what_the_share_says():

@@ -235,24 +235,31 @@ class StoreWriter:
         try:
             journal = read_object(self._aside / _JOURNAL)
             same = self.key is not None and is_whole(journal) and journal["key"] == self._journal_key()
-            found, self._masked = (journal["shards"], journal["masked"]) if same else ({}, False)
-        except (OSError, ValueError, KeyError, TypeError):
-            found = {}
-        for split, shards in found.items():
-            whole = []
-            for shard in shards:
-                pairs = [(shard["tokens"], shard["tokens_sha256"]), (shard["documents"], shard["documents_sha256"])]
-                if not all((self._aside / name).is_file() and sha256_of(self._aside / name) == wanted for name, wanted in pairs):
-                    break
-                whole.append(shard)
-            if whole:
-                self._shards[split] = whole
+            self._masked = same and bool(journal["masked"])
+            self._shards = {split: self._whole_shards(split, shards) for split, shards in journal["shards"].items() if same}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
+            self._shards, self._masked = {}, False
+        self._shards = {split: shards for split, shards in self._shards.items() if shards}
         kept = {shard[kind] for shards in self._shards.values() for shard in shards for kind in ("tokens", "documents")}
         for path in self._aside.iterdir():
             if path.name not in kept:
                 path.unlink()
         if self.key is not None:
             self._write_journal()
+
+    def _whole_shards(self, split: str, shards: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The first shards of a split that are as a journal says."""
+        whole: list[dict[str, Any]] = []
+        if Path(split).name != split:
+            raise ValueError
+        for number, shard in enumerate(shards):
+            names = _names(split, number)
+            texts = {name: str(shard[name]) for name in ("tokens_sha256", "documents_sha256")}
+            files = [(self._aside / names[kind], texts[f"{kind}_sha256"]) for kind in ("tokens", "documents")]
+            if not all(path.is_file() and sha256_of(path) == wanted for path, wanted in files):
+                break
+            whole.append({**names, "num_tokens": int(shard["num_tokens"]), "num_documents": int(shard["num_documents"]), **texts})
+        return whole
 
     def _journal_key(self) -> list[Any]:
         return [self.key, self.tokenizer_hash, self.tokens_per_shard, list(self.sources)]
@@ -273,8 +280,7 @@ class StoreWriter:
         documents: dict[str, npt.NDArray[Any]] = {"start": start, "num_bytes": num_bytes}
         if self.sources:
             documents["source"] = source
-        stem = f"{split}-{len(self._shards.get(split, [])):05d}"
-        names = {"tokens": f"{stem}.arrow", "documents": f"{stem}.documents.arrow"}
+        names = _names(split, len(self._shards.get(split, [])))
         metadata = {"tokenizer_hash": self.tokenizer_hash, "split": split}
         try:
             for name, columns in ((names["tokens"], tokens), (names["documents"], documents)):
@@ -298,3 +304,8 @@ class StoreWriter:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left" in str(error)
         reason = "the disk is full: free some space, and the same command goes on" if full else error.strerror or str(error)
         return UserError(f"Cannot write {self.folder}: {reason}.")
+
+
+def _names(split: str, number: int) -> dict[str, str]:
+    """The files of a shard."""
+    return {"tokens": f"{split}-{number:05d}.arrow", "documents": f"{split}-{number:05d}.documents.arrow"}

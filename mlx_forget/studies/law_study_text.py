@@ -1,0 +1,278 @@
+"""A law study in words: tables in Markdown for the documentation, made of the study's own output and nothing else."""
+
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_forget.durable_files import write_text
+from mlx_forget.history import read_history
+from mlx_forget.records import Run
+from mlx_forget.studies.law_study import LEAST_INJECTED_ROWS, PAPER_HELD_OUT, READINGS, find_fit, held_out
+
+CSV_COLUMNS = (
+    *("run", "domain", "model", "N", "D", "p", "seed"),
+    *("step", "tokens", "pretrain_tokens", "target_train_loss", "target_val_loss", "pretrain_val_loss"),
+)
+_TITLES = {"pretraining": "Forgetting", "target": "Target loss"}
+# Shares of progress are shown at these p, where they were run.
+_MOST_SHARES = 3
+
+
+def write_evaluations(runs: Sequence[Run], path: Path) -> None:
+    """Every evaluation of every finetuning run as CSV, columns `CSV_COLUMNS`; losses in nats per token."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(CSV_COLUMNS)
+    for run in runs:
+        record, config = run.record, run.record["config"]
+        if record["forgetting_nats"] is None:
+            continue
+        head = (record["run_id"], config["target"], config["model"], record["num_params"], config["target_tokens"], config["p"])
+        for row in read_history(run.history).to_pylist():
+            writer.writerow([*head, record["seed"], *(row[name] for name in CSV_COLUMNS[7:])])
+    write_text(path, text.getvalue())
+
+
+def study_lines(content: Mapping[str, Any]) -> list[str]:
+    """The whole study as Markdown lines: what was run, both laws, held-out errors, rivals, other readings, domains, progress lost."""
+    return [
+        *_what_was_run(content),
+        *_law_table(content, "pretraining"),
+        *_law_table(content, "target"),
+        *_rivals(content),
+        *_readings(content),
+        *_distances(content),
+        *_progress(content),
+        *_cautions(content),
+    ]
+
+
+def _what_was_run(content: Mapping[str, Any]) -> list[str]:
+    axes = content["axes"]
+    seeds = "" if len(axes["seed"]) == 1 else f"; seeds {', '.join(map(str, axes['seed']))} for part of it"
+    lines = [
+        f"{content['num_runs']} runs: {_listed(map(_count, axes['N']))} parameters; targets {_listed(axes['domain'])}; "
+        f"D = {_listed(map(_count, axes['D']))} tokens; p = {_listed(map(_percent, axes['p']))}{seeds}. "
+        f"{content['hours']:.1f} hours of training, summed over runs."
+    ]
+    left = [cell for cell in content["cells"] if cell["left_out"]]
+    if left:
+        reasons = dict.fromkeys(_kind(cell["left_out"]) for cell in left)
+        for reason in reasons:
+            own = [cell for cell in left if _kind(cell["left_out"]) == reason]
+            cells = dict.fromkeys(f"{_count(c['N'])} {c['domain']} D = {_count(c['D'])} p = {_percent(c['p_asked'])}" for c in own)
+            lines.append(f"Left out of the fits, {reason} ({len(own)} runs): {'; '.join(cells)}.")
+    return [line for one in lines for line in (one, "")]
+
+
+def _kind(reason: str) -> str:
+    few = f"fewer than {LEAST_INJECTED_ROWS} injected rows at the minimum"
+    return few if "injected" in reason else reason
+
+
+def _law_table(content: Mapping[str, Any], response: str) -> list[str]:
+    """One row a domain and kind of N: parameters with intervals, errors where fitted and where held out."""
+    fits = [
+        fit
+        for domain in content["axes"]["domain"]
+        for reading in ("total", "non-embedding")
+        if (fit := find_fit(content, domain, response, reading)) is not None
+    ]
+    if not fits:
+        whys = dict.fromkeys(fit["reason"] for fit in content["fits"] if fit["response"] == response and fit["reading"] == "total")
+        return [f"{_TITLES[response]}: no law could be fitted: {'; '.join(whys)}.", ""]
+    names = list(dict.fromkeys(name for fit in fits for name in fit["params"]))
+    head = ["domain", "N", "runs", *names, "bootstrapped MRE", "explained", "largest N", "largest D"]
+    rows = []
+    for fit in fits:
+        cells = [_value(fit["params"].get(name)) for name in names]
+        ends = [_held(held_out(fit, column)) for column in ("N", "D")]
+        rows.append(
+            [
+                *(fit["domain"], fit["reading"], str(fit["num_runs"]), *cells),
+                *(_share(fit["bootstrapped_mre"]), f"{fit['explained']:.3f}", *ends),
+            ]
+        )
+    paper = f"the paper, at its largest N and D | | | {' | ' * (len(names) - 1)}| | | {PAPER_HELD_OUT[response]:.2%} |"
+    formulas = dict.fromkeys(f"`{fit['formula']}`" for fit in fits)
+    methods = dict.fromkeys(f"{fit['intervals']}, {fit['clusters']}" for fit in fits)
+    explained = "of the variance of forgetting" if response == "pretraining" else "of the variance of the loss"
+    held = "; in brackets, in shares of the mean forgetting there" if response == "pretraining" else ""
+    return [
+        f"{_TITLES[response]}, {', '.join(formulas)}. Intervals are 95% ({'; '.join(methods)}). MRE is relative to the loss, over runs "
+        f"that a resample did not draw; *explained* is the share {explained}. The last columns are mean relative errors where "
+        f"the largest N, or D, was held out{held}.",
+        "",
+        *_table(head, rows),
+        f"| {paper} |",
+        "",
+    ]
+
+
+def _held(one: Mapping[str, Any] | None) -> str:
+    if one is None:
+        return "not held out"
+    forgotten = one["mean_forgetting"]
+    return f"{one['mre']:.2%}" + (f" ({one['nats'] / forgotten:.0%})" if forgotten is not None and forgotten > 0 else "")
+
+
+def _rivals(content: Mapping[str, Any]) -> list[str]:
+    """Which law each domain's runs prefer, and how far behind the others are."""
+    lines = []
+    for response in _TITLES:
+        found = [
+            fit
+            for domain in content["axes"]["domain"]
+            if (fit := find_fit(content, domain, response, "total")) is not None and fit["selection"] is not None
+        ]
+        if not found:
+            continue
+        names = list(dict.fromkeys(one["name"] for fit in found for one in fit["selection"]["rivals"]))
+        rows = []
+        for name in names:
+            cells = []
+            for fit in found:
+                one = next((one for one in fit["selection"]["rivals"] if one["name"] == name), None)
+                chosen = " (chosen)" if name == fit["selection"]["chosen"] else ""
+                cells.append("" if one is None else f"{one['aicc_above_best']:.1f}{chosen}")
+            rows.append([name, *cells])
+        lines += [f"{_TITLES[response]}, rival laws: AICc above the best of each domain.", ""]
+        lines += [*_table(["law", *(fit["domain"] for fit in found)], rows), ""]
+        lines += [line for fit in found for line in (f"- {fit['domain']}: {fit['selection']['verdict']}",)] + [""]
+    return lines
+
+
+def _readings(content: Mapping[str, Any]) -> list[str]:
+    """The law of forgetting when it is read in other ways."""
+    rows = []
+    for domain in content["axes"]["domain"]:
+        for reading in READINGS:
+            fit = find_fit(content, domain, "pretraining", reading)
+            if fit is not None:
+                values = "; ".join(f"{name} {one['value']:.3g}" for name, one in fit["params"].items())
+                rows.append(
+                    [domain, READINGS[reading], str(fit["num_runs"]), values, _share(fit["mre"]), f"{fit['explained']:.3f}"]
+                )
+    if not rows:
+        return []
+    head = ["domain", "read", "runs", "parameters", "MRE, in sample", "explained"]
+    return ["The law of forgetting, read in other ways:", "", *_table(head, rows), ""]
+
+
+def _distances(content: Mapping[str, Any]) -> list[str]:
+    """B beside how far a domain lies from the pretraining data."""
+    rows = []
+    known = {name: one["distance_nats"] for name, one in content["domains"].items() if one["distance_nats"] is not None}
+    for domain in sorted(known, key=lambda name: known[name]):
+        fit = find_fit(content, domain, "pretraining", "total")
+        if fit is not None and "B" in fit["params"]:
+            rows.append([domain, f"{known[domain]:.2f}", _value(fit["params"]["B"])])
+    if not rows:
+        return []
+    return [
+        "B by domain, in the order of its distance from the pretraining data: what finetuning without injection takes off the target loss "
+        "at the largest D, an estimate of KL(target || base) in nats per token, mean over sizes. "
+        f"{len(rows)} domains give an order and no correlation.",
+        "",
+        *_table(["domain", "distance (nats)", "B"], rows),
+        "",
+    ]
+
+
+def _progress(content: Mapping[str, Any]) -> list[str]:
+    """How much of what pretraining had gained is lost, by size, at the amount of data that the most runs have."""
+    cells = [cell for cell in content["cells"] if cell["loss_fraction_lost"] is not None and not cell["left_out"]]
+    if not cells:
+        return []
+    D = most_common_tokens(cells)
+    asked = list(content["axes"]["p"])
+    shown = [p for p in asked if p in (asked[0], "1%", asked[-1])][:_MOST_SHARES]
+    rows = []
+    for domain in content["axes"]["domain"]:
+        for size in content["axes"]["N"]:
+            texts = []
+            for p in shown:
+                own = [c for c in cells if (c["domain"], c["N"], c["D"], c["p_asked"]) == (domain, size, D, p)]
+                texts.append(_lost(own))
+            if any(texts):
+                rows.append([domain, _count(size), *texts])
+    return [
+        f"Pretraining progress lost at D = {_count(D)}: share of the loss that pretraining had gained, and of its tokens (the point of "
+        "the base's own curve that has this loss).",
+        "",
+        *_table(["domain", "N", *(f"p = {_percent(p)}" for p in shown)], rows),
+        "",
+    ]
+
+
+def most_common_tokens(cells: Sequence[Mapping[str, Any]]) -> int:
+    """The amount of target data that the most cells have; of several, the one in the middle."""
+    counts: dict[int, int] = {}
+    for cell in cells:
+        counts[int(cell["D"])] = counts.get(int(cell["D"]), 0) + 1
+    best = sorted(D for D, count in counts.items() if count == max(counts.values()))
+    return best[len(best) // 2]
+
+
+def _lost(cells: Sequence[Mapping[str, Any]]) -> str:
+    if not cells:
+        return ""
+    parts = []
+    for name in ("loss_fraction_lost", "token_equivalent_lost"):
+        values = [float(cell[name]) for cell in cells if cell[name] is not None]
+        parts.append(f"{sum(values) / len(values):.0%}" if values else "?")
+    return ", ".join(parts)
+
+
+def _cautions(content: Mapping[str, Any]) -> list[str]:
+    """Where a fit says of itself that it fails: how it ended, what is not determined, bounds, and what intervals leave out."""
+    lines = []
+    for response in _TITLES:
+        for domain in content["axes"]["domain"]:
+            fit = find_fit(content, domain, response, "total")
+            if fit is None:
+                continue
+            said = [f"the fit ended as {fit['status']!r}"] * (fit["status"] != "converged")
+            said += [flag["words"] for flag in fit["flags"]] + list(fit["warnings"])
+            said += [
+                f"{one['covered']:.0%} of {one['num_test']} runs lie inside their 95% intervals without {one['left_out']}"
+                for one in (held_out(fit, "N"), held_out(fit, "D"))
+                if one is not None and one["covered"] < 0.8
+            ]
+            if said:
+                lines.append(f"- {_TITLES[response].lower()}, {domain}: {'; '.join(dict.fromkeys(said))}.")
+    return ["What the fits say against themselves:", "", *lines, ""] if lines else []
+
+
+def _value(one: Mapping[str, Any] | None) -> str:
+    if one is None:
+        return ""
+    if one["low"] is None and one["high"] is None:
+        return f"{one['value']:.3g} (not determined)"
+    low, high = ("-∞" if one["low"] is None else f"{one['low']:.3g}"), ("∞" if one["high"] is None else f"{one['high']:.3g}")
+    return f"{one['value']:.3g} [{low}, {high}]"
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None or value != value else f"{value:.2%}"
+
+
+def _count(value: float) -> str:
+    """161,088 as 0.16M, 99,968 as 100K."""
+    if value >= 999_500:
+        return f"{value / 1e6:.2g}M"
+    return f"{value / 1e6:.2f}M" if value >= 1e5 and round(value, -4) != round(value, -5) else f"{value / 1e3:.0f}K"
+
+
+def _percent(asked: str) -> str:
+    return asked if asked.endswith("%") or asked == "0" else f"{float(asked):.3g}"
+
+
+def _listed(items: Iterable[str]) -> str:
+    return ", ".join(items)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
