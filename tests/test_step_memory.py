@@ -11,7 +11,6 @@ from mlx_forget.trainer import AdapterSpec, Batch, RuntimeSpec, TrainerSpec, ava
 from tests.benchmarks import bench_memory
 
 pytest.importorskip("transformers")
-pytest.importorskip("torch")
 
 BACKENDS = available_backends()
 

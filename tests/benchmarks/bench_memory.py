@@ -14,6 +14,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests.small_checkpoints import write_checkpoint
+
 CASES = {
     "all weights": ("--type", "full"),
     "all weights, recomputed activations": ("--type", "full", "--grad-checkpoint"),
@@ -33,9 +35,7 @@ def write_base(folder: Path, *, layers: int, width: int, vocab_size: int = 512) 
 
     shape = {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": layers, "vocab_size": vocab_size}
     heads = {"num_attention_heads": width // 32, "num_key_value_heads": width // 64, "max_position_embeddings": 2048}
-    transformers.utils.logging.disable_progress_bar()
-    transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**shape, **heads)).save_pretrained(folder)
-    return folder
+    return write_checkpoint(folder, "llama", config=transformers.LlamaConfig(**shape, **heads))
 
 
 def quantise(folder: Path) -> Path:

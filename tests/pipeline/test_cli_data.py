@@ -135,6 +135,11 @@ def test_bad_requests_are_one_sentence(run_forget, tmp_path, notes, options, mes
 
 
 def test_recipes_are_listed(run_forget):
+    code, out, _ = run_forget("data", "recipes")
+    assert code == 0
+    (line,) = [line for line in out.splitlines() if line.startswith("pile-arxiv ")]
+    assert "120.71 GB" in line
+    assert "licence: " in line
     code, out, _ = run_forget("data", "recipes", "--json")
     names = {recipe["name"] for recipe in json.loads(out)["recipes"]}
     assert code == 0

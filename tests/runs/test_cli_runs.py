@@ -221,6 +221,20 @@ def test_whole_runs_are_whole(run_forget, runs):
     assert json.loads(out) == {"num_runs": 2, "problems": {}, "begun": {}}
 
 
+def test_words_say_what_json_says(run_forget, runs, tmp_path):
+    """What is shown, what is wrong, and what was only begun."""
+    import yaml
+
+    code, out, _ = run_forget("runs", "show", runs / "sweep" / "aaa111-cuda")
+    assert (code, yaml.safe_load(out)["run_id"]) == (0, "aaa111")
+    code, out, err = run_forget("runs", "verify", runs)
+    assert code == 1
+    assert f"{runs / 'newer-cuda'}: " in out
+    assert f"{runs / 'half-cuda'}: begun, " in out
+    code, _, err = run_forget("runs", "compare", "aaa111", "aab222", "--in", runs, "--plot", tmp_path / "c.txt")
+    assert (code, "Unknown figure format '.txt'" in err) == (2, True)
+
+
 def test_every_damage_is_named(run_forget, runs):
     def damage(name, change):
         shutil.copytree(runs / "sweep" / "aaa111-cuda", runs / name)
