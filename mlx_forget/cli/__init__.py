@@ -28,7 +28,7 @@ COMMANDS = {
         "mlx_forget.cli.replay",
         "Sample a model into a store, to replay when its pretraining data is not at hand.",
     ),
-    "fuse": ("mlx_forget.cli.fuse", "Make one whole checkpoint of a run's adapters and the base that they were trained on."),
+    "fuse": ("mlx_forget.cli.fuse", "Make one whole checkpoint of adapters and the base that they were trained on."),
     "audit": ("mlx_forget.cli.audit", "What did a model forget? Two checkpoints in; a table, JSON and an HTML page out."),
     "runs": ("mlx_forget.cli.runs", "List, show, compare, export, prune and verify runs."),
     "plot": (
