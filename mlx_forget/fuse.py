@@ -55,8 +55,9 @@ def fuse(found: Checkpoint, folder: Path, *, base: Path | None = None) -> Checkp
         raise UserError(
             f"{start.folder} is quantised to {bits} bits, and adapters are fused into whole weights: give its original with --base."
         )
+    parts = imported_adapters.read_parts(found.weights, found.adapter, start.model_spec(), start.folder)
     try:
-        _fuse_aside(start, found, folder)
+        _fuse_aside(start, found, parts, folder)
     except OSError as error:
         raise UserError(f"Cannot write {folder}: {error.strerror or error}.") from None
     except UserError:
@@ -129,7 +130,7 @@ def _open_base(found: Checkpoint, base: Path | str | None) -> Checkpoint:
     return start
 
 
-def _fuse_aside(start: Checkpoint, found: Checkpoint, folder: Path) -> None:
+def _fuse_aside(start: Checkpoint, found: Checkpoint, parts: imported_adapters.Parts, folder: Path) -> None:
     """Write the checkpoint beside its place, which one process does at a time, and move it there when it is whole."""
     aside = folder.with_name(f".{folder.name}.part")
     lock = acquire(aside, folder, wait=True)
@@ -137,7 +138,7 @@ def _fuse_aside(start: Checkpoint, found: Checkpoint, folder: Path) -> None:
         # What a killed process left.
         for path in aside.iterdir():
             path.unlink()
-        _write_checkpoint(start, found, aside)
+        _write_checkpoint(start, found, parts, aside)
         os.rename(aside, folder)
         sync(folder.parent)
     except BaseException:
@@ -147,10 +148,9 @@ def _fuse_aside(start: Checkpoint, found: Checkpoint, folder: Path) -> None:
         os.close(lock)
 
 
-def _write_checkpoint(start: Checkpoint, found: Checkpoint, folder: Path) -> None:
-    assert found.adapter is not None
+def _write_checkpoint(start: Checkpoint, found: Checkpoint, parts: imported_adapters.Parts, folder: Path) -> None:
     model = start.model_spec()
-    parts = imported_adapters.read_parts(found.weights, found.adapter, model, start.folder)
+    assert found.adapter is not None
     _write_fused(start, model, parts, found.adapter, folder / checkpoint.WEIGHTS)
     # Imported adapters come without a model's files, or with some that were written again.
     whose = found if found.is_own else start
@@ -158,8 +158,9 @@ def _write_checkpoint(start: Checkpoint, found: Checkpoint, folder: Path) -> Non
     if found.is_own:
         shutil.copyfile(found.folder / checkpoint.CONFIG, folder / checkpoint.CONFIG)
     else:
-        config = checkpoint.config_of(model, start.tokenizer)
-        (folder / checkpoint.CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
+        (folder / checkpoint.CONFIG).write_text(
+            json.dumps(checkpoint.config_of(model, start.tokenizer), indent=1), encoding="utf-8"
+        )
     checkpoint.copy_companions(whose.folder, folder, _code(whose))
     kept = {key: value for key, value in found.state.items() if key not in _OF_ADAPTERS}
     named = found.state["base"] if found.is_own else base_of(start)

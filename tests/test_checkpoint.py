@@ -222,7 +222,8 @@ def test_adapters_are_saved_alone_with_the_configurations_that_other_tools_read(
             assert trainable_only
             save_file({adapters.file_name(name): array for name, array in adapters.initial_adapters(linears, adapter, 0)}, path)
 
-    state = json.loads(json.dumps({"adapter": vars(adapter), "base": {"folder": "BASE"}}))
+    base = {"folder": "BASE", "run_id": None, "weights_sha256": "0" * 64}
+    state = json.loads(json.dumps({"adapter": vars(adapter), "base": base}))
     save_checkpoint(tmp_path / "best", AdapterTrainer(), SPEC, TOKENIZER, state, with_training_state=False)
     found = open_checkpoint(tmp_path / "best")
     assert found.adapter == adapter
@@ -234,9 +235,11 @@ def test_adapters_are_saved_alone_with_the_configurations_that_other_tools_read(
     assert (config["base_model_name_or_path"], config["r"], config["fan_in_fan_out"]) == ("BASE", 2, True)
     assert json.loads((tmp_path / "best" / "mlx-lm" / "adapter_config.json").read_text())["num_layers"] == 1
     (tmp_path / "best" / "state.json").unlink()
-    (tmp_path / "best" / "config.json").unlink()
-    with pytest.raises(UserError, match="holds another tool's adapters without their base: merge them there"):
-        find_checkpoint(tmp_path / "best")
+    imported = find_checkpoint(tmp_path / "best", trust_remote_code=True)
+    assert (imported.is_own, imported.weights, imported.trust_remote_code) == (False, found.weights, True)
+    assert (imported.adapter.rank, imported.adapter.alpha) == (adapter.rank, adapter.alpha)
+    assert imported.state["base"] == {"folder": "BASE", "run_id": None, "weights_sha256": None}
+    assert (imported.state["is_pretraining"], imported.state["curve"], imported.state["run_id"][:5]) == (False, [], "best-")
 
 
 @pytest.mark.parametrize("trusted", [False, True])

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shlex
 from pathlib import Path
 
 import pytest
@@ -228,6 +229,19 @@ def test_prepare_and_data_round_trip_a_users_text(run_forget, tmp_path, monkeypa
     code, _, err = run_forget("data", "verify", "store")
     assert code == 2
     assert "train-00000.arrow is damaged" in err
+
+
+def test_each_command_names_the_one_that_usually_comes_next(train, run_forget, tmp_path):
+    def proposed(err):
+        return shlex.split(err.partition("Next: forget ")[2].partition("\n")[0])
+
+    Path("notes.txt").write_text("".join(f"Note {i} is about {i * i}.\n" for i in range(3000)), encoding="utf-8")
+    code, _, err = run_forget("prepare", "notes.txt", "--output", "my store")
+    assert (code, proposed(err)) == (0, ["train", "--target", "my store"])
+    code, out, err = train(*proposed(err)[1:], "--p", "5%", "--iters", "4", "--output", "run")
+    assert (code, proposed(err)) == (0, ["audit", "auto", "run"]), err
+    assert "p served: 6.25% of rows" in out
+    assert "Next" not in train("--target", "my store", "--p", "5%", "--iters", "4", "--output", "run", "--json")[2]
 
 
 def test_a_store_of_another_tokenizer_is_refused(train, run_forget, tmp_path):

@@ -96,6 +96,17 @@ def test_doctor_wants_no_more_than_one_way_to_a_purpose(run_forget, monkeypatch)
     assert found["notes"] == [f"to load it outside of this tool: pip install -U 'mlx-forget[{'mlx' if is_mac else 'peft'}]'"]
 
 
+def test_doctor_asks_for_no_package_where_something_else_is_missing(run_forget, monkeypatch):
+    from mlx_forget import needs
+
+    monkeypatch.setattr(needs, "_version", lambda name: "99.0")
+    monkeypatch.setattr(needs.shutil, "which", lambda name: None)
+    lines = run_forget("doctor")[1].splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("slurm"))
+    assert "MISSING" in lines[start]
+    assert "sbatch is not on the PATH" in lines[start + 1]
+
+
 def test_what_there_is_not_for_this_machine_is_no_way(monkeypatch):
     from mlx_forget import needs
 

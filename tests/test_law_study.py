@@ -35,6 +35,7 @@ def flat_row(domain, size, tokens, asked, loss, *, target=2.5, **more):
         "backend": "cuda", "seed": 0, "status": "stopped", "p_asked": asked, "p_rows": SHARES[asked], "batch_size": 16,
         "stop_patience": 4, "num_steps": 1000, "num_non_embedding_params": other, "wall_seconds": 60.0, "target_val_start": 4.9,
         "loss_fraction_lost": 0.3, "token_equivalent_lost": 0.7, "fine_tune_type": "full", "pretrain": "prose",
+        "tokens_seen": 1000 * 16 * 128, "base_tokens_per_param": 10,
     } | more  # fmt: skip
 
 
@@ -65,7 +66,9 @@ def test_exact_runs_give_back_their_law():
         fit = find_fit(content, domain, "pretraining", "total")
         assert {name: one["value"] for name, one in fit["params"].items()} == pytest.approx(truth, rel=1e-3)
         assert fit["explained"] == pytest.approx(1)
-        assert find_fit(content, domain, "target", "total")["params"]["E"]["value"] == pytest.approx(1.5, rel=1e-2)
+        target = find_fit(content, domain, "target", "total")
+        assert target["params"]["E"]["value"] == pytest.approx(1.5, rel=1e-2)
+        assert max(map(abs, target["error_by_p"].values())) < 1e-4
     assert max(abs(c["predicted_forgetting"] - c["forgetting"]) for c in content["cells"]) < 1e-4
 
 
@@ -136,6 +139,10 @@ def test_tables_say_what_the_fits_say(noisy):
         line.count("|") for line in text.splitlines() if line.startswith("| code |") or line.startswith("| domain | N | runs")
     }
     assert widths
+    # 800 steps of 16 rows of 128 tokens, a fifth of them prose, beside the 1.6M tokens of the smallest base.
+    assert "20% at p = 20%" in text
+    assert find_fit(content, "code", "pretraining", "p to 5%")["num_runs"] == 48
+    assert f"{find_fit(content, 'code', 'target', 'total')['error_by_p']['5%']:+.2%}" in text
     failing = copy.deepcopy(content)
     find_fit(failing, "math", "pretraining", "total").update(status="stalled")
     assert "the fit ended as 'stalled'" in "\n".join(study_lines(failing))

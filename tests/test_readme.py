@@ -24,12 +24,20 @@ def blocks_that_run(page):
 
 @pytest.fixture
 def folder(tmp_path):
-    """What a reader has: some text, some conversations and a checkpoint in Hugging Face form."""
+    """What a reader has: some text, some conversations, a checkpoint in Hugging Face form and a table of runs."""
     pytest.importorskip("transformers")
     write_checkpoint(tmp_path / "my-model")
     (tmp_path / "notes.txt").write_text("".join(f"{i}. A note about the number {i}, and about {i * i}.\n" for i in range(4000)))
     rows = ({"prompt": f"What is {i} plus {i}?", "completion": f"{i} plus {i} is {2 * i}."} for i in range(3000))
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    grid = [(n, d, p) for n in (1.1e8, 3.3e8, 1.3e9) for d in (3e5, 3e6) for p in (0, 0.005, 0.01, 0.05)]
+    lost = {"code": 300, "math": 700}
+    runs = ((n, d, p, 20 * d**0.3 / ((1 + b * p) * n) ** 0.42, domain) for domain, b in lost.items() for n, d, p in grid)
+    table = "".join(
+        f"{n:g},{d:g},{p},3.05,{3.05 + forgot * (1 + 1e-3 * (i % 7)):.5f},{domain}\n"
+        for i, (n, d, p, forgot, domain) in enumerate(runs)
+    )
+    (tmp_path / "table.csv").write_text("N,D,p,L0,loss,domain\n" + table)
     return tmp_path
 
 

@@ -22,7 +22,7 @@ from mlx_forget.resources import recipe as find_recipe
 from mlx_forget.studies import loss_matrix
 from mlx_forget.studies.loss_matrix import CSV_COLUMNS, LossMatrix, measure, read_matrices, summary, table_lines, write_matrices
 from mlx_forget.sweeps.grid import Recipe, read_recipe
-from mlx_forget.sweeps.stages import execute_stages, plan_stages
+from mlx_forget.sweeps.stages import execute_stages, plan_stages, titled_stages
 from mlx_forget.trainer import available_backends, load_backend
 from mlx_forget.training.run import execute, start_trainer, trainer_spec
 from mlx_forget.training.watch import Watch
@@ -240,6 +240,11 @@ def test_a_dry_run_of_stages_prepares_nothing(run_forget, tmp_path, monkeypatch)
     assert "Not prepared yet" in planned["notes"][0]
     assert not list((tmp_path / "home").rglob("*.arrow"))
     assert not (tmp_path / "runs").exists()
+
+
+def test_what_replays_earlier_data_is_outlined_when_only_the_first_corpora_are_there():
+    (first, _), (second, _) = titled_stages(recipe(method="kl-replay", replay_data="earlier"))[0]
+    assert (first.config.replay_data, second.config.replay_data) == (first.config.pretrain, "self")
 
 
 def test_stages_may_use_what_the_recipe_lets_them():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,12 @@ def say(text: str) -> None:
 def tell(text: str) -> None:
     """A line of the answer in words: on stdout, which --json keeps for its object."""
     print(text, file=sys.stderr if _call.as_json else sys.stdout)
+
+
+def propose(*words: object) -> None:
+    """The command that usually comes next, as a remark to people."""
+    if not _call.as_json:
+        say("Next: " + shlex.join(["forget", *map(str, words)]))
 
 
 @dataclass

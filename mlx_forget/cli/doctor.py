@@ -109,11 +109,11 @@ def _print_machine(facts: dict[str, Any]) -> None:
 
 
 def _print_purposes(found: "list[Found]", *, asked: bool) -> None:
-    """What each purpose lacks, and the way to it; what it needs at least where it was asked for or lacks something."""
+    """What each purpose lacks, and the way to it; what it needs at least where it was asked for or packages are missing."""
     width = max(len(one.need.name) for one in found)
     for one in found:
         print(f"{one.need.name:<{width}}  {'ready  ' if one.is_ready else 'MISSING'}  {one.need.purpose}")
-        least = [f"needs at least: {one.least}"] if asked or not one.is_ready else []
+        least = [f"needs at least: {one.least}"] if asked or one.install else []
         install = [one.install] if one.install else []
         for line in (*least, *(f"missing: {what}" for what in one.missing), *install, *one.notes):
             print(f"{'':<{width}}           {line}")

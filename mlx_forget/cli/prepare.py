@@ -66,7 +66,7 @@ def prepare(
 
     from rich.console import Console
 
-    from mlx_forget.cli.answers import works_in
+    from mlx_forget.cli.answers import propose, works_in
     from mlx_forget.cli.data import print_facts
     from mlx_forget.errors import UserError, unknown
     from mlx_forget.pipeline.catalog import documents_of, held_out_of, write_store
@@ -119,6 +119,8 @@ def prepare(
         console.print("No document was held out to validate on, so a run cannot be evaluated on this store: give more text.")
     if not as_json:
         console.print(f"Wrote {output}", highlight=False, soft_wrap=True)
+    if "validation" in store.splits and shard is None:
+        propose("train", "--target", output)
 
 
 def _tokenizer_file(

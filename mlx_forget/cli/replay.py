@@ -51,7 +51,7 @@ def replay(
     from rich.console import Console
 
     from mlx_forget.checkpoint import find_checkpoint
-    from mlx_forget.cli.answers import works_in
+    from mlx_forget.cli.answers import propose, works_in
     from mlx_forget.cli.data import print_facts
     from mlx_forget.cli.signals import graceful_stop
     from mlx_forget.errors import UserError, unknown
@@ -126,3 +126,4 @@ def replay(
     console.print(
         f"Wrote {output}: {entropy:.2f} nats per token, {repetition:.0%} repeated 4-grams", highlight=False, soft_wrap=True
     )
+    propose("train", "--init", model, "--target", "FILE", "--method", "kl-replay", "--replay-data", output)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlx_forget.cli import completion
-from mlx_forget.cli.answers import works_in
+from mlx_forget.cli.answers import propose, works_in
 from mlx_forget.cli.sweep_runs import on_this_machine, report, train_runs
 
 if TYPE_CHECKING:
@@ -174,6 +174,7 @@ def sweep(
         watch = dataclasses.replace(watch, interrupted=interrupted)
         done = train_runs(name, demand, planned, watch, console, retry_failed=retry_failed)
     report(folder, done, say, as_json=as_json)
+    propose("report", folder)
 
 
 def _print_outline(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlx_forget.cli import completion
-from mlx_forget.cli.answers import emit, works_in
+from mlx_forget.cli.answers import emit, propose, works_in
 from mlx_forget.cli.options import given, with_options
 from mlx_forget.config import TrainConfig, from_layers, read_yaml, scale_defaults
 
@@ -122,6 +122,8 @@ def train(
     else:
         _print_record(record)
     say(f"Record: {plan.folder / 'record.json'}")
+    if not resolved.is_pretraining:
+        propose("audit", "auto", plan.folder)
 
 
 def _train_stack(folders: "list[Path]", watch: "Watch") -> None:
@@ -200,6 +202,8 @@ def _print_record(record: dict[str, Any]) -> None:
         print(
             f"{name:<6} step {row['step']:>7,}   target train {row['target_train']:.4f}   validation {row['target_val']:.4f}{pretrain}"
         )
+    if served := record["p"]["rows"]:
+        print(f"p served: {100 * served:.3g}% of rows, {100 * record['p']['tokens']:.3g}% of the tokens that are learnt")
     if record["forgetting_nats"] is not None:
         lost = record["progress_lost"]
         readings = [

@@ -113,7 +113,7 @@ class Table:
         values = self.text(column)
         if values is None:
             if column not in self.columns:
-                raise missing_column(column, self)
+                raise missing_columns([column], self)
             values = np.asarray([f"{value:g}" for value in self.columns[column]])
         return {str(value): self.select(values == value) for value in sorted(set(values.tolist()))}
 
@@ -130,16 +130,25 @@ class Table:
         return _mask(tree, self, expression)
 
 
-def missing_column(name: str, table: Table) -> UserError:
-    """The error for a column that the table does not have: which exist, and the nearest."""
+def missing_columns(names: Sequence[str], table: Table) -> UserError:
+    """The error for columns that the table does not have: which exist, and the nearest to each."""
+    meant = {name: _nearest(name, table) for name in names}
+    lacking = " and none ".join(f"{name!r}" + (f" ({COLUMNS[name]})" if name in COLUMNS else "") for name in names)
+    options = " ".join(f"--map {name}={near or 'COLUMN'}" for name, near in meant.items())
+    guesses = [repr(near) for near in meant.values() if near]
+    way_out = f" Name {'it' if len(names) == 1 else 'them'} with {options}."
+    if len(guesses) == len(names):
+        way_out = f" {'Is it' if len(names) == 1 else 'Are they'} {', '.join(guesses)}? Then add {options}."
+    shown = _listed([*table.columns, *table.labels])
+    return UserError(f"The table has no numeric column {lacking}; it has {shown or 'none'}.{way_out}")
+
+
+def _nearest(name: str, table: Table) -> str | None:
     known = [*table.columns, *table.labels]
-    shown = _listed(known)
     nearest = [column for column in known if column.lower() == name.lower()][:1]
     nearest = nearest or [column for usual in USUAL_NAMES.get(name, ()) for column in known if usual in column.lower()][:1]
     nearest = nearest or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    way_out = f" Is it {nearest[0]!r}? Then add --map {name}={nearest[0]}." if nearest else f" Name it with --map {name}=COLUMN."
-    meaning = f" ({COLUMNS[name]})" if name in COLUMNS else ""
-    return UserError(f"The table has no numeric column {name!r}{meaning}; it has {shown or 'none'}.{way_out}")
+    return nearest[0] if nearest else None
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -213,9 +222,9 @@ def check_columns(table: Table, needed: Sequence[str], *, allow_units: bool = Fa
     Raises:
         UserError: as for `check`, of the columns alone.
     """
-    for column in needed:
-        if column not in table.columns:
-            raise missing_column(column, table)
+    missing = [column for column in needed if column not in table.columns]
+    if missing:
+        raise missing_columns(missing, table)
     for column in needed:
         values = table.columns[column]
         _refuse_rows(table, ~np.isfinite(values), f"column {column!r} is not a finite number")

@@ -143,6 +143,11 @@ class JsonVocabulary:
             self._encoder = Encoder.from_str(content.decode())
         except Exception as error:
             raise UserError(f"It is not a tokenizer.json that the installed `tokenizers` reads: {error}.") from None
+        try:
+            # `tokenizers` reads some texts that are no JSON.
+            self._decoders = _decoders(json.loads(content).get("decoder"))
+        except (ValueError, AttributeError, TypeError, RecursionError) as error:
+            raise UserError(f"It is no JSON, or of another form ({type(error).__name__}).") from None
         self._encoder.no_truncation()
         self._encoder.no_padding()
         self._encoder.encode_special_tokens = True
@@ -153,7 +158,6 @@ class JsonVocabulary:
         self.content_hash = hashlib.sha256(content).hexdigest()
         self.hash = hashlib.sha256(content + json.dumps(self.special_tokens).encode()).hexdigest()
         self.inst_ids, self.end_inst_ids = self._marks("[INST]"), self._marks("[/INST]")
-        self._decoders = _decoders(json.loads(content).get("decoder"))
         self.chat_template = ChatTemplate.find(content, folder)
 
     @property
@@ -195,7 +199,10 @@ class JsonVocabulary:
 
     def _marks(self, text: str) -> tuple[int, ...]:
         own = self._encoder.token_to_id(text)
-        return (int(own),) if own is not None else tuple(self._encoder.encode(text, add_special_tokens=False).ids)
+        try:
+            return (int(own),) if own is not None else tuple(self._encoder.encode(text, add_special_tokens=False).ids)
+        except Exception as error:
+            raise UserError(f"It encodes no text: {error}.") from None
 
 
 def load_vocabulary(path: Path) -> Vocabulary:

@@ -31,20 +31,29 @@ from mlx_forget.tables import table_from_rows
 LEAST_INJECTED_ROWS = 8
 # Evaluations that a smoothed loss is the mean of.
 SMOOTHED_OVER = 5
+# The largest share in the paper. Above it, a base that saw few tokens may be pretrained further rather than kept.
+LARGEST_PAPER_SHARE = 0.05
 # The paper's held-out errors (Table 4: fitted up to 334M parameters and 3M tokens, asked for 1.27B and 30M), by response.
 PAPER_HELD_OUT = {"pretraining": 0.0083, "target": 0.0201}
 READINGS = {
     "total": "at the minimum, N of all parameters",
     "non-embedding": "at the minimum, N without embeddings",
+    "p to 5%": "without p above 5%, the paper's largest",
     "smoothed": f"at the minimum of the mean of {SMOOTHED_OVER} evaluations",
     "all runs": "with the runs that are left out",
 }
 # What competes besides the rivals that the law names itself.
-_MORE_RIVALS = (
-    Alternative("no D", "bethune-forgetting", fixed={"beta": 0.0}, inside=("p on N", "p on D", "p saturates", "with E")),
-    Alternative("no N", "forgetting-fixed-n", inside=("own exponent of p",)),
-    Alternative("own exponent of p", "bethune-forgetting/own-exponent"),
-)
+_MORE_RIVALS = {
+    "bethune-forgetting": (
+        Alternative("no D", "bethune-forgetting", fixed={"beta": 0.0}, inside=("p on N", "p on D", "p saturates", "with E")),
+        Alternative("no N", "forgetting-fixed-n", inside=("own exponent of p",)),
+        Alternative("own exponent of p", "bethune-forgetting/own-exponent"),
+    ),
+    "bethune-finetuning": (
+        Alternative("no N", "bethune-finetuning", fixed={"alpha": 0.0}, inside=("finetuning",)),
+        Alternative("no D", "bethune-finetuning", fixed={"beta": 0.0}, inside=("finetuning",)),
+    ),
+}
 _OPTIONS = FitOptions(allow_units=True)
 # Rows of hold-outs are few: their share inside the intervals needs no more.
 _FEW_RESAMPLES = 200
@@ -141,12 +150,14 @@ def analyse(cells: Sequence[Cell], *, num_resamples: int = 1000) -> Study:
     """Fit the laws to every domain in every reading, hold out, compare with rivals, and measure the domains' distances."""
     kept = [cell for cell in cells if not cell.left_out]
     domains = list(dict.fromkeys(cell.row["domain"] for cell in cells))
+    one_size = len({cell.row["N"] for cell in cells}) == 1
     fits: list[dict[str, Any]] = []
     predicting: dict[str, Uncertainty] = {}
     for response in ("pretraining", "target"):
         for reading in READINGS:
             rows = _rows(cells if reading == "all runs" else kept, reading)
-            if reading == "all runs" and len(kept) == len(cells):
+            # A reading that changes nothing is none.
+            if (reading in ("all runs", "p to 5%") and len(rows) == len(kept)) or (reading == "non-embedding" and one_size):
                 continue
             for domain in domains:
                 own = [row for row in rows if row["domain"] == domain]
@@ -176,6 +187,8 @@ def analyse(cells: Sequence[Cell], *, num_resamples: int = 1000) -> Study:
 def _rows(cells: Sequence[Cell], reading: str) -> list[Row]:
     if reading == "non-embedding":
         return [{**cell.row, "N": cell.row["num_non_embedding_params"]} for cell in cells]
+    if reading == "p to 5%":
+        return [cell.row for cell in cells if parse_share(str(cell.row["p_asked"])) <= LARGEST_PAPER_SHARE]
     if reading == "smoothed":
         return [{**cell.row, **cell.smoothed} for cell in cells if cell.smoothed is not None]
     return [cell.row for cell in cells]
@@ -203,11 +216,13 @@ def _describe(
         "formula": fit.law.formula,
         "reason": choice.why,
         "params": {name: _interval(interval, whole) for name, interval in uncertainty.params.items()},
+        "held": list(choice.constraints.fixed),
         "intervals": uncertainty.method if whole else None,
         "clusters": uncertainty.clusters.describe(),
         "mre": fit.mre,
         "bootstrapped_mre": None if uncertainty.draws is None else float(uncertainty.draws.out_of_bag_mre),
         "explained": _explained(fit),
+        "error_by_p": _error_by_share([str(row["p_asked"]) for row in made], fit),
         "status": fit.certificate.status,
         "at_bounds": list(fit.certificate.at_bounds),
         "flags": [{"kind": flag.kind, "words": flag.words, "remedy": flag.remedy} for flag in fit.flags],
@@ -227,6 +242,13 @@ def _explained(fit: Fit) -> float:
     response = columns["loss"] - (columns["L0"] if "L0" in fit.law.columns else 0.0)
     spread = float(np.sum((response - response.mean()) ** 2))
     return 1 - float(np.sum((columns["loss"] - fit.predicted) ** 2)) / spread if spread > 0 else float("nan")
+
+
+def _error_by_share(asked: Sequence[str], fit: Fit) -> dict[str, float]:
+    """The mean signed relative error of the law by p as asked, measured over predicted: where p does what the law has no place for."""
+    error = fit.table.columns["loss"] / fit.predicted - 1
+    shares = sorted(set(asked), key=parse_share)
+    return {share: float(np.mean(error[[one == share for one in asked]])) for share in shares}
 
 
 def _hold_outs(table: Table, choice: Choice) -> list[dict[str, Any]]:
@@ -260,12 +282,9 @@ def _selection(table: Table, choice: Choice) -> dict[str, Any] | None:
     """The law among its rivals, best first; None where what nothing varies is held."""
     if choice.constraints.fixed or len(choice.law.alternatives) < 2:
         return None
-    more = _MORE_RIVALS if choice.law.name == "bethune-forgetting" else ()
-    names = {one.name for one in (*choice.law.alternatives, *more)}
+    every = (*choice.law.alternatives, *_MORE_RIVALS.get(choice.law.name, ()))
     # "p on N" is Eq. 7, which its form with an exponent of its own contains.
-    inside = {"p on N": ("own exponent of p",)} if more else {}
-    rivals = [replace(one, inside=(*one.inside, *inside.get(one.name, ()))) for one in (*choice.law.alternatives, *more)]
-    assert len(names) == len(rivals)
+    rivals = [replace(one, inside=(*one.inside, "own exponent of p")) if one.name == "p on N" else one for one in every]
     found = select(table, choice.law, alternatives=rivals, options=_OPTIONS)
     best = found.rivals[0].aicc
     return {
@@ -293,6 +312,7 @@ def _cell_rows(cells: Sequence[Cell], fits: Mapping[str, Uncertainty]) -> list[d
                 **{name: row[name] for name in ("run", "domain", "N", "D", "p", "p_asked", "seed", "L0", "L_ft", "loss", "steps")},
                 "num_steps": row["num_steps"],
                 "injected_rows": round(cell.injected_rows, 1),
+                "injected_share": _injected_share(cell),
                 "forgetting": row["loss"] - row["L0"],
                 "predicted_forgetting": predicted,
                 "loss_fraction_lost": row["loss_fraction_lost"],
@@ -301,6 +321,14 @@ def _cell_rows(cells: Sequence[Cell], fits: Mapping[str, Uncertainty]) -> list[d
             }
         )
     return made
+
+
+def _injected_share(cell: Cell) -> float | None:
+    """Tokens of pretraining data seen by the minimum over those that the base was pretrained on; None where the recipe says no number."""
+    row = cell.row
+    seen = row["steps"] * row["tokens_seen"] / row["num_steps"] * row["p"]
+    per_param = row.get("base_tokens_per_param")
+    return None if per_param is None else float(seen / (float(per_param) * row["N"]))
 
 
 def _distance(rows: Sequence[Row]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def draw_law_study(content: Mapping[str, Any], *, title: str) -> "Figure":
     domains = content["axes"]["domain"]
     figure = Figure(figsize=(12.5, 8.2), layout="constrained")
     upper, lower = figure.subfigures(2, 1, squeeze=False)[:, 0]
-    panels = upper.subplots(1, len(domains), squeeze=False, sharey=True)[0]
+    panels = upper.subplots(1, len(domains), squeeze=False)[0]
     most = most_common_tokens(content["cells"])
     for axis, domain in zip(panels, domains, strict=True):
         _draw_shares(axis, content, domain, most)
@@ -61,7 +61,7 @@ def _draw_shares(axis: "Axes", content: Mapping[str, Any], domain: str, most: in
         for c in own:
             axis.plot(c["p"], c["forgetting"], linestyle="none", fillstyle="none" if c["left_out"] else "full", **style)
         if fit is not None and own:
-            p = np.concatenate([[0.0], np.geomspace(smallest / 3, largest, 80)])
+            p = np.concatenate([np.linspace(0.0, smallest, 60), np.geomspace(smallest, largest, 60)])
             law = get_law(fit["law"])
             question: dict[str, npt.ArrayLike] = {"N": float(size), "D": float(most), "p": p, "L0": 0.0}
             params = {name: one["value"] for name, one in fit["params"].items()}
@@ -94,8 +94,15 @@ def _draw_predicted(axis: "Axes", content: Mapping[str, Any]) -> None:
             )
         values += [c[name] for c in own for name in ("predicted_forgetting", "forgetting")]
     if values:
-        ends = [min(values), max(values)]
+        ends = np.linspace(min(values), max(values), 200)
         axis.plot(ends, ends, color="black", linewidth=0.8, linestyle=":")
+        # Forgetting spans two orders of magnitude, and injection can take it below zero.
+        ticks = [tick for tick in (-1, -0.3, -0.1, 0, 0.1, 0.3, 1, 3, 10) if ends[0] - 0.1 <= tick <= 1.3 * ends[-1]]
+        axis.set_xscale("symlog", linthresh=0.1, linscale=0.3)
+        axis.set_yscale("symlog", linthresh=0.1, linscale=0.3)
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.minorticks_off()
         axis.legend(frameon=False, fontsize=9)
     else:
         axis.text(0.5, 0.5, "no law could be fitted", ha="center", va="center", transform=axis.transAxes)
@@ -106,7 +113,6 @@ def _draw_predicted(axis: "Axes", content: Mapping[str, Any]) -> None:
 
 def _draw_replay(axis: "Axes", content: Mapping[str, Any]) -> None:
     """B with its interval, against the distance of the domain."""
-    open_ends = []
     for number, domain in enumerate(content["axes"]["domain"]):
         fit = find_fit(content, domain, "pretraining", "total")
         distance = content["domains"][domain]["distance_nats"]
@@ -115,20 +121,21 @@ def _draw_replay(axis: "Axes", content: Mapping[str, Any]) -> None:
         one = fit["params"]["B"]
         style = _style(number)
         axis.plot(distance, one["value"], linestyle="none", **style)
-        axis.annotate(domain, (distance, one["value"]), xytext=(7, 0), textcoords="offset points", va="center", fontsize=9)
-        if one["low"] is not None and one["high"] is not None:
+        known = one["low"] is not None and one["high"] is not None
+        note = "" if known else " (at its bound)" if "B" in fit["at_bounds"] else " (not determined)"
+        axis.annotate(
+            f"{domain}{note}", (distance, one["value"]), xytext=(7, 0), textcoords="offset points", va="center", fontsize=9
+        )
+        if known:
             axis.plot([distance] * 2, [one["low"], one["high"]], color=style["color"], linewidth=1.4)
-        else:
-            open_ends.append(domain)
     if axis.has_data():
         axis.set_yscale("log")
-        axis.margins(x=0.25)
+        axis.margins(x=0.45, y=0.15)
     else:
         axis.text(0.5, 0.5, "no B", ha="center", va="center", transform=axis.transAxes)
-    note = f"; no interval: {', '.join(open_ends)}" if open_ends else ""
     axis.set_xlabel("distance of the domain from the pretraining data (nats)")
     axis.set_ylabel("B (95% interval)")
-    axis.set_title(f"B by domain{note}", fontsize=10)
+    axis.set_title("B by domain", fontsize=10)
 
 
 def _draw_progress(axis: "Axes", content: Mapping[str, Any], most: int) -> None:
@@ -147,8 +154,8 @@ def _draw_progress(axis: "Axes", content: Mapping[str, Any], most: int) -> None:
     sizes = content["axes"]["N"]
     axis.set_xticks(sizes, [f"{size / 1e6:.2g}M" for size in sizes])
     axis.minorticks_off()
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 1.35 * axis.get_ylim()[1])
     axis.set_xlabel("parameters N")
     axis.set_ylabel("pretraining progress lost (% of loss)")
     axis.set_title(f"Progress lost, D = {most / 1e6:.2g}M tokens", fontsize=10)
-    axis.legend(frameon=False, fontsize=8, ncols=2)
+    axis.legend(frameon=False, fontsize=8, ncols=2, loc="upper center")

@@ -21,7 +21,7 @@ _MOST_SHARES = 3
 
 
 def write_evaluations(runs: Sequence[Run], path: Path) -> None:
-    """Every evaluation of every finetuning run as CSV, columns `CSV_COLUMNS`; losses in nats per token."""
+    """Every evaluation of every finetuning run as CSV, columns `CSV_COLUMNS`; losses in nats per token, to five places."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)
@@ -31,7 +31,8 @@ def write_evaluations(runs: Sequence[Run], path: Path) -> None:
             continue
         head = (record["run_id"], config["target"], config["model"], record["num_params"], config["target_tokens"], config["p"])
         for row in read_history(run.history).to_pylist():
-            writer.writerow([*head, record["seed"], *(row[name] for name in CSV_COLUMNS[7:])])
+            losses = (round(row[name], 5) for name in CSV_COLUMNS[10:])
+            writer.writerow([*head, record["seed"], *(row[name] for name in CSV_COLUMNS[7:10]), *losses])
     write_text(path, text.getvalue())
 
 
@@ -41,6 +42,7 @@ def study_lines(content: Mapping[str, Any]) -> list[str]:
         *_what_was_run(content),
         *_law_table(content, "pretraining"),
         *_law_table(content, "target"),
+        *_target_by_share(content),
         *_rivals(content),
         *_readings(content),
         *_distances(content),
@@ -64,6 +66,19 @@ def _what_was_run(content: Mapping[str, Any]) -> list[str]:
             own = [cell for cell in left if _kind(cell["left_out"]) == reason]
             cells = dict.fromkeys(f"{_count(c['N'])} {c['domain']} D = {_count(c['D'])} p = {_percent(c['p_asked'])}" for c in own)
             lines.append(f"Left out of the fits, {reason} ({len(own)} runs): {'; '.join(cells)}.")
+    again = [cell for cell in content["cells"] if cell["injected_share"] is not None and cell["p"] > 0]
+    if again:
+        shares = []
+        for p in axes["p"]:
+            own = [cell["injected_share"] for cell in again if cell["p_asked"] == p]
+            if own:
+                shares.append(
+                    f"{max(own):.0%} at p = {_percent(p)}" if max(own) >= 0.01 else f"{max(own):.1%} at p = {_percent(p)}"
+                )
+        lines.append(
+            f"Injected by the minimum, at most, as a share of the tokens that the base was pretrained on: {_listed(shares)}. Where it is "
+            "large, the base is pretrained further rather than kept."
+        )
     return [line for one in lines for line in (one, "")]
 
 
@@ -87,7 +102,7 @@ def _law_table(content: Mapping[str, Any], response: str) -> list[str]:
     head = ["domain", "N", "runs", *names, "bootstrapped MRE", "explained", "largest N", "largest D"]
     rows = []
     for fit in fits:
-        cells = [_value(fit["params"].get(name)) for name in names]
+        cells = ["0 (held)" if name in fit["held"] else _value(fit["params"].get(name)) for name in names]
         ends = [_held(held_out(fit, column)) for column in ("N", "D")]
         rows.append(
             [
@@ -116,6 +131,17 @@ def _held(one: Mapping[str, Any] | None) -> str:
         return "not held out"
     forgotten = one["mean_forgetting"]
     return f"{one['mre']:.2%}" + (f" ({one['nats'] / forgotten:.0%})" if forgotten is not None and forgotten > 0 else "")
+
+
+def _target_by_share(content: Mapping[str, Any]) -> list[str]:
+    """How the target loss moves with p, which the law says it does not."""
+    fits = [fit for domain in content["axes"]["domain"] if (fit := find_fit(content, domain, "target", "total")) is not None]
+    if not fits:
+        return []
+    shares = list(fits[0]["error_by_p"])
+    rows = [[fit["domain"], *(f"{fit['error_by_p'][p]:+.2%}" if p in fit["error_by_p"] else "" for p in shares)] for fit in fits]
+    head = ["domain", *(f"p = {_percent(p)}" for p in shares)]
+    return ["The law has no p. Measured target loss over the law's, less one, on average:", "", *_table(head, rows), ""]
 
 
 def _rivals(content: Mapping[str, Any]) -> list[str]:
@@ -251,7 +277,7 @@ def _value(one: Mapping[str, Any] | None) -> str:
         return ""
     if one["low"] is None and one["high"] is None:
         return f"{one['value']:.3g} (not determined)"
-    low, high = ("-∞" if one["low"] is None else f"{one['low']:.3g}"), ("∞" if one["high"] is None else f"{one['high']:.3g}")
+    low, high = ("open" if one["low"] is None else f"{one['low']:.3g}"), ("open" if one["high"] is None else f"{one['high']:.3g}")
     return f"{one['value']:.3g} [{low}, {high}]"
 
 

@@ -162,13 +162,34 @@ def read_predictions(path: Path) -> dict[str, Any] | None:
         predictions(content)
         datetime.fromisoformat(content["made_at"])
         return {**content, "level": float(content["level"])}
-    except (TypeError, KeyError, ValueError):
+    except (TypeError, KeyError, ValueError, OverflowError):
         raise UserError(f"{path} is damaged: predictions that were changed predict nothing.") from None
 
 
 def predictions(content: Mapping[str, Any]) -> list[Prediction]:
-    """The predictions of a file's content."""
-    return [Prediction(**one) for one in content["predictions"]]
+    """The predictions of a file's content.
+
+    Raises:
+        KeyError, TypeError, ValueError, OverflowError: it has none, or others.
+    """
+    kinds = {
+        "domain": str,
+        "model": str,
+        "N": int,
+        "D": int,
+        "p": str,
+        "seed": int,
+        "forgetting": float,
+        "low": float,
+        "high": float,
+    }
+    made = []
+    for one in content["predictions"]:
+        outside = {str(name): float(factor) for name, factor in dict(one["outside"]).items()}
+        made.append(Prediction(**{**one, **{name: kind(one[name]) for name, kind in kinds.items()}, "outside": outside}))
+        if made[-1].D < 1:
+            raise ValueError
+    return made
 
 
 def compare(content: Mapping[str, Any], rows: Iterable[Row]) -> list[Outcome]:

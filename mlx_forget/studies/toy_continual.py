@@ -364,6 +364,8 @@ def main(arguments: list[str] | None = None) -> None:
             outcome = run_toy(spec, folder, backend=backend, runtime=runtime, say=say, interrupted=interrupted)
     except (Interrupted, RunFailed, UserError) as error:
         parser.exit(exit_code(error), f"{error}\n")
+    except OSError as error:
+        parser.exit(1, f"Cannot write {folder}: {error.strerror or error}; the same command goes on from there.\n")
     print(json.dumps(outcome.as_json()) if as_json else "\n".join(table_lines(outcome)))
 
 

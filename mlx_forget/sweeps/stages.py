@@ -95,10 +95,15 @@ def plan_stages(recipe: Recipe, *, overrides: Mapping[str, Any] | None = None, w
 
 
 def titled_stages(recipe: Recipe, overrides: Mapping[str, Any] | None = None) -> list[list[tuple[Point, str]]]:
-    """Every chain as its stages with their titles; nothing is read but the recipe."""
+    """Every chain as its stages with their titles; nothing is read but the recipe.
+
+    What a later stage replays of earlier ones is known once these have been planned; here it replays itself, which costs the same.
+    """
     stages = _read(recipe)
-    chains = _labelled(recipe, stages, overrides)
-    return [[(point, _title(label, stage)) for point, stage in zip(points, stages, strict=True)] for label, points in chains]
+    return [
+        [(_alone(point, is_first=number == 0), _title(label, stages[number])) for number, point in enumerate(points)]
+        for label, points in _labelled(recipe, stages, overrides)
+    ]
 
 
 def planned_so_far(chains: list[Chain], folder: Path, *, watch: Watch | None = None) -> list[tuple[int, bool, Job]]:
@@ -201,6 +206,13 @@ def _read(recipe: Recipe) -> tuple[Stage, ...]:
     if len(stages) < 2:
         raise UserError("Stages follow one another: a recipe needs at least two.")
     return tuple(stages)
+
+
+def _alone(point: Point, *, is_first: bool) -> Point:
+    """A stage without those before it."""
+    if is_first or point.config.replay_data != EARLIER:
+        return dataclasses.replace(point, config=_with_earlier(point.config, []))
+    return dataclasses.replace(point, config=dataclasses.replace(point.config, replay_data=REPLAY_SELF))
 
 
 def _with_earlier(config: TrainConfig, before: list[Plan]) -> TrainConfig:

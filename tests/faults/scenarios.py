@@ -73,7 +73,7 @@ SCENARIOS: dict[str, list[str]] = {
     "fit": ["fit", "runs.csv", "--law", "bethune-forgetting", "--bootstrap", "20", "-o", "made/fit.json"],
     "probe": ["advise", "--probe", "made/probe.jsonl", "--d", "1e6"],
 }
-# A kill at one point of each is in the short form; of the others, at every point in the long form alone.
+# A kill at one point of each of these is in the short form; the others are killed in the long form alone.
 OFTEN = ("prepare", "train", "replay", "sweep")
 
 
@@ -154,9 +154,10 @@ def _outcome(process: Any, receiving: Any) -> Outcome:
 def _child(folder: str, arguments: list[str], at: int | None, kind: str, sending: object) -> None:
     import io
 
-    from mlx_forget import log_probs, trainer
+    from mlx_forget import trainer
     from mlx_forget.cli import main
     from mlx_forget.pipeline.store import writing
+    from mlx_forget.replay import log_probs
     from mlx_forget.studies import toy_continual
 
     os.chdir(folder)

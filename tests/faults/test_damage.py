@@ -11,6 +11,7 @@ from mlx_forget.errors import UserError
 from mlx_forget.history import read_history
 from mlx_forget.pipeline.store import open_store
 from mlx_forget.records import read_record
+from mlx_forget.runs.index import read_index
 from tests.faults.scenarios import copy_world
 
 
@@ -32,10 +33,19 @@ def read_run(folder):
     return [read_record(folder / "base"), read_history(folder / "base" / "history.arrows").to_pylist()]
 
 
+def read_listed(folder):
+    """What `forget runs`, fits and reports read, which is not how a run reads its own record."""
+    found = read_index(folder / "base")
+    if found.problems:
+        raise UserError(str(found.problems))
+    return found.rows
+
+
 READERS = {
     "stores": (read_store, "stores/notes/*"),
     "checkpoints": (read_checkpoint, "base/checkpoints/last/*"),
     "records and histories": (read_run, "base/[hr]*.*"),
+    "listed runs": (read_listed, "base/[hr]*.*"),
 }
 
 

@@ -24,6 +24,7 @@ from mlx_forget.durable_files import SEAL
 from mlx_forget.engines.lease import Lease
 from mlx_forget.errors import UserError
 from mlx_forget.fuse import whole_checkpoint
+from mlx_forget.imported_adapters import read_adapter, read_parts
 from mlx_forget.laws.files import read_fit
 from mlx_forget.pipeline import corpora
 from mlx_forget.pipeline.chat_template import ChatTemplate
@@ -37,9 +38,10 @@ from mlx_forget.replay.sampled_store import _open_part
 from mlx_forget.runs import index as run_index
 from mlx_forget.runs.comparison import finished
 from mlx_forget.runs.export import export, read_export
+from mlx_forget.runs.missing import missing_lines, missing_runs, note_planned
 from mlx_forget.runs.selection import select
 from mlx_forget.runs.verify import describe_begun, verify_runs
-from mlx_forget.studies import loss_matrix, toy_continual
+from mlx_forget.studies import loss_matrix, prospective, toy_continual
 from mlx_forget.sweeps.grid import labels, read_recipe
 from mlx_forget.tables import read_table
 from mlx_forget.trainer import TrainerSpec
@@ -302,6 +304,35 @@ def planned(path: Path) -> None:
     labels(found.runs({}))
 
 
+def imported(path: Path) -> None:
+    made = SAMPLES / "lora-v1" / "checkpoints" / "last"
+    by_mlx_lm = path.parent.name == "mlx-lm"
+    for name in (path.name, "adapters.safetensors" if by_mlx_lm else "adapter_model.safetensors"):
+        shutil.copy(made / ("mlx-lm" if by_mlx_lm else ".") / name, path.parent)
+
+
+def read_imported(path: Path) -> None:
+    found, start = read_adapter(path.parent), open_checkpoint(SAMPLES / "run-v1" / "checkpoints" / "last")
+    read_parts(found.weights, found.spec, start.model_spec(), start.folder)
+
+
+def predictions(path: Path) -> None:
+    one = {"domain": "code", "model": "1x16", "N": 9000, "D": 9000, "p": "1%", "seed": 0, "outside": {"N": 2.0}}
+    content = {
+        "schema_version": prospective.SCHEMA_VERSION,
+        "kind": prospective.KIND,
+        "made_at": "2026-01-01T00:00:00Z",
+        "level": 0.9,
+    }
+    path.write_text(json.dumps({**content, "predictions": [{**one, "forgetting": 0.1, "low": 0.0, "high": 0.2}] * 2}))
+
+
+def compared(path: Path) -> None:
+    content = prospective.read_predictions(path)
+    if content is not None:
+        prospective.summary(prospective.compare(content, run_index.read_index(SAMPLES / "lora-v1").rows))
+
+
 OWN: dict[str, tuple[str, Make, Read]] = {
     "record of a run": ("record.json", run_folder, lambda path: listed(path.parent)),
     "record that is shown": ("record.json", run_folder, lambda path: read_record(path.parent)),
@@ -329,6 +360,19 @@ OWN: dict[str, tuple[str, Make, Read]] = {
     "corpus text": ("math/train.arrow", corpus, read_corpus),
     "journal of a store": (".made.part/journal.json", journal, continued),
     "samples": (".made.samples/samples.json", samples, samples),
+    "adapter of peft": ("adapter_config.json", imported, read_imported),
+    "adapter of mlx-lm": ("mlx-lm/adapter_config.json", imported, read_imported),
+    "weights of an adapter": (
+        "adapter_model.safetensors",
+        lambda path: imported(path.with_name("adapter_config.json")),
+        lambda path: read_imported(path.with_name("adapter_config.json")),
+    ),
+    "predictions": ("predictions.json", predictions, compared),
+    "planned runs": (
+        "planned.json",
+        lambda path: note_planned(path.parent, {"a": "p = 0"}),
+        lambda path: missing_lines(missing_runs(path.parent)),
+    ),
     "chat template": ("chat_template.jinja", template, rendered),
     "special tokens": ("special_tokens_map.json", template, rendered),
     "fit that predicts": ("fit.json", saved_fit, predicted),

@@ -8,7 +8,7 @@ import pytest
 
 from mlx_forget.errors import UserError
 from mlx_forget.laws.forms import get_law
-from mlx_forget.laws.table import check
+from mlx_forget.laws.table import Table, check
 from mlx_forget.tables import parse_share, read_table
 
 ROWS = [
@@ -89,7 +89,6 @@ def rows_with(**changes):
         "p": [0.0, 0.01, 0.05, 0.0, 0.01],
     }
     columns |= {"L0": [3.9, 3.4, 3.0, 2.8, 2.6], "loss": [4.1, 3.6, 3.1, 3.0, 2.7]}
-    from mlx_forget.laws.table import Table
 
     return Table.of(**(columns | changes))
 
@@ -165,16 +164,16 @@ def test_counts_in_millions_are_refused_unless_they_are_so_small():
      ("loss", "final_nll"), ("run", "my_name"), ("base", "init_from"), ("L_ft", "target_nats"), ("r", "domain_share"), ("R", "MIX_RATIO")],
 )  # fmt: skip
 def test_what_others_call_a_column_is_recognised(wanted, there):
-    from mlx_forget.laws.table import Table, missing_column
+    from mlx_forget.laws.table import Table, missing_columns
 
-    assert f"--map {wanted}={there}" in str(missing_column(wanted, Table.of(zzz=1.0, **{there: 1.0})))
+    assert f"--map {wanted}={there}" in str(missing_columns([wanted], Table.of(zzz=1.0, **{there: 1.0})))
 
 
 def test_of_many_columns_two_dozen_are_named():
-    from mlx_forget.laws.table import Table, missing_column
+    from mlx_forget.laws.table import Table, missing_columns
 
     for num, end in ((24, "x23. "), (25, "x23, .... ")):
-        assert f", x22, {end}" in str(missing_column("N", Table.of(**{f"x{i}": 1.0 for i in range(num)})))
+        assert f", x22, {end}" in str(missing_columns(["N"], Table.of(**{f"x{i}": 1.0 for i in range(num)})))
 
 
 def test_fewer_rows_than_parameters_are_refused():
@@ -183,12 +182,19 @@ def test_fewer_rows_than_parameters_are_refused():
 
 
 def test_a_missing_column_names_the_nearest():
-    from mlx_forget.laws.table import Table
 
     for name in ("tokens_D", "num_tokens", "d"):
         table = Table.of(N=[1e8, 2e8], **{name: [1e6, 2e6]}, loss=[3.0, 2.9])
         with pytest.raises(UserError, match=f"--map D={name}"):
             check(table, get_law("chinchilla"))
+
+
+def test_all_missing_columns_are_named_at_once():
+    table = Table.of(model_size=[1e8, 2e8], D=[1e6, 2e6], final_loss=[3.0, 2.9])
+    with pytest.raises(UserError, match="Then add --map N=model_size --map loss=final_loss"):
+        check(table, get_law("chinchilla"))
+    with pytest.raises(UserError, match="Name them with --map p=COLUMN --map L0=COLUMN --map loss=final_loss"):
+        check(table, get_law("forgetting-fixed-n"))
 
 
 def record(folder, *, p, loss, status="finished", version=1):

@@ -34,9 +34,10 @@ from tests.mutants.sites import Site, mutated
 PYTEST = ["-q", "-s", "-x", "-m", "not full", "-p", "no:xdist", "-p", "no:cacheprovider"]
 
 _MOST_BYTES = 6 << 30
-_MOST_WALL_SECONDS = 900
-# What a child and a test may take beside its usual time.
-_CPU_SECONDS_TO_START, _CPU_SECONDS_FOR_A_TEST = 60, 2
+# What a child and a test may take beside twice their usual time, which was measured while their lines were traced.
+_CPU_SECONDS_TO_START, _CPU_SECONDS_FOR_A_TEST = 15, 2
+# By the clock, for what waits and takes no CPU time, on a machine that has much else to do.
+_WALL_SECONDS_TO_START, _WALL_SECONDS_FOR_A_SECOND = 120, 20
 
 # Seconds of the tests that are tried in one round.
 _ROUNDS = (0.0, 0.3, 1.5, 1e9)
@@ -160,7 +161,7 @@ class Trials:
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         """A test that takes several times as long as it should is stopped, with its process."""
         if self.seconds:
-            signal.setitimer(signal.ITIMER_PROF, _CPU_SECONDS_FOR_A_TEST + 5 * self.seconds[item.nodeid])
+            signal.setitimer(signal.ITIMER_PROF, _CPU_SECONDS_FOR_A_TEST + 2 * self.seconds[item.nodeid])
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         maps = [self._covering(session, test_file) for test_file in self.test_files]
@@ -203,23 +204,27 @@ class Trials:
 
     def _chosen(self, site: Site, maps: list[Tests], *, whole_file: bool) -> dict[str, float]:
         """The tests that run the statement of a mutant, with their seconds: the quick ones of every file, then slower ones, until they
-        take as long as a mutant may."""
+        take as long as a mutant may. For a whole file those that run any of its functions, and for as long again those that may read its
+        names."""
         first, last = (0, 1 << 30) if whole_file else site.lines
-        files = []
-        for tests in maps:
-            those = {
-                name: seconds
-                for name, (seconds, lines) in tests.items()
-                if any(path == site.path and first <= line <= last for path, line in lines)
-            }
-            files.append(sorted(those.items(), key=lambda item: item[1]))
-        files.sort(key=lambda tests: sum(seconds for _, seconds in tests))
+
+        def runs_it(lines: list[list[Any]]) -> bool:
+            return any(path == site.path and first <= line <= last for path, line in lines)
+
+        chosen = self._quickest([{name: seconds for name, (seconds, lines) in tests.items() if runs_it(lines)} for tests in maps])
+        if whole_file:
+            chosen |= self._quickest([{name: one[0] for name, one in tests.items() if name not in chosen} for tests in maps])
+        return chosen
+
+    def _quickest(self, files: list[dict[str, float]]) -> dict[str, float]:
+        """Tests by file, and of each the seconds: those of a round file by file, so that what a module's tests share is made once."""
+        files = sorted(files, key=lambda tests: sum(tests.values()))
         chosen: dict[str, float] = {}
         for quicker, slower in pairwise(_ROUNDS):
-            # File by file, so that what a module's tests share is made once in a round.
-            for name, seconds in (one for tests in files for one in tests):
-                if quicker <= seconds < slower and sum(chosen.values()) + seconds <= self.most_seconds:
-                    chosen[name] = seconds
+            for tests in files:
+                for name, seconds in sorted(tests.items(), key=lambda item: item[1]):
+                    if quicker <= seconds < slower and sum(chosen.values()) + seconds <= self.most_seconds:
+                        chosen[name] = seconds
         return chosen
 
     def _tried(self, session: pytest.Session, site: Site, tests: dict[str, float], *, anew: bool) -> str:
@@ -233,26 +238,29 @@ class Trials:
                 os.dup2(quiet, 2)
             resource.setrlimit(resource.RLIMIT_DATA, (_MOST_BYTES, _MOST_BYTES))
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            most = int(_CPU_SECONDS_TO_START + 3 * sum(tests.values()))
+            most = int(_CPU_SECONDS_TO_START + 2 * sum(tests.values()))
             resource.setrlimit(resource.RLIMIT_CPU, (most, most + 5))
             put_in_place(self.root, site, anew=anew)
             if anew:
                 self.seconds = {}
+                # One after the other: most mistakes are noticed before all files have been imported.
                 files = dict.fromkeys(name.split("::")[0] for name in tests)
-                return int(pytest.main([*PYTEST, f"--basetemp={self.folder}/t", *files], plugins=[_Only(tests)]))
+                codes = (int(pytest.main([*PYTEST, f"--basetemp={self.folder}/t", file], plugins=[_Only(tests)])) for file in files)
+                return next((code for code in codes if code), 0)
             self.seconds = tests
             items = {item.nodeid: item for item in session.items}
             return _run(session, [items[name] for name in tests])
 
-        code = self._forked(child)
+        code = self._forked(child, _WALL_SECONDS_TO_START + _WALL_SECONDS_FOR_A_SECOND * sum(tests.values()))
         assert code != pytest.ExitCode.NO_TESTS_COLLECTED
         if code < 0:
             return "killed by time" if -code in (signal.SIGPROF, signal.SIGXCPU, signal.SIGALRM) else "killed"
         return "killed" if code else "survived"
 
-    def _forked(self, work: Callable[[], int]) -> int:
+    def _forked(self, work: Callable[[], int], most_seconds: float = 1e9) -> int:
         """The exit status of a process that does the work, with a fresh copy of the cache folder; negative for a signal, as
-        `subprocess` has it, and SIGALRM when it had to be stopped. It ends with all that it has started, also when this one is stopped."""
+        `subprocess` has it, and SIGALRM where it took longer than it may. It ends with all that it has started, also when this one is
+        stopped."""
         for path in self.folder.iterdir():
             shutil.rmtree(path, ignore_errors=True)
         shutil.copytree(self.home, self.cache)
@@ -268,7 +276,7 @@ class Trials:
         with suppress(PermissionError):
             os.setpgid(process, process)
         try:
-            deadline = time.monotonic() + _MOST_WALL_SECONDS
+            deadline = time.monotonic() + most_seconds
             while not (ended := os.waitpid(process, os.WNOHANG))[0]:
                 if time.monotonic() > deadline:
                     return -signal.SIGALRM

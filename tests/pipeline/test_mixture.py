@@ -117,6 +117,12 @@ def test_shares_outside_the_range_are_refused(text):
         parse_share(text)
 
 
+def test_rows_are_counted_at_once_however_far_along():
+    mixture = Mixture(781, 90_000, Fraction(1, 3), 0)
+    assert mixture.mode == "exact"
+    assert mixture.num_pretrain_before(3 * 10**12) == 10**12
+
+
 def test_the_stream_is_the_one_that_published_results_were_made_with():
     exact, drawn = (Mixture(16, 40, Fraction(1, 3), 5, mode).rows(0, 16) for mode in ("exact", "bernoulli"))
     assert exact[0].tolist() == [1, 0, 0] * 5 + [1]

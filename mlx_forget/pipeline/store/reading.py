@@ -75,6 +75,8 @@ def open_store(folder: Path | str, *, verify: bool = True) -> TokenStore:
     try:
         if not is_whole(manifest):
             raise UserError(f"{folder / MANIFEST} is damaged (its checksum does not match): prepare the store again.")
+        if manifest["dtype"] not in ("uint16", "uint32"):
+            raise ValueError
         dtype = np.dtype(manifest["dtype"])
         if verify:
             for name, wanted in manifest.get("files", {}).items():
