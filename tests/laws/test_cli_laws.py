@@ -3,7 +3,8 @@ import json
 import numpy as np
 import pytest
 
-from mlx_forget.laws.files import read_fit
+from mlx_forget.errors import UserError
+from mlx_forget.laws.files import check_target, read_fit
 from mlx_forget.laws.fit import fit_law
 from mlx_forget.laws.forms import Parameter, get_law, law_from_function, register
 from mlx_forget.laws.predictor import Predictor
@@ -329,3 +330,15 @@ def test_figures_of_a_fit_are_written(forget, runs, one, tmp_path):
     forget("fit", runs, *one, "--plot", tmp_path)
     for name in ("predicted-measured", "residuals", "curves", "profiles"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_fit_is_written_to_a_file_and_read_from_one(tmp_path):
+    with pytest.raises(UserError, match=r"is a folder: name a file to write, such as .*fit\.json"):
+        check_target(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is no folder"):
+        check_target(tmp_path / "file" / "new" / "fit.json")
+    check_target(tmp_path / "new" / "below" / "fit.json")
+    (tmp_path / "other.json").write_text('{"schema_version": 1}')
+    with pytest.raises(UserError, match=r"other\.json is not a fit: give a fit\.json"):
+        read_fit(tmp_path / "other.json")
