@@ -68,13 +68,13 @@ test-oldest:  ## the short tests with the oldest versions that pyproject.toml al
 bench: setup  ## speed against named baselines, as ratios measured in one run
 	for file in tests/benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
 
-test-faults: setup  ## killed, cut off, full, read-only and damaged at every named point; prints its counts; about an hour
+test-faults: setup  ## killed, cut off, full, read-only and damaged at every named point; prints its counts; about two hours
 	$(BIN)/python -m pytest -q tests/faults
 
 COVERAGE = $(BIN)/python -m coverage
 EXAMPLES ?= 10000
-fuzz: setup  ## every file reader on files that are almost right: EXAMPLES= of each
-	FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q -s tests/fuzz
+fuzz: setup  ## every file reader on files that are almost right: EXAMPLES= of each; READERS='state or adapter' for some
+	FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q -s tests/fuzz $(if $(READERS),-k "$(READERS)")
 
 SEED_OF_MUTANTS ?= 0
 mutants: setup  ## 200 small seeded mistakes in laws, mixture, checkpoint and records, and which tests notice; goes on where it was stopped

@@ -230,6 +230,16 @@ def test_another_model_another_store_or_damaged_files_are_not_used(start, tmp_pa
         keep(subset, start)
 
 
+@pytest.mark.parametrize("sealed", [True, False])
+def test_a_manifest_that_counts_other_rows_than_there_are_is_refused(start, tmp_path, sealed):  # noqa: F811
+    subset = subset_of(start, tmp_path)
+    path = keep(subset, start).folder / "log_probs.json"
+    manifest = json.loads(path.read_text()) | {"num_rows": 10_000}
+    path.write_text(json.dumps({key: value for key, value in manifest.items() if sealed or key != "checksum"}))
+    with pytest.raises(UserError, match="is damaged: remove"):
+        keep(subset, start)
+
+
 def test_more_rows_are_added_and_a_killed_writer_goes_on(start, tmp_path, monkeypatch):  # noqa: F811
     from mlx_forget.replay import log_probs
 

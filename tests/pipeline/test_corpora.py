@@ -250,6 +250,17 @@ def test_a_damaged_corpus_is_built_again(tmp_path: Path, damage: str) -> None:
     assert visible(tmp_path) == {first.folder.name}
 
 
+def test_a_corpus_of_which_a_byte_has_changed_is_refused(tmp_path: Path) -> None:
+    built = build_corpus("math", home=tmp_path)
+    path = built.folder / "train.arrow"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"is damaged \(train.arrow\): remove that folder"):
+        list(read_documents(build_corpus("math", home=tmp_path), "train"))
+    assert list(read_documents(built, "validation"))
+
+
 def visible(home: Path) -> set[str]:
     return {path.name for path in (home / "corpora").iterdir() if not path.name.endswith(".lock")}
 
