@@ -123,7 +123,7 @@ def test_rows_that_would_spoil_a_fit_are_named(changes, words):
         check(rows_with(**changes), get_law("bethune-forgetting"))
 
 
-@pytest.mark.parametrize("num, shown", [(1, "In row 1, "), (8, "In rows 1, 2, 3, 4, 5, 6, 7, 8, "), (9, "7, 8, ..., column")])
+@pytest.mark.parametrize("num, shown", [(1, "In row 1, "), (8, "In rows 1, 2, 3, 4, 5, 6, 7, 8, column"), (9, "7, 8, ..., column")])
 def test_at_most_eight_rows_are_named(num, shown):
     from mlx_forget.laws.table import Table
 
