@@ -1,6 +1,7 @@
 """The law study: known laws are found again, what cannot be read is left out and said, and its tables say what the fits say."""
 
 import copy
+import csv
 import json
 import shlex
 import subprocess
@@ -12,6 +13,7 @@ from mlx_forget.errors import UserError
 from mlx_forget.laws.forms import get_law
 from mlx_forget.resources import path as resource_path
 from mlx_forget.resources import recipe as find_recipe
+from mlx_forget.runs.export import read_export
 from mlx_forget.studies.law_study import analyse, find_fit, held_out, make_cells
 from mlx_forget.studies.law_study_plot import draw_law_study
 from mlx_forget.studies.law_study_text import CSV_COLUMNS, most_common_tokens, study_lines
@@ -169,6 +171,10 @@ def test_the_distance_of_a_domain_is_what_finetuning_takes_off_its_loss():
     assert analyse(make_cells(rows), num_resamples=0).content["domains"]["code"]["distance_nats"] == pytest.approx(1.0)
 
 
+def test_one_domain_gives_no_order_of_domains():
+    assert "B by domain" not in "\n".join(study_lines(analyse(make_cells(synthetic(domains=["code"])), num_resamples=0).content))
+
+
 def test_two_runs_fit_nothing_and_say_why():
     rows = synthetic(sizes=[161_088], domains=["code"])[:2]
     text = "\n".join(study_lines(analyse(make_cells(rows), num_resamples=50).content))
@@ -214,6 +220,21 @@ def test_make_reproduce_ladder_runs_plots_and_goes_on(run_forget, tmp_path, monk
     code, out, err = run_forget("plot", tmp_path / "runs.parquet", "--kind", "laws", "--output", tmp_path / "again", "--json")
     assert code == 0, err
     assert json.loads(out)["num_runs"] == 2
+
+
+def test_the_published_study_is_of_the_published_runs_and_fits_them_again():
+    folder = resource_path("runs")
+    content = json.loads((folder / "ladder-builtin.json").read_text())
+    cells = make_cells(read_export(folder / "ladder-builtin.parquet"))
+    assert {cell.row["run"] for cell in cells} == {cell["run"] for cell in content["cells"]}
+    with (folder / "ladder-builtin.csv").open() as stream:
+        assert {row["run"] for row in csv.DictReader(stream)} == {cell.row["run"] for cell in cells}
+    again = analyse(cells, num_resamples=0).content
+    for domain in content["axes"]["domain"]:
+        for response in ("pretraining", "target"):
+            published, fitted = (find_fit(one, domain, response, "total") for one in (content, again))
+            assert published["num_runs"] == fitted["num_runs"]
+            assert published["mre"] == pytest.approx(fitted["mre"], rel=1e-3)
 
 
 def test_the_figure_shows_all_panels(noisy, tmp_path):

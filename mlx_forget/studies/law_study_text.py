@@ -195,7 +195,7 @@ def _distances(content: Mapping[str, Any]) -> list[str]:
         fit = find_fit(content, domain, "pretraining", "total")
         if fit is not None and "B" in fit["params"]:
             rows.append([domain, f"{known[domain]:.2f}", _value(fit["params"]["B"])])
-    if not rows:
+    if len(rows) < 2:
         return []
     return [
         "B by domain, in the order of its distance from the pretraining data: what finetuning without injection takes off the target loss "

@@ -15,7 +15,9 @@ from mlx_forget.laws.uncertainty import BootstrapOptions, assess
 from .surfaces import SURFACES, paper_grid
 
 NAMES = sorted(SURFACES)
-ALL_FORMS = sorted({alternative.law for law in laws() for alternative in law.alternatives} | set(NAMES))
+ALL_FORMS = sorted(
+    {alternative.law for law in laws() for alternative in law.alternatives} | {*NAMES, "bethune-forgetting/own-exponent"}
+)
 FORMS = [get_law(name) for name in ALL_FORMS] + [law.plain for law in map(get_law, ALL_FORMS) if law.plain is not None]
 BY_FORM = pytest.mark.parametrize("law", FORMS, ids=lambda law: law.name + ("" if law.to_natural is None else " (own coordinates)"))
 

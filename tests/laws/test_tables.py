@@ -313,3 +313,24 @@ def test_shares_are_written_either_way(text, value):
 def test_a_share_outside_0_to_1_is_refused(text):
     with pytest.raises(UserError):
         parse_share(text)
+
+
+@pytest.mark.parametrize(
+    "expression, kept",
+    [
+        ("not params <= 5e7", [1, 2]),
+        ("p > -0.5 and -1 < p < 0.02", [0, 1]),
+        ("5e7 < params < 2e8 or domain == 'math'", [0, 1, 2]),
+        ("not (domain == 'math' and p == 0)", [1, 2]),
+    ],
+)
+def test_conditions_are_combined_denied_and_chained(tmp_path, expression, kept):
+    write(tmp_path / "t.csv", "csv")
+    assert np.flatnonzero(read_table(tmp_path / "t.csv", mapping=MAPPING).where(expression)).tolist() == kept
+
+
+@pytest.mark.parametrize("expression", ["params", "-domain == 1", "params <= 3 if p else 4", "params <", "max(params) > 3"])
+def test_what_is_no_condition_is_one_sentence(tmp_path, expression):
+    write(tmp_path / "t.csv", "csv")
+    with pytest.raises(UserError, match=r"condition|Cannot read"):
+        read_table(tmp_path / "t.csv", mapping=MAPPING).where(expression)

@@ -229,7 +229,7 @@ class Trials:
 
     def _tried(self, session: pytest.Session, site: Site, tests: dict[str, float], *, anew: bool) -> str:
         if not tests:
-            return "survived: no test runs it"
+            return "survived: no test that is quick enough runs it"
 
         def child() -> int:
             if "MUTANTS_SHOW" not in os.environ:

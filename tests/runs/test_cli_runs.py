@@ -11,6 +11,8 @@ import pytest
 from mlx_forget.history import read_history
 from mlx_forget.tables import read_table
 
+PROGRESS = {"title": "p = 1%", "step": 30, "num_steps": 600, "tokens_per_second": 1e3, "seconds_left": 60.0, "losses": "target 3.2"}
+
 
 @pytest.fixture
 def runs(make_run, tmp_path):
@@ -21,7 +23,7 @@ def runs(make_run, tmp_path):
     make_run(root / "other", "bbb333", p="1%", forgotten=3.4, learnt=2.95, method="kl-replay", seed=1, status="diverged")
     make_run(root, "base00000989680", init="scratch", forgetting_nats=None)
     (root / "half-cuda").mkdir()
-    (root / "half-cuda" / "progress.json").write_text('{"step": 30, "num_steps": 600}')
+    (root / "half-cuda" / "progress.json").write_text(json.dumps(PROGRESS))
     (root / "half-cuda" / "config.yaml").write_text("")
     (root / "newer-cuda").mkdir()
     (root / "newer-cuda" / "record.json").write_text('{"schema_version": 99}')
@@ -230,7 +232,7 @@ def test_words_say_what_json_says(run_forget, runs, tmp_path):
     code, out, err = run_forget("runs", "verify", runs)
     assert code == 1
     assert f"{runs / 'newer-cuda'}: " in out
-    assert f"{runs / 'half-cuda'}: begun, " in out
+    assert f"{runs / 'half-cuda'}: begun, at step 30 of 600 when last heard of" in out
     code, _, err = run_forget("runs", "compare", "aaa111", "aab222", "--in", runs, "--plot", tmp_path / "c.txt")
     assert (code, "Unknown figure format '.txt'" in err) == (2, True)
 
