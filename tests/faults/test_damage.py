@@ -35,7 +35,7 @@ def read_run(folder):
 
 def read_listed(folder):
     """What `forget runs`, fits and reports read, which is not how a run reads its own record."""
-    found = read_index(folder / "base")
+    found = read_index(folder)
     if found.problems:
         raise UserError(str(found.problems))
     return found.rows
@@ -45,7 +45,7 @@ READERS = {
     "stores": (read_store, "stores/notes/*"),
     "checkpoints": (read_checkpoint, "base/checkpoints/last/*"),
     "records and histories": (read_run, "base/[hr]*.*"),
-    "listed runs": (read_listed, "base/[hr]*.*"),
+    "listed runs": (read_listed, "*/record.json"),
 }
 
 
