@@ -71,10 +71,13 @@ def test_the_glossary_names_every_key_of_a_record_a_history_and_a_fit(run_forget
         assert set(keys) - named == set()
 
 
-def test_the_tour_of_the_tree_names_every_package():
+def test_the_tour_of_the_tree_names_every_package_and_module_at_the_top_and_no_other_file():
     tour = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     for package in (ROOT / "mlx_forget").glob("*/__init__.py"):
         assert f"`mlx_forget/{package.parent.name}/`" in tour
+    named = set(re.findall(r"`(?:[\w/]+/)?(\w+\.py)`", tour))
+    assert {path.name for path in (ROOT / "mlx_forget").glob("*.py") if not path.name.startswith("__")} - named == set()
+    assert named - {path.name for folder in ("mlx_forget", "tests") for path in (ROOT / folder).rglob("*.py")} == set()
 
 
 def test_the_citation_is_of_this_version():

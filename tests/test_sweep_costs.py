@@ -39,6 +39,7 @@ def test_a_dry_run_prepares_nothing_and_leaves_ids_pending(run_forget, tmp_path,
     assert "Not prepared yet" in plan["notes"][0]
     assert not list((tmp_path / "home").rglob("*.arrow"))
     assert not (tmp_path / "s").exists()
+    assert "FORGET_SCALE=smoke: the recipe's test" in err
     code, out, _ = run_forget("sweep", path, "--dry-run")
     assert sum(line.startswith("pending ") for line in out.splitlines()) == 3
 

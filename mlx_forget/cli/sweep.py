@@ -89,6 +89,7 @@ def sweep(
     from rich.console import Console
 
     from mlx_forget.cli.signals import graceful_stop
+    from mlx_forget.config import scale_defaults
     from mlx_forget.costs import device_named
     from mlx_forget.engines import Demand
     from mlx_forget.errors import UserError
@@ -124,6 +125,8 @@ def sweep(
         settings=_pairs("--slurm", slurm or []),
         say=say,
     )
+    if scale_defaults():
+        say("FORGET_SCALE=smoke: the recipe's test in seconds, whose numbers mean nothing.")
     if read.stages:
         from mlx_forget.cli.stages import sweep_stages
 

@@ -1,6 +1,6 @@
 """The figure of a law study: forgetting against p for each size, measured against predicted, B by domain, progress lost by size."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,8 +14,6 @@ from mlx_forget.studies.law_study_text import most_common_tokens
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-Cells = Sequence[Mapping[str, Any]]
 
 
 def draw_law_study(content: Mapping[str, Any], *, title: str) -> "Figure":

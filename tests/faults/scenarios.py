@@ -215,7 +215,12 @@ def result_of(folder: Path) -> dict[str, object]:
             made[name] = {key: value.tobytes() for key, value in load_file(path).items()}
         elif path.suffix == ".npy":
             made[name] = path.read_bytes()
-        elif path.suffix in (".json", ".jsonl", ".parquet", ".png", ".html", ".npz") and "checkpoints" not in name:
+        # What a run says of its progress is for people who watch: it is not synced, and read with care.
+        elif (
+            path.name != "progress.json"
+            and path.suffix in (".json", ".jsonl", ".parquet", ".png", ".html", ".npz")
+            and "checkpoints" not in name
+        ):
             made[name] = _content(path)
     made["checkpoints"] = sorted(str(path.relative_to(folder)) for path in folder.glob("*/checkpoints/*"))
     made["strangers"] = sorted(
@@ -244,7 +249,7 @@ def _content(path: Path) -> object:
 
 
 # Keys of JSON files that differ between two runs of one command.
-VARIES = ("checksum", "seconds", "made_at", "seconds_left", "tokens_per_second", "ended_at", "base", "tuned", "timings")
+VARIES = ("checksum", "wall_seconds", "seconds_left", "tokens_per_second")
 
 
 def shuffled(points: int, num: int, seed: str) -> list[int]:
