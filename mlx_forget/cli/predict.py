@@ -142,10 +142,13 @@ def _coverage(level: float | None) -> float:
 
 def _predict_runs(fit: Path, recipe: str, output: Path | None, level: float | None, *, as_json: bool) -> None:
     from mlx_forget import resources
+    from mlx_forget.config import scale_defaults
     from mlx_forget.studies.prospective import Outcome, outcome_lines, predict_recipe, predictions, write_predictions
     from mlx_forget.sweeps.grid import read_recipe
 
     content = predict_recipe(fit, read_recipe(resources.recipe(recipe)), level=_coverage(level))
+    if scale_defaults():
+        say("FORGET_SCALE=smoke: of the recipe's test in seconds, whose numbers mean nothing.")
     if output is not None:
         write_predictions(output, content)
         say(f"Wrote {output}: commit it before the runs are made.")
