@@ -113,6 +113,8 @@ def test_the_command_predicts_a_recipe_and_holds_it_against_runs(run_forget, fit
         code, _, err = run_forget("predict", *wrong)
         assert code == 2, wrong
         assert "Traceback" not in err
+    assert f"{fit} holds no predictions" in run_forget("predict", str(fit), "--measured", str(tmp_path))[2]
+    assert "There is no file of predictions" in run_forget("predict", str(tmp_path / "none"), "--measured", str(tmp_path))[2]
     made.write_text(made.read_text().replace('"forgetting"', '"forgetful"'))
     code, _, err = run_forget("predict", str(made), "--measured", str(tmp_path / "empty"))
     assert (code, "is damaged" in err) == (2, True)

@@ -167,7 +167,9 @@ def _hold_against(path: Path, runs: Path, *, as_json: bool) -> None:
 
     content = read_predictions(path)
     if content is None:
-        raise UserError(f"{path} holds no predictions: make them with `forget predict FIT --recipe NAME -o {path.name}`.")
+        if not path.is_file():
+            raise UserError(f"There is no file of predictions {path}: `forget predict FIT --recipe NAME -o {path}` makes one.")
+        raise UserError(f"{path} holds no predictions: make them with `forget predict FIT --recipe NAME -o FILE`, and give FILE.")
     if not runs.exists():
         raise UserError(f"There are no runs at {runs}: give a folder of runs, or a table of `forget runs export`.")
     outcomes = compare(content, read_index(runs).rows if runs.is_dir() else read_export(runs))
