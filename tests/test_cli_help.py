@@ -42,6 +42,12 @@ def test_the_help_of_every_command_ends_with_an_example_that_parses(words, comma
     command.make_context(words, rest)
 
 
+@pytest.mark.parametrize(("command", "said"), [("fuse", "what the adapters name"), ("train", "runs/ID-BACKEND")])
+def test_what_brackets_say_is_shown(command, said, run_forget, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert said in run_forget(command, "--help")[1]
+
+
 def test_the_help_of_forget_ends_with_an_example(run_forget):
     code, out, _ = run_forget("--help")
     example = typer.main.get_command(app).epilog

@@ -163,6 +163,7 @@ def test_commands_take_an_adapter_where_they_take_a_model(bases, backend, run_fo
     assert code == 0, err
     assert json.loads(out)["learning_rate"] == 1e-5
     assert "rows start with '<|bos|>'" in err
+    assert f"which are taken on {bases['llama']}" in err
     found = find_checkpoint(tmp_path / "run")
     assert found.state["base"]["weights_sha256"] == whole_checkpoint(find_checkpoint(adapter)).state["files"]["model.safetensors"]
 

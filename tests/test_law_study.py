@@ -245,3 +245,11 @@ def test_the_figure_shows_all_panels(noisy, tmp_path):
     # B of every domain, with its interval.
     (replay,) = [axis for part in figure.subfigs for axis in part.axes if "B by domain" in axis.get_title()]
     assert len(replay.lines) == 2 * len(TRUTH)
+
+
+def test_the_command_draws_an_exported_table_under_its_name_and_says_what_else_is_no_folder(run_forget, tmp_path):
+    table = resource_path("runs", "ladder-builtin.parquet")
+    code, _, err = run_forget("plot", table, "--output", tmp_path / "figures")
+    assert (code, "is a file: --kind laws" in err) == (2, True)
+    code, _, err = run_forget("plot", tmp_path / "nowhere", "--output", tmp_path / "figures")
+    assert (code, "There is no sweep folder" in err) == (2, True)

@@ -113,6 +113,8 @@ def test_the_command_predicts_a_recipe_and_holds_it_against_runs(run_forget, fit
         code, _, err = run_forget("predict", *wrong)
         assert code == 2, wrong
         assert "Traceback" not in err
+    assert f"{fit} holds no predictions" in run_forget("predict", str(fit), "--measured", str(tmp_path))[2]
+    assert "There is no file of predictions" in run_forget("predict", str(tmp_path / "none"), "--measured", str(tmp_path))[2]
     made.write_text(made.read_text().replace('"forgetting"', '"forgetful"'))
     code, _, err = run_forget("predict", str(made), "--measured", str(tmp_path / "empty"))
     assert (code, "is damaged" in err) == (2, True)
@@ -121,8 +123,18 @@ def test_the_command_predicts_a_recipe_and_holds_it_against_runs(run_forget, fit
 def test_what_cannot_be_predicted_is_refused(fit, tmp_path):
     other = tmp_path / "other.yaml"
     other.write_text("config: {model: 0.16m, target: prose, target_tokens: 1000, p: 0}")
-    with pytest.raises(UserError, match="has the groups code, math"):
+    with pytest.raises(UserError, match="has no fit of prose, which other trains on, but of code, math"):
         predict_recipe(fit, read_recipe(other), level=0.95)
+    run = "config: {model: 0.16m, target: code, target_tokens: 60000, p: 0"
+    for more, said in (
+        ("}\nstages: [{target: code}, {target: math}]", "has stages"),
+        (", method: l2-sp}", "runs of l2-sp"),
+        (", fine_tune_type: lora}", "runs of lora"),
+        (", init: scratch}", "runs of pretraining"),
+    ):
+        other.write_text(run + more)
+        with pytest.raises(UserError, match=said):
+            predict_recipe(fit, read_recipe(other), level=0.95)
 
 
 def test_no_configuration_of_the_test_is_a_cell_of_the_grid(monkeypatch):

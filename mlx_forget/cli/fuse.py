@@ -16,7 +16,7 @@ def fuse_command(
         Path, typer.Argument(help="A run with adapters, one of its checkpoints, or a folder of peft's or mlx-lm's adapters.")
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the whole checkpoint.")],
-    base: Annotated[Path | None, typer.Option(help="Where the base is now. [default: what the adapters name]")] = None,
+    base: Annotated[Path | None, typer.Option(help="Where the base is now. \\[default: what the adapters name]")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Accept a model whose config.json names code; none is run here.")
     ] = False,

@@ -42,6 +42,8 @@ def laws_command(
             )
         _say_design(get_law(name), design, pairs(mapping, "--map"), as_json=bool(as_json))
         return
+    if mapping:
+        raise UserError("--map says where --design TABLE has a law's columns: give that too.")
     chosen = list(laws()) if name is None else [get_law(name)]
     if as_json:
         emit({"laws": [law_json(law) for law in chosen]})

@@ -32,7 +32,7 @@ def plot(
         typer.Argument(help="Folder of a sweep over p, methods or learning rates; for laws also a table of `forget runs export`."),
     ],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for the files. \\[default: figures]")] = None,
-    name: Annotated[str | None, typer.Option(help="Stem of the files. \\[default: the sweep folder's name]")] = None,
+    name: Annotated[str | None, typer.Option(help="Stem of the files. \\[default: the name of the folder or table]")] = None,
     seed: Annotated[int | None, typer.Option(help="Which seed, if the sweep has several.")] = None,
     kind: Annotated[
         str | None,
@@ -65,6 +65,8 @@ def plot(
     from mlx_forget.runs.missing import missing_lines, missing_runs
 
     is_table = sweep.is_file() and kind == "laws"
+    if sweep.is_file() and not is_table:
+        raise UserError(f"{sweep} is a file: --kind laws draws an exported table, every other kind a folder of runs.")
     if not sweep.is_dir() and not is_table:
         raise UserError(f"There is no sweep folder {sweep}.")
     runs = list(find_runs(sweep))
@@ -72,7 +74,7 @@ def plot(
     chosen = kind or said or _kind_of(runs)
     if chosen not in KINDS:
         raise unknown("kind of figure", chosen, KINDS)
-    folder, stem = output or Path("figures"), name or sweep.resolve().name
+    folder, stem = output or Path("figures"), name or (sweep.stem if is_table else sweep.resolve().name)
     works_in(folder)
     make_folder(folder)
     missing = [] if is_table else missing_runs(sweep)

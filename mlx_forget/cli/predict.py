@@ -142,10 +142,13 @@ def _coverage(level: float | None) -> float:
 
 def _predict_runs(fit: Path, recipe: str, output: Path | None, level: float | None, *, as_json: bool) -> None:
     from mlx_forget import resources
+    from mlx_forget.config import scale_defaults
     from mlx_forget.studies.prospective import Outcome, outcome_lines, predict_recipe, predictions, write_predictions
     from mlx_forget.sweeps.grid import read_recipe
 
     content = predict_recipe(fit, read_recipe(resources.recipe(recipe)), level=_coverage(level))
+    if scale_defaults():
+        say("FORGET_SCALE=smoke: of the recipe's test in seconds, whose numbers mean nothing.")
     if output is not None:
         write_predictions(output, content)
         say(f"Wrote {output}: commit it before the runs are made.")
@@ -164,7 +167,9 @@ def _hold_against(path: Path, runs: Path, *, as_json: bool) -> None:
 
     content = read_predictions(path)
     if content is None:
-        raise UserError(f"{path} holds no predictions: make them with `forget predict FIT --recipe NAME -o {path.name}`.")
+        if not path.is_file():
+            raise UserError(f"There is no file of predictions {path}: `forget predict FIT --recipe NAME -o {path}` makes one.")
+        raise UserError(f"{path} holds no predictions: make them with `forget predict FIT --recipe NAME -o FILE`, and give FILE.")
     if not runs.exists():
         raise UserError(f"There are no runs at {runs}: give a folder of runs, or a table of `forget runs export`.")
     outcomes = compare(content, read_index(runs).rows if runs.is_dir() else read_export(runs))

@@ -22,7 +22,7 @@ app = typer.Typer()
 @with_options(TrainConfig)
 def train(
     config: Annotated[Path | None, typer.Option("-c", "--config", help="YAML file of these keys; options override it.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/ID-BACKEND]")] = None,
+    output: Annotated[Path | None, typer.Option(help="Run folder. \\[default: runs/ID-BACKEND]")] = None,
     resume: Annotated[
         bool | None,
         typer.Option("--resume/--no-resume", help="Insist on a checkpoint to go on from, or refuse one."),

@@ -20,7 +20,7 @@ from mlx_forget.ladder import default_context, is_ladder_name, model_spec, num_p
 from mlx_forget.laws.files import check_target, read_fit
 from mlx_forget.laws.predictor import NEGLIGIBLE
 from mlx_forget.pipeline.mixture import parse_share
-from mlx_forget.runs.rows import Row, fitted_rows
+from mlx_forget.runs.rows import METHODS_OF_THE_LAWS, Row, fitted_rows
 from mlx_forget.studies.law_study import left_out
 from mlx_forget.sweeps.grid import Recipe
 
@@ -88,8 +88,12 @@ def predict_recipe(fit: Path, recipe: Recipe, *, level: float, now: datetime | N
     """What a saved fit says of every run of a recipe: the content of the predictions file.
 
     Raises:
-        UserError: the fit has no intervals or no law of forgetting, or a run is of a model or a target that it does not know.
+        UserError: the fit has no intervals or no law of forgetting, or a run is of a model, a target or a kind that it does not know.
     """
+    if recipe.stages:
+        raise UserError(
+            f"{recipe.name} has stages, of which the later start from finetunes: laws are of finetunes of a pretrained model."
+        )
     saved = read_fit(fit)
     made = []
     for config in recipe.configs({}):
@@ -97,7 +101,22 @@ def predict_recipe(fit: Path, recipe: Recipe, *, level: float, now: datetime | N
             raise UserError(
                 f"Predictions are of ladder models and amounts of target data, not of {config.model} on {config.target}."
             )
-        predictor = saved.predictors[""] if set(saved.predictors) == {""} else saved.pick(str(config.target))
+        if config.method not in METHODS_OF_THE_LAWS or config.fine_tune_type != "full" or config.init == "scratch":
+            what = (
+                "pretraining"
+                if config.init == "scratch"
+                else config.method
+                if config.fine_tune_type == "full"
+                else config.fine_tune_type
+            )
+            raise UserError(f"{recipe.name} has runs of {what}: predictions are of full finetunes with injection, as the laws are.")
+        domain = "" if set(saved.predictors) == {""} else str(config.target)
+        if domain not in saved.predictors:
+            raise UserError(
+                f"{fit} has no fit of {domain}, which {recipe.name} trains on, but of {', '.join(saved.predictors)}: fit it by domain "
+                "to runs of every target of the recipe."
+            )
+        predictor = saved.predictors[domain]
         if not {"N", "L0"} <= set(predictor.law.columns):
             raise UserError(
                 f"{fit} is a fit of {predictor.law.name}: predictions are of forgetting by size, of a law with N and L0."

@@ -224,7 +224,7 @@ def _plan(
         base_peak, init = None, "scratch"
     else:
         named = ("start", config.start_name, config.init, config.trust_remote_code)
-        start, model = opened.once(named, lambda: _start(config))
+        start, model = opened.once(named, lambda: _start(config, watch))
         tokenizer = start.tokenizer
         default_rate = None if start.is_own else LEARNING_RATE
         config = fit_to_start(config, start, model, capabilities, opened.vocabulary(tokenizer), watch)
@@ -302,9 +302,12 @@ def _plan(
     )
 
 
-def _start(config: TrainConfig) -> tuple[Checkpoint, ModelSpec | PretrainedSpec]:
-    """The start weights, whole, and the shape of their model."""
-    start = whole_checkpoint(find_start(config))
+def _start(config: TrainConfig, watch: Watch) -> tuple[Checkpoint, ModelSpec | PretrainedSpec]:
+    """The start weights, whole, and the shape of their model; on which base another tool's adapters are taken is said."""
+    found = find_start(config)
+    start = whole_checkpoint(found)
+    if start is not found and not found.is_own:
+        watch.say(f"{found.folder} holds adapters, which are taken on {start.state['fused_from']['base']['folder']}.")
     return start, start.model_spec()
 
 

@@ -241,6 +241,7 @@ def test_a_plan_is_told_what_it_would_not_determine_before_any_run(forget, tmp_p
     plan.write_text("N,D,p\n" + "".join(f"{n},{d},{p}\n" for n, d in sizes for p in (0, 0.01, 0.05)))
     assert "leave nothing undetermined" in forget(*lacking, "--map", "L0=3.2").stdout
     assert forget("laws", "--design", plan).code == 2
+    assert "give that too" in forget("laws", "bethune-forgetting", "--map", "L0=3.2").stderr
 
 
 def test_a_users_own_law_is_fitted_asked_and_advises(forget, tmp_path):
