@@ -1,7 +1,7 @@
 """The configuration of a run: one frozen dataclass that is the only source of every default.
 
 A value comes from the command line, else from the YAML file, else from here. Keys are strict: an unknown one is an error that names the
-nearest (`config_layers`). Which keys name a run is the affair of `run_identity`.
+nearest (`config_layers`). Which keys name a run is the affair of `training.identity`.
 """
 
 import dataclasses

@@ -60,10 +60,6 @@ def fuse(found: Checkpoint, folder: Path, *, base: Path | None = None) -> Checkp
         _fuse_aside(start, found, parts, folder)
     except OSError as error:
         raise UserError(f"Cannot write {folder}: {error.strerror or error}.") from None
-    except UserError:
-        # Another process was faster; what it wrote is checked below.
-        if not folder.is_dir():
-            raise
     return replace(checkpoint.open_checkpoint(folder), trust_remote_code=found.trust_remote_code)
 
 
@@ -92,7 +88,13 @@ def whole_checkpoint(found: Checkpoint, *, stand_in: str | None = None) -> Check
     if folder.is_dir():
         return replace(checkpoint.open_checkpoint(folder), trust_remote_code=found.trust_remote_code)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    return fuse(found, folder)
+    try:
+        return fuse(found, folder)
+    except UserError:
+        # Another process was faster: the folder's name says what is in it, and its checksums are checked.
+        if not folder.is_dir():
+            raise
+        return replace(checkpoint.open_checkpoint(folder), trust_remote_code=found.trust_remote_code)
 
 
 def _on_base(found: Checkpoint, base: str | None) -> Checkpoint:

@@ -15,12 +15,6 @@ TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] | trim }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# The same form, with the author's own marks around what an assistant writes.
-MARKED_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% if message['role'] == 'assistant' %}{% generation %}"
-    "{{ message['content'] | trim }}<|im_end|>{% endgeneration %}\n{% else %}{{ message['content'] | trim }}<|im_end|>\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 SPECIAL = ("<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>")
 WORDS = "the quick brown fox jumps over the lazy dog while seven wise owls sing of rivers, stones and rain. "
 CONTEXT = 64

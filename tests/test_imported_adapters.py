@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from mlx_forget import imported_adapters
 from mlx_forget.checkpoint import find_checkpoint
 from mlx_forget.errors import UserError
 from mlx_forget.fuse import fuse, whole_checkpoint
@@ -254,3 +255,23 @@ def test_damaged_and_pickled_adapters_are_refused(bases, tmp_path):
     (folder / "adapter_config.json").write_text("[]")
     with pytest.raises(UserError, match="is damaged"):
         find_checkpoint(folder)
+
+
+def test_whoever_fuses_later_takes_what_the_first_made_and_forget_fuse_overwrites_nothing(bases, tmp_path, monkeypatch):
+    monkeypatch.setenv("FORGET_HOME", str(tmp_path / "home"))
+    found = find_checkpoint(write_adapter(tmp_path / "theirs", bases["llama"]))
+    faster = imported_adapters.read_parts
+
+    def read_parts(*arguments):
+        # Another process does all of it while this one reads.
+        monkeypatch.setattr(imported_adapters, "read_parts", faster)
+        whole_checkpoint(found)
+        return faster(*arguments)
+
+    monkeypatch.setattr(imported_adapters, "read_parts", read_parts)
+    made = whole_checkpoint(found)
+    assert [path.name for path in (tmp_path / "home" / "fused").iterdir()] == [made.folder.name]
+    monkeypatch.setattr(imported_adapters, "read_parts", lambda *arguments: (tmp_path / "whole").mkdir() or faster(*arguments))
+    with pytest.raises(UserError, match="exists already"):
+        fuse(found, tmp_path / "whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"home", "theirs", "whole"}

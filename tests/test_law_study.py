@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 
 from mlx_forget.errors import UserError
+from mlx_forget.laws.fit import FitOptions, fit_law
 from mlx_forget.laws.forms import get_law
+from mlx_forget.laws.model import Constraints
+from mlx_forget.laws.table import Table
 from mlx_forget.resources import path as resource_path
 from mlx_forget.resources import recipe as find_recipe
 from mlx_forget.runs.export import read_export
-from mlx_forget.studies.law_study import analyse, find_fit, held_out, make_cells
+from mlx_forget.studies.law_study import analyse, find_fit, held_out, make_cells, rivals_of
 from mlx_forget.studies.law_study_plot import draw_law_study
 from mlx_forget.studies.law_study_text import CSV_COLUMNS, most_common_tokens, study_lines
 from mlx_forget.sweeps.grid import read_recipe
@@ -74,6 +77,36 @@ def test_exact_runs_give_back_their_law():
     assert max(abs(c["predicted_forgetting"] - c["forgetting"]) for c in content["cells"]) < 1e-4
 
 
+# Reached only in a limit: of exponents that vanish, of a B that adds nothing to N.
+LIMITS = {("log limit", "with E"), ("no p", "p added to N")}
+
+
+@pytest.mark.parametrize("name", ["bethune-forgetting", "bethune-finetuning"])
+def test_every_rival_that_is_called_a_special_case_of_another_is_one(name):
+    axes = np.meshgrid([1.6e5, 6.5e5, 2.6e6], [3e4, 1e5, 3e5], [0, 0.005, 0.05, 0.2])
+    columns = dict(zip("NDp", (axis.ravel() for axis in axes), strict=True))
+    columns["L0"] = 4.7 - 0.3 * np.log10(columns["N"] / 1e5)
+    rivals = {one.name: one for one in rivals_of(get_law(name))}
+    pairs = {(small, large) for small, one in rivals.items() for large in one.inside} - LIMITS
+    assert {large for _, large in pairs} | {small for small, _ in pairs} >= set(rivals) - {"log limit", "p added to N"}
+    for small, large in pairs:
+        law = get_law(rivals[small].law)
+        params = {"A": 1.0, "alpha": 0.4, "beta": 0.3, "B": 60.0, "S": 0.2, "E": 0.3, "gamma": 0.25}
+        params |= {follower: params[leader] for follower, leader in rivals[small].tied.items()} | dict(rivals[small].fixed)
+        params = {key: params[key] for key in law.names}
+        sizes, sign = (6.5e5 ** params["alpha"] if "N" in law.columns else 1), 1 if "L0" in law.columns else -1
+        params["A"] = sizes / 1e5 ** (sign * params["beta"])
+        loss = law.predict(params, {column: columns[column] for column in law.columns})
+        larger = rivals[large]
+        fit = fit_law(
+            Table({**columns, "loss": np.asarray(loss)}),
+            larger.law,
+            constraints=Constraints(dict(larger.fixed), dict(larger.tied)),
+            options=FitOptions(allow_units=True, allow_duplicates=True),
+        )
+        assert fit.mre < 1e-5, f"{small} is not inside {large}"
+
+
 def test_noisy_runs_hold_the_truth_choose_the_law_and_are_held_out(noisy):
     for domain, truth in TRUTH.items():
         fit = find_fit(noisy.content, domain, "pretraining", "total")
@@ -88,6 +121,8 @@ def test_noisy_runs_hold_the_truth_choose_the_law_and_are_held_out(noisy):
         largest, most = held_out(fit, "N"), held_out(fit, "D")
         assert (largest["num_test"], most["num_test"]) == (15, 20)
         assert max(largest["mre"], most["mre"]) < 0.02
+        # Shares are as served: runs that asked for one differ in it, and without all but one of them nothing is held out.
+        assert [one["left_out"] for one in fit["hold_outs"]] == [largest["left_out"], most["left_out"]]
     assert set(noisy.fits) == set(TRUTH)
 
 
@@ -235,6 +270,7 @@ def test_the_published_study_is_of_the_published_runs_and_fits_them_again():
             published, fitted = (find_fit(one, domain, response, "total") for one in (content, again))
             assert published["num_runs"] == fitted["num_runs"]
             assert published["mre"] == pytest.approx(fitted["mre"], rel=1e-3)
+            assert [one["left_out"] for one in published["hold_outs"]] == ["largest D (3e+05)"]
 
 
 def test_the_figure_shows_all_panels(noisy, tmp_path):

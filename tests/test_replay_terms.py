@@ -61,12 +61,6 @@ def moved(trainer, seed):
     return trainer
 
 
-def assert_same_weights(left, right, tmp_path, atol=2e-6):
-    a, b = weights_of(left, tmp_path, "a"), weights_of(right, tmp_path, "b")
-    for name in a:
-        np.testing.assert_allclose(a[name], b[name], atol=atol, err_msg=name)
-
-
 def test_kl_of_a_model_with_itself_is_zero_and_pulls_nowhere(backend):
     trainer = trainer_of(backend, dataclasses.replace(KL_REPLAY, coefficients=(0.0, 0.0, 3.0)))
     trainer.set_reference("start")

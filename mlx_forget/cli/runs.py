@@ -135,7 +135,8 @@ def export(
     check_format(path)
     index, rows = chosen(folder, where, status, sort)
     provenance = {
-        "folder": str(index.root),
+        # A place on this machine is nobody else's affair.
+        "folder": index.root.name if index.root.is_absolute() else str(index.root),
         "where": where,
         "status": status,
         "num_runs": len(rows),

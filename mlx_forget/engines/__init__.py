@@ -2,7 +2,7 @@
 
 Every engine but the one in this process starts the ordinary command in child processes (`child.py`). On a cluster a task is attended by
 a worker (`lease.py`): it ends the child when the sweep that asked for it is gone. What a run is, which runs wait for which, and what
-to do about a worker that died are the sweep's affairs (`dispatch.py`).
+to do about a worker that died are the sweep's affairs (`sweeps/dispatch.py`).
 """
 
 import importlib

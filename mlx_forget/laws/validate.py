@@ -106,10 +106,14 @@ def leave_out(
     options: FitOptions = DEFAULTS,
     bootstrap: BootstrapOptions = NO_BOOTSTRAP,
     domain: str | None = None,
+    each_share: bool = True,
 ) -> list[HoldOut]:
     """The standard hold-outs: the largest N, the largest D, each p, and each value of a domain column.
 
     Hold-outs that leave too few rows, or no test, are left out of the list.
+
+    Args:
+        each_share: False where shares are as served: runs that asked for one p then differ a little in it.
     """
     law = get_law(law) if isinstance(law, str) else law
     masks: list[tuple[str, npt.NDArray[np.bool_]]] = []
@@ -118,7 +122,7 @@ def leave_out(
             top = table.columns[column].max()
             masks.append((f"largest {column} ({top:.3g})", table.columns[column] < top))
     for column in ("p", "r", "R"):
-        if column in law.columns and len(levels := np.unique(table.columns[column])) > 2:
+        if each_share and column in law.columns and len(levels := np.unique(table.columns[column])) > 2:
             masks.extend((f"{column} = {100 * level:g}%", table.columns[column] != level) for level in levels)
     if domain is not None:
         masks.extend(

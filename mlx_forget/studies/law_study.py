@@ -17,7 +17,7 @@ from mlx_forget.history import read_history
 from mlx_forget.laws.choice import Choice, choose_law
 from mlx_forget.laws.fit import FitOptions, fit_law
 from mlx_forget.laws.fitted import Fit
-from mlx_forget.laws.forms import Alternative
+from mlx_forget.laws.forms import Alternative, Law
 from mlx_forget.laws.profiles import Interval
 from mlx_forget.laws.table import Table
 from mlx_forget.laws.uncertainty import BootstrapOptions, Uncertainty, assess
@@ -42,12 +42,14 @@ READINGS = {
     "smoothed": f"at the minimum of the mean of {SMOOTHED_OVER} evaluations",
     "all runs": "with the runs that are left out",
 }
-# What competes besides the rivals that the law names itself.
+# What competes besides the rivals that the law names itself. With an exponent of its own, p divides N or D, or neither.
+_OWN_EXPONENT = "own exponent of p"
+_INSIDE_OWN_EXPONENT = ("p on N", "p on D")
 _MORE_RIVALS = {
     "bethune-forgetting": (
-        Alternative("no D", "bethune-forgetting", fixed={"beta": 0.0}, inside=("p on N", "p on D", "p saturates", "with E")),
-        Alternative("no N", "forgetting-fixed-n", inside=("own exponent of p",)),
-        Alternative("own exponent of p", "bethune-forgetting/own-exponent"),
+        Alternative("no D", "bethune-forgetting", fixed={"beta": 0.0}, inside=("p on N", "p saturates", "with E")),
+        Alternative("no N", "forgetting-fixed-n", inside=(_OWN_EXPONENT,)),
+        Alternative(_OWN_EXPONENT, "bethune-forgetting/own-exponent"),
     ),
     "bethune-finetuning": (
         Alternative("no N", "bethune-finetuning", fixed={"alpha": 0.0}, inside=("finetuning",)),
@@ -258,6 +260,7 @@ def _hold_outs(table: Table, choice: Choice) -> list[dict[str, Any]]:
         constraints=choice.constraints,
         options=_OPTIONS,
         bootstrap=BootstrapOptions(num_resamples=_FEW_RESAMPLES),
+        each_share=False,
     )
     return [
         {
@@ -282,10 +285,7 @@ def _selection(table: Table, choice: Choice) -> dict[str, Any] | None:
     """The law among its rivals, best first; None where what nothing varies is held."""
     if choice.constraints.fixed or len(choice.law.alternatives) < 2:
         return None
-    every = (*choice.law.alternatives, *_MORE_RIVALS.get(choice.law.name, ()))
-    # "p on N" is Eq. 7, which its form with an exponent of its own contains.
-    rivals = [replace(one, inside=(*one.inside, "own exponent of p")) if one.name == "p on N" else one for one in every]
-    found = select(table, choice.law, alternatives=rivals, options=_OPTIONS)
+    found = select(table, choice.law, alternatives=rivals_of(choice.law), options=_OPTIONS)
     best = found.rivals[0].aicc
     return {
         "chosen": found.chosen,
@@ -295,6 +295,12 @@ def _selection(table: Table, choice: Choice) -> dict[str, Any] | None:
             for one in found.rivals
         ],
     }
+
+
+def rivals_of(law: Law) -> list[Alternative]:
+    """What competes with a law: its own rivals and those of this study, each with the ones that contain it."""
+    every = (*law.alternatives, *_MORE_RIVALS.get(law.name, ()))
+    return [replace(one, inside=(*one.inside, _OWN_EXPONENT)) if one.name in _INSIDE_OWN_EXPONENT else one for one in every]
 
 
 # ------------------------------------------------------------------------------------------------ cells and domains

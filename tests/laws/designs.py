@@ -27,8 +27,6 @@ DCPT = {
 CMR = {"a": 0.15, "s": -0.5, "b": 1.3}
 STEPS = {"a": 1e6, "b": 40.0, "alpha": 0.4, "beta": 0.35, "rho": 1.5, "s": 0.6}
 LOG_LIMIT = {"C": 0.1, "b": 0.0, "a": 0.12, "B": 400.0}
-RANKS = 2.4986e6 * np.array([1.0, 8, 16, 32, 64, 128, 256])
-STEP_GRID = np.array([60.0, 90, 120, 180, 260, 1000, 4000])
 
 
 @dataclass(frozen=True)

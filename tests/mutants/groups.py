@@ -32,7 +32,7 @@ GROUPS = {
         ("mlx_forget/laws/*.py",),
         tuple(
             f"tests/laws/test_{name}.py"
-            for name in "forms tables solver fit identify advise cli_laws validate uncertainty literature".split()
+            for name in "forms tables solver fit fit_files identify advise cli_laws cli_advise validate uncertainty literature".split()
         ),
     ),
     "mixture": Group(

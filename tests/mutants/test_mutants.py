@@ -51,6 +51,12 @@ def test_the_same_seed_draws_the_same_two_hundred():
     assert sum(map(len, first.values())) == sum(group.num for group in GROUPS.values()) == 200
 
 
+def test_mistakes_are_tried_with_all_tests_of_the_laws_and_with_files_that_are_there():
+    assert set(GROUPS["laws"].tests) == {str(path.relative_to(ROOT)) for path in (ROOT / "tests" / "laws").glob("test_*.py")}
+    assert [file for group in GROUPS.values() for file in group.tests if not (ROOT / file).is_file()] == []
+    assert all(list(ROOT.glob(pattern)) for group in GROUPS.values() for pattern in group.files)
+
+
 def test_what_was_judged_is_named_with_a_reason():
     names = {site.name for group in GROUPS.values() for path in group.sources(ROOT) for site in sites(ROOT, path)}
     for name, reason in judged().items():

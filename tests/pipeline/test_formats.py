@@ -158,7 +158,6 @@ def test_articles_are_joined_from_their_lines(tmp_path):
     assert found == [" = One = \na\n = = Section = = \nb\n", " = Two = \nc\n"]
 
 
-GOOD = b'{"text": "one"}\n'
 BAD = {
     "invalid JSON": b'{"text": "one"}\n{"text": "tw\n{"text": "three"}\n',
     "missing field": b'{"text": "one"}\n{"words": "two"}\n{"text": "three"}\n',

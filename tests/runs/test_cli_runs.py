@@ -159,6 +159,8 @@ def test_an_export_carries_law_columns_first_and_where_they_come_from(run_forget
     assert all("4e85" in text for text in table["fingerprints"].to_pylist())
     provenance = json.loads(table.schema.metadata[b"mlx_forget"])
     assert provenance["where"] == "p > 0"
+    # A table is handed on, and where it lay on one machine is not.
+    assert provenance["folder"] == runs.name
     assert list(provenance["left_out"]) == ["newer-cuda"]
     assert run_forget("runs", "export", runs, "-o", tmp_path / "t.csv")[0] == 0
     with open(tmp_path / "t.csv", newline="") as file:
@@ -303,6 +305,16 @@ def test_an_unreadable_number_in_a_row_does_not_hide_the_others(run_forget, make
     assert json.loads(run_forget("runs", "show", "fff", "--in", tmp_path, "--json")[1])["tokens_per_second"] is None
     listed = json.loads(run_forget("runs", "list", tmp_path, "--json")[1], parse_constant=pytest.fail)["runs"]
     assert {run["run_id"][:6]: run["tokens_per_second"] for run in listed}["fff777"] is None
+
+
+def test_no_table_that_comes_with_the_package_names_a_place_on_the_machine_that_made_it():
+    from mlx_forget.resources import path
+
+    for file in path("runs").glob("*.parquet"):
+        table = pyarrow.parquet.read_table(file)
+        words = [json.loads(table.schema.metadata[b"mlx_forget"])["folder"]]
+        words += [cell for column in table.column_names for cell in table[column].to_pylist() if isinstance(cell, str)]
+        assert [word for word in words if word.startswith("/")] == [], file.name
 
 
 def test_the_table_that_comes_with_the_package_is_what_was_published(run_forget, tmp_path):

@@ -33,7 +33,12 @@ def acquire(aside: Path, folder: Path, *, wait: bool = False) -> int:
     """
     while True:
         aside.mkdir(parents=True, exist_ok=True)
-        lock = os.open(aside, os.O_RDONLY)
+        try:
+            lock = os.open(aside, os.O_RDONLY)
+        except FileNotFoundError:
+            # Whoever had it moved it just now.
+            refuse_existing(folder)
+            continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
@@ -43,8 +48,11 @@ def acquire(aside: Path, folder: Path, *, wait: bool = False) -> int:
             same = os.stat(aside).st_ino == os.fstat(lock).st_ino
         except FileNotFoundError:
             same = False
-        if same:
+        if same and not folder.exists():
             return lock
+        if same:
+            # It was finished before this one was made.
+            shutil.rmtree(aside, ignore_errors=True)
         # Whoever held it has moved it to its place, or away.
         os.close(lock)
         refuse_existing(folder)
