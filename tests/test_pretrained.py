@@ -115,9 +115,11 @@ def test_both_backends_take_the_same_steps(checkpoints, kind, tmp_path):
         np.testing.assert_allclose(left.loss_sums, right.loss_sums, rtol=1e-4, atol=1e-3)
         assert left.grad_norm == pytest.approx(right.grad_norm, rel=1e-3)
     assert readings[0][2].loss_sums[2].sum() > 0
-    for name, left in weights[0].items():
-        # Three steps of 1e-3 each: a wrong sign anywhere would show.
-        np.testing.assert_allclose(left, weights[1][name], atol=5e-4, err_msg=name)
+    # Three steps of 1e-3 each: a wrong sign would show in a whole weight, and by twice a step. AdamW takes a full step from a gradient that
+    # is nothing but rounding; that is one entry of thousands.
+    apart = np.concatenate([np.abs(left - weights[1][name]).ravel() for name, left in weights[0].items()])
+    assert apart.max() < 1.5e-3
+    assert (apart > 5e-4).mean() < 2e-4
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

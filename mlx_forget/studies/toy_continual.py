@@ -142,7 +142,10 @@ def read_outcome(folder: Path) -> Outcome | None:
             raise UserError(f"{path} has schema {found['schema_version']}, this version reads {SCHEMA_VERSION}.")
         if not is_whole(found):
             raise ValueError
-        given = {name: type(default)(found["spec"][name]) for name, default in asdict(ToySpec()).items()}
+        defaults, spec = asdict(ToySpec()), found["spec"]
+        if not spec.keys() <= defaults.keys():
+            raise ValueError
+        given = {name: type(default)(spec.get(name, default)) for name, default in defaults.items()}
         arms = {arm: [_reading(row, given["tasks"]) for row in found["arms"][arm]] for arm in ARMS}
         return Outcome(ToySpec(**given), str(found["backend"]), str(found["device"]), arms)
     except FileNotFoundError:
