@@ -53,7 +53,8 @@ def fuse(found: Checkpoint, folder: Path, *, base: Path | None = None) -> Checkp
     start = _open_base(found, base)
     if (bits := getattr(start.model_spec(), "bits", None)) is not None:
         raise UserError(
-            f"{start.folder} is quantised to {bits} bits, and adapters are fused into whole weights: give its original with --base."
+            f"{start.folder} is quantised to {bits} bits, and adapters are fused into whole weights: give its original: "
+            f"forget fuse {found.folder} --base ORIGINAL -o WHOLE"
         )
     parts = imported_adapters.read_parts(found.weights, found.adapter, start.model_spec(), start.folder)
     try:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -275,3 +276,11 @@ def test_whoever_fuses_later_takes_what_the_first_made_and_forget_fuse_overwrite
     with pytest.raises(UserError, match="exists already"):
         fuse(found, tmp_path / "whole")
     assert {path.name for path in tmp_path.iterdir()} == {"home", "theirs", "whole"}
+
+
+def test_adapters_of_a_quantised_base_are_refused_with_a_command_that_there_is(bases, tmp_path, monkeypatch):
+    folder = write_adapter(tmp_path / "theirs", bases["llama"])
+    quantised = SimpleNamespace(folder=bases["llama"], model_spec=lambda: SimpleNamespace(bits=4))
+    monkeypatch.setattr("mlx_forget.fuse._open_base", lambda found, base: quantised)
+    with pytest.raises(UserError, match=r"quantised to 4 bits.*forget fuse .*theirs --base ORIGINAL -o WHOLE"):
+        fuse(find_checkpoint(folder), tmp_path / "whole")
