@@ -353,3 +353,5 @@ def test_the_recipe_runs_resumes_and_becomes_a_table_and_a_figure(run_forget, tm
     assert len(cells) == 3 * 3
     code, out, _ = run_forget("plot", "s", "-o", "f")
     assert "forward transfer" in out
+    code, _, err = run_forget("sweep", "r.yaml", "--output", "s", "--dry-run")
+    assert (code, err.count("Backend "), err.count("Corpus code:")) == (0, 1, 1)

@@ -91,6 +91,15 @@ def _print_plan(
     from mlx_forget.trainer import choose_backend
 
     folder, later = demand.folder, {"run_id": None, "pending": "the stage before it"}
+    # Stages are planned once as a whole and once from where they are.
+    said: set[str] = set()
+
+    def say_once(sentence: str) -> None:
+        if sentence not in said:
+            said.add(sentence)
+            say(sentence)
+
+    say, watch = watch.say, dataclasses.replace(watch, say=say_once)
     try:
         chains = plan_stages(recipe, overrides=overrides, watch=only_if_prepared(watch))
         bases, stages, found = _costs(chains, folder, only_if_prepared(watch), device)
