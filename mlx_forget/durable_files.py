@@ -118,8 +118,10 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_whole(content: Mapping[str, Any]) -> bool:
-    """Whether a JSON object is what was sealed; one that never was counts as whole."""
-    return SEAL not in content or content[SEAL] == _checksum({key: value for key, value in content.items() if key != SEAL})
+    """Whether a JSON object is what was sealed; one that never was counts as whole, but not one whose seal has lost its name."""
+    if SEAL not in content:
+        return not any(len(key) == len(SEAL) and sum(map(str.__ne__, key, SEAL)) == 1 for key in map(str, content))
+    return bool(content[SEAL] == _checksum({key: value for key, value in content.items() if key != SEAL}))
 
 
 def _checksum(content: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from mlx_forget.history import read_history
 from mlx_forget.methods import METHODS
 from mlx_forget.pages.chart import short_count
 from mlx_forget.pipeline.mixture import parse_share
-from mlx_forget.records import read_record
+from mlx_forget.records import HISTORY, read_record
 from mlx_forget.report.sources import recipe_of
 from mlx_forget.runs.rows import Row
 from mlx_forget.studies.figure1 import Curve
@@ -148,9 +148,9 @@ def share_text(row: Row) -> str:
 def _curve(row: Row, root: Path) -> Curve | None:
     folder = root / row["folder"]
     record = read_record(folder)
-    if record is None or not (folder / "history.arrows").is_file():
+    if record is None or not (folder / HISTORY).is_file():
         return None
-    rows = [line for line in read_history(folder / "history.arrows").to_pylist() if line["pretrain_val_windows"]]
+    rows = [line for line in read_history(folder / HISTORY).to_pylist() if line["pretrain_val_windows"]]
     best = next((i for i, line in enumerate(rows) if line["step"] == row["steps"]), None)
     if best is None or rows[0]["step"] != 0:
         return None
