@@ -218,7 +218,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         path = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise UserError(f"Checkpoint {folder} names files outside of it, which is refused.")
-        if not path.is_file() or sha256_of(path) != wanted:
+        # A name that no file can have is no file.
+        if not os.path.isfile(path) or sha256_of(path) != wanted:
             raise UserError(f"Checkpoint file {path} is damaged or missing (its checksum does not match).")
     try:
         _check(state)

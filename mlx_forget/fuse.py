@@ -116,7 +116,7 @@ def _open_base(found: Checkpoint, base: Path | str | None) -> Checkpoint:
     if place is None:
         raise UserError(f"{found.folder} holds adapters that do not name their base: {way_out}.")
     whose = f"run {wanted['run_id']}" if found.is_own else str(wanted["folder"])
-    if found.is_own and not Path(place).exists():
+    if found.is_own and not os.path.exists(place):
         raise UserError(f"{found.folder} holds adapters for {whose}, which is no longer at {place}: {way_out}.")
     try:
         start = whole_checkpoint(checkpoint.find_checkpoint(place, trust_remote_code=found.trust_remote_code))

@@ -7,6 +7,7 @@ Neither says which weights it was trained on but by a name, so that only names a
 """
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,7 @@ def read_adapter(folder: Path) -> ImportedAdapter:
         spec, base = _of_mlx_lm(config) if by_mlx_lm else _of_peft(config)
     except _NotExpressed as what:
         raise UserError(f"{folder}: {what}, which is not read here. {_WAY_OUT}") from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{folder / CONFIG} does not describe an adapter: {error!r}.") from None
     if not weights.is_file():
         refuse_pickles(folder)
@@ -108,7 +109,7 @@ def _of_peft(config: Mapping[str, Any]) -> tuple[AdapterSpec, str | None]:
     if not any(config.get("init_lora_weights") is start or config.get("init_lora_weights") == start for start in _STARTS):
         raise _NotExpressed(f"an adapter that started as {config['init_lora_weights']}, which changes the base")
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
-    if base and revision and not Path(base).exists():
+    if base and revision and not os.path.exists(base):
         base = f"{base}@{revision}"
     if kind == "IA3":
         return AdapterSpec(kind="ia3"), base or None

@@ -6,6 +6,7 @@ A safetensors file is read and written by its header alone: no framework, and no
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -43,7 +44,7 @@ def weight_files(place: Path) -> list[Path]:
             raise UserError(f"{place / INDEX} is damaged: fetch the checkpoint again.") from None
         if any(Path(name).name != name for name in names):
             raise UserError(f"{place / INDEX} names files outside of the checkpoint, which is refused.")
-        missing = [name for name in names if not (place / name).is_file()]
+        missing = [name for name in names if not os.path.isfile(place / name)]
         if missing:
             raise UserError(f"{place} lacks {len(missing)} of its {len(names)} weight files ({missing[0]}): fetch it again.")
         return [place / name for name in names]

@@ -269,7 +269,7 @@ def _draws(source: Path, name: str) -> dict[str, Any]:
         UserError: the file is damaged.
     """
     sidecar = source.with_name(Path(name).name) if name else source
-    if sidecar == source or not sidecar.is_file():
+    if sidecar == source or not os.path.isfile(sidecar):
         return {}
     try:
         with zipfile.ZipFile(sidecar) as archive:

@@ -125,7 +125,8 @@ class Table:
         """
         try:
             tree = ast.parse(expression.strip(), mode="eval").body
-        except SyntaxError:
+        # Thousands of brackets are too deep for Python's parser.
+        except (SyntaxError, MemoryError, RecursionError):
             raise UserError(f"Cannot read the condition {expression!r}: write it like 'N<=3.4e8 and D<=3e6'.") from None
         return _mask(tree, self, expression)
 

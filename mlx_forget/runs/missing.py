@@ -1,6 +1,7 @@
 """Which runs of a sweep have no record yet: a sweep notes down what it plans, and figures say what they lack."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,7 @@ def planned(folder: Path) -> dict[str, str]:
 def missing_runs(folder: Path) -> list[Missing]:
     """The runs of a sweep's folder that were planned or begun and have no record, in the order in which they were planned."""
     titles = planned(folder)
-    names = [name for name in titles if not (folder / name / RECORD).exists()]
+    names = [name for name in titles if not os.path.exists(folder / name / RECORD)]
     begun = read_index(folder).begun
     names += [name for name in begun if name not in titles and name != "."]
     return [

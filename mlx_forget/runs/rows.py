@@ -19,6 +19,11 @@ MARK = "record_schema"
 # What the laws of forgetting describe: pretraining rows mixed in, or none, and nothing else that keeps the model where it was.
 METHODS_OF_THE_LAWS = ("plain", "injection")
 DAMAGED = "damaged or not of this tool"
+_TEXTS = ("run", "base", "method", "domain", "backend", "status")
+_NUMBERS = (
+    *("N", "D", "p", "r", "R", "P", "steps", "L0", "L_ft", "loss", "seed", "forgetting_nats", "forgetting_ce", "forgetting_kl"),
+    *("num_steps", "tokens_seen", "loss_fraction_lost", "token_equivalent_lost", "max_forgetting"),
+)
 
 
 def record_row(record: Mapping[str, Any]) -> Row:
@@ -91,7 +96,20 @@ def record_row(record: Mapping[str, Any]) -> Row:
             row |= {f"{key}_{name}": _cell(inner) for name, inner in value.items() if f"{key}_{name}" not in row}
         elif key not in row:
             row[key] = _cell(value)
+    _check_kinds(row)
     return row
+
+
+def _check_kinds(row: Row) -> None:
+    """Records that were never sealed may say anything.
+
+    Raises:
+        TypeError: text where a number belongs, or the reverse.
+    """
+    for names, kinds in ((_TEXTS, (str,)), (_NUMBERS, (int, float))):
+        for name in names:
+            if row.get(name) is not None and not isinstance(row[name], kinds):
+                raise TypeError(name)
 
 
 def read_content(record: object) -> Row | str:

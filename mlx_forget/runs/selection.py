@@ -42,7 +42,7 @@ def _where(rows: list[Row], condition: str) -> list[Row]:
 
     try:
         names = {node.id for node in ast.walk(ast.parse(condition.strip(), mode="eval")) if isinstance(node, ast.Name)}
-    except SyntaxError:
+    except (SyntaxError, MemoryError, RecursionError):
         names = set()
     wanted, known = sorted(names), columns_of(rows)
     for name in wanted:
