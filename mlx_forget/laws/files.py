@@ -248,12 +248,15 @@ def _predictors(content: Mapping[str, Any], law: Law, arrays: Mapping[str, Any])
             if flag["kind"] == "unidentified"
             for name in flag["parameters"]
         }
+        ranges = {name: (float(low), float(high)) for name, (low, high) in entry["data_range"].items()}
+        if lacking := set(law.columns) - {"L0"} - ranges.keys():
+            raise KeyError(*lacking)
         predictors[group] = Predictor(
             law,
             params,
             arrays.get(f"draws_{i}", np.empty((0, len(law.names)))),
             float(entry["intervals"]["widen"]),
-            {name: (float(low), float(high)) for name, (low, high) in entry["data_range"].items()},
+            ranges,
             {name: arrays[f"column_{i}_{name}"] for name in law.columns if f"column_{i}_{name}" in arrays},
             group,
             reasons,
