@@ -47,6 +47,8 @@ def open_batch(path: Path) -> pa.RecordBatch:
     try:
         batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
         batch.validate(full=True)
+        # Names are decoded when they are asked for, which `validate` does not.
+        _ = batch.schema.names
         return batch
     except (pa.ArrowException, OSError, IndexError, UnicodeDecodeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
