@@ -259,14 +259,14 @@ def print_rows(index: "RunIndex", rows: "list[Row]") -> None:
         f"{'forgetting':>17}  folder"
     )
     for row in rows:
-        tokens = "" if row["D"] is None else f"{row['D']:,.0f}"
+        size, tokens, steps = ("" if row[name] is None else f"{row[name]:,.0f}" for name in ("N", "D", "num_steps"))
         loss = "" if row["L_ft"] is None else f"{row['L_ft']:.4f}"
         forgetting = "" if row["forgetting_nats"] is None else f"{row['forgetting_nats']:+.4f}"
         if row.get("max_forgetting") is not None:
             forgetting += f" (of {row['max_forgetting']:g})"
         print(
-            f"{row['run']:<14} {row['status']:<9} {row['N']:>12,} {tokens:>11} {row['p_asked']!s:>6} {row['method']:<14} {row['seed']!s:>4} "
-            f"{row['num_steps']:>7,} {loss:>10} {forgetting:>17}  {index.folder_of(row)}"
+            f"{row['run']:<14} {row['status']:<9} {size:>12} {tokens:>11} {row['p_asked']!s:>6} {row['method']:<14} {row['seed']!s:>4} "
+            f"{steps:>7} {loss:>10} {forgetting:>17}  {index.folder_of(row)}"
         )
 
 

@@ -110,6 +110,8 @@ def _check_kinds(row: Row) -> None:
         for name in names:
             if row.get(name) is not None and not isinstance(row[name], kinds):
                 raise TypeError(name)
+    if None in (row["run"], row["status"], row["method"]):
+        raise TypeError
 
 
 def read_content(record: object) -> Row | str:
