@@ -114,6 +114,9 @@ def _check(state: dict[str, Any]) -> None:
     Raises:
         KeyError, TypeError, ValueError: it is none.
     """
+    # Another name than a run gives its adapters is said of imported ones alone, which have no such file.
+    if "adapter_file" in state:
+        raise ValueError
     if adapter_of(state) is not None:
         base = state["base"]
         # Places and names are made of them.
@@ -279,7 +282,7 @@ def _of_another_tool(name: str, folder: Path, *, trust_remote_code: bool) -> Che
 def _of_adapters(folder: Path, *, trust_remote_code: bool) -> Checkpoint:
     """Adapters of another tool, with what their files say of them."""
     found = imported_adapters.read_adapter(folder)
-    digest = imported_adapters.identity(found)
+    digest = weights_sha256(found.weights)
     state = {
         "run_id": f"{folder.resolve().name}-{digest[:12]}",
         "files": {adapters.WEIGHTS: digest},

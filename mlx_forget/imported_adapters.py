@@ -31,7 +31,7 @@ from mlx_forget.errors import UserError
 from mlx_forget.ladder import ModelSpec, linear_shapes
 from mlx_forget.pretrained import PretrainedSpec
 from mlx_forget.specs import AdapterSpec
-from mlx_forget.weight_files import read_tensor, refuse_pickles, tensor_names, weights_sha256
+from mlx_forget.weight_files import read_tensor, refuse_pickles, tensor_names
 
 Parts = dict[str, Arrays]
 
@@ -108,18 +108,18 @@ def _of_peft(config: Mapping[str, Any]) -> tuple[AdapterSpec, str | None]:
         raise _NotExpressed(f"an adapter with bias: {config['bias']}")
     if not any(config.get("init_lora_weights") is start or config.get("init_lora_weights") == start for start in _STARTS):
         raise _NotExpressed(f"an adapter that started as {config['init_lora_weights']}, which changes the base")
-    base, revision = config.get("base_model_name_or_path"), config.get("revision")
+    base, revision = _text(config.get("base_model_name_or_path")), _text(config.get("revision"))
     if base and revision and not os.path.exists(base):
         base = f"{base}@{revision}"
     if kind == "IA3":
-        return AdapterSpec(kind="ia3"), base or None
+        return AdapterSpec(kind="ia3"), base
     spec = AdapterSpec(
         kind="dora" if config.get("use_dora") else "lora",
         rank=_positive(config["r"]),
         alpha=_number(config["lora_alpha"]),
         scaling="alpha/sqrt(r)" if config.get("use_rslora") else "alpha/r",
     )
-    return spec, base or None
+    return spec, base
 
 
 def _of_mlx_lm(config: Mapping[str, Any]) -> tuple[AdapterSpec, str | None]:
@@ -128,7 +128,14 @@ def _of_mlx_lm(config: Mapping[str, Any]) -> tuple[AdapterSpec, str | None]:
         raise _NotExpressed(f"a finetune of mlx-lm's type {kind}")
     parameters = config["lora_parameters"]
     rank = _positive(parameters["rank"])
-    return AdapterSpec(kind=kind, rank=rank, alpha=_number(parameters["scale"]) * rank), config.get("model") or None
+    return AdapterSpec(kind=kind, rank=rank, alpha=_number(parameters["scale"]) * rank), _text(config.get("model"))
+
+
+def _text(value: Any) -> str | None:
+    """A name; None where nothing is said."""
+    if not isinstance(value, (str, type(None))):
+        raise ValueError(value)
+    return value or None
 
 
 def _positive(value: Any) -> int:
@@ -201,8 +208,3 @@ def _check(own: Arrays, spec: AdapterSpec, shape: tuple[int, int], what: str, ba
         raise UserError(f"{what} does not fit the map of {inputs} to {outputs} in {base}: give its own base.")
     if rank != spec.rank:
         raise UserError(f"{what} has rank {rank}, where {CONFIG} says {spec.rank}. {_WAY_OUT}")
-
-
-def identity(adapter: ImportedAdapter) -> str:
-    """A hash of its weights, whatever they are called."""
-    return weights_sha256(adapter.weights)

@@ -127,6 +127,7 @@ def test_the_latest_is_the_last_whole_one_and_says_what_was_passed_over(last, tm
         ('{"schema_version": 2, "files": {}}', "has schema 2, this version reads 1"),
         ('{"schema_version": 1, "files": {}, "checksum": "0"}', "the checksum of state.json does not match"),
         ('{"schema_version": 1, "files": {"../x": "0"}}', "names files outside of it"),
+        ('{"schema_version": 1, "files": {}, "adapter_file": "../x"}', "is not what a run writes"),
         ('{"schema_version": 1, "files": {"/etc/passwd": "0"}}', "names files outside of it"),
         ('{"schema_version": 1, "files": {"mlx-lm/gone": "0"}}', "mlx-lm/gone is damaged or missing"),
         ('{"schema_version": 1, "files": {"config.json": "0"}}', "config.json is damaged or missing"),

@@ -217,6 +217,7 @@ REFUSED = [
     ({"init_lora_weights": "pissa"}, {}, "started as pissa, which changes the base"),
     ({"an_option_of_tomorrow": 3}, {}, "an adapter with an_option_of_tomorrow"),
     ({"r": 0}, {}, "does not describe an adapter"),
+    ({"base_model_name_or_path": 3}, {}, "does not describe an adapter"),
     ({"lora_alpha": "much"}, {}, "does not describe an adapter"),
     ({"r": 3}, {}, "has rank 4, where adapter_config.json says 3"),
     ({"use_dora": True}, {}, "has the parts .lora_A.weight, .lora_B.weight instead of"),

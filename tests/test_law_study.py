@@ -121,8 +121,9 @@ def test_noisy_runs_hold_the_truth_choose_the_law_and_are_held_out(noisy):
         largest, most = held_out(fit, "N"), held_out(fit, "D")
         assert (largest["num_test"], most["num_test"]) == (15, 20)
         assert max(largest["mre"], most["mre"]) < 0.02
-        # Shares are as served: runs that asked for one differ in it, and without all but one of them nothing is held out.
-        assert [one["left_out"] for one in fit["hold_outs"]] == [largest["left_out"], most["left_out"]]
+        # Shares are as served: runs that asked for one p differ in it, and are held out together.
+        each = ["p = 0%", "p = 0.5%", "p = 1%", "p = 5%", "p = 20%"]
+        assert [one["left_out"] for one in fit["hold_outs"]] == [largest["left_out"], most["left_out"], *each]
     assert set(noisy.fits) == set(TRUTH)
 
 
@@ -270,7 +271,7 @@ def test_the_published_study_is_of_the_published_runs_and_fits_them_again():
             published, fitted = (find_fit(one, domain, response, "total") for one in (content, again))
             assert published["num_runs"] == fitted["num_runs"]
             assert published["mre"] == pytest.approx(fitted["mre"], rel=1e-3)
-            assert [one["left_out"] for one in published["hold_outs"]] == ["largest D (3e+05)"]
+            assert "largest D (3e+05)" in [one["left_out"] for one in published["hold_outs"]]
 
 
 def test_the_figure_shows_all_panels(noisy, tmp_path):

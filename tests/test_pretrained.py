@@ -11,7 +11,7 @@ from mlx_forget.errors import UserError
 from mlx_forget.ladder import ModelSpec, num_non_embedding_params, num_params
 from mlx_forget.methods import method_spec
 from mlx_forget.pretrained import older_keys, read_pretrained
-from mlx_forget.trainer import AdapterSpec, Batch, RuntimeSpec, TrainerSpec, available_backends, load_backend
+from mlx_forget.trainer import AdapterSpec, Batch, OptimSpec, RuntimeSpec, TrainerSpec, available_backends, load_backend
 from mlx_forget.weight_files import read_tensor, tensor_names, weight_files
 from tests.small_checkpoints import CONTEXT, transformers_logits, vocab_size, write_checkpoint, write_tokenizer
 
@@ -45,9 +45,14 @@ def nll_of(logits, labels):
     return -np.take_along_axis(log_p, labels[..., None].astype(int), -1)[..., 0]
 
 
-def trainer_of(backend, folder, *, method="plain", **runtime):
+def trainer_of(backend, folder, *, method="plain", optim=None, **runtime):
     found = find_checkpoint(folder)
-    spec = TrainerSpec(model=found.model_spec(), method=method_spec(method), runtime=RuntimeSpec(num_threads=1, **runtime))
+    spec = TrainerSpec(
+        model=found.model_spec(),
+        method=method_spec(method),
+        optim=optim or OptimSpec(),
+        runtime=RuntimeSpec(num_threads=1, **runtime),
+    )
     trainer = load_backend(backend)(spec)
     if isinstance(spec.model, ModelSpec):
         trainer.load(found.weights)
@@ -106,7 +111,8 @@ def test_both_backends_take_the_same_steps(checkpoints, kind, tmp_path):
     batch = batch_of(rows(6), term=[0, 0, 0, 1, 2, 2])
     readings, weights = [], []
     for backend in BACKENDS:
-        trainer = trainer_of(backend, checkpoints(kind), method="kl-replay")
+        # AdamW takes a full step from a gradient that is nothing but rounding; with this epsilon it does not.
+        trainer = trainer_of(backend, checkpoints(kind), method="kl-replay", optim=OptimSpec(epsilon=1e-6))
         trainer.set_reference("start")
         readings.append([trainer.train_step(batch, 1e-3).read() for _ in range(3)])
         trainer.save(tmp_path / f"{backend}.safetensors")
@@ -115,11 +121,9 @@ def test_both_backends_take_the_same_steps(checkpoints, kind, tmp_path):
         np.testing.assert_allclose(left.loss_sums, right.loss_sums, rtol=1e-4, atol=1e-3)
         assert left.grad_norm == pytest.approx(right.grad_norm, rel=1e-3)
     assert readings[0][2].loss_sums[2].sum() > 0
-    # Three steps of 1e-3 each: a wrong sign would show in a whole weight, and by twice a step. AdamW takes a full step from a gradient that
-    # is nothing but rounding; that is one entry of thousands.
-    apart = np.concatenate([np.abs(left - weights[1][name]).ravel() for name, left in weights[0].items()])
-    assert apart.max() < 1.5e-3
-    assert (apart > 5e-4).mean() < 2e-4
+    for name, left in weights[0].items():
+        # Three steps of 1e-3 each: a wrong sign anywhere would show.
+        np.testing.assert_allclose(left, weights[1][name], atol=5e-4, err_msg=name)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

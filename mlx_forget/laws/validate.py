@@ -22,6 +22,8 @@ NO_BOOTSTRAP = BootstrapOptions(num_resamples=0)
 SELECTION_LEVEL = 0.01
 # AICc differences below this are no evidence (Burnham and Anderson 2002, section 2.6).
 AICC_TIE = 2.0
+# Shares that differ by less than this, relative to themselves, are what one p was served as.
+_SAME_SHARE = 0.05
 
 
 @dataclass(frozen=True)
@@ -106,14 +108,11 @@ def leave_out(
     options: FitOptions = DEFAULTS,
     bootstrap: BootstrapOptions = NO_BOOTSTRAP,
     domain: str | None = None,
-    each_share: bool = True,
 ) -> list[HoldOut]:
     """The standard hold-outs: the largest N, the largest D, each p, and each value of a domain column.
 
-    Hold-outs that leave too few rows, or no test, are left out of the list.
-
-    Args:
-        each_share: False where shares are as served: runs that asked for one p then differ a little in it.
+    Runs that asked for one p were served shares that differ a little: those are one. Hold-outs that leave too few rows, or no test, are left
+    out of the list.
     """
     law = get_law(law) if isinstance(law, str) else law
     masks: list[tuple[str, npt.NDArray[np.bool_]]] = []
@@ -122,8 +121,10 @@ def leave_out(
             top = table.columns[column].max()
             masks.append((f"largest {column} ({top:.3g})", table.columns[column] < top))
     for column in ("p", "r", "R"):
-        if each_share and column in law.columns and len(levels := np.unique(table.columns[column])) > 2:
-            masks.extend((f"{column} = {100 * level:g}%", table.columns[column] != level) for level in levels)
+        if column in law.columns and len(levels := _levels(table.columns[column])) > 2:
+            for level in levels:
+                name = f"{100 * level[0]:g}%" if len(level) == 1 else f"{100 * np.median(level):.2g}%"
+                masks.append((f"{column} = {name}", ~np.isin(table.columns[column], level)))
     if domain is not None:
         masks.extend(
             (f"{domain} = {name}", ~np.isin(table.row_numbers, part.row_numbers)) for name, part in table.groups(domain).items()
@@ -145,6 +146,13 @@ def leave_out(
         except UserError:
             continue
     return made
+
+
+def _levels(shares: npt.NDArray[np.float64]) -> list[npt.NDArray[np.float64]]:
+    """The different shares, those together that lie within a twentieth of each other, as a share or as what it leaves."""
+    ordered = np.unique(shares)
+    apart = np.diff(ordered) > _SAME_SHARE * np.minimum(ordered, 1 - ordered)[1:]
+    return np.split(ordered, np.flatnonzero(apart) + 1)
 
 
 def train_on(

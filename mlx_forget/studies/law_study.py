@@ -260,7 +260,6 @@ def _hold_outs(table: Table, choice: Choice) -> list[dict[str, Any]]:
         constraints=choice.constraints,
         options=_OPTIONS,
         bootstrap=BootstrapOptions(num_resamples=_FEW_RESAMPLES),
-        each_share=False,
     )
     return [
         {

@@ -101,14 +101,12 @@ def predict_recipe(fit: Path, recipe: Recipe, *, level: float, now: datetime | N
             raise UserError(
                 f"Predictions are of ladder models and amounts of target data, not of {config.model} on {config.target}."
             )
-        if config.method not in METHODS_OF_THE_LAWS or config.fine_tune_type != "full" or config.init == "scratch":
-            what = (
-                "pretraining"
-                if config.init == "scratch"
-                else config.method
-                if config.fine_tune_type == "full"
-                else config.fine_tune_type
-            )
+        others = {
+            "pretraining": config.init == "scratch",
+            config.fine_tune_type: config.fine_tune_type != "full",
+            config.method: config.method not in METHODS_OF_THE_LAWS,
+        }
+        if what := next((name for name, is_other in others.items() if is_other), None):
             raise UserError(f"{recipe.name} has runs of {what}: predictions are of full finetunes with injection, as the laws are.")
         domain = "" if set(saved.predictors) == {""} else str(config.target)
         if domain not in saved.predictors:
@@ -224,9 +222,10 @@ def compare(content: Mapping[str, Any], rows: Iterable[Row]) -> list[Outcome]:
         if not own:
             made.append(Outcome(one))
             continue
-        row = max(own, key=lambda row: str(row["ended_at"]))
+        # A run that does not say when it ended may have been there before.
+        row = max(own, key=lambda row: str(row["ended_at"] or ""))
         measured = float(row["loss"] - row["L0"])
-        before = str(row["ended_at"]) <= content["made_at"]
+        before = str(row["ended_at"] or "") <= content["made_at"]
         note = left_out(row)
         made.append(
             Outcome(one, str(row["run"]), measured, float(row["loss"]), one.low <= measured <= one.high, before=before, note=note)

@@ -137,6 +137,17 @@ def test_selection_weighs_a_line_against_a_constant_as_the_textbook_does():
     )
 
 
+def test_shares_that_one_p_was_served_as_are_held_out_together(monkeypatch):
+    monkeypatch.setattr(validate, "hold_out", lambda table, law, train, *, name, **_: (name, train))
+    p = np.array([0.0, 0.0, 0.00501, 0.00499, 0.0503, 0.05, 0.201, 0.2])
+    table = Table.of(N=np.full(8, 1e6), D=np.full(8, 1e5), p=p, L0=np.full(8, 3.0), loss=np.full(8, 3.1))
+    found = dict(leave_out(table, "bethune-forgetting"))
+    assert list(found) == ["p = 0%", "p = 0.5%", "p = 5%", "p = 20%"]
+    assert [list(np.flatnonzero(~train)) for train in found.values()] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    # Of the share of the target, what it leaves is compared.
+    assert [len(level) for level in validate._levels(1 - p)] == [2, 2, 2, 1]
+
+
 @pytest.mark.parametrize("condition", ["N < ", "import os", "N <= 'big'", "size <= 3", "N.real < 3", "N <= 1"])
 def test_a_condition_that_cannot_be_used_is_refused(condition):
     with pytest.raises(UserError):
