@@ -7,7 +7,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,18 +16,42 @@ from mlx_forget.errors import UserError
 SEAL = "checksum"
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder that is to be written to, before the work starts.
+def make_folder(folder: Path) -> list[Path]:
+    """Make a folder that is to be written to, before the work starts; returns what had to be made, outermost first.
 
     Raises:
         UserError: it cannot be written.
     """
+    made = [place for place in (*reversed(folder.parents), folder) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"Cannot write to {folder}: {error.strerror}.") from None
     if not os.access(folder, os.W_OK):
         raise UserError(f"Cannot write to {folder}: no permission.")
+    return made
+
+
+def remove_empty(made: list[Path]) -> None:
+    """Remove folders that were made, innermost first, as far as nobody has come to use them."""
+    with suppress(OSError):
+        for place in reversed(made):
+            place.rmdir()
+
+
+@contextmanager
+def folder_for(folder: Path) -> Iterator[None]:
+    """Make a folder for what is written in the context; left with an error and nothing written, it is gone again.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    made = make_folder(folder)
+    try:
+        yield
+    except BaseException:
+        remove_empty(made)
+        raise
 
 
 def sync(path: Path) -> None:

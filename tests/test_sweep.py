@@ -153,7 +153,8 @@ def test_a_failing_run_fails_the_sweep_and_shows_its_log(tmp_path):
 
 
 def test_plot_wants_finished_finetunes(run_forget, tmp_path):
-    code, _, err = run_forget("plot", tmp_path)
+    code, _, err = run_forget("plot", tmp_path, "--output", tmp_path / "none" / "figures")
+    assert not (tmp_path / "none").exists(), "nothing is left of a refused figure"
     assert code == 2
     assert "no finished finetuning runs" in err
 

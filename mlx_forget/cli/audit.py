@@ -44,7 +44,7 @@ def audit(
     from mlx_forget.audit.verdict import failure
     from mlx_forget.cli.answers import emit_text, works_in
     from mlx_forget.config import from_layers
-    from mlx_forget.durable_files import make_folder
+    from mlx_forget.durable_files import folder_for
     from mlx_forget.errors import RunFailed
     from mlx_forget.progress import Preparation
 
@@ -58,9 +58,9 @@ def audit(
     plan = plan_audit(base, tuned, parse_texts(data or []), config, say=say, progress=progress)
     folder = output or Path("audits") / plan.tuned.name
     works_in(folder)
-    make_folder(folder)
-    found = execute_audit(plan, say=say, progress=progress)
-    write_audit(found, folder)
+    with folder_for(folder):
+        found = execute_audit(plan, say=say, progress=progress)
+        write_audit(found, folder)
     if as_json:
         emit_text(to_json(found))
     else:

@@ -59,7 +59,7 @@ def plot(
     """
     from dataclasses import asdict
 
-    from mlx_forget.durable_files import make_folder
+    from mlx_forget.durable_files import folder_for
     from mlx_forget.errors import UserError, unknown
     from mlx_forget.records import find_runs
     from mlx_forget.runs.missing import missing_lines, missing_runs
@@ -76,23 +76,11 @@ def plot(
         raise unknown("kind of figure", chosen, KINDS)
     folder, stem = output or Path("figures"), name or (sweep.stem if is_table else sweep.resolve().name)
     works_in(folder)
-    make_folder(folder)
     missing = [] if is_table else missing_runs(sweep)
     for line in missing_lines(missing):
         say(line)
-    if chosen == "stages":
-        content, lines = _plot_stages(sweep, folder / stem)
-    elif chosen == "toy":
-        content, lines = _plot_toy(sweep, folder / stem)
-    elif chosen == "methods":
-        content, lines = _plot_methods(runs, folder / stem, seed, max_forgetting)
-    elif chosen == "laws":
-        content, lines = _plot_laws(sweep, runs, folder / stem)
-    elif chosen in SLICES:
-        content, lines = _plot_slices(runs, folder / stem, seed, chosen)
-    else:
-        draw = {"ranks": _plot_ranks, "learning-rate": _plot_rates, "figure1": _plot_figure1}[chosen]
-        content, lines = draw(runs, folder / stem, seed)
+    with folder_for(folder):
+        content, lines = _draw(chosen, sweep, runs, folder / stem, seed, max_forgetting)
     suffixes = (".png", ".pdf", *((".csv",) if not is_table else ()), *((".json", ".fit.json") if chosen == "laws" else ()))
     files = [path for path in (f"{folder / stem}{suffix}" for suffix in suffixes) if Path(path).is_file()]
     if as_json:
@@ -100,6 +88,21 @@ def plot(
     else:
         print("\n".join(lines))
     say(f"Wrote {', '.join([files[0], *(path.removeprefix(str(folder / stem)) for path in files[1:])])}")
+
+
+def _draw(kind: str, sweep: Path, runs: "list[Run]", stem: Path, seed: int | None, max_forgetting: float | None) -> _Answer:
+    if kind == "stages":
+        return _plot_stages(sweep, stem)
+    if kind == "toy":
+        return _plot_toy(sweep, stem)
+    if kind == "methods":
+        return _plot_methods(runs, stem, seed, max_forgetting)
+    if kind == "laws":
+        return _plot_laws(sweep, runs, stem)
+    if kind in SLICES:
+        return _plot_slices(runs, stem, seed, kind)
+    draw = {"ranks": _plot_ranks, "learning-rate": _plot_rates, "figure1": _plot_figure1}[kind]
+    return draw(runs, stem, seed)
 
 
 def _plot_figure1(runs: "list[Run]", stem: Path, seed: int | None) -> _Answer:

@@ -31,15 +31,15 @@ def report(
     Example: forget report runs/figure1 -o figure1.html
     """
 
-    from mlx_forget.durable_files import make_folder, write_text
+    from mlx_forget.durable_files import folder_for, write_text
     from mlx_forget.report.contents import make_report
     from mlx_forget.report.page import render
 
     page = output or Path("report.html")
     works_in(page.parent)
-    make_folder(page.parent)
-    made = make_report(sweep, where=where, status=status, budgets=max_forgetting or [], confidence=confidence)
-    write_text(page, render(made))
+    with folder_for(page.parent):
+        made = make_report(sweep, where=where, status=status, budgets=max_forgetting or [], confidence=confidence)
+        write_text(page, render(made))
     say(f"Wrote {page}: {len(made.runs.rows):,} runs")
     if as_json:
         emit({"file": str(page), **made.as_json()})

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from mlx_forget.distributed import Group
-from mlx_forget.durable_files import make_folder
+from mlx_forget.durable_files import make_folder, remove_empty
 from mlx_forget.errors import UserError
 
 _LOCK = ".lock"
@@ -44,7 +44,7 @@ def _only_process(folder: Path, *, wait: bool = False) -> Iterator[None]:
     path = folder / _LOCK
     made: list[Path] = []
     while True:
-        made += _make_folder(folder)
+        made += make_folder(folder)
         try:
             file = path.open("w")
         except FileNotFoundError:
@@ -72,18 +72,10 @@ def _is_at(path: Path, descriptor: int) -> bool:
         return False
 
 
-def _make_folder(folder: Path) -> list[Path]:
-    """Make a folder; returns what was made, outermost first."""
-    missing = [place for place in (*reversed(folder.parents), folder) if not place.exists()]
-    make_folder(folder)
-    return missing
-
-
 def _remove_unused(folder: Path, made: list[Path]) -> None:
     """Remove the lock of a run that left nothing behind, and the folders that were made for it."""
     # A folder that is no longer there, or that others have come to use, is nobody's worry.
     with suppress(OSError):
         if all(entry.name == _LOCK for entry in folder.iterdir()):
             (folder / _LOCK).unlink()
-            for place in reversed(made):
-                place.rmdir()
+            remove_empty(made)
