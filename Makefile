@@ -87,11 +87,11 @@ audit-dependencies:  ## known vulnerabilities of the pinned dependencies, by pip
 	build/audit/bin/pip-audit --strict --disable-pip --no-deps --progress-spinner off -r constraints.txt
 
 parity: setup  ## measure how far the two backends differ and write the table into README.md; about five minutes
-	$(BIN)/python -m tests.parity_table README.md
+	$(BIN)/python -m tests.backends.parity_table README.md
 
 # Left out: what holds a backend to numbers, and what runs the same code again to break it.
-NOT_MEASURED = fuzz faults mutants $(addprefix test_,$(addsuffix .py,parity numerics compiled qknorm optimizers allocator bench_cuda \
-	step_memory sharded mlx_backend blocks frozen_head adapters_pretrained))
+NOT_MEASURED = fuzz faults mutants test_bench_cuda.py $(addprefix backends/test_,$(addsuffix .py,parity numerics compiled qknorm optimizers \
+	allocator step_memory sharded mlx_backend blocks frozen_head adapters_pretrained))
 coverage: setup  ## lines and branches of core, pipeline and laws that the short tests run, in child processes too; fails where one is below 90%
 	rm -rf build/coverage
 	$(COVERAGE) run -m pytest -q -m "not full" -n $(WORKERS) --dist loadfile $(TESTS) $(NOT_MEASURED:%=--ignore=tests/%)

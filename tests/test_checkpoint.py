@@ -24,7 +24,7 @@ from mlx_forget.ladder import linear_shapes, model_spec
 from mlx_forget.pretrained import read_pretrained
 from mlx_forget.trainer import AdapterSpec, TrainerSpec
 from tests.fakes import BigramTrainer
-from tests.test_loop import TOKENIZER
+from tests.training.test_loop import TOKENIZER
 
 SPEC = model_spec("1x16", vocab_size=300, context_length=8)
 

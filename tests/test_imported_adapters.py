@@ -17,7 +17,7 @@ from mlx_forget.pretrained import older_keys, read_config
 from mlx_forget.trainer import RuntimeSpec, TrainerSpec, available_backends, load_backend
 from tests.small_checkpoints import CONTEXT, write_checkpoint
 from tests.test_pretrained import nll_of, rows
-from tests.test_pretrained_runs import STEPS, write_texts
+from tests.training.test_pretrained_runs import STEPS, write_texts
 
 pytest.importorskip("transformers")
 

@@ -43,11 +43,11 @@ GROUPS = {
     "checkpoint": Group(
         35,
         ("mlx_forget/checkpoint.py",),
-        ("tests/test_checkpoint.py", "tests/test_loop.py"),
+        ("tests/test_checkpoint.py", "tests/training/test_loop.py"),
     ),
     "records": Group(
         25,
         ("mlx_forget/records.py", "mlx_forget/history.py", "mlx_forget/durable_files.py"),
-        ("tests/test_records.py", "tests/test_loop.py"),
+        ("tests/test_records.py", "tests/training/test_loop.py"),
     ),
 }

@@ -1,6 +1,6 @@
 """Measure how far MLX and PyTorch are apart and write the table into the README, between its parity markers.
 
-python -m tests.parity_table [README.md]
+python -m tests.backends.parity_table [README.md]
 """
 
 import platform
@@ -8,7 +8,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from tests import parity
+from tests.backends import parity
 
 BEGIN, END = "<!-- parity:begin -->", "<!-- parity:end -->"
 

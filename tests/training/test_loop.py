@@ -22,7 +22,7 @@ from mlx_forget.training.watch import NoObserver
 from tests.fakes import BigramTrainer
 from tests.pipeline.test_store import make_store
 
-TOKENIZER = Path(__file__).parent / "pipeline" / "samples" / "store-v1" / "tokenizer.model"
+TOKENIZER = Path(__file__).parents[1] / "pipeline" / "samples" / "store-v1" / "tokenizer.model"
 SPEC = model_spec("1x16", vocab_size=40, context_length=8)
 
 

@@ -1,4 +1,4 @@
-"""One rank of the sharding test: `torchrun -m tests.shard_steps FOLDER` trains a few steps of shared models and writes what each rank saw."""
+"""One rank of the sharding test: `torchrun -m tests.backends.shard_steps FOLDER` trains a few steps of shared models and writes what each rank saw."""
 
 import json
 import sys
@@ -9,8 +9,8 @@ import numpy as np
 from mlx_forget.ladder import ModelSpec, model_spec
 from mlx_forget.methods import method_spec
 from mlx_forget.trainer import RuntimeSpec, TrainerSpec, load_backend
-from tests.parity import SPEC, injection_batch
-from tests.rank_steps import share
+from tests.backends.parity import SPEC, injection_batch
+from tests.backends.rank_steps import share
 
 STEPS = 4
 # name -> (model, method, what the runtime adds). 97 rows of vocabulary do not divide by two.

@@ -14,7 +14,7 @@ from mlx_forget.pretrained import older_keys, read_config
 from mlx_forget.trainer import AdapterSpec, RuntimeSpec, TrainerSpec, available_backends, load_backend
 from tests.small_checkpoints import write_checkpoint
 from tests.test_pretrained import batch_of, nll_of, rows
-from tests.test_pretrained_runs import write_texts
+from tests.training.test_pretrained_runs import write_texts
 
 pytest.importorskip("transformers")
 

@@ -1,4 +1,4 @@
-"""The command line in a process where PyTorch is not installed, as on a Mac: `python -m tests.without_torch COMMANDS.json`.
+"""The command line in a process where PyTorch is not installed, as on a Mac: `python -m tests.backends.without_torch COMMANDS.json`.
 
 Runs each command of a JSON list, `rm FILE` among them; prints one JSON object: [exit code, stdout, stderr] of each, and what of PyTorch was
 imported.

@@ -18,7 +18,7 @@ from mlx_forget.token_counts import parse_tokens
 from mlx_forget.trainer import Batch, load_backend
 from tests.fakes import BigramTrainer
 from tests.pipeline.test_store import make_store
-from tests.test_sampling import NETWORKS, SMALL, backend, trainer_of  # noqa: F401
+from tests.replay.test_sampling import NETWORKS, SMALL, backend, trainer_of  # noqa: F401
 
 
 @pytest.fixture(scope="module")

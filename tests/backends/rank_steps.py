@@ -1,4 +1,4 @@
-"""One rank of the distribution test: `LAUNCHER python -m tests.rank_steps BACKEND FOLDER` trains a few steps and writes what each rank saw."""
+"""One rank of the distribution test: `LAUNCHER python -m tests.backends.rank_steps BACKEND FOLDER` trains a few steps and writes what each rank saw."""
 
 import json
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from mlx_forget.trainer import Batch, RuntimeSpec, TrainerSpec, load_backend
-from tests.parity import SPEC, injection_batch
+from tests.backends.parity import SPEC, injection_batch
 
 STEPS = 6
 

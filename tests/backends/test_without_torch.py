@@ -14,13 +14,13 @@ from mlx_forget.trainer import RuntimeSpec, TrainerSpec, available_backends, loa
 from tests.small_checkpoints import transformers_logits, write_checkpoint
 from tests.test_imported_adapters import write_adapter
 from tests.test_pretrained import nll_of, rows
-from tests.test_pretrained_runs import STEPS, write_chats, write_texts
+from tests.training.test_pretrained_runs import STEPS, write_chats, write_texts
 
 pytest.importorskip("transformers")
 pytest.importorskip("mlx_lm")
 pytestmark = pytest.mark.skipif("mlx" not in available_backends(), reason="needs MLX")
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DATA = ("--target", "chats.jsonl", "--rows", "padded", "--pretrain", "none", "--p", "0", *STEPS, "--backend", "mlx", "--json")
 
 
@@ -49,7 +49,7 @@ def test_everything_works_on_mlx_where_there_is_no_pytorch(tmp_path):
     wanted = dict(commands())
     (tmp_path / "commands.json").write_text(json.dumps(list(wanted.values())))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
-    command = [sys.executable, "-m", "tests.without_torch", "commands.json"]
+    command = [sys.executable, "-m", "tests.backends.without_torch", "commands.json"]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout.splitlines()[-1])

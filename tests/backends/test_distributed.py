@@ -19,7 +19,7 @@ from mlx_forget.errors import UserError
 from mlx_forget.history import read_history
 from mlx_forget.trainer import available_backends, join_group
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LAUNCHER = Path(sys.executable).with_name("mlx.launch")
 
 
@@ -71,7 +71,7 @@ def launched(request):
 @pytest.fixture(scope="module")
 def folder(backend, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    command = two_of(backend, "tests.rank_steps", backend, folder)
+    command = two_of(backend, "tests.backends.rank_steps", backend, folder)
     done = subprocess.run(
         command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300, cwd=ROOT, env=environment()
     )
@@ -86,7 +86,7 @@ def ranks(folder):
 
 @pytest.fixture(scope="module")
 def alone(backend, folder):
-    from tests.rank_steps import train
+    from tests.backends.rank_steps import train
 
     first = train(backend, folder, "one")[1]
     return first, train(backend, folder, "one-resumed", start="one")[1]

@@ -13,7 +13,7 @@ from mlx_forget.trainer import available_backends
 from mlx_forget.training.plan import plan_run
 from mlx_forget.training.run import execute
 from mlx_forget.training.watch import Watch
-from tests.test_replay import MODEL, Said, start, tokenizer  # noqa: F401
+from tests.replay.test_replay import MODEL, Said, start, tokenizer  # noqa: F401
 
 NETWORKS = available_backends()
 

@@ -16,8 +16,8 @@ from mlx_forget.replay.log_probs import BlendedLogProbs, keep_log_probs
 from mlx_forget.trainer import Batch, OptimSpec, RuntimeSpec, TrainerSpec, available_backends, load_backend
 from tests.fakes import BigramTrainer
 from tests.reference import GPT2, softmax
-from tests.test_replay import MODEL, Said, start, tokenizer  # noqa: F401
-from tests.test_replay_terms import SPEC, weights_of
+from tests.replay.test_replay import MODEL, Said, start, tokenizer  # noqa: F401
+from tests.replay.test_replay_terms import SPEC, weights_of
 
 NETWORKS = available_backends()
 ONLY_KL = MethodSpec(name="kl-replay", coefficients=(0.0, 0.0, 3.0), reference="start")
@@ -174,7 +174,7 @@ def test_float16_keeps_far_more_of_a_distribution_than_bf16_of_the_same_size():
 
 
 def subset_of(start, tmp_path, rows=60, **changes):  # noqa: F811
-    from tests.test_replay import write
+    from tests.replay.test_replay import write
 
     return RowSubset.of_tokens(write(start, tmp_path / "store", 16 * rows, **changes).split("train"), 16, None)
 

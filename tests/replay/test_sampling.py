@@ -107,7 +107,7 @@ def test_another_process_samples_the_same_rows(name):
     script = (
         "import hashlib\n"
         "from mlx_forget.replay.sampling import SampleSpec, sample_rows\n"
-        "from tests.test_replay import SMALL, load_backend, trainer_of\n"
+        "from tests.replay.test_replay import SMALL, load_backend, trainer_of\n"
         f"trainer = trainer_of(load_backend({name!r}), seed=6)\n"
         "rows = sample_rows(trainer, SampleSpec(num_tokens=1, length=12, seed=9, batch_size=BATCH), 5, 60)\n"
         "print(hashlib.sha256(rows.tobytes()).hexdigest())\n"
@@ -117,7 +117,7 @@ def test_another_process_samples_the_same_rows(name):
         capture_output=True,
         text=True,
         check=True,
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
     ).stdout.split()[-1]
     rows = sample_rows(trainer_of(load_backend(name), seed=6), SampleSpec(num_tokens=1, length=12, seed=9), 0, 65)[5:]
     assert there == hashlib.sha256(rows.tobytes()).hexdigest()

@@ -12,11 +12,11 @@ from mlx_forget.errors import UserError
 from mlx_forget.ladder import initial_weights, linear_shapes, model_spec, num_params
 from mlx_forget.methods import method_spec
 from mlx_forget.trainer import AdapterSpec, OptimSpec, RuntimeSpec, TrainerSpec, available_backends, load_backend
+from tests.backends.test_adapters import make_batch
 from tests.reference import GPT2, AdamW
 from tests.small_checkpoints import write_checkpoint
-from tests.test_adapters import make_batch
 from tests.test_pretrained import batch_of, nll_of, rows
-from tests.test_pretrained_runs import STEPS, write_texts
+from tests.training.test_pretrained_runs import STEPS, write_texts
 
 BACKENDS = available_backends()
 SPEC = model_spec("2x32", vocab_size=61, context_length=12)

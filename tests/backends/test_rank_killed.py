@@ -10,7 +10,7 @@ import pytest
 
 from mlx_forget.checkpoint import latest_checkpoint
 from mlx_forget.trainer import available_backends
-from tests.test_distributed import _launchable, start
+from tests.backends.test_distributed import _launchable, start
 
 CASES = [
     pytest.param("cuda", 1, (), id="pytorch"),

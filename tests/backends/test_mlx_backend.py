@@ -15,7 +15,7 @@ from mlx_forget.methods import MethodSpec, method_spec
 from mlx_forget.trainer import Batch, RuntimeSpec, TrainerSpec, available_backends, load_backend
 
 pytestmark = pytest.mark.skipif("mlx" not in available_backends(), reason="MLX is not installed")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SPEC = model_spec("2x32", vocab_size=53, context_length=16)
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="Linux wheels alone link the reference BLAS")
 

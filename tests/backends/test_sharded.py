@@ -10,9 +10,9 @@ from safetensors.numpy import load_file
 from mlx_forget.errors import UserError
 from mlx_forget.ladder import num_params
 from mlx_forget.trainer import RuntimeSpec, TrainerSpec, available_backends, load_backend
-from tests.parity import SPEC
-from tests.shard_steps import CASES, train
-from tests.test_distributed import ROOT, environment, two_of
+from tests.backends.parity import SPEC
+from tests.backends.shard_steps import CASES, train
+from tests.backends.test_distributed import ROOT, environment, two_of
 
 pytestmark = pytest.mark.skipif("cuda" not in available_backends(), reason="needs PyTorch")
 
@@ -29,7 +29,7 @@ def alone(folder):
 
 @pytest.fixture(scope="module")
 def ranks(folder, alone):
-    command = two_of("cuda", "tests.shard_steps", folder)
+    command = two_of("cuda", "tests.backends.shard_steps", folder)
     done = subprocess.run(
         command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300, cwd=ROOT, env=environment()
     )
