@@ -49,6 +49,7 @@ def draw_methods(trajectories: Sequence[Trajectory], *, title: str) -> "Figure":
 def draw_rates(found: Sequence[Point], level: float, *, title: str) -> "Figure":
     """Forgetting at one target loss, and the steps to it, against the learning rate; a line for each method and seed."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -72,6 +73,9 @@ def draw_rates(found: Sequence[Point], level: float, *, title: str) -> "Figure":
         axis.spines[["top", "right"]].set_visible(False)
     left.axhline(0, color="black", linewidth=0.8, linestyle=":")
     right.set_yscale("log")
+    # Steps within one power of ten need labels between its ends, and as plain numbers.
+    for set_formatter in (right.yaxis.set_major_formatter, right.yaxis.set_minor_formatter):
+        set_formatter(LogFormatter(minor_thresholds=(2, 0.4)))
     handles, names = left.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.suptitle(title, fontsize=11)
