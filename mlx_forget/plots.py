@@ -25,36 +25,41 @@ _PANELS = (
 
 
 def draw_figure1(curves: Sequence[Curve], *, title: str) -> "Figure":
-    """Three panels against the step: target validation, target train and pretraining loss, one line per p, the minimum marked."""
+    """Three panels against the step: target validation, target train and pretraining loss, a colour per p, the minima marked.
+
+    Of several seeds, the first has the heavier lines.
+    """
     return _draw_panels(curves, [f"p = {curve.label}" for curve in curves], title=title)
 
 
 def _draw_panels(curves: Sequence[Curve], names: Sequence[str], *, title: str) -> "Figure":
+    """Curves of one name have one colour."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3.9), layout="constrained")
     axes = figure.subplots(1, 3, sharex=True)
+    told = list(dict.fromkeys(names))
     for axis, (column, name) in zip(axes, _PANELS, strict=True):
         for number, curve in enumerate(curves):
-            colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+            place, is_first = told.index(names[number]), names[number] not in names[:number]
             shown = [row for row in curve.rows if row[column] is not None]
             axis.plot(
                 [row["step"] for row in shown],
                 [row[column] for row in shown],
-                color=colour,
-                marker=marker,
-                markersize=3.5,
-                linewidth=1.4,
-                label=names[number],
+                color=COLOURS[place % len(COLOURS)],
+                marker=MARKERS[place % len(MARKERS)],
+                markersize=3.5 if is_first else 2,
+                linewidth=1.4 if is_first else 0.7,
+                label=names[number] if is_first else None,
             )
             axis.plot(
                 curve.at_best["step"],
                 curve.at_best[column],
                 marker="o",
-                markersize=9,
+                markersize=9 if is_first else 6,
                 markerfacecolor="none",
                 markeredgecolor="black",
-                markeredgewidth=1.6,
+                markeredgewidth=1.6 if is_first else 0.8,
                 linestyle="none",
                 label="minimum of the target validation loss" if number == len(curves) - 1 else None,
             )

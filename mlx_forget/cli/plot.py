@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
     from mlx_forget.records import Run
     from mlx_forget.studies.capacity_slices import Axis
-    from mlx_forget.studies.figure1 import Row
     from mlx_forget.studies.method_comparison import Trajectory
 
 app = typer.Typer()
@@ -33,7 +32,7 @@ def plot(
     ],
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for the files. \\[default: figures]")] = None,
     name: Annotated[str | None, typer.Option(help="Stem of the files. \\[default: the name of the folder or table]")] = None,
-    seed: Annotated[int | None, typer.Option(help="Which seed, if the sweep has several.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The only seed that is read. \\[default: all]")] = None,
     kind: Annotated[
         str | None,
         typer.Option(
@@ -107,16 +106,20 @@ def _draw(kind: str, sweep: Path, runs: "list[Run]", stem: Path, seed: int | Non
 
 def _plot_figure1(runs: "list[Run]", stem: Path, seed: int | None) -> _Answer:
     from mlx_forget.plots import draw_figure1
-    from mlx_forget.studies.figure1 import as_json, load_curves, table, write_csv
+    from mlx_forget.studies.figure1 import as_json, load_curves, table, table_lines, write_csv
 
     curves = load_curves(runs, seed)
     rows = table(curves)
     record = curves[0].record
     config = record["config"]
-    title = f"{record['num_params'] / 1e6:.2g}M parameters, {config['pretrain']} to {config['target']}, seed {record['seed']}"
+    seeds = sorted({curve.seed for curve in curves})
+    title = (
+        f"{record['num_params'] / 1e6:.2g}M parameters, {config['pretrain']} to {config['target']}, "
+        f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+    )
     _save(draw_figure1(curves, title=title), stem)
     write_csv(curves, stem.with_name(f"{stem.name}.csv"))
-    return {"rows": as_json(rows)}, _table_lines(rows)
+    return as_json(rows), table_lines(rows)
 
 
 def _plot_methods(runs: "list[Run]", stem: Path, seed: int | None, max_forgetting: float | None) -> _Answer:
@@ -256,24 +259,3 @@ def _save(figure: "Figure", stem: Path) -> None:
 
     for suffix in (".png", ".pdf"):
         save_figure(figure, stem.with_name(stem.name + suffix))
-
-
-def _table_lines(rows: "list[Row]") -> list[str]:
-    """Plain aligned text: it goes into logs and papers."""
-    header = (
-        f"{'p':>6}  {'minimum at':>13}  {'target val':>15}  {'pretraining val':>15}  {'forgetting (nats)':>17}  "
-        f"{'to p=0':>6}  {'progress lost: loss, tokens':>27}  {'less than row above':>19}  {'rise at end':>11}"
-    )
-    lines = [header]
-    for row in rows:
-        best, lost = row.curve.at_best, row.curve.record["progress_lost"]
-        steps = f"{best['step']:,}/{row.curve.rows[-1]['step']:,}"
-        ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
-        shares = ", ".join("?" if value is None else f"{value:.1%}" for value in (lost["loss_fraction"], lost["token_equivalent"]))
-        less = row.less_than_previous
-        fall = "" if less is None else f"{less.mean:+.4f}±{less.stderr:.4f}"
-        lines.append(
-            f"{row.curve.label:>6}  {steps:>13}  {row.target.mean:>8.4f}±{row.target.stderr:.4f}  {row.pretrain.mean:>8.4f}±{row.pretrain.stderr:.4f}  "
-            f"{row.forgetting.mean:>+10.4f}±{row.forgetting.stderr:.4f}  {ratio:>6}  {shares:>27}  {fall:>19}  {row.rise:>+11.4f}"
-        )
-    return [*lines, "± is one standard error over evaluation windows; differences are paired by window."]
