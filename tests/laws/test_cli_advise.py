@@ -3,8 +3,11 @@
 import json
 
 import numpy as np
+import pytest
 
 from mlx_forget.laws.forms import get_law
+
+from .surfaces import paper_grid
 
 
 def test_advise_names_the_smallest_share_and_the_next_runs(forget, runs, one, tmp_path):
@@ -67,3 +70,61 @@ def test_a_probe_becomes_advice_for_one_model(forget, tmp_path):
     assert ran.code == 0
     exact = ((0.002 * 3e7**0.35 / 0.3) ** 2 - 1) / 600
     assert ran.json["answer"] is None or 0.5 * exact < ran.json["answer"] < 4 * exact
+
+
+def test_the_pareto_front_holds_no_run_that_another_beats(forget, runs, one, tmp_path):
+    forget("fit", runs, *one, "-o", tmp_path / "fit.json")
+    law = get_law("bethune-finetuning")
+    columns = {name: values for name, values in paper_grid().items() if name in law.columns}
+    loss = law.predict({"A": 60.0, "alpha": 0.1, "beta": 0.05, "E": 1.0}, columns)
+    loss *= np.exp(0.002 * np.random.default_rng(0).standard_normal(len(loss)))
+    rows = zip(columns["N"].tolist(), columns["D"].tolist(), loss.tolist(), strict=True)
+    (tmp_path / "target.csv").write_text("N,D,loss\n" + "".join(f"{n},{d},{value}\n" for n, d, value in rows))
+    made = forget(
+        "fit", tmp_path / "target.csv", "--law", law.name, "--allow-duplicates", "--bootstrap", "0", "-o", tmp_path / "target.json"
+    )
+    assert made.code == 0, made.stderr
+    ask = ("advise", tmp_path / "fit.json", "--max-forgetting", "0.08", "--n", "3.34e8", "--d", "1e7")
+    ran = forget(*ask, "--finetuning", tmp_path / "target.json", "--epochs", "2", "--json")
+    assert ran.code == 0, ran.stderr
+    front = [(one["target_loss"], one["forgetting_nats"], one["train_flops"]) for one in ran.json["pareto"]]
+    assert len(front) > 3
+    assert not any(all(a <= b for a, b in zip(other, own, strict=True)) for own in front for other in front if other is not own)
+    refused = forget(*ask, "--finetuning", tmp_path / "fit.json")
+    assert refused.code == 2
+    assert "takes a fit of a law of the target loss" in refused.stderr
+
+
+def test_a_table_answers_for_one_group_at_its_largest_model_and_data(forget, runs):
+    ran = forget("advise", runs, "--map", "loss=final_loss", "--group", "code", "--max-forgetting", "0.08", "--json")
+    assert ran.code == 0, ran.stderr
+    assert "no --n given: answering at the largest N of the data" in ran.stderr
+    assert "no --d given" in ran.stderr
+    assert 0 < ran.json["answer"] < 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ((), "Give a fit.json or a table of runs"),
+        (("--probe", "probe.jsonl"), "needs the planned number of finetuning tokens"),
+        (("RUNS",), "Give the budget"),
+        (
+            ("RUNS", "--max-forgetting", "0.1"),
+            "runs of several domains, each with a law of its own: name one with --group (code, math)",
+        ),
+        (("RUNS", "--max-forgetting", "0.1", "--group", "law"), "No row of"),
+        (("RUNS", "--max-forgetting", "0.1", "--group", "code", "--law", "forgetting-fixed-n"), "is the law of one model"),
+        (("FIT", "--max-forgetting", "0.1", "--confidence", "1.5"), "--confidence must lie between 0 and 1"),
+        (("FIT", "--max-forgetting", "0.1", "--epochs", "0"), "--epochs must be a positive number"),
+        (("FIT", "--max-forgetting", "0.1", "--n", "1e8", "--d", "1e7", "--p", "1%"), "Leave exactly one of"),
+        (("FIT", "--max-forgetting", "0.1", "--p", "1%"), "Leave exactly one of"),
+    ],
+)
+def test_questions_that_cannot_be_answered_say_what_is_lacking(forget, runs, one, tmp_path, arguments, sentence):
+    if "FIT" in arguments:
+        forget("fit", runs, *one[:-1], "0", "-o", tmp_path / "fit.json")
+    places = {"RUNS": (runs, "--map", "loss=final_loss"), "FIT": (tmp_path / "fit.json",)}
+    ran = forget("advise", *(part for word in arguments for part in places.get(word, (word,))))
+    assert ran.code == 2
+    assert sentence in " ".join(ran.stderr.split())
