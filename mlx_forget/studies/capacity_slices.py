@@ -25,6 +25,7 @@ class SlicePoint:
     Args:
         x: parameters, or pretraining tokens per parameter.
         before: the pretraining loss at the start, nats per token.
+        learnt: what the target loss had to fall by, nats per token: a base that knows more of the target has less to learn.
         forgetting: its rise where the target loss is first reached, with the best coefficient.
         coefficient: that one; None is the method's default.
         num_reached, num_runs: runs that reached the target loss, of how many.
@@ -34,6 +35,7 @@ class SlicePoint:
     seed: int
     x: float
     before: float
+    learnt: float
     forgetting: float
     coefficient: float | None
     num_reached: int
@@ -78,6 +80,7 @@ def slice_points(trajectories: Sequence[Trajectory], axis: Axis, level: float) -
                     seed=seed,
                     x=x,
                     before=best.rows[0]["pretrain_val_loss"],
+                    learnt=best.rows[0]["target_val_loss"] - level,
                     forgetting=reading_at(best, level)[1],
                     coefficient=best.record["config"].get("coefficient"),
                     num_reached=len(reached),
@@ -107,18 +110,21 @@ def slice_lines(found: Sequence[SlicePoint], axis: Axis, level: float) -> list[s
     """The points as aligned text."""
     width = max(len(point.label) for point in found)
     lines = [
-        f"{'method':<{width}}  {'seed':>4}  {AXES[axis]:>32}  {'loss before':>11}  {'forgetting (nats)':>17}  {'coefficient':>11}  reached"
+        f"{'method':<{width}}  {'seed':>4}  {AXES[axis]:>32}  {'loss before':>11}  {'learnt':>6}  {'forgetting (nats)':>17}  "
+        f"{'per nat learnt':>14}  {'coefficient':>11}  reached"
     ]
     for p in found:
         coefficient = "" if p.coefficient is None else f"{p.coefficient:g}"
+        rate = f"{p.forgetting / p.learnt:+.3f}" if p.learnt > 0 else ""
         place = f"{p.x:,.0f}" if axis == "model-size" else f"{p.x:.4g}"
         lines.append(
-            f"{p.label:<{width}}  {p.seed:>4}  {place:>32}  {p.before:>11.4f}  {p.forgetting:>+17.4f}  {coefficient:>11}  "
-            f"{p.num_reached} of {p.num_runs}"
+            f"{p.label:<{width}}  {p.seed:>4}  {place:>32}  {p.before:>11.4f}  {p.learnt:>6.3f}  {p.forgetting:>+17.4f}  "
+            f"{rate:>14}  {coefficient:>11}  {p.num_reached} of {p.num_runs}"
         )
     return [
         *lines,
-        f"Read where the target validation loss first reaches {level:.4f}, with the coefficient that has forgotten least there.",
+        f"Read where the target validation loss first reaches {level:.4f}, with the coefficient that has forgotten least there; "
+        "learnt: what the target loss fell by to that.",
     ]
 
 
