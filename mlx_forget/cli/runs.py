@@ -143,7 +143,7 @@ def export(
         "left_out": index.problems,
         "versions": installed_versions(),
     }
-    columns = write(rows, path, provenance=provenance)
+    columns = write(rows, path, root=index.root, provenance=provenance)
     say_others(index)
     say(f"Wrote {path}: {len(rows):,} runs, {len(columns)} columns")
     if as_json:

@@ -30,11 +30,12 @@ def check_format(path: Path) -> None:
         raise UserError(f"Cannot write {path}.")
 
 
-def export(rows: Sequence[Row], path: Path, *, provenance: dict[str, Any]) -> list[str]:
+def export(rows: Sequence[Row], path: Path, *, root: Path, provenance: dict[str, Any]) -> list[str]:
     """Write rows, one per run, aside first; `forget fit` reads the file as it reads the folders themselves.
 
     Args:
         path: ends in .parquet or .csv.
+        root: the folder that holds the runs; places in it are written as seen from there, such as the run that a stage started from.
         provenance: what a reader should know; in the metadata of a Parquet file under `mlx_forget`, and beside a CSV nowhere.
 
     Returns:
@@ -46,6 +47,8 @@ def export(rows: Sequence[Row], path: Path, *, provenance: dict[str, Any]) -> li
     if not rows:
         raise UserError("No run is left to export: loosen --where or --status.")
     check_format(path)
+    inside = tuple(f"{place}{os.sep}" for place in {str(root.absolute()), str(root.resolve())})
+    rows = [{name: _seen_from(value, inside) for name, value in row.items()} for row in rows]
     rest = [name for name in columns_of(rows) if name not in LAW_COLUMNS and name not in ("folder", MARK)]
     names = [*LAW_COLUMNS, *rest, "folder", MARK]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,6 +62,13 @@ def export(rows: Sequence[Row], path: Path, *, provenance: dict[str, Any]) -> li
         else:
             _write_parquet(rows, names, file, provenance)
     return names
+
+
+def _seen_from(value: Any, inside: tuple[str, ...]) -> Any:
+    if isinstance(value, str):
+        for prefix in inside:
+            value = value.removeprefix(prefix)
+    return value
 
 
 def read_export(path: Path) -> list[Row]:

@@ -183,7 +183,7 @@ def test_two_processes_train_the_run_of_one_and_rank_zero_alone_speaks(launched,
 def test_a_stopped_pair_goes_on_and_ends_with_the_same_numbers(launched, pair, tmp_path, how):
     folder = tmp_path / "run"
     process = start(launched, folder)
-    for _ in range(1200):
+    for _ in range(6000):
         if (folder / "history.arrows").exists() and 10 in read_history(folder / "history.arrows")["step"].to_pylist():
             break
         assert process.poll() is None, process.communicate()

@@ -93,7 +93,7 @@ def listed(folder: Path) -> None:
     with contextlib.suppress(UserError):
         read_table(folder)
     with contextlib.suppress(UserError):
-        export(rows, folder / "t.csv", provenance={})
+        export(rows, folder / "t.csv", root=folder, provenance={})
 
 
 def index_of_runs(path: Path) -> None:
@@ -116,7 +116,7 @@ def indexed(path: Path) -> None:
 def exported(path: Path) -> None:
     folder = path.parent / "run"
     run_folder(folder / "record.json")
-    export(run_index.read_index(folder).rows, path, provenance={})
+    export(run_index.read_index(folder).rows, path, root=folder, provenance={})
     shutil.rmtree(folder)
 
 

@@ -125,6 +125,8 @@ def test_a_new_tokenizer_is_trained_on_training_documents_only(tmp_path, kind):
     "content, message", [(b"", "not a SentencePiece"), (b"{}", "not a tokenizer.json"), (b"{", "not a tokenizer.json")]
 )
 def test_what_is_no_tokenizer_is_refused(tmp_path, content, message):
+    if content:
+        pytest.importorskip("tokenizers")
     (tmp_path / "x.model").write_bytes(content)
     with pytest.raises(UserError, match=message):
         load_vocabulary(find_tokenizer(str(tmp_path / "x.model")))

@@ -167,6 +167,16 @@ def test_an_export_carries_law_columns_first_and_where_they_come_from(run_forget
         assert len(list(csv.DictReader(file))) == 4
 
 
+def test_an_export_names_places_as_seen_from_the_folder_of_the_runs(make_run, run_forget, tmp_path):
+    folder = make_run(tmp_path / "s", "a" * 12)
+    record = json.loads((folder / "record.json").read_text())
+    record["config"]["init"] = str(tmp_path / "s" / ("b" * 12 + "-cuda") / "checkpoints" / "last")
+    (folder / "record.json").write_text(json.dumps(record))
+    assert run_forget("runs", "export", tmp_path / "s", "-o", tmp_path / "t.parquet")[0] == 0
+    (row,) = pyarrow.parquet.read_table(tmp_path / "t.parquet").to_pylist()
+    assert row["init"] == "bbbbbbbbbbbb-cuda/checkpoints/last"
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

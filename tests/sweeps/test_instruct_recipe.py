@@ -1,5 +1,7 @@
 """The recipe of an instruction-tuned model: what it fixes of the paper, and what it says where its model is not at hand."""
 
+import pytest
+
 from mlx_forget.methods import TERM_REPLAY_KL, TERM_REPLAY_NTP
 from mlx_forget.resources import recipe as find_recipe
 from mlx_forget.sweeps.grid import read_recipe
@@ -21,6 +23,7 @@ def test_the_recipe_is_the_papers_experiment(monkeypatch):
 
 
 def test_without_the_model_and_a_network_it_is_one_sentence(monkeypatch, run_forget, tmp_path):
+    pytest.importorskip("huggingface_hub")
     monkeypatch.delenv("FORGET_SCALE")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

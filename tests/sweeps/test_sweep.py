@@ -58,7 +58,7 @@ def test_a_second_sweep_trains_nothing(done):
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_an_interrupted_sweep_ends_with_the_numbers_of_an_uninterrupted_one(done, tmp_path, number, code):
     process = subprocess.Popen(sweep(tmp_path / "s", "--json"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for _ in range(600):
+    for _ in range(2400):
         if list((tmp_path / "s").glob("*/checkpoints/last")):
             break
         time.sleep(0.05)
@@ -92,7 +92,7 @@ def test_a_stacked_sweep_ends_with_the_losses_of_one_by_one(done, tmp_path):
 @pytest.mark.full
 def test_an_interrupted_stacked_sweep_goes_on_one_by_one(done, tmp_path):
     process = subprocess.Popen(sweep(tmp_path / "s", "--stack", "2"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for _ in range(600):
+    for _ in range(2400):
         if len(list((tmp_path / "s").glob("*/checkpoints/last"))) == 2:
             break
         time.sleep(0.05)

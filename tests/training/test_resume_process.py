@@ -62,7 +62,7 @@ def start(folder, backend, *more):
 
 def wait_for_step(process, folder, step):
     """Until the history has a row at or beyond a step."""
-    for _ in range(1200):
+    for _ in range(6000):
         path = folder / "history.arrows"
         if path.exists() and any(row >= step for row in read_history(path)["step"].to_pylist()):
             return
