@@ -144,6 +144,9 @@ def test_shares_that_one_p_was_served_as_are_held_out_together(monkeypatch):
     found = dict(leave_out(table, "bethune-forgetting"))
     assert list(found) == ["p = 0%", "p = 0.5%", "p = 5%", "p = 20%"]
     assert [list(np.flatnonzero(~train)) for train in found.values()] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert [validate._percent(share) for share in (0.00501543, 0.00125, 0.0493, 0.2007, 0.995, 1.0)] == [
+        "0.5%", "0.125%", "5%", "20%", "99.5%", "100%"
+    ]  # fmt: skip
     # Of the share of the target, what it leaves is compared.
     assert [len(level) for level in validate._levels(1 - p)] == [2, 2, 2, 1]
 
