@@ -123,7 +123,12 @@ def leave_out(
     for column in ("p", "r", "R"):
         if column in law.columns and len(levels := _levels(table.columns[column])) > 2:
             for level in levels:
-                masks.append((f"{column} = {_percent(float(np.median(level)))}", ~np.isin(table.columns[column], level)))
+                own = np.isin(table.columns[column], level)
+                # A share that several runs have is what they were asked for, to the last digit.
+                exact = len(level) == 1 and own.sum() > 1
+                masks.append(
+                    (f"{column} = {100 * level[0]:g}%" if exact else f"{column} = {_percent(float(np.median(level)))}", ~own)
+                )
     if domain is not None:
         masks.extend(
             (f"{domain} = {name}", ~np.isin(table.row_numbers, part.row_numbers)) for name, part in table.groups(domain).items()

@@ -112,13 +112,14 @@ def _law_table(content: Mapping[str, Any], response: str) -> list[str]:
         )
     paper = f"the paper, at its largest N and D | | | {' | ' * (len(names) - 1)}| | | {PAPER_HELD_OUT[response]:.2%} |"
     formulas = dict.fromkeys(f"`{fit['formula']}`" for fit in fits)
-    methods = dict.fromkeys(fit["intervals"] for fit in fits)
+    methods = " or ".join(dict.fromkeys(fit["intervals"] for fit in fits if fit["intervals"]))
     each = {fit["domain"]: fit["clusters"] for fit in fits}
     of = f"of {each.popitem()[1]}" if len(set(each.values())) == 1 else f"of {', '.join(f'{each[name]} ({name})' for name in each)}"
+    intervals = f"Intervals are 95% ({methods}, {of})" if methods else "No intervals"
     explained = "of the variance of forgetting" if response == "pretraining" else "of the variance of the loss"
     held = "; in brackets, in shares of the mean forgetting there" if response == "pretraining" else ""
     return [
-        f"{_TITLES[response]}, {', '.join(formulas)}. Intervals are 95% ({' or '.join(methods)}, {of}). MRE is relative to the loss, over runs "
+        f"{_TITLES[response]}, {', '.join(formulas)}. {intervals}. MRE is relative to the loss, over runs "
         f"that a resample did not draw; *explained* is the share {explained}. The last columns are mean relative errors where "
         f"the largest N, or D, was held out{held}.",
         "",
