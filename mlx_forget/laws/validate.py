@@ -123,12 +123,8 @@ def leave_out(
     for column in ("p", "r", "R"):
         if column in law.columns and len(levels := _levels(table.columns[column])) > 2:
             for level in levels:
-                own = np.isin(table.columns[column], level)
-                # A share that several runs have is what they were asked for, to the last digit.
-                exact = len(level) == 1 and own.sum() > 1
-                masks.append(
-                    (f"{column} = {100 * level[0]:g}%" if exact else f"{column} = {_percent(float(np.median(level)))}", ~own)
-                )
+                name = f"{100 * level[0]:g}%" if len(level) == 1 else f"{100 * np.median(level):.2g}%"
+                masks.append((f"{column} = {name}", ~np.isin(table.columns[column], level)))
     if domain is not None:
         masks.extend(
             (f"{domain} = {name}", ~np.isin(table.row_numbers, part.row_numbers)) for name, part in table.groups(domain).items()
@@ -157,14 +153,6 @@ def _levels(shares: npt.NDArray[np.float64]) -> list[npt.NDArray[np.float64]]:
     ordered = np.unique(shares)
     apart = np.diff(ordered) > _SAME_SHARE * np.minimum(ordered, 1 - ordered)[1:]
     return np.split(ordered, np.flatnonzero(apart) + 1)
-
-
-def _percent(share: float) -> str:
-    """The shortest number that no other share would have: 0.5015% was asked for as 0.5%."""
-    percent = 100 * share
-    texts = (f"{float(f'{percent:.{digits}g}'):g}" for digits in range(1, 7))
-    near = _SAME_SHARE / 2 * min(percent, 100 - percent)
-    return f"{next((text for text in texts if abs(float(text) - percent) <= near), f'{percent:g}')}%"
 
 
 def train_on(

@@ -20,6 +20,7 @@ from mlx_forget.evaluate import Estimate, Losses, estimate, paired_difference
 from mlx_forget.history import read_history
 from mlx_forget.pipeline.mixture import parse_share
 from mlx_forget.records import Run
+from mlx_forget.studies.seeds import deviation_text, mean_and_sd
 
 CSV_COLUMNS = ("p", "seed", "step", "tokens", "target_train_loss", "target_val_loss", "pretrain_val_loss")
 
@@ -155,10 +156,10 @@ def over_seeds(rows: Sequence[Row]) -> list[Spread]:
     found = []
     for p in sorted({row.curve.p for row in rows}):
         group = [row for row in rows if row.curve.p == p]
-        target, target_sd = _mean_and_sd([row.target.mean for row in group])
-        forgetting, forgetting_sd = _mean_and_sd([row.forgetting.mean for row in group])
+        target, target_sd = mean_and_sd([row.target.mean for row in group])
+        forgetting, forgetting_sd = mean_and_sd([row.forgetting.mean for row in group])
         ratios = [row.ratio for row in group if row.ratio is not None]
-        ratio, ratio_sd = _mean_and_sd(ratios) if ratios else (None, None)
+        ratio, ratio_sd = mean_and_sd(ratios) if ratios else (None, None)
         found.append(
             Spread(
                 p=p,
@@ -174,10 +175,6 @@ def over_seeds(rows: Sequence[Row]) -> list[Spread]:
             )
         )
     return found
-
-
-def _mean_and_sd(values: Sequence[float]) -> tuple[float, float | None]:
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
 def write_csv(curves: Sequence[Curve], path: Path) -> None:
@@ -224,15 +221,11 @@ def table_lines(rows: Sequence[Row]) -> list[str]:
         for one in spread:
             ratio = "" if one.ratio is None else f"{one.ratio:.2f}{'' if one.ratio_sd is None else f'±{one.ratio_sd:.2f}'}"
             lines.append(
-                f"{one.label:>6}  {len(one.seeds):>5}  {one.step:>10,.0f}  {one.target:>8.4f}{_deviation(one.target_sd):>7}  "
-                f"{one.forgetting:>+10.4f}{_deviation(one.forgetting_sd):>7}  {ratio:>9}"
+                f"{one.label:>6}  {len(one.seeds):>5}  {one.step:>10,.0f}  {one.target:>8.4f}{deviation_text(one.target_sd):>7}  "
+                f"{one.forgetting:>+10.4f}{deviation_text(one.forgetting_sd):>7}  {ratio:>9}"
             )
         lines.append("Means over seeds; ± is the standard deviation over seeds.")
     return lines
-
-
-def _deviation(value: float | None) -> str:
-    return "" if value is None else f"±{value:.4f}"
 
 
 def _row_as_json(row: Row) -> dict[str, Any]:

@@ -114,8 +114,9 @@ def _law_table(content: Mapping[str, Any], response: str) -> list[str]:
     formulas = dict.fromkeys(f"`{fit['formula']}`" for fit in fits)
     methods = " or ".join(dict.fromkeys(fit["intervals"] for fit in fits if fit["intervals"]))
     each = {fit["domain"]: fit["clusters"] for fit in fits}
-    of = f"of {each.popitem()[1]}" if len(set(each.values())) == 1 else f"of {', '.join(f'{each[name]} ({name})' for name in each)}"
-    intervals = f"Intervals are 95% ({methods}, {of})" if methods else "No intervals"
+    same = next(iter(each.values())) if len(set(each.values())) == 1 else None
+    of = same or ", ".join(f"{clusters} ({domain})" for domain, clusters in each.items())
+    intervals = f"Intervals are 95% ({methods}, of {of})" if methods else "No intervals"
     explained = "of the variance of forgetting" if response == "pretraining" else "of the variance of the loss"
     held = "; in brackets, in shares of the mean forgetting there" if response == "pretraining" else ""
     return [

@@ -14,8 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mlx_forget.adapters import ATTENTION
 from mlx_forget.config import REFERENCE_LIVE, REPLAY_PRETRAIN, REPLAY_SELF, TrainConfig
 from mlx_forget.durable_files import write_text
@@ -23,6 +21,7 @@ from mlx_forget.errors import UserError
 from mlx_forget.history import read_history
 from mlx_forget.methods import METHODS
 from mlx_forget.records import Run
+from mlx_forget.studies.seeds import deviation_text, mean_and_sd
 
 CSV_COLUMNS = ("method", "seed", "step", "learning_rate", "target_train_loss", "target_val_loss", "pretrain_val_loss")
 TOLERANCE = 0.01
@@ -207,8 +206,7 @@ def table(trajectories: Sequence[Trajectory], *, max_forgetting: float | None = 
 
 def _row(group: list[Trajectory], plain: dict[int, Trajectory], limit: float | None) -> Row:
     def over_seeds(measure: Callable[[Trajectory, Trajectory], float]) -> tuple[float, float | None]:
-        values = [measure(t, plain[t.seed]) for t in group]
-        return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
+        return mean_and_sd([measure(t, plain[t.seed]) for t in group])
 
     def removed_within(t: Trajectory, base: Trajectory) -> float:
         row = t.least_forgetting((1 + TOLERANCE) * base.best["target_val_loss"])
@@ -259,10 +257,10 @@ def table_lines(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         within = "" if row.removed_within is None else f"{row.removed_within:.1%}"
         if row.target_under is not None:
-            under = f"  {row.target_under:>8.4f}{_spread(row.target_under_sd):>8}  {row.step_under:>6,.0f}"
+            under = f"  {row.target_under:>8.4f}{deviation_text(row.target_under_sd):>8}  {row.step_under:>6,.0f}"
         lines.append(
-            f"{row.label:<{width}}  {len(row.seeds):>5}  {row.step:>10,.0f}  {row.target:>8.4f}{_spread(row.target_sd):>8}  "
-            f"{row.target_excess:>+8.2%}  {row.forgetting:>+10.4f}{_spread(row.forgetting_sd):>8}  "
+            f"{row.label:<{width}}  {len(row.seeds):>5}  {row.step:>10,.0f}  {row.target:>8.4f}{deviation_text(row.target_sd):>8}  "
+            f"{row.target_excess:>+8.2%}  {row.forgetting:>+10.4f}{deviation_text(row.forgetting_sd):>8}  "
             f"{row.removed:>8.1%}{'' if row.removed_sd is None else f'±{row.removed_sd:.1%}':>7}  {within:>17}  {row.tokens_factor:>5.2f}x{under}"
         )
     lines.append(
@@ -276,10 +274,6 @@ def table_lines(rows: Sequence[Row]) -> list[str]:
             f"Lowest of all: {chosen.label}, {chosen.target_under:.4f}."
         )
     return lines
-
-
-def _spread(value: float | None) -> str:
-    return "" if value is None else f"±{value:.4f}"
 
 
 def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
