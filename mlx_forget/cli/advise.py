@@ -59,7 +59,7 @@ def advise_command(
     """
     from mlx_forget.laws import advise
     from mlx_forget.laws.design import describe_plan
-    from mlx_forget.tables import parse_share
+    from mlx_forget.pipeline.shares import parse_law_share
 
     if probe is not None:
         write_probe(probe, d, num_runs, as_json)
@@ -79,7 +79,7 @@ def advise_command(
     passes = 1.0 if epochs is None else epochs
     if not (passes > 0 and math.isfinite(passes)):
         raise UserError(f"--epochs must be a positive number, and it is {passes:g}.")
-    known = {"N": n, "D": d, "p": None if p is None else parse_share(p)}
+    known = {"N": n, "D": d, "p": None if p is None else parse_law_share(p, "p")}
     if known["p"] is not None and "p" not in predictor.law.columns:
         raise UserError(f"{predictor.law.name} does not know p, as runs of one share cannot: leave --p out.")
     open_columns = [name for name in ("N", "D", "p") if name in predictor.law.columns and known[name] is None]

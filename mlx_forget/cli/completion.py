@@ -64,12 +64,6 @@ def statuses() -> list[str]:
     return list(STATUSES)
 
 
-def figures() -> list[str]:
-    from mlx_forget.cli.plot import KINDS
-
-    return list(KINDS)
-
-
 def interval_methods() -> list[str]:
     from mlx_forget.laws.uncertainty import METHODS
 

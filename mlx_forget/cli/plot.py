@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlx_forget.cli import completion
 from mlx_forget.cli.answers import clean, emit, say, works_in
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ def plot(
             help="figure1 (runs that differ in p), methods, learning-rate, model-size, pretrain-length, stages, toy (of "
             "mlx_forget.studies.toy_continual), ranks (runs compared with their start model), or laws (sizes, amounts of target data "
             "and p). \\[default: what the runs differ in]",
-            autocompletion=completion.figures,
+            autocompletion=lambda: list(KINDS),
         ),
     ] = None,
     max_forgetting: Annotated[

@@ -95,12 +95,12 @@ def predict_command(
 
     from mlx_forget.laws.files import read_fit
     from mlx_forget.laws.predictor import describe_distance
-    from mlx_forget.tables import parse_share
+    from mlx_forget.pipeline.shares import parse_law_share
 
     predictor = read_fit(fit).pick(group)
     shares = {"p": p, "r": r, "R": share}
     given: dict[str, float | None] = {"N": n, "D": d, "P": trainable, "steps": steps, "L_ft": l_ft}
-    given |= {name: None if text is None else parse_share(text) for name, text in shares.items()}
+    given |= {name: None if text is None else parse_law_share(text, name) for name, text in shares.items()}
     is_forgetting = "L0" in predictor.law.columns and l0 is None
     columns = question(predictor.law, {**given, "L0": 0.0 if is_forgetting else l0})
     value = float(predictor.predict(columns)[0])

@@ -29,12 +29,29 @@ def parse_share(text: str | float) -> Fraction:
     Raises:
         UserError: not a number, or outside [0, 1).
     """
+    share = _share(text, "p")
+    if not 0 <= share < 1:
+        raise UserError(f"p must lie in [0, 1), not {text}: it is the share of rows that are pretraining data (1% is 0.01).")
+    return share
+
+
+def parse_law_share(text: str | float, column: str) -> float:
+    """A share in [0, 1], written in the same ways, of a law's column: a law also knows runs of one source alone.
+
+    Raises:
+        UserError: not a number, or outside [0, 1].
+    """
+    share = _share(text, column)
+    if not 0 <= share <= 1:
+        raise UserError(f"{column} must lie in [0, 1], not {text}: it is a share (1% is 0.01).")
+    return float(share)
+
+
+def _share(text: str | float, name: str) -> Fraction:
     written = str(text).strip()
     share = _number(written)
     if share is None:
-        raise UserError(f"p must be a share such as 0.01, 1% or 1/128, not {written!r}.")
-    if not 0 <= share < 1:
-        raise UserError(f"p must lie in [0, 1), not {written}: it is the share of rows that are pretraining data (1% is 0.01).")
+        raise UserError(f"{name} must be a share such as 0.01, 1% or 1/128, not {written!r}.")
     return share
 
 

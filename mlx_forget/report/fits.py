@@ -14,7 +14,7 @@ from mlx_forget.laws.uncertainty import BootstrapOptions, Uncertainty, assess
 from mlx_forget.laws.validate import HoldOut, leave_out
 from mlx_forget.report.sources import unread_keys
 from mlx_forget.runs.rows import METHODS_OF_THE_LAWS, Row, fitted_rows
-from mlx_forget.tables import table_from_rows
+from mlx_forget.table_files import table_from_rows
 
 RESPONSES = {"pretraining": "Forgetting", "target": "Target loss"}
 # Resamples for many rows: the ends of an interval that is this narrow need no more.

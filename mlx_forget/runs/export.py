@@ -77,7 +77,7 @@ def read_export(path: Path) -> list[Row]:
     Raises:
         UserError: it is none.
     """
-    from mlx_forget.tables import read_rows
+    from mlx_forget.table_files import read_rows
 
     rows = read_rows(path) if path.suffix.lower() in FORMATS else []
     if not rows or any(name not in rows[0] for name in EXPORTED):

@@ -38,7 +38,7 @@ def select(rows: Sequence[Row], *, where: str | None = None, status: str | None 
 
 
 def _where(rows: list[Row], condition: str) -> list[Row]:
-    from mlx_forget.tables import table_from_rows
+    from mlx_forget.table_files import table_from_rows
 
     try:
         names = {node.id for node in ast.walk(ast.parse(condition.strip(), mode="eval")) if isinstance(node, ast.Name)}

@@ -25,7 +25,7 @@ from mlx_forget.laws.validate import HoldOut, leave_out, select
 from mlx_forget.pipeline.mixture import parse_share
 from mlx_forget.records import Run
 from mlx_forget.runs.rows import Row, fitted_rows, record_row
-from mlx_forget.tables import table_from_rows
+from mlx_forget.table_files import table_from_rows
 
 # A share of pretraining data that put fewer rows than these into the run is no measurement of it.
 LEAST_INJECTED_ROWS = 8

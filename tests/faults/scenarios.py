@@ -235,7 +235,7 @@ def _content(path: Path) -> object:
 
     import numpy as np
 
-    from mlx_forget.tables import read_rows
+    from mlx_forget.table_files import read_rows
 
     if path.suffix == ".parquet":
         return read_rows(path)

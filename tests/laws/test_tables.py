@@ -9,7 +9,8 @@ import pytest
 from mlx_forget.errors import UserError
 from mlx_forget.laws.forms import get_law
 from mlx_forget.laws.table import Table, check
-from mlx_forget.tables import parse_share, read_table
+from mlx_forget.pipeline.shares import parse_law_share
+from mlx_forget.tables import read_table
 
 ROWS = [
     {"params": 4.1e7, "D": 3e5, "p": 0.0, "L0": 3.9, "final_loss": 4.1, "domain": "math"},
@@ -304,15 +305,15 @@ def test_ids_of_digits_are_names_and_base_models_are_read(tmp_path):
     assert table.base.tolist() == ["12", "12", "13"]
 
 
-@pytest.mark.parametrize("text, value", [("1%", 0.01), ("0.05", 0.05), ("0", 0.0)])
-def test_shares_are_written_either_way(text, value):
-    assert parse_share(text) == pytest.approx(value)
+@pytest.mark.parametrize("text, value", [("1%", 0.01), ("0.05", 0.05), ("0", 0.0), ("1/128", 1 / 128), ("100%", 1.0)])
+def test_shares_are_written_in_every_way_that_a_run_takes(text, value):
+    assert parse_law_share(text, "p") == value
 
 
 @pytest.mark.parametrize("text", ["5", "-1%", "half", ""])
 def test_a_share_outside_0_to_1_is_refused(text):
-    with pytest.raises(UserError):
-        parse_share(text)
+    with pytest.raises(UserError, match=r"^R must"):
+        parse_law_share(text, "R")
 
 
 @pytest.mark.parametrize(

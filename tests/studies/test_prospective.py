@@ -13,7 +13,7 @@ from mlx_forget.laws.uncertainty import BootstrapOptions, assess
 from mlx_forget.resources import recipe as find_recipe
 from mlx_forget.studies.prospective import compare, predict_recipe, predictions, summary, write_predictions
 from mlx_forget.sweeps.grid import read_recipe
-from mlx_forget.tables import table_from_rows
+from mlx_forget.table_files import table_from_rows
 from tests.studies.test_law_study import SIZES, TRUTH, flat_row, synthetic
 
 MADE = datetime(2026, 1, 1, 12, tzinfo=UTC)
