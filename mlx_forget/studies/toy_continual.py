@@ -182,6 +182,7 @@ def run_toy(
     if (outcome.spec, outcome.backend) != (spec, backend):
         raise UserError(f"{folder} holds another experiment ({outcome.spec.command}, {outcome.backend}): choose another --output.")
     if outcome.is_finished:
+        _remove_weights(folder)
         say(f"This experiment is done already: {folder / FILE}")
         return outcome
     valid = {task: examples(task, spec.num_valid, spec.seed + 1) for task in spec.tasks}
@@ -195,8 +196,7 @@ def run_toy(
             scores = outcome.after(arm, stage)
             assert scores is not None
             say(f"{arm}, after {task}: " + ", ".join(f"{name} {share:.1%}" for name, share in scores.items()))
-    for name in ARMS.values():
-        shutil.rmtree(folder / name, ignore_errors=True)
+    _remove_weights(folder)
     return outcome
 
 
@@ -251,6 +251,12 @@ def _learn(
 def _learnt(folder: Path, stage: int) -> Path:
     """The weights at the end of a task."""
     return folder / f"{stage}.safetensors"
+
+
+def _remove_weights(folder: Path) -> None:
+    """Remove what only a run that is not finished needs; a run that was killed after its last reading has it still."""
+    for name in ARMS.values():
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _keep(trainer: Trainer, folder: Path, stage: int, step: int, *, whole: bool) -> None:

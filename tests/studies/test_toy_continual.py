@@ -84,7 +84,11 @@ def test_both_arms_share_the_first_task_and_are_read_at_the_same_steps(tmp_path)
     assert outcome.arms[PLAIN][:6] == outcome.arms[REPLAYED][:6]
     assert list(outcome.after(PLAIN, 1)) == ["reversal", "sort"]
     assert [path.name for path in tmp_path.iterdir()] == [FILE], "weights are gone when all is learnt"
+    # As a run leaves it that is killed after its last reading.
+    (tmp_path / "replay").mkdir()
+    (tmp_path / "replay" / ".1.part.safetensors").write_bytes(b"")
     again = run_small(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
     assert again.as_json() == read_outcome(tmp_path).as_json() == outcome.as_json()
 
 
