@@ -274,8 +274,9 @@ def test_adapters_sit_on_a_quantised_base_on_mlx_and_nowhere_else(checkpoints, t
     (folder / "config.json").write_text(json.dumps(older_keys(json.loads((folder / "config.json").read_text()))))
     spec, tokens = read_pretrained(folder), rows(3)
     assert spec.num_params == read_pretrained(checkpoints("llama")).num_params
-    for backend, message in (("mlx", "give --fine-tune-type lora"), ("cuda", "PyTorch does not train here")):
-        with pytest.raises(UserError, match=message):
+    refusals = {"mlx": "give --fine-tune-type lora", "cuda": "PyTorch does not train here"}
+    for backend in BACKENDS:
+        with pytest.raises(UserError, match=refusals[backend]):
             load_backend(backend)(TrainerSpec(model=spec, runtime=RuntimeSpec(num_threads=1)))
     adapter = AdapterSpec(rank=4)
     runtime = RuntimeSpec(num_threads=1, grad_checkpoint=True)

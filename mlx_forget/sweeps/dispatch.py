@@ -168,6 +168,7 @@ class _Dispatch:
             config = dataclasses.replace(config, backend=job.plan.backend, precision=job.plan.precision)
         _write(folder / REQUESTED, to_yaml(config))
         (folder / FAILURE).unlink(missing_ok=True)
+        _remove_asides(folder / FAILURE)
         job.state, job.reason = "queued", ""
 
     def _settle(self, unit: _Unit, exit_: Exit) -> None:
@@ -295,10 +296,25 @@ def _note_failure(job: Job, exit_: Exit) -> None:
 
 
 def _write(path: Path, text: str) -> None:
+    """Write a file that other sweeps may be writing too: each aside under a name of its own, again where another has removed it."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    aside.write_text(text, encoding="utf-8")
-    sync(aside)
-    os.replace(aside, path)
+    for tries_left in reversed(range(5)):
+        try:
+            _remove_asides(path)
+            aside.write_text(text, encoding="utf-8")
+            sync(aside)
+            os.replace(aside, path)
+        except FileNotFoundError:
+            if not tries_left:
+                raise
+        else:
+            return
+
+
+def _remove_asides(path: Path) -> None:
+    """Remove what sweeps that were killed left of a file."""
+    for aside in path.parent.glob(f".{path.name}.*.part"):
+        aside.unlink(missing_ok=True)
 
 
 def states(jobs: Iterable[Job]) -> dict[str, int]:

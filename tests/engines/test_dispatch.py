@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from mlx_forget import durable_files
 from mlx_forget import trainer as trainer_module
 from mlx_forget.engines import Engine, Exit
 from mlx_forget.errors import Interrupted, UserError
@@ -284,6 +285,30 @@ def test_the_configuration_that_is_asked_for_is_whole(plan):
     text = (sweep.jobs[0].plan.folder / REQUESTED).read_text()
     assert "num_threads: 1" in text
     assert not list(sweep.jobs[0].plan.folder.glob(".*.part"))
+
+
+@pytest.mark.parametrize("times", [1, 4])
+def test_a_file_that_another_sweep_has_removed_half_way_is_written_again(plan, monkeypatch, times):
+    sweep, removed = plan({"p": ["0"]}), []
+    folder = sweep.jobs[0].plan.folder
+    folder.mkdir(parents=True)
+    # Of a sweep that was killed.
+    for name in (REQUESTED, FAILURE):
+        (folder / f".{name}.12345.part").write_text("half of")
+
+    def sync(path):
+        if len(removed) < times:
+            path.unlink()
+            removed.append(path)
+        else:
+            durable_files.sync(path)
+
+    monkeypatch.setattr(dispatch, "sync", sync)
+    execute_sweep(sweep, ScriptedEngine())
+    assert len(removed) == times
+    assert sweep.jobs[0].state == "done"
+    assert (folder / REQUESTED).read_text()
+    assert not list(folder.glob(".*.part"))
 
 
 def test_two_runs_with_one_id_are_refused(plan):
