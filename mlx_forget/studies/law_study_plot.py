@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_forget.laws.forms import get_law
+from mlx_forget.pipeline.mixture import parse_share
 from mlx_forget.plots import COLOURS, MARKERS
 from mlx_forget.studies.law_study import find_fit
 from mlx_forget.studies.law_study_text import most_common_tokens
@@ -67,7 +68,8 @@ def _draw_shares(axis: "Axes", content: Mapping[str, Any], domain: str, most: in
             axis.plot(p, np.broadcast_to(values, p.shape), color=style["color"], linewidth=1.0, linestyle="--")
     axis.set_xscale("symlog", linthresh=smallest, linscale=0.5)
     axis.set_xlim(-0.2 * smallest, largest * 1.3)
-    ticks = [0.0, *sorted({c["p"] for c in cells if c["p"] > 0})]
+    # Shares as they were asked for; those that were served differ a little.
+    ticks = sorted({0.0, *(float(parse_share(str(c["p_asked"]))) for c in cells)})
     axis.set_xticks(ticks, [f"{100 * tick:.2g}%" for tick in ticks])
     axis.minorticks_off()
     axis.set_xlabel("share p of pretraining data")
