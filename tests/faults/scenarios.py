@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,13 @@ def copy_world(world: Path, folder: Path) -> Path:
     """A fresh copy, as files of its own."""
     shutil.copytree(world, folder)
     return folder
+
+
+@contextlib.contextmanager
+def copy_to_break(world: Path, folder: Path) -> Iterator[Path]:
+    """A fresh copy that is removed when all that was tried on it went well: there are thousands of them."""
+    yield copy_world(world, folder)
+    shutil.rmtree(folder)
 
 
 def run(

@@ -6,14 +6,13 @@ import subprocess
 
 import pytest
 
-from tests.faults.scenarios import SCENARIOS, copy_world, result_of, run, shuffled
+from tests.faults.scenarios import SCENARIOS, copy_to_break, copy_world, result_of, run, shuffled
 
 NAMES = list(SCENARIOS)
 SAYS = {"full": ("disk is full", "No space left"), "denied": ("Read-only file system", "no permission")}
 
 
-def refuses_and_goes_on(world, wanted, folder, name, at, kind):
-    copy_world(world, folder)
+def refuses_and_goes_on(wanted, folder, name, at, kind):
     outcome = run(folder, SCENARIOS[name], at=at, kind=kind)
     where = f"{name} at point {at}"
     assert "Traceback" not in outcome.said, f"{where}: {outcome.said}"
@@ -32,7 +31,8 @@ def refuses_and_goes_on(world, wanted, folder, name, at, kind):
 def at_points(world, straight, tmp_path, tried, name, kind, num):
     wanted, points, _ = straight(name)
     for at in shuffled(len(points), num, seed=f"{name} {kind}"):
-        refuses_and_goes_on(world, wanted, tmp_path / f"{kind}{at}", name, at, kind)
+        with copy_to_break(world, tmp_path / f"{kind}{at}") as folder:
+            refuses_and_goes_on(wanted, folder, name, at, kind)
         tried[f"points of {name} tried ({kind}), nothing lost"] += 1
 
 

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from tests.faults.scenarios import KILLED, OFTEN, SCENARIOS, copy_world, result_of, run, shuffled
+from tests.faults.scenarios import KILLED, OFTEN, SCENARIOS, copy_to_break, copy_world, result_of, run, shuffled
 
 NAMES = list(SCENARIOS)
 
@@ -28,8 +28,8 @@ def survives(folder, name, straight, **fault):
 def at_points(world, straight, tmp_path, tried, name, kind, num):
     wanted, points, _ = straight(name)
     for at in shuffled(len(points), num, seed=f"{name} {kind}"):
-        folder = copy_world(world, tmp_path / f"{kind}{at}")
-        assert survives(folder, name, wanted, at=at, kind=kind) == KILLED
+        with copy_to_break(world, tmp_path / f"{kind}{at}") as folder:
+            assert survives(folder, name, wanted, at=at, kind=kind) == KILLED
         tried[f"points of {name} tried ({kind}), nothing lost"] += 1
 
 
@@ -55,8 +55,8 @@ def test_ten_kills_at_random_moments_lose_nothing(world, straight, tmp_path, tri
     seconds = time.perf_counter() - begin
     moments = random.Random(name)
     for number in range(10):
-        folder = copy_world(world, tmp_path / f"random{number}")
-        code = survives(folder, name, wanted, kill_after=moments.uniform(0.02, seconds))
+        with copy_to_break(world, tmp_path / f"random{number}") as folder:
+            code = survives(folder, name, wanted, kill_after=moments.uniform(0.02, seconds))
         tried[f"random kills of {name} ({'before' if code == KILLED else 'after'} its end), nothing lost"] += 1
 
 
