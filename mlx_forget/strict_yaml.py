@@ -9,6 +9,8 @@ from mlx_forget.errors import UserError
 _MOST_LEVELS = 50
 # An alias can stand for much, and an alias of aliases for more than any memory holds.
 _MOST_VALUES = 200_000
+# What a user says on the command line, and no file for them.
+_TRUST = "trust_remote_code"
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -24,6 +26,32 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     return parse_yaml(text, str(path))
+
+
+def read_given(path: Path) -> dict[str, Any]:
+    """A configuration or recipe that a user gives, perhaps another's: it cannot let code that comes with a model run.
+
+    Raises:
+        UserError: as of `read_yaml`, or it says that code may run.
+    """
+    content = read_yaml(path)
+    if _says_trust(content):
+        raise UserError(
+            f"{path} sets {_TRUST}, which lets code of others run: no file can say that for you. Remove it there, and pass "
+            f"--trust-remote-code (of a sweep: --set {_TRUST}=true) if you mean it."
+        )
+    return content
+
+
+def _says_trust(value: Any) -> bool:
+    if isinstance(value, list):
+        return any(map(_says_trust, value))
+    if not isinstance(value, dict):
+        return False
+    return any(
+        (str(key).replace("-", "_").rpartition(".")[2] == _TRUST and part is not False) or _says_trust(part)
+        for key, part in value.items()
+    )
 
 
 def parse_yaml(text: str, path: str) -> dict[str, Any]:

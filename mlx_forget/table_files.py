@@ -36,8 +36,9 @@ def read_rows(source: Path) -> list[dict[str, Any]]:
             with open(source, newline="", encoding="utf-8-sig") as stream:
                 return _read_csv(source, csv.reader(stream, delimiter="\t" if kind == ".tsv" else ",", skipinitialspace=True))
         if kind in (".jsonl", ".ndjson", ".json"):
-            text = source.read_text(encoding="utf-8")
-            whole = json.loads(text) if kind == ".json" else [json.loads(line) for line in text.splitlines() if line.strip()]
+            text = source.read_text(encoding="utf-8-sig")
+            # Not `splitlines`: a string may hold other line ends as they are.
+            whole = json.loads(text) if kind == ".json" else [json.loads(line) for line in text.split("\n") if line.strip()]
             if not isinstance(whole, list) or not all(isinstance(row, dict) for row in whole):
                 raise UserError(f"{source} must hold one object per row.")
             return whole

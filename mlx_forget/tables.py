@@ -8,7 +8,7 @@ from pathlib import Path
 from mlx_forget.errors import UserError
 from mlx_forget.laws.table import Table
 from mlx_forget.records import HISTORY, RECORD
-from mlx_forget.runs.export import EXPORTED
+from mlx_forget.runs.export import EXPORTED, as_written
 from mlx_forget.runs.index import read_index
 from mlx_forget.runs.rows import MARK, Row, fitted_rows
 from mlx_forget.table_files import read_rows, table_from_rows
@@ -100,7 +100,7 @@ def read_exported(
     """
     if lacking := [name for name in EXPORTED if name not in rows[0]]:
         raise UserError(f"{source} lacks {', '.join(lacking)}, which forget runs export writes: export the runs again.")
-    whole = [{key: None if value == "" else value for key, value in row.items()} for row in rows]
+    whole = as_written(source, rows)
     made, left_out = fitted_rows(((str(row["run"]), row) for row in whole), response=response, adapters=adapters)
     reasons = {reason: tuple(names) for reason, names in left_out.items()}
     if not made:

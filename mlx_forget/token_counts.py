@@ -1,4 +1,4 @@
-"""Numbers of tokens as people write them."""
+"""Numbers of tokens and parameters as people write them."""
 
 import re
 
@@ -19,3 +19,10 @@ def parse_tokens(text: str) -> int:
     if number < 1 or number != int(number):
         raise UserError(f"A number of tokens is written like 300000, 300K or 2M, not {text!r}.")
     return int(number)
+
+
+def short_count(value: float) -> str:
+    """A large number in millions or billions: 161,088 as 0.16M, 124,439,808 as 124M, 1.28e9 as 1.28B."""
+    if value >= 999.5e6:
+        return f"{value / 1e9:.3g}B"
+    return f"{value / 1e6:.{2 if value < 9.95e6 else 3}g}M"

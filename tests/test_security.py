@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from mlx_forget.cli import main
 from mlx_forget.errors import UserError
 from mlx_forget.pipeline.vocabularies import load_vocabulary
 from mlx_forget.replay.sampled_store import _sampled_shard
 from mlx_forget.strict_yaml import read_yaml
+from mlx_forget.sweeps.grid import read_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [path for package in ("mlx_forget", "cuda_backend") for path in sorted((ROOT / package).rglob("*.py"))]
@@ -89,3 +91,26 @@ def test_yaml_that_only_takes_time_is_refused(tmp_path):
     (tmp_path / "c.yaml").write_text("a: " + "[" * 5000)
     with pytest.raises(UserError, match="nested more than 50 levels"):
         read_yaml(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "trust_remote_code: true",
+        "config: {trust-remote-code: yes}",
+        "grid: {trust_remote_code: [true]}",
+        "arms: {one: {base.trust_remote_code: 1}}",
+        "stages: [{target: code}, {trust_remote_code: true}]",
+    ],
+)
+def test_no_file_says_that_code_of_others_may_run(tmp_path, capsys, text):
+    path = tmp_path / "theirs.yaml"
+    path.write_text(text + "\n")
+    with pytest.raises(UserError, match="no file can say that for you"):
+        read_recipe(path)
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--config", str(path), "--dry-run"])
+    assert stop.value.code == 2
+    assert "no file can say" in " ".join(capsys.readouterr().err.split())
+    path.write_text("config: {trust_remote_code: false, target: code}\n")
+    assert read_recipe(path).config["trust_remote_code"] is False

@@ -302,7 +302,7 @@ def hold_outs(
             )
             tell(
                 f"{group}: " * bool(group) + f"without {held.name}: mean error {100 * held.mre:.3g}% over {held.test.num_rows} rows"
-                f", {100 * held.covered:.0f}% inside 95% intervals" * bool(resampling.num_resamples)
+                f", {100 * held.covered:.0f}% inside {100 * resampling.level:.3g}% intervals" * bool(resampling.num_resamples)
             )
     return made
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlx_forget.cli.answers import clean, emit, say, works_in
+from mlx_forget.token_counts import short_count
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,6 +73,8 @@ def plot(
     chosen = kind or said or _kind_of(runs)
     if chosen not in KINDS:
         raise unknown("kind of figure", chosen, KINDS)
+    if seed is not None and chosen in ("stages", "toy"):
+        raise UserError(f"A figure of {chosen} has one seed, that of its folder: leave --seed out.")
     folder, stem = output or Path("figures"), name or (sweep.stem if is_table else sweep.resolve().name)
     works_in(folder)
     missing = [] if is_table else missing_runs(sweep)
@@ -89,14 +92,12 @@ def plot(
 
 
 def _draw(kind: str, sweep: Path, runs: "list[Run]", stem: Path, seed: int | None, max_forgetting: float | None) -> _Answer:
-    if kind == "stages":
-        return _plot_stages(sweep, stem)
-    if kind == "toy":
-        return _plot_toy(sweep, stem)
+    if kind in ("stages", "toy"):
+        return (_plot_stages if kind == "stages" else _plot_toy)(sweep, stem)
     if kind == "methods":
         return _plot_methods(runs, stem, seed, max_forgetting)
     if kind == "laws":
-        return _plot_laws(sweep, runs, stem)
+        return _plot_laws(sweep, runs, stem, seed)
     if kind in SLICES:
         return _plot_slices(runs, stem, seed, kind)
     draw = {"ranks": _plot_ranks, "learning-rate": _plot_rates, "figure1": _plot_figure1}[kind]
@@ -113,7 +114,7 @@ def _plot_figure1(runs: "list[Run]", stem: Path, seed: int | None) -> _Answer:
     config = record["config"]
     seeds = sorted({curve.seed for curve in curves})
     title = (
-        f"{record['num_params'] / 1e6:.2g}M parameters, {config['pretrain']} to {config['target']}, "
+        f"{short_count(record['num_params'])} parameters, {config['pretrain']} to {config['target']}, "
         f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
     )
     _save(draw_figure1(curves, title=title), stem)
@@ -170,14 +171,14 @@ def _plot_ranks(runs: "list[Run]", stem: Path, seed: int | None) -> _Answer:
     lines, joint = rank_study.fit_lines(points), rank_study.fit_joint(points)
     beside = rank_study.hold_beside(points, lines)
     record = next(run.record for run in runs if run.record["run_id"] == points[0].run)
-    title = f"{record['num_params'] / 1e6:.2g}M parameters, pretrained on {record['config']['pretrain']}"
+    title = f"{short_count(record['num_params'])} parameters, pretrained on {record['config']['pretrain']}"
     figure = draw_study(points, lines, joint, title=title)
     _save(figure, stem)
     rank_study.write_csv(points, stem.with_name(f"{stem.name}.csv"))
     return rank_study.as_json(lines, beside, joint), rank_study.study_lines(lines, beside, joint)
 
 
-def _plot_laws(sweep: Path, runs: "list[Run]", stem: Path) -> _Answer:
+def _plot_laws(sweep: Path, runs: "list[Run]", stem: Path, seed: int | None) -> _Answer:
     """From run folders, or from an exported table, which has no histories."""
     import json
 
@@ -188,7 +189,8 @@ def _plot_laws(sweep: Path, runs: "list[Run]", stem: Path) -> _Answer:
     from mlx_forget.studies.law_study_plot import draw_law_study
     from mlx_forget.studies.law_study_text import study_lines, write_evaluations
 
-    cells = make_cells(read_export(sweep)) if sweep.is_file() else load_cells(runs)
+    runs = [run for run in runs if seed in (None, run.record["seed"])]
+    cells = make_cells(row for row in read_export(sweep) if seed in (None, row["seed"])) if sweep.is_file() else load_cells(runs)
     study = analyse(cells)
     content = clean(study.content)
     row = cells[0].row
@@ -250,7 +252,7 @@ def _kind_of(runs: "list[Run]") -> str:
 
 def _setting(trajectories: "list[Trajectory]") -> str:
     record = trajectories[0].record
-    return f"{record['num_params'] / 1e6:.2g}M parameters, {record['config']['pretrain']} to {record['config']['target']}"
+    return f"{short_count(record['num_params'])} parameters, {record['config']['pretrain']} to {record['config']['target']}"
 
 
 def _save(figure: "Figure", stem: Path) -> None:

@@ -35,7 +35,7 @@ app = typer.Typer(cls=ListByDefault, help="List, show, compare, export, prune an
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Folder = Annotated[Path | None, typer.Argument(help="Where to look, at any depth. \\[default: runs]")]
 Within = Annotated[Path | None, typer.Option("--in", help="Where to look for a run id. \\[default: runs]")]
-Where = Annotated[str | None, typer.Option(help="Keep these runs, as in forget fit: 'N <= 3.4e8 and method == \"injection\"'.")]
+Where = Annotated[str | None, typer.Option(help="Only these runs, as in forget fit: 'N <= 3.4e8 and method == \"injection\"'.")]
 Status = Annotated[str | None, typer.Option(help="finished, stopped or diverged.", autocompletion=completion.statuses)]
 Sort = Annotated[str | None, typer.Option(help="A column, such as forgetting_nats; -forgetting_nats puts the largest first.")]
 

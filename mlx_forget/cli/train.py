@@ -9,6 +9,7 @@ from mlx_forget.cli import completion
 from mlx_forget.cli.answers import emit, propose, works_in
 from mlx_forget.cli.options import given, with_options
 from mlx_forget.config import TrainConfig, from_layers, read_yaml, scale_defaults
+from mlx_forget.strict_yaml import read_given
 
 if TYPE_CHECKING:
     from mlx_forget.costs import Device, Rate
@@ -67,9 +68,9 @@ def train(
     from mlx_forget.training.watch import Watch
 
     console = make_console()
-    from_file = read_yaml(config) if config is not None else {}
-    # A sweep asks for complete configurations: nothing is laid under them.
+    # A sweep asks for complete configurations, which it has written itself: nothing is laid under them.
     supervised = SUPERVISOR in os.environ
+    from_file = {} if config is None else read_yaml(config) if supervised else read_given(config)
     resolved = from_layers(TrainConfig, {} if supervised else scale_defaults(), from_file, given(values))
 
     if not dry_run and (measure, on, devices) != (None, None, None):

@@ -102,12 +102,19 @@ def _remove_abandoned(sweep_folder: Path) -> None:
     """Remove leases of sweeps that were killed on this machine."""
     for folder in sweep_folder.glob(f".sweep-{socket.gethostname()}-*"):
         number = folder.name.split("-")[-2]
-        try:
-            os.kill(int(number), 0)
-        except ProcessLookupError:
+        if number.isdigit() and not is_alive(int(number)):
             shutil.rmtree(folder, ignore_errors=True)
-        except (PermissionError, ValueError):
-            continue
+
+
+def is_alive(process: int) -> bool:
+    """Whether there is a process of this number on this machine."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 class Attendance:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
@@ -90,7 +91,7 @@ def calibration(fit: Fit, test: Table, options: BootstrapOptions) -> float:
     found = assess(fit, options)
     intervals = predict_intervals(found, test.columns)
     response = fit.objective.transform(test.columns["loss"])
-    noise = 1.959963984540054 * fit.noise.residual
+    noise = NormalDist().inv_cdf((1 + options.level) / 2) * fit.noise.residual
     inside = 0
     for interval, measured in zip(intervals, response.tolist(), strict=True):
         centre = float(fit.objective.transform(np.array([interval.value]))[0])

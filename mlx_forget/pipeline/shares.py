@@ -20,6 +20,7 @@ Ids = npt.NDArray[np.int64]
 
 _MAX_DENOMINATOR = 10**9
 _PHASE_BITS = 32
+_LARGE_EXPONENT = re.compile(r"[eE][+-]?[0-9_]{3,}")
 _RAMP = re.compile(r"^(?P<first>[^.]*(?:\.\d+)?%?)\.\.(?P<last>.+)$")
 
 
@@ -56,6 +57,9 @@ def _share(text: str | float, name: str) -> Fraction:
 
 
 def _number(written: str) -> Fraction | None:
+    if _LARGE_EXPONENT.search(written):
+        # As a fraction it would be as long as its exponent is large.
+        return None
     try:
         share = Fraction(written[:-1]) / 100 if written.endswith("%") else Fraction(written)
     except (ValueError, ZeroDivisionError):

@@ -85,10 +85,15 @@ def read_export(path: Path) -> list[Row]:
             f"{path} was not written by forget runs export, which alone knows what a run was: give that, or a folder of runs; "
             "`forget fit TABLE --plot FOLDER` draws a table of your own."
         )
-    if path.suffix.lower() == ".csv":
-        columns = {name: _parsed([row.get(name) for row in rows], name) for name in rows[0]}
-        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    return rows
+    return as_written(path, rows)
+
+
+def as_written(path: Path, rows: Sequence[Row]) -> list[Row]:
+    """The rows of an exported table with their cells as they were exported: those of a CSV are read as text."""
+    if path.suffix.lower() != ".csv" or not rows:
+        return list(rows)
+    columns = {name: _parsed([row.get(name) for row in rows], name) for name in rows[0]}
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def _parsed(cells: Sequence[Any], name: str) -> list[Any]:

@@ -141,7 +141,8 @@ def table(curves: Sequence[Curve]) -> list[Row]:
                 pretrain=estimate(curve.windows("pretrain_val")),
                 forgetting=forgetting,
                 less_than_previous=less,
-                ratio=forgetting.mean / _forgetting(base) if base is not None else None,
+                # Where a run without injection was best at its start, nothing was forgotten to compare with.
+                ratio=forgetting.mean / _forgetting(base) if base is not None and _forgetting(base) else None,
                 rise=curve.rows[-1]["target_val_loss"] - curve.at_best["target_val_loss"],
             )
         )

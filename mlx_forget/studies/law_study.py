@@ -23,6 +23,7 @@ from mlx_forget.laws.table import Table
 from mlx_forget.laws.uncertainty import BootstrapOptions, Uncertainty, assess
 from mlx_forget.laws.validate import HoldOut, leave_out, select
 from mlx_forget.pipeline.mixture import parse_share
+from mlx_forget.pipeline.shares import constant_share
 from mlx_forget.records import Run
 from mlx_forget.runs.rows import Row, fitted_rows, record_row
 from mlx_forget.table_files import table_from_rows
@@ -107,9 +108,11 @@ def make_cells(rows: Iterable[Row], smoothed: Mapping[str, Mapping[str, float] |
         smoothed: the smoothed reading by run id.
 
     Raises:
-        UserError: there is no finetuning run among them that measured a pretraining loss.
+        UserError: there is no finetuning run with a constant p among them that measured a pretraining loss.
     """
-    found, _ = fitted_rows(((str(row["run"]), row) for row in rows), response="pretraining", adapters=False)
+    # A share that changes along a run is no p of the laws.
+    constant = (row for row in rows if row["p_asked"] is None or constant_share(str(row["p_asked"])) is not None)
+    found, _ = fitted_rows(((str(row["run"]), row) for row in constant), response="pretraining", adapters=False)
     if not found:
         raise UserError("There are no finished finetuning runs here that measured a pretraining loss.")
     cells = []

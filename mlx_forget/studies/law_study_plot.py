@@ -11,6 +11,7 @@ from mlx_forget.pipeline.mixture import parse_share
 from mlx_forget.plots import COLOURS, MARKERS
 from mlx_forget.studies.law_study import find_fit
 from mlx_forget.studies.law_study_text import most_common_tokens
+from mlx_forget.token_counts import short_count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,7 +56,7 @@ def _draw_shares(axis: "Axes", content: Mapping[str, Any], domain: str, most: in
     for number, size in enumerate(content["axes"]["N"]):
         own = [c for c in cells if c["N"] == size]
         style = _style(number)
-        label = f"N = {size / 1e6:.2g}M"
+        label = f"N = {short_count(size)}"
         axis.plot([], [], linestyle="none", label=label, **style)
         for c in own:
             axis.plot(c["p"], c["forgetting"], linestyle="none", fillstyle="none" if c["left_out"] else "full", **style)
@@ -73,7 +74,7 @@ def _draw_shares(axis: "Axes", content: Mapping[str, Any], domain: str, most: in
     axis.set_xticks(ticks, [f"{100 * tick:.2g}%" for tick in ticks])
     axis.minorticks_off()
     axis.set_xlabel("share p of pretraining data")
-    axis.set_title(f"{domain}, D = {most / 1e6:.2g}M tokens; dashed: the law", fontsize=10)
+    axis.set_title(f"{domain}, D = {short_count(most)} tokens; dashed: the law", fontsize=10)
 
 
 def _draw_predicted(axis: "Axes", content: Mapping[str, Any]) -> None:
@@ -152,10 +153,10 @@ def _draw_progress(axis: "Axes", content: Mapping[str, Any], most: int) -> None:
             axis.plot(sizes, [np.mean(own[size]) for size in sizes], linestyle=line, linewidth=1.1, label=label, **_style(number))
     axis.set_xscale("log")
     sizes = content["axes"]["N"]
-    axis.set_xticks(sizes, [f"{size / 1e6:.2g}M" for size in sizes])
+    axis.set_xticks(sizes, [short_count(size) for size in sizes])
     axis.minorticks_off()
     axis.set_ylim(0, 1.35 * axis.get_ylim()[1])
     axis.set_xlabel("parameters N")
     axis.set_ylabel("pretraining progress lost (% of loss)")
-    axis.set_title(f"Progress lost, D = {most / 1e6:.2g}M tokens", fontsize=10)
+    axis.set_title(f"Progress lost, D = {short_count(most)} tokens", fontsize=10)
     axis.legend(frameon=False, fontsize=8, ncols=2, loc="upper center")

@@ -8,8 +8,10 @@ from typing import Any
 
 from mlx_forget.durable_files import write_text
 from mlx_forget.history import read_history
+from mlx_forget.pipeline.mixture import parse_share
 from mlx_forget.records import Run
 from mlx_forget.studies.law_study import LEAST_INJECTED_ROWS, PAPER_HELD_OUT, READINGS, find_fit, held_out
+from mlx_forget.token_counts import short_count
 
 CSV_COLUMNS = (
     *("run", "domain", "model", "N", "D", "p", "seed"),
@@ -292,12 +294,12 @@ def _share(value: float | None) -> str:
 def _count(value: float) -> str:
     """161,088 as 0.16M, 99,968 as 100K."""
     if value >= 999_500:
-        return f"{value / 1e6:.2g}M"
+        return short_count(value)
     return f"{value / 1e6:.2f}M" if value >= 1e5 and round(value, -4) != round(value, -5) else f"{value / 1e3:.0f}K"
 
 
 def _percent(asked: str) -> str:
-    return asked if asked.endswith("%") or asked == "0" else f"{float(asked):.3g}"
+    return asked if asked.endswith("%") or asked == "0" else f"{float(parse_share(asked)):.3g}"
 
 
 def _listed(items: Iterable[str]) -> str:

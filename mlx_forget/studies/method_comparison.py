@@ -208,13 +208,17 @@ def _row(group: list[Trajectory], plain: dict[int, Trajectory], limit: float | N
     def over_seeds(measure: Callable[[Trajectory, Trajectory], float]) -> tuple[float, float | None]:
         return mean_and_sd([measure(t, plain[t.seed]) for t in group])
 
+    def removed_at(row: dict[str, Any], t: Trajectory, base: Trajectory) -> float:
+        lost = base.forgetting(base.best)
+        return 1 - t.forgetting(row) / lost if lost else math.nan
+
     def removed_within(t: Trajectory, base: Trajectory) -> float:
         row = t.least_forgetting((1 + TOLERANCE) * base.best["target_val_loss"])
-        return math.nan if row is None else 1 - t.forgetting(row) / base.forgetting(base.best)
+        return math.nan if row is None else removed_at(row, t, base)
 
     target, target_sd = over_seeds(lambda t, base: t.best["target_val_loss"])
     forgetting, forgetting_sd = over_seeds(lambda t, base: t.forgetting(t.best))
-    removed, removed_sd = over_seeds(lambda t, base: 1 - t.forgetting(t.best) / base.forgetting(base.best))
+    removed, removed_sd = over_seeds(lambda t, base: removed_at(t.best, t, base))
     within, _ = over_seeds(removed_within)
     under: dict[str, float | None] = {}
     if limit is not None:

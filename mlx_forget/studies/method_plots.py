@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_forget.plots import COLOURS, MARKERS
 from mlx_forget.studies.method_comparison import TOLERANCE, Trajectory
 from mlx_forget.studies.rate_tradeoff import Point
+from mlx_forget.token_counts import short_count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -111,7 +112,7 @@ def draw_slices(found: "Sequence[SlicePoint]", axis: "Axis", level: float, *, ti
     for panel, name in ((left, "pretraining validation loss (nats per token)"), (right, "forgetting (nats per token)")):
         panel.set_xscale("log")
         # A factor of a few has no power of ten in it: the places themselves are named.
-        panel.set_xticks(shown, [f"{x / 1e6:.2g}M" if axis == "model-size" else f"{x:.3g}" for x in shown])
+        panel.set_xticks(shown, [short_count(x) if axis == "model-size" else f"{x:.3g}" for x in shown])
         panel.minorticks_off()
         panel.set_xlabel(AXES[axis])
         panel.set_ylabel(name)

@@ -20,6 +20,7 @@ from mlx_forget.ladder import default_context, is_ladder_name, model_spec, num_p
 from mlx_forget.laws.files import check_target, read_fit
 from mlx_forget.laws.predictor import NEGLIGIBLE
 from mlx_forget.pipeline.mixture import parse_share
+from mlx_forget.pipeline.shares import constant_share
 from mlx_forget.runs.rows import METHODS_OF_THE_LAWS, Row, fitted_rows
 from mlx_forget.studies.law_study import left_out
 from mlx_forget.sweeps.grid import Recipe
@@ -235,7 +236,7 @@ def compare(content: Mapping[str, Any], rows: Iterable[Row]) -> list[Outcome]:
 
 def _is_of(row: Row, one: Prediction) -> bool:
     same = (row["domain"], row["N"], row["seed"]) == (one.domain, one.N, one.seed)
-    return same and abs(row["D"] / one.D - 1) < 0.01 and parse_share(str(row["p_asked"])) == parse_share(one.p)
+    return same and abs(row["D"] / one.D - 1) < 0.01 and constant_share(str(row["p_asked"])) == parse_share(one.p)
 
 
 def summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:

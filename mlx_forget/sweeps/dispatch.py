@@ -5,9 +5,11 @@ for. A run that another sweep is training in the same folder is left to it.
 """
 
 import dataclasses
+import glob
 import json
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from mlx_forget.config import to_yaml
 from mlx_forget.durable_files import read_object, sync
 from mlx_forget.engines import STOPPED, Engine, Exit, Task
 from mlx_forget.engines.child import last_line
+from mlx_forget.engines.lease import is_alive
 from mlx_forget.errors import Interrupted, UserError
 from mlx_forget.progress import read_progress
 from mlx_forget.records import FAILURE, REQUESTED
@@ -296,25 +299,24 @@ def _note_failure(job: Job, exit_: Exit) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file that other sweeps may be writing too: each aside under a name of its own, again where another has removed it."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    for tries_left in reversed(range(5)):
-        try:
-            _remove_asides(path)
-            aside.write_text(text, encoding="utf-8")
-            sync(aside)
-            os.replace(aside, path)
-        except FileNotFoundError:
-            if not tries_left:
-                raise
-        else:
-            return
+    """Write a file that other sweeps may be writing too, each aside under a name of its own."""
+    _remove_asides(path)
+    aside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        sync(aside)
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def _remove_asides(path: Path) -> None:
-    """Remove what sweeps that were killed left of a file."""
-    for aside in path.parent.glob(f".{path.name}.*.part"):
-        aside.unlink(missing_ok=True)
+    """Remove what sweeps that were killed on this machine left of a file."""
+    for aside in path.parent.glob(f".{glob.escape(path.name)}.{glob.escape(socket.gethostname())}.*.part"):
+        number = aside.name.split(".")[-2]
+        if number.isdigit() and not is_alive(int(number)):
+            aside.unlink(missing_ok=True)
 
 
 def states(jobs: Iterable[Job]) -> dict[str, int]:

@@ -22,8 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_forget.config import TrainConfig, from_layers, read_yaml, scale_defaults
+from mlx_forget.config import TrainConfig, from_layers, scale_defaults
 from mlx_forget.errors import UserError, unknown
+from mlx_forget.strict_yaml import read_given
 
 _RESOURCES = "resources"
 
@@ -129,7 +130,7 @@ def read_recipe(path: Path) -> Recipe:
     Raises:
         UserError: not a recipe, or unknown keys.
     """
-    content = read_yaml(path)
+    content = read_given(path)
     known = {"name", "description", "config", "arms", "grid", "zip", "list", "stages", "smoke"}
     for key in content:
         if key not in known:

@@ -57,7 +57,9 @@ def sources_of(name: str | None) -> dict[str, Fraction]:
     """The sources behind --target or --pretrain with their shares: one, or several as NAME=SHARE,NAME=SHARE; none of None."""
     if name is None:
         return {}
-    return {name: Fraction(1)} if Path(name).expanduser().exists() else parse_sources(name)
+    # Where a slash comes after it, "=" is part of a path, as in folders named KEY=VALUE.
+    is_path = "/" in name.rpartition("=")[2] or Path(name).expanduser().exists()
+    return {name: Fraction(1)} if is_path else parse_sources(name)
 
 
 def identity_of(shares: dict[str, Fraction], stores: dict[str, TokenStore]) -> str | None:

@@ -2,11 +2,13 @@
 
 import fcntl
 import json
+import os
 import shutil
+import socket
+import subprocess
 
 import pytest
 
-from mlx_forget import durable_files
 from mlx_forget import trainer as trainer_module
 from mlx_forget.engines import Engine, Exit
 from mlx_forget.errors import Interrupted, UserError
@@ -287,28 +289,35 @@ def test_the_configuration_that_is_asked_for_is_whole(plan):
     assert not list(sweep.jobs[0].plan.folder.glob(".*.part"))
 
 
-@pytest.mark.parametrize("times", [1, 4])
-def test_a_file_that_another_sweep_has_removed_half_way_is_written_again(plan, monkeypatch, times):
-    sweep, removed = plan({"p": ["0"]}), []
+def test_what_a_killed_sweep_left_half_written_is_removed_and_that_of_a_living_one_is_not(plan):
+    sweep = plan({"p": ["0"]})
     folder = sweep.jobs[0].plan.folder
     folder.mkdir(parents=True)
-    # Of a sweep that was killed.
+    gone = subprocess.Popen(["true"])
+    gone.wait()
     for name in (REQUESTED, FAILURE):
-        (folder / f".{name}.12345.part").write_text("half of")
-
-    def sync(path):
-        if len(removed) < times:
-            path.unlink()
-            removed.append(path)
-        else:
-            durable_files.sync(path)
-
-    monkeypatch.setattr(dispatch, "sync", sync)
+        for number in (gone.pid, os.getppid()):
+            (folder / f".{name}.{socket.gethostname()}.{number}.part").write_text("half of")
+        (folder / f".{name}.elsewhere.{gone.pid}.part").write_text("of another machine")
     execute_sweep(sweep, ScriptedEngine())
-    assert len(removed) == times
     assert sweep.jobs[0].state == "done"
-    assert (folder / REQUESTED).read_text()
-    assert not list(folder.glob(".*.part"))
+    left = {
+        f".{name}.{who}.part"
+        for name in (REQUESTED, FAILURE)
+        for who in (f"{socket.gethostname()}.{os.getppid()}", f"elsewhere.{gone.pid}")
+    }
+    assert {path.name for path in folder.glob(".*.part")} == left
+
+
+def test_a_request_that_cannot_be_written_leaves_nothing_beside_it(plan, monkeypatch):
+    def sync(path):
+        raise OSError(28, "No space left on device")
+
+    sweep = plan({"p": ["0"]})
+    monkeypatch.setattr(dispatch, "sync", sync)
+    with pytest.raises(OSError, match="No space left"):
+        execute_sweep(sweep, ScriptedEngine())
+    assert not list(sweep.jobs[0].plan.folder.glob(".*.part"))
 
 
 def test_two_runs_with_one_id_are_refused(plan):
