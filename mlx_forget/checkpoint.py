@@ -336,7 +336,8 @@ def _system_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        found = re.search(r"\(os error (\d+)\)", str(error))
+        # The latter before safetensors 0.6.
+        found = re.search(r"(?:\(os error |Os \{ code: )(\d+)", str(error))
         if found is None:
             raise
         raise OSError(int(found[1]), os.strerror(int(found[1])), str(folder)) from None

@@ -94,7 +94,7 @@ def _checksum(batch: pa.RecordBatch) -> bytes:
         # Offsets that lead out of the file would be followed.
         batch.validate(full=True)
         rows = json.dumps(batch.to_pylist())
-    except (UnicodeDecodeError, RecursionError, *_UNREADABLE):
+    except (UnicodeDecodeError, RecursionError, TypeError, *_UNREADABLE):
         return b""
     return hashlib.sha256(rows.encode()).hexdigest().encode()
 

@@ -202,7 +202,14 @@ def test_sealing_lists_every_file_below(tmp_path):
     assert sorted(open_checkpoint(tmp_path).state["files"]) == ["b", "inner/a"]
 
 
-@pytest.mark.parametrize("words, kind", [("I/O error: No space left on device (os error 28)", OSError), ("other", SafetensorError)])
+@pytest.mark.parametrize(
+    "words, kind",
+    [
+        ("I/O error: No space left on device (os error 28)", OSError),
+        ('IoError(Os { code: 28, kind: StorageFull, message: "No space left on device" })', OSError),
+        ("other", SafetensorError),
+    ],
+)
 def test_what_the_system_says_to_safetensors_is_said_as_the_system_says_it(tmp_path, monkeypatch, words, kind):
     def fails(trainer, path, **_):
         raise SafetensorError(words)
