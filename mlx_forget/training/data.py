@@ -57,8 +57,9 @@ def sources_of(name: str | None) -> dict[str, Fraction]:
     """The sources behind --target or --pretrain with their shares: one, or several as NAME=SHARE,NAME=SHARE; none of None."""
     if name is None:
         return {}
-    # Where a slash comes after it, "=" is part of a path, as in folders named KEY=VALUE.
-    is_path = "/" in name.rpartition("=")[2] or Path(name).expanduser().exists()
+    # Where "=" is followed by a slash and no share such as 1/3, it is part of a path, as in folders named KEY=VALUE.
+    last = name.rpartition("=")[2]
+    is_path = ("/" in last and not last.replace("/", "", 1).strip().isdigit()) or Path(name).expanduser().exists()
     return {name: Fraction(1)} if is_path else parse_sources(name)
 
 

@@ -139,6 +139,19 @@ def test_selection_and_hold_outs_are_reported(forget, runs, one):
     assert any(entry["left_out"].startswith("largest N") for entry in content["hold_outs"])
 
 
+def test_hold_outs_are_held_against_intervals_of_the_level_that_was_asked_for(forget, runs, one):
+    narrow = forget("fit", runs, *one, "--leave-out", "--bootstrap", "20", "--level", "0.1")
+    assert "inside 10% intervals" in narrow.stdout
+    covered = [
+        sum(
+            entry["covered"]
+            for entry in forget("fit", runs, *one, "--leave-out", "--bootstrap", "20", "--level", level, "--json").json["hold_outs"]
+        )
+        for level in ("0.1", "0.9")
+    ]
+    assert covered[0] < covered[1]
+
+
 @pytest.fixture(scope="module")
 def spoiled(runs, tmp_path_factory):
     """The runs of one domain with two losses 20% too high: rows 3 and 77."""

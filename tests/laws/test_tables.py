@@ -335,3 +335,11 @@ def test_what_is_no_condition_is_one_sentence(tmp_path, expression):
     write(tmp_path / "t.csv", "csv")
     with pytest.raises(UserError, match=r"condition|Cannot read"):
         read_table(tmp_path / "t.csv", mapping=MAPPING).where(expression)
+
+
+def test_jsonl_may_begin_with_a_mark_and_hold_other_line_ends_in_its_text(tmp_path):
+    line = json.dumps({"N": 1e8, "loss": 3.0, "domain": "one\u2028two"}, ensure_ascii=False)
+    (tmp_path / "t.jsonl").write_text(f"{line}\n{line}\n", encoding="utf-8-sig")
+    table = read_table(tmp_path / "t.jsonl")
+    assert table.columns["N"].tolist() == [1e8, 1e8]
+    assert set(table.labels["domain"]) == {"one\u2028two"}

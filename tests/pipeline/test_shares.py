@@ -20,6 +20,7 @@ from mlx_forget.pipeline.shares import (
     parse_sources,
     parse_stages,
 )
+from mlx_forget.training.data import sources_of
 
 PARTS = st.fractions(min_value=0, max_value=Fraction(999, 1000), max_denominator=1000)
 
@@ -98,6 +99,12 @@ def test_a_ramp_and_two_stages():
     "text", ["5%, 1%", "5% until 1.2, 1%", "5% until 50%", "5% until 50%, 1% until 40%, 0", "1..2", "5% until x, 1%", "..5%", "a"]
 )
 def test_schedules_that_are_none_are_refused(text):
+    with pytest.raises(UserError, match="p "):
+        parse_stages(text)
+
+
+@pytest.mark.parametrize("text", ["1e-400000", "1e400000", "1E+999999999999%", "5% until 1e-99999, 1%"])
+def test_a_share_as_long_as_its_exponent_is_refused_at_once(text):
     with pytest.raises(UserError, match="p "):
         parse_stages(text)
 
@@ -214,6 +221,19 @@ def test_several_sources_of_a_side_are_served_as_ever():
 )
 def test_sources_and_their_shares_are_read(text, expected):
     assert parse_sources(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("year=2024/*.txt", {"year=2024/*.txt": 1}),
+        ("texts/year=2024/month=1/a.txt", {"texts/year=2024/month=1/a.txt": 1}),
+        ("a=1/3,c=2/3", {"a": Fraction(1, 3), "c": Fraction(2, 3)}),
+        ("y=1/x.txt=50%,c=50%", {"y=1/x.txt": Fraction(1, 2), "c": Fraction(1, 2)}),
+    ],
+)
+def test_a_path_may_have_folders_that_are_named_key_and_value(text, expected):
+    assert sources_of(text) == expected
 
 
 @pytest.mark.parametrize("text", ["a=50%,b=40%", "a=0,b=1", "a=x,b=1", "a=50%,a=50%", "=1"])

@@ -9,6 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from mlx_forget.history import read_history
+from mlx_forget.runs.export import export
 from mlx_forget.tables import read_table
 
 PROGRESS = {"title": "p = 1%", "step": 30, "num_steps": 600, "tokens_per_second": 1e3, "seconds_left": 60.0, "losses": "target 3.2"}
@@ -145,6 +146,19 @@ def test_an_exported_table_is_fitted_like_the_folder(run_forget, runs, tmp_path,
         assert table.labels["domain"].tolist() == whole.labels["domain"].tolist()
         without = {reason: len(sources) for reason, sources in table.left_out.items()}
         assert without == {"diverged": 1, "pretrained from scratch, where nothing could be forgotten": 1}
+
+
+@pytest.mark.parametrize("name", ["t.parquet", "t.csv"])
+def test_numbers_of_an_exported_table_are_compared_as_numbers(run_forget, runs, tmp_path, name):
+    assert run_forget("runs", "export", runs, "-o", tmp_path / "t.parquet")[0] == 0
+    rows = pyarrow.parquet.read_table(tmp_path / "t.parquet").to_pylist()
+    (last_blocks,) = (row for row in rows if row["run"] == "aaa111")
+    # As text, 98 is more than 651.
+    last_blocks |= {"N": 651_392, "P": 98_000}
+    export(rows, tmp_path / name, root=runs, provenance={})
+    table = read_table(tmp_path / name, response="pretraining", adapters=False)
+    assert table.run.tolist() == ["aab222"]
+    assert any("last blocks" in reason for reason in table.left_out)
 
 
 def test_an_export_carries_law_columns_first_and_where_they_come_from(run_forget, runs, tmp_path):

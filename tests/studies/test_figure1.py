@@ -1,6 +1,7 @@
 """Figure 1 over several seeds; of one seed, tests/sweeps/test_sweep.py draws it from a sweep."""
 
 import csv
+import dataclasses
 import json
 
 import numpy as np
@@ -74,3 +75,11 @@ def test_plot_draws_all_seeds_and_prints_both_tables(sweep, run_forget, tmp_path
     code, out, err = run_forget("plot", sweep, "-o", tmp_path / "f", "--seed", "0")
     assert code == 0, err
     assert "Means over seeds" not in out
+
+
+def test_nothing_forgotten_without_injection_is_no_ratio(make_run, tmp_path):  # noqa: F811
+    for number, (p, forgotten) in enumerate({"0": 3.5, "5%": 3.3}.items()):
+        make_run(tmp_path / "s", f"{number:012x}", p=p, seed=0, forgotten=forgotten)
+    curves = load_curves(list(find_runs(tmp_path / "s")))
+    curves[0] = dataclasses.replace(curves[0], best=0)
+    assert [row.ratio for row in table(curves)] == [None, None]

@@ -65,6 +65,17 @@ def noisy():
     return analyse(make_cells(synthetic(noise=0.004)), num_resamples=200)
 
 
+def test_shares_as_fractions_are_in_the_study_and_changing_ones_are_not():
+    rows = synthetic(domains=("code",))
+    rows[1]["p_asked"] = "1/200"
+    lines = "\n".join(study_lines(analyse(make_cells(rows), num_resamples=0).content))
+    assert "0.005" in lines
+    rows[2]["p_asked"] = "0..5%"
+    cells = make_cells(rows)
+    assert len(cells) == len(rows) - 1
+    assert "0..5%" not in {cell.row["p_asked"] for cell in cells}
+
+
 def test_exact_runs_give_back_their_law():
     content = analyse(make_cells(synthetic()), num_resamples=0).content
     for domain, truth in TRUTH.items():
