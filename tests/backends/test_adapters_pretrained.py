@@ -73,7 +73,8 @@ def test_adapters_start_as_the_base_train_and_fuse(checkpoints, backend, kind, b
 def test_dora_in_bf16_starts_as_the_base_and_sees_small_changes_of_length(checkpoints, backend, base, tmp_path):
     from safetensors.numpy import load_file, save_file
 
-    tokens = rows(6)
+    # Of six rows, the rounding of bf16 alone moves the ratio at the end by 0.8.
+    tokens = rows(48)
     narrow = plain_of(backend, checkpoints[base], precision="bf16").token_losses(tokens)
     rounding = np.abs(narrow - plain_of(backend, checkpoints[base]).token_losses(tokens))
     changes = []
