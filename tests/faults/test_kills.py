@@ -17,7 +17,7 @@ def survives(folder, name, straight, **fault):
     where = f"{name} after {fault}"
     if "exists already" in again.said and (folder / "made").exists():
         # Killed when all was done: what was made stands, and is not overwritten.
-        assert name in ("prepare", "fuse")
+        assert name in ("prepare", "replay", "fuse")
     else:
         assert again.code == 0, f"{where}: {again.said}"
     result = result_of(folder)
