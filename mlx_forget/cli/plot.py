@@ -92,8 +92,10 @@ def plot(
 
 
 def _draw(kind: str, sweep: Path, runs: "list[Run]", stem: Path, seed: int | None, max_forgetting: float | None) -> _Answer:
-    if kind in ("stages", "toy"):
-        return (_plot_stages if kind == "stages" else _plot_toy)(sweep, stem)
+    if kind == "stages":
+        return _plot_stages(sweep, stem)
+    if kind == "toy":
+        return _plot_toy(sweep, stem)
     if kind == "methods":
         return _plot_methods(runs, stem, seed, max_forgetting)
     if kind == "laws":

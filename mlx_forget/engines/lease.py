@@ -102,7 +102,7 @@ def _remove_abandoned(sweep_folder: Path) -> None:
     """Remove leases of sweeps that were killed on this machine."""
     for folder in sweep_folder.glob(f".sweep-{socket.gethostname()}-*"):
         number = folder.name.split("-")[-2]
-        if number.isdigit() and not is_alive(int(number)):
+        if number.isdecimal() and not is_alive(int(number)):
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -2,11 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import fdtrc
+from scipy.special import fdtrc, ndtri
 
 from mlx_forget.errors import UserError
 from mlx_forget.laws.fit import DEFAULTS, FitOptions, fit_law, num_free
@@ -91,7 +90,7 @@ def calibration(fit: Fit, test: Table, options: BootstrapOptions) -> float:
     found = assess(fit, options)
     intervals = predict_intervals(found, test.columns)
     response = fit.objective.transform(test.columns["loss"])
-    noise = NormalDist().inv_cdf((1 + options.level) / 2) * fit.noise.residual
+    noise = float(ndtri(0.5 + options.level / 2)) * fit.noise.residual
     inside = 0
     for interval, measured in zip(intervals, response.tolist(), strict=True):
         centre = float(fit.objective.transform(np.array([interval.value]))[0])

@@ -10,7 +10,7 @@ from typing import IO, Any
 
 from mlx_forget.durable_files import replacing
 from mlx_forget.errors import UserError, unknown
-from mlx_forget.runs.rows import LAW_COLUMNS, MARK, Row
+from mlx_forget.runs.rows import LAW_COLUMNS, MARK, NUMBERS, TEXTS, Row
 from mlx_forget.runs.selection import columns_of
 
 FORMATS = (".parquet", ".csv")
@@ -89,17 +89,25 @@ def read_export(path: Path) -> list[Row]:
 
 
 def as_written(path: Path, rows: Sequence[Row]) -> list[Row]:
-    """The rows of an exported table with their cells as they were exported: those of a CSV are read as text."""
-    if path.suffix.lower() != ".csv" or not rows:
-        return list(rows)
-    columns = {name: _parsed([row.get(name) for row in rows], name) for name in rows[0]}
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    """The rows of an exported table with their cells as they were exported: those of a CSV are read as text.
+
+    Raises:
+        UserError: text where a number belongs.
+    """
+    if path.suffix.lower() == ".csv" and rows:
+        columns = {name: _parsed([row.get(name) for row in rows], name) for name in rows[0]}
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    for number, row in enumerate(rows, start=1):
+        for name in NUMBERS:
+            if row.get(name) is not None and not isinstance(row[name], int | float):
+                raise UserError(f"Row {number} of {path} has {row[name]!r} as {name}, which is a number: correct or remove it.")
+    return list(rows)
 
 
 def _parsed(cells: Sequence[Any], name: str) -> list[Any]:
     """The values of a column of a CSV: numbers where every cell is one, and nothing where a cell is empty."""
     cells = [None if cell == "" else cell for cell in cells]
-    if name in ("run", "base", "p_asked"):
+    if name in (*TEXTS, "p_asked"):
         return cells
     for convert in (int, float):
         try:

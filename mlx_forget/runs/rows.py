@@ -19,8 +19,8 @@ MARK = "record_schema"
 # What the laws of forgetting describe: pretraining rows mixed in, or none, and nothing else that keeps the model where it was.
 METHODS_OF_THE_LAWS = ("plain", "injection")
 DAMAGED = "damaged or not of this tool"
-_TEXTS = ("run", "base", "method", "domain", "backend", "status")
-_NUMBERS = (
+TEXTS = ("run", "base", "method", "domain", "backend", "status")
+NUMBERS = (
     *("N", "D", "p", "r", "R", "P", "steps", "L0", "L_ft", "loss", "seed", "forgetting_nats", "forgetting_ce", "forgetting_kl"),
     *("num_steps", "tokens_seen", "loss_fraction_lost", "token_equivalent_lost", "max_forgetting"),
 )
@@ -106,7 +106,7 @@ def _check_kinds(row: Row) -> None:
     Raises:
         TypeError: text where a number belongs, or the reverse.
     """
-    for names, kinds in ((_TEXTS, (str,)), (_NUMBERS, (int, float))):
+    for names, kinds in ((TEXTS, (str,)), (NUMBERS, (int, float))):
         for name in names:
             if row.get(name) is not None and not isinstance(row[name], kinds):
                 raise TypeError(name)

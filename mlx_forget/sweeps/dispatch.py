@@ -315,7 +315,7 @@ def _remove_asides(path: Path) -> None:
     """Remove what sweeps that were killed on this machine left of a file."""
     for aside in path.parent.glob(f".{glob.escape(path.name)}.{glob.escape(socket.gethostname())}.*.part"):
         number = aside.name.split(".")[-2]
-        if number.isdigit() and not is_alive(int(number)):
+        if number.isdecimal() and not is_alive(int(number)):
             aside.unlink(missing_ok=True)
 
 

@@ -8,8 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from mlx_forget.errors import UserError
 from mlx_forget.history import read_history
-from mlx_forget.runs.export import export
+from mlx_forget.runs.export import export, read_export
 from mlx_forget.tables import read_table
 
 PROGRESS = {"title": "p = 1%", "step": 30, "num_steps": 600, "tokens_per_second": 1e3, "seconds_left": 60.0, "losses": "target 3.2"}
@@ -159,6 +160,23 @@ def test_numbers_of_an_exported_table_are_compared_as_numbers(run_forget, runs, 
     table = read_table(tmp_path / name, response="pretraining", adapters=False)
     assert table.run.tolist() == ["aab222"]
     assert any("last blocks" in reason for reason in table.left_out)
+
+
+@pytest.mark.parametrize("name", ["t.parquet", "t.csv"])
+def test_text_where_an_exported_table_has_numbers_is_one_sentence(run_forget, runs, tmp_path, name):
+    assert run_forget("runs", "export", runs, "-o", tmp_path / "whole.parquet")[0] == 0
+    rows = pyarrow.parquet.read_table(tmp_path / "whole.parquet").to_pylist()
+    export([row | {"P": "many"} for row in rows], tmp_path / name, root=runs, provenance={})
+    for read in (lambda: read_table(tmp_path / name, response="pretraining", adapters=False), lambda: read_export(tmp_path / name)):
+        with pytest.raises(UserError, match=r"Row 1 of .* has 'many' as P, which is a number"):
+            read()
+
+
+def test_names_of_digits_stay_as_they_were_exported(run_forget, runs, tmp_path):
+    assert run_forget("runs", "export", runs, "-o", tmp_path / "whole.parquet")[0] == 0
+    rows = pyarrow.parquet.read_table(tmp_path / "whole.parquet").to_pylist()
+    export([row | {"domain": "007"} for row in rows], tmp_path / "t.csv", root=runs, provenance={})
+    assert {row["domain"] for row in read_export(tmp_path / "t.csv")} == {"007"}
 
 
 def test_an_export_carries_law_columns_first_and_where_they_come_from(run_forget, runs, tmp_path):
