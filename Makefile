@@ -104,7 +104,8 @@ coverage: setup  ## lines and branches of core, pipeline and laws that the short
 intervals: setup  ## do the laws' 95% intervals cover? 2,000 simulations a scenario; about half an hour
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/laws/coverage.py
 
-docs: setup  ## the documentation site, complete without a network: build/site/index.html
+docs: setup  ## the tables of docs/*.md, and the site, complete without a network: build/site/index.html
+	$(BIN)/python docs/_hooks/from_code.py
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from cuda_backend import cross_entropy
-from cuda_backend.trainer import TorchStep, TorchTrainer
+from cuda_backend.step import TorchStep
+from cuda_backend.trainer import TorchTrainer
 from mlx_forget.errors import OutOfMemory, UserError
 from mlx_forget.ladder import ModelSpec, decays, initial_weights, param_shapes
 from mlx_forget.methods import NUM_SOURCES, NUM_TERMS

@@ -2,7 +2,6 @@
 
 import math
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +18,7 @@ from cuda_backend.distributed import TorchGroup, join
 from cuda_backend.optimizer import make_optimizer
 from cuda_backend.passes import Passes
 from cuda_backend.reference import add_penalty_gradients, pull_to_reference
+from cuda_backend.step import TorchStep
 from cuda_backend.weights import new_adapters, read_weights, start_weights
 from mlx_forget.adapters import file_name, is_adapter, trained_names
 from mlx_forget.comparison import MEASURES, portions
@@ -33,8 +33,6 @@ from mlx_forget.trainer import (
     Comparison,
     ModelSpec,
     Precision,
-    Stack,
-    StepReading,
     StepResult,
     Trainer,
     TrainerSpec,
@@ -42,33 +40,13 @@ from mlx_forget.trainer import (
     group_counts,
     kl_weights,
     token_weights,
-    unpack_step,
 )
 
 _EVAL_TOKENS = 1 << 13
 
 
-class TorchStep(StepResult):
-    """A step whose numbers are still on the device."""
-
-    def __init__(self, packed: Tensor, counts: npt.NDArray[np.float64]) -> None:
-        self._packed = packed
-        self._counts = counts
-
-    def read(self) -> StepReading:
-        return unpack_step(self._packed.double().cpu().numpy(), self._counts)
-
-
 class TorchTrainer(Trainer):
     """A model and its optimiser on one device, or on one device of each process of a run."""
-
-    def __new__(cls, spec: TrainerSpec | None = None) -> "TorchTrainer":
-        # A copy is made without a spec.
-        if cls is TorchTrainer and spec is not None and spec.runtime.shard and not spec.runtime.reads_only and join().size > 1:
-            from cuda_backend.sharded_trainer import ShardedTrainer
-
-            return super().__new__(ShardedTrainer)
-        return super().__new__(cls)
 
     def __init__(self, spec: TrainerSpec) -> None:
         runtime = spec.runtime
@@ -112,12 +90,6 @@ class TorchTrainer(Trainer):
     @classmethod
     def join(cls) -> Group:
         return join()
-
-    @classmethod
-    def stack(cls, spec: TrainerSpec, seeds: Sequence[int]) -> Stack:
-        from cuda_backend.stack import TorchStack
-
-        return TorchStack(spec, seeds)
 
     @property
     def device(self) -> str:

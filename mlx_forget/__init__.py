@@ -19,7 +19,7 @@ _PUBLIC = {
     "plan_run": "mlx_forget.training.plan",
     "Trainer": "mlx_forget.trainer",
     "TrainerSpec": "mlx_forget.trainer",
-    "load_backend": "mlx_forget.trainer",
+    "load_backend": "mlx_forget.backends",
     "open_store": "mlx_forget.pipeline.store",
     "Tokenizer": "mlx_forget.pipeline.tokenizer",
     "train_tokenizer": "mlx_forget.pipeline.tokenizer",

@@ -25,8 +25,8 @@ class Backend:
 
 
 BACKENDS: dict[str, Backend] = {
-    "mlx": Backend("mlx_forget.mlx_backend.trainer:MLXTrainer", "mlx.core", "pip install 'mlx-forget[mlx]'", "mlx.launch"),
-    "cuda": Backend("cuda_backend.trainer:TorchTrainer", "torch", "pip install 'mlx-forget[cuda]'", "torchrun"),
+    "mlx": Backend("mlx_forget.mlx_backend.backend:MLXBackend", "mlx.core", "pip install 'mlx-forget[mlx]'", "mlx.launch"),
+    "cuda": Backend("cuda_backend.backend:TorchBackend", "torch", "pip install 'mlx-forget[cuda]'", "torchrun"),
 }
 ENTRY_POINT_GROUP = "mlx_forget.backends"
 

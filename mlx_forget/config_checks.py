@@ -2,22 +2,18 @@
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
 
+from mlx_forget.config_keys import REFERENCE_LIVE, ConfigKeys
 from mlx_forget.errors import UserError, unknown
 from mlx_forget.pipeline.reference_rows import parse_kind
 from mlx_forget.pipeline.rows import LAYOUTS
 from mlx_forget.pipeline.shares import parse_stages
 
-if TYPE_CHECKING:
-    from mlx_forget.config import TrainConfig
-
-REFERENCE_LIVE = "live"
 # What users call a key where it is not its name.
 _CALLED = {"lora_num_layers": "--num-layers"}
 
 
-def check_config(config: "TrainConfig") -> None:
+def check_config(config: ConfigKeys) -> None:
     """Refuse values that can mean nothing.
 
     Raises:
@@ -88,7 +84,7 @@ def check_config(config: "TrainConfig") -> None:
         raise UserError(f"p is {config.p}, but there is no pretraining data to inject: give --pretrain, or --p 0.")
 
 
-def _idle_lora_fields(config: "TrainConfig") -> list[str]:
+def _idle_lora_fields(config: ConfigKeys) -> list[str]:
     """Keys that say something of adapters that this run does not have."""
     read = {"full": ("lora_num_layers",), "ia3": ("lora_num_layers", "lora_target_modules")}.get(config.fine_tune_type)
     fields = [f for f in dataclasses.fields(config) if f.name.startswith("lora_")]

@@ -4,13 +4,11 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
+from mlx_forget.config_keys import ConfigKeys
 from mlx_forget.errors import UserError, unknown
 from mlx_forget.token_counts import parse_tokens
-
-if TYPE_CHECKING:
-    from mlx_forget.config import TrainConfig
 
 Config = TypeVar("Config")
 
@@ -41,7 +39,7 @@ def from_layers(kind: type[Config], *layers: Mapping[str, Any], where: str = "co
     return kind(**merged)
 
 
-def to_yaml(config: "TrainConfig") -> str:
+def to_yaml(config: ConfigKeys) -> str:
     """The resolved configuration as YAML that reads back to the same values."""
     import yaml
 

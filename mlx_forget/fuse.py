@@ -87,7 +87,7 @@ def whole_checkpoint(found: Checkpoint, *, stand_in: str | None = None) -> Check
         parts.append(hashlib.sha256(json.dumps(code).encode()).hexdigest())
     folder = forget_home() / "fused" / "-".join(part[:16] for part in parts)
     if folder.is_dir():
-        return replace(checkpoint.open_checkpoint(folder), trust_remote_code=found.trust_remote_code)
+        return _kept(folder, found)
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         return fuse(found, folder)
@@ -95,7 +95,14 @@ def whole_checkpoint(found: Checkpoint, *, stand_in: str | None = None) -> Check
         # Another process was faster: the folder's name says what is in it, and its checksums are checked.
         if not folder.is_dir():
             raise
-        return replace(checkpoint.open_checkpoint(folder), trust_remote_code=found.trust_remote_code)
+        return _kept(folder, found)
+
+
+def _kept(folder: Path, found: Checkpoint) -> Checkpoint:
+    """What was fused before, as made from the adapters and base of now: the same weights may have lain elsewhere then."""
+    kept = checkpoint.open_checkpoint(folder)
+    fused_from = {**kept.state["fused_from"], "folder": str(found.folder.resolve()), "base": found.state["base"]}
+    return replace(kept, state={**kept.state, "fused_from": fused_from}, trust_remote_code=found.trust_remote_code)
 
 
 def _on_base(found: Checkpoint, base: str | None) -> Checkpoint:

@@ -14,15 +14,6 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from mlx_forget.backends import (
-    BACKENDS,
-    Backend,
-    available_backends,
-    backend_names,
-    choose_backend,
-    join_group,
-    load_backend,
-)
 from mlx_forget.comparison import Comparison
 from mlx_forget.distributed import ALONE, Group
 from mlx_forget.errors import UserError
@@ -43,9 +34,7 @@ from mlx_forget.steps import (
 )
 
 __all__ = [
-    "BACKENDS",
     "AdapterSpec",
-    "Backend",
     "Batch",
     "Capabilities",
     "Comparison",
@@ -62,14 +51,9 @@ __all__ = [
     "StepResult",
     "Trainer",
     "TrainerSpec",
-    "available_backends",
-    "backend_names",
     "check_reference",
-    "choose_backend",
     "group_counts",
-    "join_group",
     "kl_weights",
-    "load_backend",
     "token_weights",
     "unpack_step",
 ]

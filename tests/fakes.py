@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from mlx_forget.backends import BACKENDS, Backend
 from mlx_forget.errors import UserError
 from mlx_forget.methods import NUM_SOURCES, NUM_TERMS, TERM_REPLAY_KL
 from mlx_forget.trainer import (
@@ -208,3 +209,8 @@ class BigramStack(Stack):
     def train_step(self, batches, learning_rates, active):
         steps = zip(self.members, batches, learning_rates, active, strict=True)
         return [member.train_step(batch, rate) if on else NoStep() for member, batch, rate, on in steps]
+
+
+def add_fake_backend(patch, name="fake"):
+    """Put the NumPy backend into the registry for as long as the patch lasts."""
+    patch.setitem(BACKENDS, name, Backend("tests.fakes:BigramTrainer", "numpy", "nothing to install"))

@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mlx_forget import trainer as trainer_module
+from mlx_forget import backends
 from mlx_forget.errors import Interrupted
 from mlx_forget.history import read_history
 from mlx_forget.records import read_record
+from tests.fakes import add_fake_backend
 
 
 @pytest.fixture
 def fake_backend(monkeypatch):
     """`--backend fake` is the NumPy bigram, in this process only."""
-    row = trainer_module.Backend("tests.fakes:BigramTrainer", "numpy", "nothing to install")
-    monkeypatch.setitem(trainer_module.BACKENDS, "fake", row)
+    add_fake_backend(monkeypatch)
     return "fake"
 
 
@@ -170,8 +170,8 @@ def test_a_folder_without_write_permission_is_refused(train, tmp_path):
 
 
 def test_a_backend_that_is_not_installed_gives_the_pip_line(train, monkeypatch):
-    row = trainer_module.Backend("nowhere:T", "no_such_framework", "pip install 'mlx-forget[cuda]'")
-    monkeypatch.setitem(trainer_module.BACKENDS, "cuda", row)
+    row = backends.Backend("nowhere:T", "no_such_framework", "pip install 'mlx-forget[cuda]'")
+    monkeypatch.setitem(backends.BACKENDS, "cuda", row)
     code, _, err = train("--backend", "cuda")
     assert code == 2
     assert "pip install 'mlx-forget[cuda]'" in err

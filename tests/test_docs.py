@@ -1,5 +1,6 @@
 """The documentation site: it builds, it is complete, and it asks nothing of a network."""
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -11,9 +12,9 @@ import pytest
 import yaml
 
 import mlx_forget
-from mlx_forget import trainer
 from mlx_forget.cli import COMMANDS
 from mlx_forget.history import SCHEMA
+from tests.fakes import add_fake_backend
 
 ROOT = Path(__file__).resolve().parents[1]
 # What a browser fetches by itself: scripts, styles, pictures, frames; not the links that a reader may follow.
@@ -45,7 +46,21 @@ def test_the_site_has_every_command_every_public_name_and_equations(site):
     laws = (site / "laws.html").read_text(encoding="utf-8")
     assert laws.count("<math") >= 20
     assert "arithmatex" not in laws
-    assert "<!-- from code" not in laws + commands + python
+    assert "make docs</code> makes this page" not in commands + python
+
+
+def test_pages_read_without_the_site_have_the_tables_of_the_code(monkeypatch):
+    monkeypatch.delenv("FORGET_SCALE")
+    found = importlib.util.spec_from_file_location("from_code", ROOT / "docs" / "_hooks" / "from_code.py")
+    from_code = importlib.util.module_from_spec(found)
+    found.loader.exec_module(from_code)
+    pages = [page for page in (ROOT / "docs").rglob("*.md") if "<!-- from code:" in page.read_text(encoding="utf-8")]
+    assert len(pages) >= 4
+    for page in pages:
+        content = page.read_text(encoding="utf-8")
+        assert from_code.with_tables(content) == content, f"{page.name}: python docs/_hooks/from_code.py"
+        # A table whose last mark is missing would never be made anew.
+        assert content.count("<!-- from code:") == content.count("<!-- end -->")
 
 
 @pytest.mark.parametrize("name", mlx_forget.__all__)
@@ -55,7 +70,7 @@ def test_every_public_name_says_what_it_is(name):
 
 def test_the_glossary_names_every_key_of_a_record_a_history_and_a_fit(run_forget, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(trainer.BACKENDS, "fake", trainer.Backend("tests.fakes:BigramTrainer", "numpy", "nothing"))
+    add_fake_backend(monkeypatch)
     code, out, err = run_forget("train", "--backend", "fake", "--json")
     assert code == 0, err
     rows = "".join(

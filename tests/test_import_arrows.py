@@ -107,7 +107,7 @@ def test_a_report_needs_the_laws_and_no_framework():
 
 
 @pytest.mark.parametrize(
-    "module, own, other", [("cuda_backend.trainer", "torch", "mlx"), ("mlx_forget.mlx_backend.trainer", "mlx", "torch")]
+    "module, own, other", [("cuda_backend.backend", "torch", "mlx"), ("mlx_forget.mlx_backend.backend", "mlx", "torch")]
 )
 def test_backends_do_not_import_each_other(module, own, other):
     if importlib.util.find_spec(own) is None:

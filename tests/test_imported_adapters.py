@@ -9,12 +9,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mlx_forget import imported_adapters
+from mlx_forget.backends import available_backends, load_backend
 from mlx_forget.checkpoint import find_checkpoint
 from mlx_forget.errors import UserError
 from mlx_forget.fuse import fuse, whole_checkpoint
 from mlx_forget.ladder import ModelSpec
 from mlx_forget.pretrained import older_keys, read_config
-from mlx_forget.trainer import RuntimeSpec, TrainerSpec, available_backends, load_backend
+from mlx_forget.trainer import RuntimeSpec, TrainerSpec
 from tests.small_checkpoints import CONTEXT, write_checkpoint
 from tests.test_pretrained import nll_of, rows
 from tests.training.test_pretrained_runs import STEPS, write_texts
@@ -205,6 +206,17 @@ def test_half_precision_adapters_are_read(bases, tmp_path):
     tokens = rows(2)
     left, right = (losses_of(BACKENDS[0], folder, tokens) for folder in (adapter, half))
     assert 0 < np.abs(left - right).max() < 0.05
+
+
+def test_a_copy_of_the_base_is_named_where_it_is(bases, run_forget, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_texts(tmp_path / "notes.jsonl")
+    copied = shutil.copytree(bases["llama"], tmp_path / "copied")
+    for base in (bases["llama"], copied):
+        adapter = write_adapter(tmp_path / f"on-{base.name}", base)
+        code, out, err = run_forget("audit", "auto", adapter, "--data", "notes=notes.jsonl", "--json")
+        assert code == 0, err
+        assert json.loads(out)["tuned"]["description"].endswith(f" on {base}")
 
 
 LAYER = "base_model.model.model.layers.0."

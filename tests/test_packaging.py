@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from mlx_forget.trainer import available_backends
+from mlx_forget.backends import available_backends
 
 ROOT = Path(__file__).resolve().parents[1]
 

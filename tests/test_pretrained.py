@@ -6,12 +6,13 @@ import shutil
 import numpy as np
 import pytest
 
+from mlx_forget.backends import available_backends, load_backend
 from mlx_forget.checkpoint import find_checkpoint
 from mlx_forget.errors import UserError
 from mlx_forget.ladder import ModelSpec, num_non_embedding_params, num_params
 from mlx_forget.methods import method_spec
 from mlx_forget.pretrained import older_keys, read_pretrained
-from mlx_forget.trainer import AdapterSpec, Batch, OptimSpec, RuntimeSpec, TrainerSpec, available_backends, load_backend
+from mlx_forget.trainer import AdapterSpec, Batch, OptimSpec, RuntimeSpec, TrainerSpec
 from mlx_forget.weight_files import read_tensor, tensor_names, weight_files
 from tests.small_checkpoints import CONTEXT, transformers_logits, vocab_size, write_checkpoint, write_tokenizer
 

@@ -14,9 +14,11 @@ from safetensors.numpy import load_file
 from mlx_forget import records
 from mlx_forget.audit.run import SCHEMA_VERSION as AUDIT_VERSION
 from mlx_forget.audit.run import Audit
+from mlx_forget.backends import available_backends, load_backend
 from mlx_forget.checkpoint import SCHEMA_VERSION as CHECKPOINT_VERSION
 from mlx_forget.checkpoint import open_checkpoint
-from mlx_forget.config import TrainConfig, from_layers, read_yaml
+from mlx_forget.config import TrainConfig
+from mlx_forget.config_layers import from_layers
 from mlx_forget.fuse import fuse
 from mlx_forget.history import SCHEMA, read_history
 from mlx_forget.laws.files import SCHEMA_VERSION as FIT_VERSION
@@ -26,9 +28,10 @@ from mlx_forget.pipeline.store import open_store
 from mlx_forget.pipeline.vocabularies import load_vocabulary
 from mlx_forget.runs.index import read_index
 from mlx_forget.runs.verify import REQUIRED, describe_begun, verify_run
+from mlx_forget.strict_yaml import read_yaml
 from mlx_forget.studies.loss_matrix import SCHEMA_VERSION as STAGES_VERSION
 from mlx_forget.studies.loss_matrix import read_matrices
-from mlx_forget.trainer import RuntimeSpec, TrainerSpec, available_backends, load_backend
+from mlx_forget.trainer import RuntimeSpec, TrainerSpec
 
 SAMPLES = Path(__file__).parent / "samples"
 STORES = Path(__file__).parent / "pipeline" / "samples"

@@ -1,6 +1,8 @@
-"""What pages take from the code when the site is built: commands, public names, laws, methods, sizes, columns.
+"""What pages take from the code: laws, methods, sizes, columns, recipes, results; on the site, commands and public names too.
 
-A page asks with a line of its own: `<!-- from code: WHAT -->`.
+A page asks with lines of its own. Between `<!-- from code: WHAT -->` and `<!-- end -->` it keeps what was made, for those who read it
+without the site: `python docs/_hooks/from_code.py` writes that anew, and a test compares. What is long or stands in another file is made
+for the site alone, in place of what says so between `<!-- on the site: WHAT -->` and `<!-- end -->`.
 """
 
 import json
@@ -8,10 +10,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING
 from pathlib import Path
-from typing import Any
-
-from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
+from typing import TYPE_CHECKING, Any
 
 import mlx_forget
 import mlx_forget.laws
@@ -23,12 +22,30 @@ from mlx_forget.methods import METHODS
 from mlx_forget.studies.law_study_text import study_lines
 from mlx_forget.sweeps.grid import read_recipe
 
-_WANTED = re.compile(r"^<!-- from code: (\w+)(?: (\S+))? -->$", re.MULTILINE)
+if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
+
+_KEPT = re.compile(r"^(<!-- from code: (\w+)(?: (\S+))? -->\n).*?^(<!-- end -->)$", re.MULTILINE | re.DOTALL)
+_ON_THE_SITE = re.compile(r"^<!-- on the site: (\w+)(?: (\S+))? -->\n.*?^<!-- end -->$", re.MULTILINE | re.DOTALL)
+# Pages at the top of the tree, named from a page of docs/: on the site they stand beside the others.
+_AT_THE_TOP = re.compile(r"\]\(((?:\.\./)*)\.\./(CONTRIBUTING|SECURITY|CHANGELOG)\.md")
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def on_files(files: Files, config: MkDocsConfig) -> Files:
+def with_tables(markdown: str) -> str:
+    """A page whose tables are those of the code as it is now."""
+    return _KEPT.sub(lambda found: f"{found[1]}\n{_made(found[2], found[3])}\n\n{found[4]}", markdown)
+
+
+def _made(name: str, argument: str | None) -> str:
+    return MAKERS[name](*filter(None, [argument]))
+
+
+def on_files(files: "Files", config: "MkDocsConfig") -> "Files":
     """Some pages stand at the top of the tree, where people look for them; the site has them too."""
+    from mkdocs.structure.files import File
+
     for name in ("contributing.md", "security.md", "changelog.md"):
         files.append(File.generated(config, name, abs_src_path=str(ROOT / f"{Path(name).stem.upper()}.md")))
     return files
@@ -37,7 +54,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, **_: Any) -> str:
     # The pages at the top of the tree name those of the site by their place in it.
     markdown = markdown.replace("](docs/", "](")
-    return _WANTED.sub(lambda found: MAKERS[found[1]](*filter(None, [found[2]])), markdown)
+    markdown = _AT_THE_TOP.sub(lambda found: f"]({found[1]}{found[2].lower()}.md", markdown)
+    return with_tables(_ON_THE_SITE.sub(lambda found: _made(found[1], found[2]), markdown))
 
 
 def readme(name: str) -> str:
@@ -187,3 +205,7 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 MAKERS: dict[str, Callable[..., str]] = {
     one.__name__: one for one in (readme, commands, public_names, law, law_list, law_columns, law_study, methods, sizes, recipes)
 }
+
+if __name__ == "__main__":
+    for page in (ROOT / "docs").rglob("*.md"):
+        page.write_text(with_tables(page.read_text("utf-8")), encoding="utf-8")

@@ -18,12 +18,13 @@ from mlx_forget.audit.refusals import Refusals, compare_refusals, read_prompts
 from mlx_forget.audit.tasks import Task, check_tasks, compare_tasks
 from mlx_forget.audit.texts import Text, default_texts, read_text
 from mlx_forget.audit.weights import WeightChange, compare_weights
+from mlx_forget.backends import choose_backend, load_backend
 from mlx_forget.errors import UserError
 from mlx_forget.evaluate import ProgressLost
 from mlx_forget.ladder import default_row_length, param_shapes
 from mlx_forget.pipeline.catalog import silent
 from mlx_forget.pipeline.tokenise import Progress
-from mlx_forget.trainer import RuntimeSpec, Trainer, TrainerSpec, choose_backend, load_backend
+from mlx_forget.trainer import RuntimeSpec, Trainer, TrainerSpec
 
 SCHEMA_VERSION = 1
 

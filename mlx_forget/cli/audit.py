@@ -43,7 +43,7 @@ def audit(
     from mlx_forget.audit.texts import parse_texts
     from mlx_forget.audit.verdict import failure
     from mlx_forget.cli.answers import emit_text, works_in
-    from mlx_forget.config import from_layers
+    from mlx_forget.config_layers import from_layers
     from mlx_forget.durable_files import folder_for
     from mlx_forget.errors import RunFailed
     from mlx_forget.progress import Preparation

@@ -33,7 +33,7 @@ def doctor(
     import platform
     import shutil
 
-    from mlx_forget import trainer
+    from mlx_forget import backends as registry
     from mlx_forget.errors import RunFailed, UserError
     from mlx_forget.needs import look
     from mlx_forget.pipeline.corpora import forget_home
@@ -41,9 +41,9 @@ def doctor(
 
     found = look(purposes or ())
     backends: dict[str, Any] = {}
-    for name in trainer.backend_names():
+    for name in registry.backend_names():
         try:
-            capabilities = trainer.load_backend(name).describe()
+            capabilities = registry.load_backend(name).describe()
             backends[name] = {
                 "usable": True,
                 "accelerator": capabilities.accelerator,
@@ -53,7 +53,7 @@ def doctor(
         except UserError as error:
             backends[name] = {"usable": False, "missing": str(error)}
     try:
-        chosen, reason = trainer.choose_backend()
+        chosen, reason = registry.choose_backend()
     except UserError as error:
         chosen, reason = None, str(error)
     home = forget_home()

@@ -190,9 +190,13 @@ def _plot_laws(sweep: Path, runs: "list[Run]", stem: Path, seed: int | None) -> 
     from mlx_forget.studies.law_study import analyse, load_cells, make_cells
     from mlx_forget.studies.law_study_plot import draw_law_study
     from mlx_forget.studies.law_study_text import study_lines, write_evaluations
+    from mlx_forget.tables import describe_left_out
 
     runs = [run for run in runs if seed in (None, run.record["seed"])]
-    cells = make_cells(row for row in read_export(sweep) if seed in (None, row["seed"])) if sweep.is_file() else load_cells(runs)
+    rows = (row for row in read_export(sweep) if seed in (None, row["seed"])) if sweep.is_file() else ()
+    cells, others = make_cells(rows) if sweep.is_file() else load_cells(runs)
+    for phrase in describe_left_out(others):
+        say(f"left out: {phrase}")
     study = analyse(cells)
     content = clean(study.content)
     row = cells[0].row

@@ -50,6 +50,7 @@ def replay(
     """
     from rich.console import Console
 
+    from mlx_forget.backends import choose_backend, load_backend
     from mlx_forget.checkpoint import find_checkpoint
     from mlx_forget.cli.answers import propose, works_in
     from mlx_forget.cli.data import print_facts
@@ -66,7 +67,7 @@ def replay(
     from mlx_forget.replay.sampled_store import sample_store, samples_of
     from mlx_forget.replay.sampling import SampleSpec
     from mlx_forget.token_counts import parse_tokens
-    from mlx_forget.trainer import RuntimeSpec, TrainerSpec, choose_backend, load_backend
+    from mlx_forget.trainer import RuntimeSpec, TrainerSpec
     from mlx_forget.training.start import special_tokens
 
     console = Console(stderr=True)

@@ -85,10 +85,10 @@ def _print_plan(
     as_json: bool,
 ) -> None:
     """Every stage of every chain with its cost; nothing is prepared."""
+    from mlx_forget.backends import choose_backend
     from mlx_forget.cli.sweep_view import print_plan
     from mlx_forget.sweeps.costs import NotPreparedError, disk_needed, only_if_prepared, outlined_rows, speed_of
     from mlx_forget.sweeps.stages import plan_stages, titled_stages
-    from mlx_forget.trainer import choose_backend
 
     folder, later = demand.folder, {"run_id": None, "pending": "the stage before it"}
     # Stages are planned once as a whole and once from where they are.

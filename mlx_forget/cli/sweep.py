@@ -192,10 +192,10 @@ def _print_outline(
     as_json: bool,
 ) -> None:
     """The dry run of a sweep whose data are not all prepared."""
+    from mlx_forget.backends import choose_backend
     from mlx_forget.cli.sweep_view import print_plan
     from mlx_forget.sweeps.costs import disk_needed, outlined_rows, speed_of
     from mlx_forget.sweeps.sweep import titled_runs
-    from mlx_forget.trainer import choose_backend
 
     configs = recipe.configs(overrides)
     backend = configs[0].backend if configs[0].backend != "auto" else choose_backend()[0]

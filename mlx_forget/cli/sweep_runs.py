@@ -26,8 +26,8 @@ def on_this_machine(demand: "Demand", name: str, plan: "Plan", runs: "Sequence[R
     Args:
         runs: what each run asks for.
     """
+    from mlx_forget.backends import load_backend
     from mlx_forget.engines.processes import num_workers
-    from mlx_forget.trainer import load_backend
 
     capabilities = load_backend(plan.backend).describe()
     demand = dataclasses.replace(

@@ -8,8 +8,9 @@ import typer
 from mlx_forget.cli import completion
 from mlx_forget.cli.answers import emit, propose, works_in
 from mlx_forget.cli.options import given, with_options
-from mlx_forget.config import TrainConfig, from_layers, read_yaml, scale_defaults
-from mlx_forget.strict_yaml import read_given
+from mlx_forget.config import TrainConfig, scale_defaults
+from mlx_forget.config_layers import from_layers
+from mlx_forget.strict_yaml import read_given, read_yaml
 
 if TYPE_CHECKING:
     from mlx_forget.costs import Device, Rate
@@ -147,8 +148,8 @@ def _train_stack(folders: "list[Path]", watch: "Watch") -> None:
 
 def _with_cost(plan: "Plan", rate: "Rate | None", device: "Device | None") -> dict[str, Any]:
     """The summary of a plan, with hours and what they are taken from; null where nothing is known."""
+    from mlx_forget.backends import load_backend
     from mlx_forget.costs import Rate, device_like
-    from mlx_forget.trainer import load_backend
 
     device = device or device_like(load_backend(plan.backend).hardware())
     if rate is None and device is not None:

@@ -4,12 +4,14 @@ import traceback
 from collections import deque
 from collections.abc import Sequence
 
-from mlx_forget.config import TrainConfig, from_layers, read_yaml
+from mlx_forget.config import TrainConfig
+from mlx_forget.config_layers import from_layers
 from mlx_forget.engines import Demand, Engine, Exit, Task
 from mlx_forget.engines.processes import num_cores
 from mlx_forget.errors import Interrupted, RunFailed, UserError, exit_code
 from mlx_forget.pipeline.opened import Opened
 from mlx_forget.records import REQUESTED
+from mlx_forget.strict_yaml import read_yaml
 from mlx_forget.sweeps.grid import Resources
 from mlx_forget.sweeps.stacking import execute_stack
 from mlx_forget.training.plan import plan_run

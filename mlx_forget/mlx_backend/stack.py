@@ -13,7 +13,8 @@ from mlx_forget.errors import UserError
 from mlx_forget.ladder import ModelSpec, initial_weights
 from mlx_forget.mlx_backend import devices, optimizer
 from mlx_forget.mlx_backend.passes import SUMS, Arrays
-from mlx_forget.mlx_backend.trainer import MLXStep, MLXTrainer
+from mlx_forget.mlx_backend.step import MLXStep
+from mlx_forget.mlx_backend.trainer import MLXTrainer
 from mlx_forget.trainer import Batch, NoStep, Stack, StackedBatch, StepResult, Trainer, TrainerSpec
 
 

@@ -1,6 +1,5 @@
 """The MLX trainer: the GPU of a Mac where there is one, the CPU otherwise."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +21,7 @@ from mlx_forget.mlx_backend.operators import operators
 from mlx_forget.mlx_backend.packed import widened
 from mlx_forget.mlx_backend.passes import SUMS, Passes
 from mlx_forget.mlx_backend.reference import penalty_gradients, pull_to_reference
+from mlx_forget.mlx_backend.step import MLXStep
 from mlx_forget.mlx_backend.warmup import compile_loops, compiler_errors
 from mlx_forget.mlx_backend.weights import (
     check_quantised,
@@ -38,8 +38,6 @@ from mlx_forget.trainer import (
     Comparison,
     ModelSpec,
     Precision,
-    Stack,
-    StepReading,
     StepResult,
     Trainer,
     TrainerSpec,
@@ -47,23 +45,11 @@ from mlx_forget.trainer import (
     group_counts,
     kl_weights,
     token_weights,
-    unpack_step,
 )
 
 _EVAL_TOKENS = 1 << 13
 
 Arrays = dict[str, mx.array]
-
-
-class MLXStep(StepResult):
-    """A step whose numbers may not be computed yet."""
-
-    def __init__(self, packed: mx.array, counts: npt.NDArray[np.float64]) -> None:
-        self._packed = packed
-        self._counts = counts
-
-    def read(self) -> StepReading:
-        return unpack_step(np.array(self._packed).astype(np.float64), self._counts)
 
 
 class MLXTrainer(Trainer):
@@ -117,12 +103,6 @@ class MLXTrainer(Trainer):
     @classmethod
     def join(cls) -> Group:
         return join()
-
-    @classmethod
-    def stack(cls, spec: TrainerSpec, seeds: Sequence[int]) -> Stack:
-        from mlx_forget.mlx_backend.stack import MLXStack
-
-        return MLXStack(spec, seeds)
 
     @property
     def device(self) -> str:

@@ -6,7 +6,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TypeVar
 
-from mlx_forget.config import REPLAY_SELF
+from mlx_forget.config_keys import REPLAY_SELF
 from mlx_forget.errors import UserError
 from mlx_forget.evaluate import Estimate
 from mlx_forget.history import read_history

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from mlx_forget.config import TrainConfig, from_layers
+from mlx_forget.config import TrainConfig
+from mlx_forget.config_layers import from_layers
 from mlx_forget.errors import UserError
 from mlx_forget.studies.method_comparison import Trajectory, describe
 from mlx_forget.studies.rate_tradeoff import common_target_loss, reading_at

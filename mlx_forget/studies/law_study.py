@@ -92,8 +92,8 @@ class Study:
     fits: dict[str, Uncertainty]
 
 
-def load_cells(runs: Sequence[Run]) -> list[Cell]:
-    """The finetuning runs of a sweep, with the reading of their histories.
+def load_cells(runs: Sequence[Run]) -> tuple[list[Cell], dict[str, list[str]]]:
+    """The finetuning runs of a sweep with the reading of their histories, and the ids of the others by reason.
 
     Raises:
         UserError: there is none that a law could be fitted to.
@@ -101,8 +101,12 @@ def load_cells(runs: Sequence[Run]) -> list[Cell]:
     return make_cells([record_row(run.record) for run in runs], {run.record["run_id"]: _smoothed(run) for run in runs})
 
 
-def make_cells(rows: Iterable[Row], smoothed: Mapping[str, Mapping[str, float] | None] | None = None) -> list[Cell]:
+def make_cells(
+    rows: Iterable[Row], smoothed: Mapping[str, Mapping[str, float] | None] | None = None
+) -> tuple[list[Cell], dict[str, list[str]]]:
     """The cells of flat rows, as of a table that `forget runs export` wrote, ordered by domain, N, D, p and seed.
+
+    Also the ids of the rows that are no cells, by reason, a phrase that follows a number.
 
     Args:
         smoothed: the smoothed reading by run id.
@@ -110,15 +114,18 @@ def make_cells(rows: Iterable[Row], smoothed: Mapping[str, Mapping[str, float] |
     Raises:
         UserError: there is no finetuning run with a constant p among them that measured a pretraining loss.
     """
-    # A share that changes along a run is no p of the laws.
-    constant = (row for row in rows if row["p_asked"] is None or constant_share(str(row["p_asked"])) is not None)
-    found, _ = fitted_rows(((str(row["run"]), row) for row in constant), response="pretraining", adapters=False)
+    constant, changing = list[Row](), list[Row]()
+    for row in rows:
+        (constant if row["p_asked"] is None or constant_share(str(row["p_asked"])) is not None else changing).append(row)
+    found, others = fitted_rows(((str(row["run"]), row) for row in constant), response="pretraining", adapters=False)
+    if changing:
+        others["whose p changes along the run, which is no p of the laws"] = [str(row["run"]) for row in changing]
     if not found:
         raise UserError("There are no finished finetuning runs here that measured a pretraining loss.")
     cells = []
     for row in sorted(found, key=lambda row: (row["domain"], row["N"], row["D"], row["p"], row["seed"])):
         cells.append(Cell(row, injected_rows(row), left_out(row), (smoothed or {}).get(row["run"])))
-    return cells
+    return cells, others
 
 
 def injected_rows(row: Row) -> float:

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_forget import checkpoint
+from mlx_forget.backends import load_backend
 from mlx_forget.checkpoint import Checkpoint
 from mlx_forget.durable_files import read_object, write_text
 from mlx_forget.errors import UserError
@@ -30,7 +31,7 @@ from mlx_forget.evaluate import Estimate, Losses, Windows, estimate, paired_diff
 from mlx_forget.fuse import whole_checkpoint
 from mlx_forget.methods import MethodSpec
 from mlx_forget.sweeps.stages import CHECKPOINT_OF, Chain
-from mlx_forget.trainer import Trainer, load_backend
+from mlx_forget.trainer import Trainer
 from mlx_forget.training.plan import Plan
 from mlx_forget.training.run import trainer_spec
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_forget.adapters import ATTENTION
-from mlx_forget.config import REFERENCE_LIVE, REPLAY_PRETRAIN, REPLAY_SELF, TrainConfig
+from mlx_forget.config import TrainConfig
+from mlx_forget.config_keys import REFERENCE_LIVE, REPLAY_PRETRAIN, REPLAY_SELF
 from mlx_forget.durable_files import write_text
 from mlx_forget.errors import UserError
 from mlx_forget.history import read_history

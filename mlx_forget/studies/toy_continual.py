@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_forget.backends import choose_backend, load_backend
 from mlx_forget.durable_files import is_whole, make_folder, read_object, sealed, sync, write_text
 from mlx_forget.errors import Interrupted, RunFailed, UserError, exit_code, unknown
 from mlx_forget.ladder import model_spec
@@ -33,7 +34,7 @@ from mlx_forget.methods import TERM_REPLAY_NTP, method_spec
 from mlx_forget.records import installed_versions
 from mlx_forget.replay.sampling import uniforms
 from mlx_forget.studies.toy_tasks import LENGTH, TASKS, VOCAB_SIZE, Rows, bos_of, exact_match, examples
-from mlx_forget.trainer import Batch, OptimSpec, RuntimeSpec, Trainer, TrainerSpec, choose_backend, load_backend
+from mlx_forget.trainer import Batch, OptimSpec, RuntimeSpec, Trainer, TrainerSpec
 
 FILE = "toy.json"
 SCHEMA_VERSION = 1

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_forget import costs, records
-from mlx_forget.config import EVALUATIONS_PER_RUN, TrainConfig
+from mlx_forget.backends import load_backend
+from mlx_forget.config import TrainConfig
+from mlx_forget.config_keys import EVALUATIONS_PER_RUN
 from mlx_forget.errors import UserError
 from mlx_forget.fuse import whole_checkpoint
 from mlx_forget.ladder import ModelSpec, default_context, model_spec, num_non_embedding_params, num_params, train_flops_per_token
@@ -17,7 +19,7 @@ from mlx_forget.pipeline.opened import Opened
 from mlx_forget.pretrained import PretrainedSpec
 from mlx_forget.sweeps.grid import Point, Resources
 from mlx_forget.sweeps.sweep import NOTHING_ASKED, Sweep, base_title
-from mlx_forget.trainer import Precision, load_backend
+from mlx_forget.trainer import Precision
 from mlx_forget.training.plan import plan_run
 from mlx_forget.training.start import find_start
 from mlx_forget.training.watch import Watch

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_forget import records
-from mlx_forget.config import to_yaml
+from mlx_forget.config_layers import to_yaml
 from mlx_forget.durable_files import read_object, sync
 from mlx_forget.engines import STOPPED, Engine, Exit, Task
 from mlx_forget.engines.child import last_line

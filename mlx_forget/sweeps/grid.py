@@ -22,7 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_forget.config import TrainConfig, from_layers, scale_defaults
+from mlx_forget.config import TrainConfig, scale_defaults
+from mlx_forget.config_layers import from_layers
 from mlx_forget.errors import UserError, unknown
 from mlx_forget.strict_yaml import read_given
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mlx_forget import records
+from mlx_forget.backends import load_backend
 from mlx_forget.checkpoint import Checkpoint
 from mlx_forget.errors import Interrupted, OutOfMemory, RunFailed
 from mlx_forget.ladder import num_params, train_bytes
 from mlx_forget.pretrained import PretrainedSpec
-from mlx_forget.trainer import load_backend
 from mlx_forget.training.folder import only_group
 from mlx_forget.training.loop import RunState, drive
 from mlx_forget.training.plan import Plan

@@ -20,7 +20,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
-from mlx_forget.config import REPLAY_SELF, TrainConfig
+from mlx_forget.config import TrainConfig
+from mlx_forget.config_keys import REPLAY_SELF
 from mlx_forget.errors import UserError, unknown
 from mlx_forget.methods import METHODS
 from mlx_forget.pipeline.opened import Opened

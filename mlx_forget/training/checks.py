@@ -1,6 +1,7 @@
 """What a run asks of its backend and of its start: methods, replay and adapters that cannot be are refused before anything is made."""
 
-from mlx_forget.config import REFERENCE_LIVE, REPLAY_ONLINE, REPLAY_PRETRAIN, REPLAY_SELF, TrainConfig
+from mlx_forget.config import TrainConfig
+from mlx_forget.config_keys import REFERENCE_LIVE, REPLAY_ONLINE, REPLAY_PRETRAIN, REPLAY_SELF
 from mlx_forget.errors import UserError
 from mlx_forget.ladder import ModelSpec
 from mlx_forget.methods import METHODS, TERM_REPLAY_KL

@@ -3,13 +3,8 @@
 from fractions import Fraction
 from pathlib import Path
 
-from mlx_forget.config import (
-    BUILTIN_TARGET_TOKENS,
-    REPLAY_ONLINE,
-    REPLAY_PRETRAIN,
-    REPLAY_SELF,
-    TrainConfig,
-)
+from mlx_forget.config import TrainConfig
+from mlx_forget.config_keys import BUILTIN_TARGET_TOKENS, REPLAY_ONLINE, REPLAY_PRETRAIN, REPLAY_SELF
 from mlx_forget.errors import UserError
 from mlx_forget.evaluate import Windows
 from mlx_forget.methods import METHODS

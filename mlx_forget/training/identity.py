@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from mlx_forget.config import REPLAY_ONLINE, REPLAY_PRETRAIN, REPLAY_SELF, TrainConfig
+from mlx_forget.config import TrainConfig
+from mlx_forget.config_keys import REPLAY_ONLINE, REPLAY_PRETRAIN, REPLAY_SELF
 from mlx_forget.ladder import is_ladder_name
 from mlx_forget.pipeline.shares import describe_share
 from mlx_forget.specs import Precision

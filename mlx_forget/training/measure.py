@@ -3,10 +3,10 @@
 import dataclasses
 import time
 
+from mlx_forget.backends import load_backend
 from mlx_forget.costs import Rate
 from mlx_forget.ladder import train_flops_per_token
 from mlx_forget.methods import MethodSpec
-from mlx_forget.trainer import load_backend
 from mlx_forget.training.plan import Plan
 from mlx_forget.training.run import trainer_spec
 from mlx_forget.training.watch import Watch

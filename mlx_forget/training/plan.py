@@ -8,13 +8,10 @@ from typing import Any
 
 from mlx_forget import checkpoint, costs
 from mlx_forget.adapters import num_trainable
+from mlx_forget.backends import choose_backend, join_group, load_backend
 from mlx_forget.checkpoint import Checkpoint
-from mlx_forget.config import (
-    EVALUATIONS_PER_RUN,
-    REFERENCE_LIVE,
-    REPLAY_SELF,
-    TrainConfig,
-)
+from mlx_forget.config import TrainConfig
+from mlx_forget.config_keys import EVALUATIONS_PER_RUN, REFERENCE_LIVE, REPLAY_SELF
 from mlx_forget.distributed import ALONE, Group
 from mlx_forget.errors import UserError
 from mlx_forget.evaluate import Windows
@@ -39,7 +36,7 @@ from mlx_forget.pipeline.store import TokenStore
 from mlx_forget.pipeline.vocabularies import find_tokenizer, tokenizer_in
 from mlx_forget.pretrained import LEARNING_RATE, PretrainedSpec
 from mlx_forget.schedule import Schedule
-from mlx_forget.trainer import Precision, choose_backend, join_group, load_backend
+from mlx_forget.trainer import Precision
 from mlx_forget.training.checks import check_layers, check_method
 from mlx_forget.training.data import (
     identity_of,

@@ -7,11 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlx_forget import checkpoint
-from mlx_forget.config import (
-    REFERENCE_LIVE,
-    REPLAY_ONLINE,
-    REPLAY_SELF,
-)
+from mlx_forget.config_keys import REFERENCE_LIVE, REPLAY_ONLINE, REPLAY_SELF
 from mlx_forget.errors import UserError
 from mlx_forget.pipeline.batches import ReplayRows
 from mlx_forget.pipeline.corpora import forget_home

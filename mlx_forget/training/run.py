@@ -8,14 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from mlx_forget import checkpoint, records
+from mlx_forget.backends import load_backend
 from mlx_forget.checkpoint import Checkpoint
-from mlx_forget.config import (
-    EVALUATIONS_PER_RUN,
-    REFERENCE_LIVE,
-    TrainConfig,
-    read_yaml,
-    to_yaml,
-)
+from mlx_forget.config import TrainConfig
+from mlx_forget.config_keys import EVALUATIONS_PER_RUN, REFERENCE_LIVE
+from mlx_forget.config_layers import to_yaml
 from mlx_forget.durable_files import write_text
 from mlx_forget.errors import Interrupted, RunFailed, UserError
 from mlx_forget.evaluate import progress_lost
@@ -26,7 +23,8 @@ from mlx_forget.ladder import (
     num_params,
 )
 from mlx_forget.pipeline.sides import Blend
-from mlx_forget.trainer import Trainer, TrainerSpec, load_backend
+from mlx_forget.strict_yaml import read_yaml
+from mlx_forget.trainer import Trainer, TrainerSpec
 from mlx_forget.training.data import identity_of, replay_name, sources_of
 from mlx_forget.training.folder import only_group
 from mlx_forget.training.identity import SCIENCE_VERSION

@@ -14,9 +14,9 @@ from mlx_forget.audit.reading import Reading
 from mlx_forget.audit.run import execute_audit, plan_audit
 from mlx_forget.audit.statistics import jackknife, ratio
 from mlx_forget.audit.texts import Text, parse_texts
+from mlx_forget.backends import available_backends
 from mlx_forget.errors import UserError
 from mlx_forget.pipeline.tokenizer import BOS, EOS
-from mlx_forget.trainer import available_backends
 from tests.audit.test_compare import exact_of
 
 

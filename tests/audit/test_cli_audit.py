@@ -10,18 +10,17 @@ import pytest
 from safetensors.numpy import load_file
 
 from mlx_forget import checkpoint
-from mlx_forget import trainer as trainer_module
 from mlx_forget.ladder import model_spec
 from mlx_forget.pipeline.corpora import forget_home
 from mlx_forget.pipeline.vocabularies import tokenizer_in
 from tests.audit.conftest import Weights
+from tests.fakes import add_fake_backend
 
 
 @pytest.fixture
 def fake_backend(monkeypatch):
     """`--backend fake` is the NumPy bigram, in this process only."""
-    row = trainer_module.Backend("tests.fakes:BigramTrainer", "numpy", "nothing to install")
-    monkeypatch.setitem(trainer_module.BACKENDS, "fake", row)
+    add_fake_backend(monkeypatch)
 
 
 @pytest.fixture

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from mlx_forget.backends import available_backends, load_backend
 from mlx_forget.comparison import Portions, portions
 from mlx_forget.errors import UserError
 from mlx_forget.ladder import initial_weights, model_spec, num_params
-from mlx_forget.trainer import RuntimeSpec, TrainerSpec, available_backends, load_backend
+from mlx_forget.trainer import RuntimeSpec, TrainerSpec
 from tests.reference import GPT2, softmax
 
 SPEC = model_spec("3x48", vocab_size=211, context_length=24)
@@ -135,7 +136,8 @@ import resource, sys
 from pathlib import Path
 import numpy as np
 from mlx_forget.ladder import initial_weights, model_spec
-from mlx_forget.trainer import RuntimeSpec, TrainerSpec, load_backend
+from mlx_forget.backends import load_backend
+from mlx_forget.trainer import RuntimeSpec, TrainerSpec
 from safetensors.numpy import save_file
 spec = model_spec("2x64", vocab_size=40_000, context_length=128)
 save_file(dict(initial_weights(spec, 0)), sys.argv[2])

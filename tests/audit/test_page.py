@@ -13,8 +13,8 @@ from mlx_forget.audit.page import render
 from mlx_forget.audit.run import execute_audit, plan_audit
 from mlx_forget.audit.statistics import Estimate
 from mlx_forget.audit.verdict import verdict
+from mlx_forget.backends import available_backends
 from mlx_forget.pages import svg
-from mlx_forget.trainer import available_backends
 from tests.html_page import ATTACK, assert_escaped, assert_inside_frames, assert_self_contained
 
 

@@ -7,16 +7,15 @@ import numpy as np
 import pytest
 
 from mlx_forget import checkpoint
-from mlx_forget import trainer as trainer_module
 from mlx_forget.audit.models import open_model
 from mlx_forget.audit.overlap import learnt_rows
 from mlx_forget.pipeline.corpora import forget_home
+from tests.fakes import add_fake_backend
 
 
 @pytest.fixture
 def forget(run_forget, monkeypatch, tmp_path):
-    row = trainer_module.Backend("tests.fakes:BigramTrainer", "numpy", "nothing to install")
-    monkeypatch.setitem(trainer_module.BACKENDS, "fake", row)
+    add_fake_backend(monkeypatch)
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments, code=0):

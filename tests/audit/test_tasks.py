@@ -7,8 +7,8 @@ import pytest
 
 from mlx_forget.audit.config import AuditConfig
 from mlx_forget.audit.run import execute_audit, plan_audit
+from mlx_forget.backends import available_backends
 from mlx_forget.pipeline.tokenizer import BOS
-from mlx_forget.trainer import available_backends
 from tests.reference import GPT2
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra: eval)")

@@ -11,8 +11,9 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from safetensors.numpy import load_file
 
+from mlx_forget.backends import load_backend
 from mlx_forget.ladder import hf_config, initial_weights, model_spec
-from mlx_forget.trainer import Batch, OptimSpec, RuntimeSpec, TrainerSpec, load_backend
+from mlx_forget.trainer import Batch, OptimSpec, RuntimeSpec, TrainerSpec
 
 SPEC = model_spec("3x48", vocab_size=97, context_length=24)
 TARGET_SHIFT, PRETRAIN_SHIFT = 7, 31

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_forget.trainer import Batch, RuntimeSpec, TrainerSpec, load_backend
+from mlx_forget.backends import load_backend
+from mlx_forget.trainer import Batch, RuntimeSpec, TrainerSpec
 from tests.backends.parity import SPEC, injection_batch
 
 STEPS = 6

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
+from mlx_forget.backends import load_backend
 from mlx_forget.ladder import ModelSpec, model_spec
 from mlx_forget.methods import method_spec
-from mlx_forget.trainer import RuntimeSpec, TrainerSpec, load_backend
+from mlx_forget.trainer import RuntimeSpec, TrainerSpec
 from tests.backends.parity import SPEC, injection_batch
 from tests.backends.rank_steps import share
 

@@ -5,10 +5,11 @@ import pytest
 from safetensors.numpy import load_file
 
 from mlx_forget import adapters
+from mlx_forget.backends import available_backends, load_backend
 from mlx_forget.errors import UserError
 from mlx_forget.ladder import decays, initial_weights, linear_shapes, model_spec
 from mlx_forget.methods import TERM_REPLAY_KL, MethodSpec
-from mlx_forget.trainer import AdapterSpec, Batch, OptimSpec, RuntimeSpec, TrainerSpec, available_backends, load_backend
+from mlx_forget.trainer import AdapterSpec, Batch, OptimSpec, RuntimeSpec, TrainerSpec
 from tests.reference import GPT2, AdamW
 
 SPEC = model_spec("2x32", vocab_size=61, context_length=12)

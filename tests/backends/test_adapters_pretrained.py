@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from mlx_forget import adapters
+from mlx_forget.backends import available_backends, load_backend
 from mlx_forget.checkpoint import find_checkpoint
 from mlx_forget.fuse import whole_checkpoint
 from mlx_forget.ladder import linear_shapes
 from mlx_forget.methods import method_spec
 from mlx_forget.pretrained import older_keys, read_config
-from mlx_forget.trainer import AdapterSpec, RuntimeSpec, TrainerSpec, available_backends, load_backend
+from mlx_forget.trainer import AdapterSpec, RuntimeSpec, TrainerSpec
 from tests.small_checkpoints import write_checkpoint
 from tests.test_pretrained import batch_of, nll_of, rows
 from tests.training.test_pretrained_runs import write_texts

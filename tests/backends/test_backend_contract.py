@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
+from mlx_forget.backends import available_backends, load_backend
 from mlx_forget.errors import UserError
 from mlx_forget.ladder import model_spec
 from mlx_forget.methods import MethodSpec
-from mlx_forget.trainer import Batch, OptimSpec, RuntimeSpec, TrainerSpec, available_backends, load_backend
+from mlx_forget.trainer import Batch, OptimSpec, RuntimeSpec, TrainerSpec
 from tests.fakes import BigramTrainer
 
 SPEC = model_spec("2x32", vocab_size=53, context_length=16)

@@ -8,9 +8,10 @@ import json
 import numpy as np
 import pytest
 
+from mlx_forget.backends import available_backends, load_backend
 from mlx_forget.checkpoint import find_checkpoint
 from mlx_forget.ladder import ModelSpec
-from mlx_forget.trainer import RuntimeSpec, TrainerSpec, available_backends, load_backend
+from mlx_forget.trainer import RuntimeSpec, TrainerSpec
 from tests.small_checkpoints import CONTEXT, config_of, vocab_size, write_checkpoint
 
 pytest.importorskip("transformers")

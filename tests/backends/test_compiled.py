@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from mlx_forget.backends import load_backend
 from mlx_forget.ladder import model_spec
-from mlx_forget.trainer import Batch, RuntimeSpec, TrainerSpec, load_backend
+from mlx_forget.trainer import Batch, RuntimeSpec, TrainerSpec
 
 torch = pytest.importorskip("torch")
 

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from mlx_forget.backends import available_backends, join_group
 from mlx_forget.distributed import ALONE, launched_rank
 from mlx_forget.errors import UserError
 from mlx_forget.history import read_history
-from mlx_forget.trainer import available_backends, join_group
 
 ROOT = Path(__file__).parents[2]
 LAUNCHER = Path(sys.executable).with_name("mlx.launch")

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 
+from mlx_forget.backends import available_backends, load_backend
 from mlx_forget.checkpoint import find_checkpoint
 from mlx_forget.ladder import model_spec
 from mlx_forget.methods import MethodSpec
 from mlx_forget.pipeline.reference_rows import ReferenceRows
-from mlx_forget.trainer import AdapterSpec, Batch, RuntimeSpec, TrainerSpec, available_backends, load_backend
+from mlx_forget.trainer import AdapterSpec, Batch, RuntimeSpec, TrainerSpec
 
 SPEC = model_spec("2x32", vocab_size=61, context_length=12)
 KL_REPLAY = MethodSpec(name="kl-replay", coefficients=(1.0, 0.0, 0.7), reference="start")

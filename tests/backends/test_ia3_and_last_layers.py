@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from mlx_forget import adapters
+from mlx_forget.backends import available_backends, load_backend
 from mlx_forget.checkpoint import find_checkpoint
 from mlx_forget.costs import state_bytes
 from mlx_forget.errors import UserError
 from mlx_forget.ladder import initial_weights, linear_shapes, model_spec, num_params
 from mlx_forget.methods import method_spec
-from mlx_forget.trainer import AdapterSpec, OptimSpec, RuntimeSpec, TrainerSpec, available_backends, load_backend
+from mlx_forget.trainer import AdapterSpec, OptimSpec, RuntimeSpec, TrainerSpec
 from tests.backends.test_adapters import make_batch
 from tests.reference import GPT2, AdamW
 from tests.small_checkpoints import write_checkpoint

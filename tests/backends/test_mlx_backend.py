@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mlx_forget.backends import available_backends, load_backend
 from mlx_forget.errors import UserError
 from mlx_forget.ladder import model_spec, num_params
 from mlx_forget.methods import MethodSpec, method_spec
-from mlx_forget.trainer import Batch, RuntimeSpec, TrainerSpec, available_backends, load_backend
+from mlx_forget.trainer import Batch, RuntimeSpec, TrainerSpec
 
 pytestmark = pytest.mark.skipif("mlx" not in available_backends(), reason="MLX is not installed")
 ROOT = Path(__file__).parents[2]
@@ -76,7 +77,7 @@ def test_a_compiler_that_fails_is_one_sentence(says, found, tmp_path):
     compiler.chmod(0o755)
     code = (
         f"import os, tempfile; os.environ['PATH'] = '{tmp_path}:' + os.environ['PATH']; os.environ['TMPDIR'] = '{tmp_path}';"
-        "from mlx_forget.trainer import *; from mlx_forget.ladder import model_spec;"
+        "from mlx_forget.backends import load_backend; from mlx_forget.trainer import *; from mlx_forget.ladder import model_spec;"
         "spec = TrainerSpec(model=model_spec('1x16', 8, 4), runtime=RuntimeSpec(device='cpu'))\n"
         "try: load_backend('mlx')(spec)\n"
         "except Exception as error: print(type(error).__name__, *((error.errno, error.filename) if isinstance(error, OSError) else (error,)))"
@@ -88,7 +89,7 @@ def test_a_compiler_that_fails_is_one_sentence(says, found, tmp_path):
 @pytest.mark.skipif("cuda" not in available_backends(), reason="PyTorch is not installed")
 def test_pytorch_says_when_it_has_one_thread_because_mlx_came_first():
     code = (
-        "from mlx_forget.trainer import *; from mlx_forget.ladder import model_spec;"
+        "from mlx_forget.backends import load_backend; from mlx_forget.trainer import *; from mlx_forget.ladder import model_spec;"
         "spec = TrainerSpec(model=model_spec('1x16', 8, 4), runtime=RuntimeSpec(device='cpu'));"
         "load_backend('mlx'); trainer = load_backend('cuda')(spec); import torch;"
         "print(torch.get_num_threads() == 1, any('MLX was loaded before it' in note for note in trainer.notes))"
@@ -202,7 +203,7 @@ def test_memory_stays_flat():
     assert peaks[1] <= peaks[0] * 1.02
 
 
-LOAD = "from mlx_forget.trainer import load_backend\ntry:\n    load_backend('mlx')\nexcept Exception as e:\n    print(type(e).__name__, e)"
+LOAD = "from mlx_forget.backends import load_backend\ntry:\n    load_backend('mlx')\nexcept Exception as e:\n    print(type(e).__name__, e)"
 
 
 def fake_mlx(folder, core, version="0.32.0"):

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from mlx_forget.backends import available_backends, load_backend
 from mlx_forget.ladder import decays, initial_weights, model_spec
-from mlx_forget.trainer import Batch, OptimSpec, RuntimeSpec, TrainerSpec, available_backends, load_backend
+from mlx_forget.trainer import Batch, OptimSpec, RuntimeSpec, TrainerSpec
 from tests.reference import GPT2, AdamW
 
 SPEC = model_spec("2x32", vocab_size=61, context_length=12)

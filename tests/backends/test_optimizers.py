@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from mlx_forget.config import TrainConfig, from_layers
+from mlx_forget.backends import available_backends, load_backend
+from mlx_forget.config import TrainConfig
+from mlx_forget.config_layers import from_layers
 from mlx_forget.errors import UserError
 from mlx_forget.ladder import initial_weights, model_spec, moment_shapes, param_shapes
 from mlx_forget.methods import method_spec
-from mlx_forget.trainer import Batch, OptimSpec, RuntimeSpec, TrainerSpec, available_backends, load_backend
+from mlx_forget.trainer import Batch, OptimSpec, RuntimeSpec, TrainerSpec
 from mlx_forget.training.identity import science
 from mlx_forget.training.plan import plan_run
 from tests.reference import GPT2, Adafactor, AdamW

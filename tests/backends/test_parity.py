@@ -2,7 +2,7 @@
 
 import pytest
 
-from mlx_forget.trainer import available_backends
+from mlx_forget.backends import available_backends
 from tests.backends import parity
 
 pytestmark = pytest.mark.skipif(not {"mlx", "cuda"} <= set(available_backends()), reason="parity needs both MLX and PyTorch")

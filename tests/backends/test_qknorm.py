@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from mlx_forget.backends import available_backends, load_backend
 from mlx_forget.errors import UserError
 from mlx_forget.ladder import (
     decays,
@@ -19,7 +20,7 @@ from mlx_forget.ladder import (
     spec_from_hf_config,
 )
 from mlx_forget.methods import method_spec
-from mlx_forget.trainer import Batch, OptimSpec, RuntimeSpec, TrainerSpec, available_backends, load_backend
+from mlx_forget.trainer import Batch, OptimSpec, RuntimeSpec, TrainerSpec
 from tests.reference import QKNorm, softmax
 
 SPEC = model_spec("qknorm-2x32", vocab_size=61, context_length=12)

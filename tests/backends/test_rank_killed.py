@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from mlx_forget.backends import available_backends
 from mlx_forget.checkpoint import latest_checkpoint
-from mlx_forget.trainer import available_backends
 from tests.backends.test_distributed import _launchable, start
 
 CASES = [

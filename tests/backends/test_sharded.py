@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from mlx_forget.backends import available_backends, load_backend
 from mlx_forget.errors import UserError
 from mlx_forget.ladder import num_params
-from mlx_forget.trainer import RuntimeSpec, TrainerSpec, available_backends, load_backend
+from mlx_forget.trainer import RuntimeSpec, TrainerSpec
 from tests.backends.parity import SPEC
 from tests.backends.shard_steps import CASES, train
 from tests.backends.test_distributed import ROOT, environment, two_of
@@ -83,7 +84,7 @@ def test_a_backend_that_cannot_share_says_so(run_forget):
 
 
 def test_what_needs_a_whole_model_is_refused(monkeypatch):
-    from cuda_backend.trainer import TorchTrainer
+    from cuda_backend.backend import TorchBackend
     from mlx_forget.methods import method_spec
     from mlx_forget.trainer import OptimSpec
 
@@ -92,9 +93,10 @@ def test_what_needs_a_whole_model_is_refused(monkeypatch):
     class Pair:
         rank, size = 0, 2
 
-    monkeypatch.setattr("cuda_backend.trainer.join", Pair)
+    for module in ("backend", "trainer"):
+        monkeypatch.setattr(f"cuda_backend.{module}.join", Pair)
     for method in ("kl-replay", "lwf", "ewc"):
         with pytest.raises(UserError, match="does not go with --shard"):
-            TorchTrainer(TrainerSpec(model=SPEC, method=method_spec(method), runtime=runtime))
+            TorchBackend(TrainerSpec(model=SPEC, method=method_spec(method), runtime=runtime))
     with pytest.raises(UserError, match="--shard takes adamw"):
-        TorchTrainer(TrainerSpec(model=SPEC, optim=OptimSpec(name="adafactor"), runtime=runtime))
+        TorchBackend(TrainerSpec(model=SPEC, optim=OptimSpec(name="adafactor"), runtime=runtime))

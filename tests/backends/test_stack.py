@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from mlx_forget.backends import available_backends, load_backend
 from mlx_forget.ladder import model_spec
-from mlx_forget.trainer import Batch, OptimSpec, RuntimeSpec, TrainerSpec, available_backends, load_backend
+from mlx_forget.trainer import Batch, OptimSpec, RuntimeSpec, TrainerSpec
 from tests.fakes import BigramTrainer
 
 SPEC = model_spec("2x32", vocab_size=53, context_length=16)

@@ -6,8 +6,9 @@ import sys
 import numpy as np
 import pytest
 
+from mlx_forget.backends import available_backends, load_backend
 from mlx_forget.pretrained import read_pretrained
-from mlx_forget.trainer import AdapterSpec, Batch, RuntimeSpec, TrainerSpec, available_backends, load_backend
+from mlx_forget.trainer import AdapterSpec, Batch, RuntimeSpec, TrainerSpec
 from tests.benchmarks import bench_memory
 
 pytest.importorskip("transformers")

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mlx_forget.backends import available_backends, load_backend
 from mlx_forget.checkpoint import find_checkpoint
-from mlx_forget.trainer import RuntimeSpec, TrainerSpec, available_backends, load_backend
+from mlx_forget.trainer import RuntimeSpec, TrainerSpec
 from tests.small_checkpoints import transformers_logits, write_checkpoint
 from tests.test_imported_adapters import write_adapter
 from tests.test_pretrained import nll_of, rows

@@ -18,9 +18,10 @@ from safetensors.numpy import save_file
 from mlx_forget import checkpoint
 from mlx_forget.audit.config import AuditConfig
 from mlx_forget.audit.run import execute_audit, plan_audit
+from mlx_forget.backends import choose_backend, load_backend
 from mlx_forget.ladder import initial_weights, model_spec, num_params
 from mlx_forget.pipeline.tokenizer import train_tokenizer
-from mlx_forget.trainer import RuntimeSpec, TrainerSpec, choose_backend, load_backend
+from mlx_forget.trainer import RuntimeSpec, TrainerSpec
 from tests.audit.conftest import Weights
 from tests.benchmarks.measure import interleaved, print_ratios
 

@@ -24,8 +24,9 @@ def ours(backend, args):
     """One step of this tool."""
     import numpy as np
 
+    from mlx_forget.backends import load_backend
     from mlx_forget.ladder import model_spec
-    from mlx_forget.trainer import AdapterSpec, Batch, RuntimeSpec, TrainerSpec, load_backend
+    from mlx_forget.trainer import AdapterSpec, Batch, RuntimeSpec, TrainerSpec
 
     spec = model_spec(args.model, args.vocab, args.context)
     adapter = AdapterSpec(rank=args.rank, alpha=2.0 * args.rank, target_modules=(args.target,))

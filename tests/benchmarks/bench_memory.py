@@ -62,8 +62,9 @@ def measure(backend: str, folder: Path, arguments: Sequence[str], *, rows: int, 
 def _child(given: argparse.Namespace) -> int:
     import numpy as np
 
+    from mlx_forget.backends import load_backend
     from mlx_forget.pretrained import read_pretrained
-    from mlx_forget.trainer import AdapterSpec, Batch, RuntimeSpec, TrainerSpec, load_backend
+    from mlx_forget.trainer import AdapterSpec, Batch, RuntimeSpec, TrainerSpec
 
     spec = TrainerSpec(
         model=read_pretrained(Path(given.model)),
@@ -113,7 +114,7 @@ def main() -> None:
     if given.child:
         print(json.dumps({"peak_bytes": _child(given)}))
         return
-    from mlx_forget.trainer import available_backends
+    from mlx_forget.backends import available_backends
 
     with tempfile.TemporaryDirectory() as folder:
         base = write_base(Path(folder) / "base", layers=given.layers, width=given.width)

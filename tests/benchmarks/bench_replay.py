@@ -21,12 +21,13 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from mlx_forget.backends import available_backends, load_backend
 from mlx_forget.ladder import hf_config, model_spec, num_params
 from mlx_forget.methods import TERM_REPLAY_KL, MethodSpec, method_spec
 from mlx_forget.pipeline.batches import Batch
 from mlx_forget.pipeline.reference_rows import ReferenceRows
 from mlx_forget.replay.sampling import uniforms
-from mlx_forget.trainer import RuntimeSpec, Trainer, TrainerSpec, available_backends, load_backend
+from mlx_forget.trainer import RuntimeSpec, Trainer, TrainerSpec
 from tests.benchmarks.measure import interleaved, print_ratios
 
 SPEC = model_spec("8x320", 4096, 256)

@@ -15,8 +15,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from mlx_forget.backends import load_backend
 from mlx_forget.ladder import model_spec, num_params
-from mlx_forget.trainer import Batch, RuntimeSpec, TrainerSpec, load_backend
+from mlx_forget.trainer import Batch, RuntimeSpec, TrainerSpec
 from tests.benchmarks.measure import interleaved, print_ratios
 
 BATCH, CONTEXT, VOCAB = 16, 128, 2048

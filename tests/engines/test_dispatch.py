@@ -9,7 +9,6 @@ import subprocess
 
 import pytest
 
-from mlx_forget import trainer as trainer_module
 from mlx_forget.engines import Engine, Exit
 from mlx_forget.errors import Interrupted, UserError
 from mlx_forget.records import REQUESTED, read_record, write_record
@@ -20,6 +19,7 @@ from mlx_forget.sweeps.grid import Recipe, Resources
 from mlx_forget.sweeps.sweep import plan_sweep, stack_sweep
 from mlx_forget.training.watch import Watch
 from tests.bigrams import CONFIG
+from tests.fakes import add_fake_backend
 
 
 class ScriptedEngine(Engine):
@@ -62,7 +62,7 @@ class ScriptedEngine(Engine):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, tmp_path):
-    monkeypatch.setitem(trainer_module.BACKENDS, "bigram", trainer_module.Backend("tests.fakes:BigramTrainer", "numpy", "nothing"))
+    add_fake_backend(monkeypatch, "bigram")
     monkeypatch.setattr(dispatch, "_SECONDS_BETWEEN_LOOKS", 0)
     monkeypatch.setattr(dispatch, "_SECONDS_BETWEEN_PROBES", 0)
     monkeypatch.setattr("mlx_forget.training.plan.forget_home", lambda: tmp_path / "home")

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from mlx_forget import trainer as trainer_module
 from mlx_forget.engines import Demand, Task, open_engine
 from mlx_forget.engines.child import Child, command_of
 from mlx_forget.engines.lease import Leaseholder, attend
@@ -25,6 +24,7 @@ from mlx_forget.sweeps.sweep import plan_sweep
 from mlx_forget.training.folder import is_held
 from mlx_forget.training.watch import Watch
 from tests.bigrams import CONFIG, install, records
+from tests.fakes import add_fake_backend
 
 GRID = {"p": ["0", "1%", "5%"], "seed": [0, 1, 2, 3], "base.seed": [0, 1]}
 
@@ -45,7 +45,7 @@ def child_path(tmp_path_factory, cache_folder):
 @pytest.fixture
 def bigram(monkeypatch, child_path):
     """This process and its children know the bigram; children wait for no lock longer than a test."""
-    monkeypatch.setitem(trainer_module.BACKENDS, "bigram", trainer_module.Backend("tests.fakes:BigramTrainer", "numpy", "nothing"))
+    add_fake_backend(monkeypatch, "bigram")
     monkeypatch.setenv("PYTHONPATH", child_path)
 
 
@@ -100,7 +100,7 @@ def wait_until(condition, seconds=60):
 def three(tmp_path_factory, child_path):
     """The records of the three runs, trained in this process."""
     patch = pytest.MonkeyPatch()
-    patch.setitem(trainer_module.BACKENDS, "bigram", trainer_module.Backend("tests.fakes:BigramTrainer", "numpy", "nothing"))
+    add_fake_backend(patch, "bigram")
     folder = tmp_path_factory.mktemp("three")
     sweep = sweep_of(folder, {}, THREE)
     execute_sweep(sweep, open_engine("in-process", Demand(folder), Watch()))
@@ -210,7 +210,7 @@ def test_24_runs_killed_twice_on_every_engine(tmp_path, child_path, uninterrupte
 
 def task_of(sweep, job, **resources):
     job.plan.folder.mkdir(parents=True, exist_ok=True)
-    from mlx_forget.config import to_yaml
+    from mlx_forget.config_layers import to_yaml
 
     (job.plan.folder / REQUESTED).write_text(to_yaml(job.plan.config))
     return Task(

@@ -161,7 +161,7 @@ def _outcome(process: Any, receiving: Any) -> Outcome:
 def _child(folder: str, arguments: list[str], at: int | None, kind: str, sending: object) -> None:
     import io
 
-    from mlx_forget import trainer
+    from mlx_forget import backends
     from mlx_forget.cli import main
     from mlx_forget.pipeline.store import writing
     from mlx_forget.replay import log_probs
@@ -169,7 +169,7 @@ def _child(folder: str, arguments: list[str], at: int | None, kind: str, sending
 
     os.chdir(folder)
     os.environ |= {"FORGET_HOME": f"{folder}/home", "FORGET_SCALE": "smoke"}
-    trainer.BACKENDS["fake"] = trainer.Backend("tests.fakes:BigramTrainer", "numpy", "nothing to install")
+    backends.BACKENDS["fake"] = backends.Backend("tests.fakes:BigramTrainer", "numpy", "nothing to install")
     # Several shards of a little text.
     writing.TOKENS_PER_SHARD = 2000
     log_probs._MAX_ROWS_PER_SHARD = 50

@@ -19,7 +19,8 @@ import sys, resource
 from pathlib import Path
 import numpy as np
 from mlx_forget.ladder import ModelSpec
-from mlx_forget.trainer import Batch, RuntimeSpec, TrainerSpec, load_backend
+from mlx_forget.backends import load_backend
+from mlx_forget.trainer import Batch, RuntimeSpec, TrainerSpec
 model = ModelSpec(num_layers=1, width=16, num_heads=2, vocab_size=64, context_length=16)
 trainer, zeros = load_backend(sys.argv[1])(TrainerSpec(model=model, runtime=RuntimeSpec(device=None))), np.zeros(4, np.uint8)
 steps, rng = int(sys.argv[2]), np.random.default_rng(0)
@@ -36,9 +37,9 @@ for step in range(1, steps + 1):
 _RUNS = """
 import os, sys
 from pathlib import Path
-from mlx_forget import trainer
+from mlx_forget import backends
 from mlx_forget.cli import main
-trainer.BACKENDS["fake"] = trainer.Backend("tests.fakes:BigramTrainer", "numpy", "nothing to install")
+backends.BACKENDS["fake"] = backends.Backend("tests.fakes:BigramTrainer", "numpy", "nothing to install")
 from mlx_forget.training import run
 from mlx_forget.sweeps import stacking
 drive, most, count = run.drive, 0, 0
@@ -113,9 +114,9 @@ import random, sys, time
 chance, now, now_ns = random.Random(0), time.time, time.time_ns
 time.time = lambda: now() + chance.uniform(-3e8, 3e8)
 time.time_ns = lambda: now_ns() + chance.randrange(-3 * 10**17, 3 * 10**17)
-from mlx_forget import trainer
+from mlx_forget import backends
 from mlx_forget.cli import main
-trainer.BACKENDS["fake"] = trainer.Backend("tests.fakes:BigramTrainer", "numpy", "nothing to install")
+backends.BACKENDS["fake"] = backends.Backend("tests.fakes:BigramTrainer", "numpy", "nothing to install")
 try:
     main(sys.argv[1:])
 except SystemExit as stop:

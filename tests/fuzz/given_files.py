@@ -15,7 +15,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from mlx_forget.checkpoint import open_checkpoint
-from mlx_forget.config import TrainConfig, from_layers, read_yaml, to_yaml
+from mlx_forget.config import TrainConfig
+from mlx_forget.config_layers import from_layers, to_yaml
 from mlx_forget.durable_files import sealed
 from mlx_forget.errors import UserError
 from mlx_forget.history import HistoryWriter, read_history
@@ -31,6 +32,7 @@ from mlx_forget.pipeline.vocabularies import load_vocabulary
 from mlx_forget.pretrained import older_keys, read_config, read_pretrained
 from mlx_forget.records import read_record, write_record
 from mlx_forget.replay.sampled_store import _sampled_shard
+from mlx_forget.strict_yaml import read_yaml
 from mlx_forget.studies.loss_matrix import read_matrices
 from mlx_forget.sweeps.grid import read_recipe
 from mlx_forget.tables import read_table

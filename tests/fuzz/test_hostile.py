@@ -15,7 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mlx_forget.config import TrainConfig, from_layers
+from mlx_forget.config import TrainConfig
+from mlx_forget.config_layers import from_layers
 from mlx_forget.durable_files import sha256_of
 from mlx_forget.errors import UserError
 from mlx_forget.history import HistoryWriter, read_history

@@ -4,14 +4,13 @@ import json
 
 import pytest
 
-from mlx_forget import trainer as trainer_module
+from tests.fakes import add_fake_backend
 
 
 @pytest.fixture
 def train(run_forget, tmp_path, monkeypatch):
     """`forget train` on the NumPy bigram."""
-    row = trainer_module.Backend("tests.fakes:BigramTrainer", "numpy", "nothing to install")
-    monkeypatch.setitem(trainer_module.BACKENDS, "fake", row)
+    add_fake_backend(monkeypatch)
     monkeypatch.chdir(tmp_path)
     return lambda *arguments: run_forget("train", "--backend", "fake", *arguments)
 

@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from mlx_forget import trainer as trainer_module
-from mlx_forget.config import TrainConfig, from_layers, scale_defaults
+from mlx_forget.backends import available_backends
+from mlx_forget.config import TrainConfig, scale_defaults
+from mlx_forget.config_layers import from_layers
 from mlx_forget.errors import Interrupted
 from mlx_forget.pipeline.reference_rows import row_bytes
-from mlx_forget.trainer import available_backends
 from mlx_forget.training.plan import plan_run
 from mlx_forget.training.run import execute
 from mlx_forget.training.watch import Watch
+from tests.fakes import add_fake_backend
 from tests.replay.test_replay import MODEL, Said, start, tokenizer  # noqa: F401
 
 NETWORKS = available_backends()
@@ -20,9 +21,7 @@ NETWORKS = available_backends()
 
 @pytest.fixture(autouse=True)
 def in_a_folder_with_the_fake(monkeypatch, tmp_path):
-    monkeypatch.setitem(
-        trainer_module.BACKENDS, "fake", trainer_module.Backend("tests.fakes:BigramTrainer", "numpy", "nothing to install")
-    )
+    add_fake_backend(monkeypatch)
     monkeypatch.chdir(tmp_path)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mlx_forget import checkpoint
+from mlx_forget.backends import available_backends, load_backend
 from mlx_forget.errors import Interrupted, UserError
 from mlx_forget.ladder import initial_weights
 from mlx_forget.methods import MethodSpec
@@ -13,7 +14,7 @@ from mlx_forget.pipeline.batches import ReplayRows
 from mlx_forget.pipeline.reference_rows import ReferenceRows, parse_kind, row_bytes
 from mlx_forget.pipeline.sides import RowSubset, read_masked
 from mlx_forget.replay.log_probs import BlendedLogProbs, keep_log_probs
-from mlx_forget.trainer import Batch, OptimSpec, RuntimeSpec, TrainerSpec, available_backends, load_backend
+from mlx_forget.trainer import Batch, OptimSpec, RuntimeSpec, TrainerSpec
 from tests.fakes import BigramTrainer
 from tests.reference import GPT2, softmax
 from tests.replay.test_replay import MODEL, Said, start, tokenizer  # noqa: F401

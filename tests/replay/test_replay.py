@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mlx_forget import checkpoint
+from mlx_forget.backends import load_backend
 from mlx_forget.errors import Interrupted, UserError
 from mlx_forget.ladder import model_spec
 from mlx_forget.pipeline.sides import RowSubset
@@ -15,7 +16,7 @@ from mlx_forget.replay.online import OnlineReplay
 from mlx_forget.replay.sampled_store import origin_note, sample_store
 from mlx_forget.replay.sampling import SampleSpec, sample_rows, uniforms
 from mlx_forget.token_counts import parse_tokens
-from mlx_forget.trainer import Batch, load_backend
+from mlx_forget.trainer import Batch
 from tests.fakes import BigramTrainer
 from tests.pipeline.test_store import make_store
 from tests.replay.test_sampling import NETWORKS, SMALL, backend, trainer_of  # noqa: F401

@@ -7,26 +7,26 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from mlx_forget import trainer as trainer_module
-from mlx_forget.config import TrainConfig, from_layers, scale_defaults
+from mlx_forget.backends import available_backends, load_backend
+from mlx_forget.config import TrainConfig, scale_defaults
+from mlx_forget.config_layers import from_layers
 from mlx_forget.errors import Interrupted
 from mlx_forget.history import read_history
 from mlx_forget.methods import METHODS
 from mlx_forget.pipeline.sides import read_masked
 from mlx_forget.pipeline.store import open_store
-from mlx_forget.trainer import available_backends, load_backend
 from mlx_forget.training.identity import run_id
 from mlx_forget.training.plan import plan_run
 from mlx_forget.training.run import execute, start_trainer, trainer_spec, with_base
 from mlx_forget.training.watch import Watch
+from tests.fakes import add_fake_backend
 
 BACKENDS = ["fake", *available_backends()]
 
 
 @pytest.fixture(autouse=True)
 def fake_backend(monkeypatch, tmp_path):
-    row = trainer_module.Backend("tests.fakes:BigramTrainer", "numpy", "nothing to install")
-    monkeypatch.setitem(trainer_module.BACKENDS, "fake", row)
+    add_fake_backend(monkeypatch)
     monkeypatch.chdir(tmp_path)
 
 

@@ -5,10 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 
+from mlx_forget.backends import available_backends, load_backend
 from mlx_forget.errors import UserError
 from mlx_forget.ladder import initial_weights, model_spec
 from mlx_forget.methods import METHODS, MethodSpec, method_spec
-from mlx_forget.trainer import Batch, OptimSpec, RuntimeSpec, TrainerSpec, available_backends, load_backend
+from mlx_forget.trainer import Batch, OptimSpec, RuntimeSpec, TrainerSpec
 from tests.fakes import RATE, BigramTrainer
 from tests.reference import GPT2, softmax
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from mlx_forget.backends import available_backends, load_backend
 from mlx_forget.ladder import model_spec
 from mlx_forget.pipeline.tokenizer import BOS
 from mlx_forget.replay.sampling import SampleSpec, sample_rows, uniforms
-from mlx_forget.trainer import RuntimeSpec, TrainerSpec, available_backends, load_backend
+from mlx_forget.trainer import RuntimeSpec, TrainerSpec
 from tests.fakes import BigramTrainer
 
 NETWORKS = available_backends()

@@ -9,6 +9,7 @@ import subprocess
 import numpy as np
 import pytest
 
+from mlx_forget.backends import available_backends
 from mlx_forget.errors import UserError
 from mlx_forget.laws.fit import FitOptions, fit_law
 from mlx_forget.laws.forms import get_law
@@ -21,7 +22,6 @@ from mlx_forget.studies.law_study import analyse, find_fit, held_out, make_cells
 from mlx_forget.studies.law_study_plot import draw_law_study
 from mlx_forget.studies.law_study_text import CSV_COLUMNS, most_common_tokens, study_lines
 from mlx_forget.sweeps.grid import read_recipe
-from mlx_forget.trainer import available_backends
 
 SIZES = {161_088: (56_640, 4.68), 291_000: (151_000, 4.2), 655_000: (446_000, 3.8), 1_270_000: (992_000, 3.5)}
 TRUTH = {"code": {"alpha": 0.4, "beta": 0.3, "B": 80.0}, "math": {"alpha": 0.25, "beta": 0.45, "B": 900.0}}
@@ -62,22 +62,22 @@ def synthetic(noise=0.0, sizes=SIZES, domains=TRUTH):
 
 @pytest.fixture(scope="module")
 def noisy():
-    return analyse(make_cells(synthetic(noise=0.004)), num_resamples=200)
+    return analyse(make_cells(synthetic(noise=0.004))[0], num_resamples=200)
 
 
 def test_shares_as_fractions_are_in_the_study_and_changing_ones_are_not():
     rows = synthetic(domains=("code",))
     rows[1]["p_asked"] = "1/200"
-    lines = "\n".join(study_lines(analyse(make_cells(rows), num_resamples=0).content))
+    lines = "\n".join(study_lines(analyse(make_cells(rows)[0], num_resamples=0).content))
     assert "0.005" in lines
     rows[2]["p_asked"] = "0..5%"
-    cells = make_cells(rows)
+    cells = make_cells(rows)[0]
     assert len(cells) == len(rows) - 1
     assert "0..5%" not in {cell.row["p_asked"] for cell in cells}
 
 
 def test_exact_runs_give_back_their_law():
-    content = analyse(make_cells(synthetic()), num_resamples=0).content
+    content = analyse(make_cells(synthetic())[0], num_resamples=0).content
     for domain, truth in TRUTH.items():
         fit = find_fit(content, domain, "pretraining", "total")
         assert {name: one["value"] for name, one in fit["params"].items()} == pytest.approx(truth, rel=1e-3)
@@ -144,7 +144,7 @@ def test_an_exponent_of_its_own_for_p_is_told_from_eq_7():
     truth = {**TRUTH["code"], "alpha": 0.1, "gamma": 0.7, "A": 655_000**0.1 / 300_000**0.3}
     for row in rows:
         row["loss"] = float(law.predict(truth, {name: row[name] for name in law.columns})[0]) * (1 + 0.002 * rng.normal())
-    fit = find_fit(analyse(make_cells(rows), num_resamples=50).content, "code", "pretraining", "total")
+    fit = find_fit(analyse(make_cells(rows)[0], num_resamples=50).content, "code", "pretraining", "total")
     assert fit["selection"]["chosen"] == "own exponent of p"
     assert next(one["aicc_above_best"] for one in fit["selection"]["rivals"] if one["name"] == "p on N") > 10
 
@@ -156,7 +156,7 @@ def test_runs_without_a_minimum_or_with_few_injected_rows_are_left_out_and_said(
     few |= {"steps": 50, "loss": 9.0}
     for row in [row for row in rows if row["p_asked"] == "5%"][:2]:
         row |= {"status": "finished", "loss": 9.0}
-    cells = make_cells(rows)
+    cells = make_cells(rows)[0]
     assert {cell.row["run"]: cell.left_out for cell in cells if cell.left_out}[few["run"]] == "4 injected rows at the minimum"
     content = analyse(cells, num_resamples=0).content
     assert (content["num_runs"], content["num_kept"]) == (60, 57)
@@ -170,7 +170,7 @@ def test_runs_without_a_minimum_or_with_few_injected_rows_are_left_out_and_said(
 def test_the_minimum_of_smoothed_losses_is_a_reading_of_its_own():
     rows = synthetic(domains=["code"])
     readings = {row["run"]: {"steps": 700.0, "L_ft": row["L_ft"], "loss": row["loss"] + 0.1} for row in rows}
-    content = analyse(make_cells(rows, readings), num_resamples=0).content
+    content = analyse(make_cells(rows, readings)[0], num_resamples=0).content
     plain, smoothed = (find_fit(content, "code", "pretraining", name) for name in ("total", "smoothed"))
     assert smoothed["num_runs"] == 60
     assert smoothed["params"]["alpha"]["value"] < plain["params"]["alpha"]["value"]
@@ -206,7 +206,7 @@ def test_every_row_of_a_table_has_as_many_cells_as_its_head(noisy):
 
 def test_one_size_is_fitted_by_the_law_of_one_size_and_the_rest_is_said_to_be_missing():
     rows = synthetic(sizes=[161_088], domains=["code"])
-    content = analyse(make_cells(rows), num_resamples=50).content
+    content = analyse(make_cells(rows)[0], num_resamples=50).content
     assert find_fit(content, "code", "pretraining", "total")["law"] == "forgetting-fixed-n"
     assert "not held out" in "\n".join(study_lines(content))
 
@@ -215,20 +215,32 @@ def test_the_distance_of_a_domain_is_what_finetuning_takes_off_its_loss():
     rows = [
         flat_row("code", size, tokens, "0", 5.0, target=4.9 - tokens / 1e6) for size in SIZES for tokens in (100_000, 1_000_000)
     ]
-    assert analyse(make_cells(rows), num_resamples=0).content["domains"]["code"]["distance_nats"] == pytest.approx(1.0)
+    assert analyse(make_cells(rows)[0], num_resamples=0).content["domains"]["code"]["distance_nats"] == pytest.approx(1.0)
 
 
 def test_one_domain_gives_no_order_of_domains():
-    assert "B by domain" not in "\n".join(study_lines(analyse(make_cells(synthetic(domains=["code"])), num_resamples=0).content))
+    assert "B by domain" not in "\n".join(study_lines(analyse(make_cells(synthetic(domains=["code"]))[0], num_resamples=0).content))
 
 
 def test_two_runs_fit_nothing_and_say_why():
     rows = synthetic(sizes=[161_088], domains=["code"])[:2]
-    text = "\n".join(study_lines(analyse(make_cells(rows), num_resamples=50).content))
+    text = "\n".join(study_lines(analyse(make_cells(rows)[0], num_resamples=50).content))
     assert "no law could be fitted" in text
     assert "add at least" in text
     with pytest.raises(UserError, match="no finished finetuning"):
         make_cells([{**rows[0], "base": "scratch"}])
+
+
+def test_runs_that_are_no_points_of_the_laws_are_named_with_the_reason():
+    rows = synthetic(domains=["code"])
+    rows[3] |= {"p_asked": "0..5%"}
+    rows[4] |= {"fine_tune_type": "lora"}
+    cells, others = make_cells(rows)
+    assert len(cells) == len(rows) - 2
+    assert {reason.split(",")[0]: runs for reason, runs in others.items()} == {
+        "whose p changes along the run": [rows[3]["run"]],
+        "trained with lora": [rows[4]["run"]],
+    }
 
 
 def test_the_recipe_spans_a_factor_of_16_and_its_runs_differ(monkeypatch):
@@ -272,7 +284,7 @@ def test_make_reproduce_ladder_runs_plots_and_goes_on(run_forget, tmp_path, monk
 def test_the_published_study_is_of_the_published_runs_and_fits_them_again():
     folder = resource_path("runs")
     content = json.loads((folder / "ladder-builtin.json").read_text())
-    cells = make_cells(read_export(folder / "ladder-builtin.parquet"))
+    cells = make_cells(read_export(folder / "ladder-builtin.parquet"))[0]
     assert {cell.row["run"] for cell in cells} == {cell["run"] for cell in content["cells"]}
     with (folder / "ladder-builtin.csv").open() as stream:
         assert {row["run"] for row in csv.DictReader(stream)} == {cell.row["run"] for cell in cells}

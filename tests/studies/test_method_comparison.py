@@ -5,13 +5,13 @@ import json
 
 import pytest
 
-from mlx_forget import trainer as trainer_module
 from mlx_forget.errors import UserError
 from mlx_forget.history import SCHEMA, HistoryWriter
 from mlx_forget.records import SCHEMA_VERSION, find_runs
 from mlx_forget.resources import recipe as find_recipe
 from mlx_forget.studies.method_comparison import CSV_COLUMNS, describe, load_trajectories, table, table_lines
 from mlx_forget.sweeps.grid import read_recipe
+from tests.fakes import add_fake_backend
 
 
 def write_run(folder, losses, *, method="plain", seed=0, replay_tokens=0, **config):
@@ -237,7 +237,7 @@ def test_the_length_of_pretraining_is_in_tokens_per_parameter(tmp_path, run_forg
 @pytest.mark.parametrize("name", ["replay-math-paper", "replay-spanish-paper"])
 def test_the_recipes_of_the_papers_own_scale_run_when_they_are_small(name, tmp_path, monkeypatch, run_forget):
     """Plain finetuning and the last arm, on PyTorch where it is there, then the figure."""
-    from mlx_forget.trainer import available_backends
+    from mlx_forget.backends import available_backends
     from mlx_forget.training.plan import plan_run
     from mlx_forget.training.run import execute
 
@@ -257,8 +257,7 @@ def test_a_recipe_becomes_a_table_and_a_figure(run_forget, tmp_path, monkeypatch
     from mlx_forget.training.plan import plan_run
     from mlx_forget.training.run import execute
 
-    row = trainer_module.Backend("tests.fakes:BigramTrainer", "numpy", "nothing to install")
-    monkeypatch.setitem(trainer_module.BACKENDS, "fake", row)
+    add_fake_backend(monkeypatch)
     monkeypatch.chdir(tmp_path)
     for config in read_recipe(find_recipe("replay")).configs({"backend": "fake"})[:2]:
         execute(plan_run(config, folder=tmp_path / "sweep" / config.method))

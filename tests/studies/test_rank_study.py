@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mlx_forget.adapters import num_trainable
+from mlx_forget.backends import available_backends
 from mlx_forget.config import SMOKE
 from mlx_forget.errors import UserError
 from mlx_forget.laws.forms import get_law
@@ -13,7 +14,6 @@ from mlx_forget.resources import recipe as find_recipe
 from mlx_forget.studies import rank_study
 from mlx_forget.studies.rank_study import Point
 from mlx_forget.sweeps.grid import read_recipe
-from mlx_forget.trainer import available_backends
 
 TRUE_LINE = (1.7, 5.0)
 FLOOR = 1.25

@@ -11,11 +11,12 @@ import time
 import numpy as np
 import pytest
 
+from mlx_forget.backends import available_backends
 from mlx_forget.errors import Interrupted, UserError
 from mlx_forget.studies import toy_continual
 from mlx_forget.studies.toy_continual import FILE, PLAIN, REPLAYED, ToySpec, main, read_outcome, run_toy
 from mlx_forget.studies.toy_tasks import LENGTH, TASKS, bos_of, exact_match, examples
-from mlx_forget.trainer import RuntimeSpec, available_backends
+from mlx_forget.trainer import RuntimeSpec
 
 NETWORKS = available_backends()
 needs_a_network = pytest.mark.skipif(not NETWORKS, reason="the toy trains a network")

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from mlx_forget.adapters import num_trainable
+from mlx_forget.backends import available_backends, load_backend
 from mlx_forget.costs import DEVICES, USABLE_SHARE, Rate, Step, device_like, fitting_rows, memory_bytes, refuse_what_cannot_fit
 from mlx_forget.errors import OutOfMemory, UserError
 from mlx_forget.ladder import initial_weights, linear_shapes, model_spec, num_params, param_shapes
 from mlx_forget.methods import method_spec
-from mlx_forget.trainer import AdapterSpec, Batch, OptimSpec, RuntimeSpec, Trainer, TrainerSpec, available_backends, load_backend
+from mlx_forget.trainer import AdapterSpec, Batch, OptimSpec, RuntimeSpec, Trainer, TrainerSpec
 
 XL = model_spec("xl", 32_000, 1024)
 

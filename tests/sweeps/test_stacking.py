@@ -5,20 +5,21 @@ import json
 
 import pytest
 
-from mlx_forget import trainer as trainer_module
-from mlx_forget.config import TrainConfig, from_layers, scale_defaults
+from mlx_forget.config import TrainConfig, scale_defaults
+from mlx_forget.config_layers import from_layers
 from mlx_forget.errors import Interrupted, OutOfMemory, RunFailed, UserError
 from mlx_forget.sweeps.stacking import execute_stack, group_runs, most_members
+from mlx_forget.trainer import Capabilities
 from mlx_forget.training.plan import plan_run
 from mlx_forget.training.run import execute
 from mlx_forget.training.watch import Watch
-from tests.fakes import BigramStack, BigramTrainer
+from tests.fakes import BigramStack, BigramTrainer, add_fake_backend
 
 
 @pytest.fixture
 def plan(monkeypatch, tmp_path):
     """Makes the plan of a run of the NumPy bigram; a name is its folder."""
-    monkeypatch.setitem(trainer_module.BACKENDS, "fake", trainer_module.Backend("tests.fakes:BigramTrainer", "numpy", "nothing"))
+    add_fake_backend(monkeypatch)
 
     def make(name, **values):
         config = from_layers(TrainConfig, scale_defaults(), {"backend": "fake", "p": "5%", **values})
@@ -57,7 +58,7 @@ def test_what_cannot_stack_falls_back_and_it_is_said(plan, monkeypatch):
     fresh = {"init": "scratch", "pretrain": "none", "p": "0", "model": "qknorm-2x32"}
     assert "optimizer 'adafactor' does not stack" in group_runs([plan("h", optimizer="adafactor")], 8)[1][0]
     assert "architecture 'qknorm' does not stack" in group_runs([plan("i", **fresh)], 8)[1][0]
-    monkeypatch.setattr(BigramTrainer, "describe", classmethod(lambda cls: trainer_module.Capabilities(("fp32",), (0, 1))))
+    monkeypatch.setattr(BigramTrainer, "describe", classmethod(lambda cls: Capabilities(("fp32",), (0, 1))))
     groups, said = group_runs(plans[:2], 8)
     assert groups == [[0], [1]]
     assert said == ["Trained one by one: backend 'fake' does not stack."]

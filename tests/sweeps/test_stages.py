@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_forget import trainer as trainer_module
+from mlx_forget.backends import available_backends, load_backend
 from mlx_forget.checkpoint import open_checkpoint
 from mlx_forget.errors import UserError
 from mlx_forget.pipeline.sides import Blend
@@ -23,9 +23,9 @@ from mlx_forget.studies import loss_matrix
 from mlx_forget.studies.loss_matrix import CSV_COLUMNS, LossMatrix, measure, read_matrices, summary, table_lines, write_matrices
 from mlx_forget.sweeps.grid import Recipe, read_recipe
 from mlx_forget.sweeps.stages import execute_stages, plan_stages, titled_stages
-from mlx_forget.trainer import available_backends, load_backend
 from mlx_forget.training.run import execute, start_trainer, trainer_spec
 from mlx_forget.training.watch import Watch
+from tests.fakes import add_fake_backend
 
 TINY = {"model": "0.16m", "vocab_size": 512, "target_tokens": 20_000, "iters": 6, "batch_size": 8, "eval_rows": 16,
         "steps_per_eval": 2, "num_threads": 1, "base": {"iters": 8, "steps_per_eval": 4}}  # fmt: skip
@@ -35,9 +35,7 @@ STAGES = ({"target": "code"}, {"target": "math", "iters": 4})
 
 @pytest.fixture(autouse=True)
 def in_a_folder_with_the_fake(monkeypatch, tmp_path):
-    monkeypatch.setitem(
-        trainer_module.BACKENDS, "fake", trainer_module.Backend("tests.fakes:BigramTrainer", "numpy", "nothing to install")
-    )
+    add_fake_backend(monkeypatch)
     monkeypatch.chdir(tmp_path)
 
 

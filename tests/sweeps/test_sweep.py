@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from mlx_forget.backends import available_backends
 from mlx_forget.errors import UserError
 from mlx_forget.resources import recipe as find_recipe
 from mlx_forget.runs.missing import PLANNED
 from mlx_forget.studies.figure1 import CSV_COLUMNS
 from mlx_forget.sweeps.grid import Recipe, read_recipe
-from mlx_forget.trainer import available_backends
 
 pytestmark = pytest.mark.skipif(not available_backends(), reason="a sweep needs a framework")
 

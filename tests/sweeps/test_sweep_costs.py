@@ -9,16 +9,16 @@ import time
 
 import pytest
 
-from mlx_forget import trainer as trainer_module
 from mlx_forget.costs import DEVICES
 from mlx_forget.ladder import model_spec, num_params
 from mlx_forget.sweeps.costs import Speed, check_disk, disk_needed, hours_text, size_text
 from tests.bigrams import CONFIG
+from tests.fakes import add_fake_backend
 
 
 @pytest.fixture(autouse=True)
 def bigram(monkeypatch):
-    monkeypatch.setitem(trainer_module.BACKENDS, "bigram", trainer_module.Backend("tests.fakes:BigramTrainer", "numpy", "nothing"))
+    add_fake_backend(monkeypatch, "bigram")
 
 
 def recipe(tmp_path, **content):

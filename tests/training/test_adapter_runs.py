@@ -9,13 +9,15 @@ import pytest
 from safetensors.numpy import load_file
 
 from mlx_forget import checkpoint
-from mlx_forget.config import TrainConfig, from_layers, scale_defaults
+from mlx_forget.backends import available_backends, load_backend
+from mlx_forget.config import TrainConfig, scale_defaults
+from mlx_forget.config_layers import from_layers
 from mlx_forget.durable_files import sealed
 from mlx_forget.errors import Interrupted
 from mlx_forget.fuse import whole_checkpoint
 from mlx_forget.history import read_history
 from mlx_forget.tables import read_table
-from mlx_forget.trainer import RuntimeSpec, TrainerSpec, available_backends, load_backend
+from mlx_forget.trainer import RuntimeSpec, TrainerSpec
 from mlx_forget.training.plan import plan_run
 from mlx_forget.training.run import execute
 from mlx_forget.training.watch import Watch

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
+from mlx_forget.backends import available_backends, load_backend
 from mlx_forget.ladder import initial_weights, model_spec
 from mlx_forget.methods import MethodSpec
 from mlx_forget.pipeline.reference_rows import ReferenceRows
-from mlx_forget.trainer import Batch, OptimSpec, RuntimeSpec, TrainerSpec, available_backends, load_backend
+from mlx_forget.trainer import Batch, OptimSpec, RuntimeSpec, TrainerSpec
 from tests.reference import GPT2
 
 NETWORKS = available_backends()

@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from mlx_forget.backends import available_backends
 from mlx_forget.checkpoint import seal
-from mlx_forget.config import TrainConfig, from_layers
+from mlx_forget.config import TrainConfig
+from mlx_forget.config_layers import from_layers
 from mlx_forget.durable_files import SEAL
 from mlx_forget.errors import Interrupted, UserError
 from mlx_forget.pipeline.catalog import resolve_store
 from mlx_forget.pipeline.store import open_store
 from mlx_forget.pipeline.vocabularies import load_vocabulary
 from mlx_forget.pretrained import _refusal, find_pretrained, read_pretrained
-from mlx_forget.trainer import available_backends
 from mlx_forget.training.plan import plan_run
 from mlx_forget.training.run import execute
 from mlx_forget.training.watch import Watch

@@ -10,8 +10,8 @@ import time
 import pytest
 from safetensors.numpy import load_file
 
+from mlx_forget.backends import available_backends, load_backend
 from mlx_forget.history import read_history
-from mlx_forget.trainer import available_backends, load_backend
 
 SCIENCE = [
     "step",

@@ -4,12 +4,11 @@ import threading
 
 import pytest
 
-from mlx_forget import trainer as trainer_module
 from mlx_forget.distributed import ALONE
 from mlx_forget.errors import UserError
 from mlx_forget.training.folder import is_held, only_group
 from tests.bigrams import CONFIG
-from tests.fakes import BigramTrainer
+from tests.fakes import BigramTrainer, add_fake_backend
 
 
 def options(**more):
@@ -22,7 +21,7 @@ def test_a_model_that_is_refused_while_loading_leaves_nothing_behind(run_forget,
     def refuse(self, spec):
         raise UserError("this model cannot be")
 
-    monkeypatch.setitem(trainer_module.BACKENDS, "bigram", trainer_module.Backend("tests.fakes:BigramTrainer", "numpy", "nothing"))
+    add_fake_backend(monkeypatch, "bigram")
     monkeypatch.setattr("mlx_forget.training.plan.forget_home", lambda: tmp_path / "home")
     monkeypatch.setattr(BigramTrainer, "__init__", refuse)
     data = {"target": "prose", "pretrain": "none", "p": "0"} if init == "scratch" else {}

@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from mlx_forget.config import TrainConfig, from_layers
+from mlx_forget.config import TrainConfig
+from mlx_forget.config_layers import from_layers
 from mlx_forget.errors import UserError
 from mlx_forget.ladder import model_spec
 from mlx_forget.schedule import DECAYS, Schedule

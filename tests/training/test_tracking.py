@@ -7,16 +7,15 @@ import types
 
 import pytest
 
-from mlx_forget import trainer as trainer_module
 from mlx_forget.history import read_history
 from mlx_forget.training.tracking import TensorBoard, WeightsAndBiases
+from tests.fakes import add_fake_backend
 
 
 @pytest.fixture
 def train(run_forget, tmp_path, monkeypatch):
     """`forget train` on the NumPy bigram."""
-    row = trainer_module.Backend("tests.fakes:BigramTrainer", "numpy", "nothing to install")
-    monkeypatch.setitem(trainer_module.BACKENDS, "fake", row)
+    add_fake_backend(monkeypatch)
     monkeypatch.chdir(tmp_path)
     return lambda *arguments: run_forget("train", "--backend", "fake", "--iters", "8", *arguments, "--json")
 
@@ -105,8 +104,7 @@ def test_a_sink_that_is_not_there_is_refused_before_any_work(train, monkeypatch,
 
 
 def test_a_sweep_logs_every_run_into_its_own_folder(run_forget, scalars, tmp_path, monkeypatch):
-    row = trainer_module.Backend("tests.fakes:BigramTrainer", "numpy", "nothing to install")
-    monkeypatch.setitem(trainer_module.BACKENDS, "fake", row)
+    add_fake_backend(monkeypatch)
     (tmp_path / "r.yaml").write_text(json.dumps({"config": {"backend": "fake", "iters": 8}, "grid": {"p": [0, "5%"]}}))
     command = ("sweep", tmp_path / "r.yaml", "--output", tmp_path / "s", "--engine", "in-process", "--json")
     code, out, err = run_forget(*command, "--log-to", "tensorboard")
