@@ -19,7 +19,7 @@ from mlx_forget.cli import COMMANDS, load_command
 from mlx_forget.ladder import SIZES, model_spec, num_non_embedding_params, num_params
 from mlx_forget.laws.forms import COLUMNS, get_law, laws
 from mlx_forget.methods import METHODS
-from mlx_forget.studies.law_study_text import study_lines
+from mlx_forget.studies.law_study_text import domain_lines, study_lines
 from mlx_forget.sweeps.grid import read_recipe
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ _ON_THE_SITE = re.compile(r"^<!-- on the site: (\w+)(?: (\S+))? -->\n.*?^<!-- en
 # Pages at the top of the tree, named from a page of docs/: on the site they stand beside the others.
 _AT_THE_TOP = re.compile(r"\]\(((?:\.\./)*)\.\./(CONTRIBUTING|SECURITY|CHANGELOG)\.md")
 ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def with_tables(markdown: str) -> str:
@@ -184,6 +185,12 @@ def law_study(name: str) -> str:
     return "\n".join(lines)
 
 
+def laws_by_domain(name: str) -> str:
+    """The table by domain of a study of the laws."""
+    content = json.loads((resources.path("runs") / f"{name}.json").read_text("utf-8"))
+    return "\n".join(domain_lines(content))
+
+
 def recipes() -> str:
     """The recipes that come with the tool."""
     folder = resources.path("recipes")
@@ -203,9 +210,10 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 MAKERS: dict[str, Callable[..., str]] = {
-    one.__name__: one for one in (readme, commands, public_names, law, law_list, law_columns, law_study, methods, sizes, recipes)
+    one.__name__: one
+    for one in (readme, commands, public_names, law, law_list, law_columns, law_study, laws_by_domain, methods, sizes, recipes)
 }
 
 if __name__ == "__main__":
-    for page in (ROOT / "docs").rglob("*.md"):
+    for page in PAGES:
         page.write_text(with_tables(page.read_text("utf-8")), encoding="utf-8")

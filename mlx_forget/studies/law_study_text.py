@@ -53,6 +53,23 @@ def study_lines(content: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def domain_lines(content: Mapping[str, Any]) -> list[str]:
+    """One Markdown table of the law of forgetting by domain, on total N, with both laws' errors where held out, beside the paper's."""
+    fits = [fit for domain in content["axes"]["domain"] if (fit := find_fit(content, domain, "pretraining", "total")) is not None]
+    names = list(dict.fromkeys(name for fit in fits for name in fit["params"]))
+    rows = []
+    for fit in fits:
+        target = find_fit(content, fit["domain"], "target", "total")
+        held = [held_out(one, column) if one else None for one in (fit, target) for column in ("N", "D")]
+        errors = ["" if one is None else f"{one['mre']:.2%}" for one in held]
+        values = [_value(fit["params"].get(name)) for name in names]
+        rows.append([fit["domain"], str(fit["num_runs"]), *values, _share(fit["bootstrapped_mre"]), *errors])
+    paper = [f"{PAPER_HELD_OUT[response]:.2%}, both" for response in ("pretraining", "target")]
+    rows.append(["the paper", "", *[""] * len(names), "", paper[0], "", paper[1], ""])
+    held_columns = [f"{loss}: {end} held out" for loss in ("forgetting", "target") for end in ("N", "D")]
+    return _table(["domain", "runs", *names, "bootstrapped MRE", *held_columns], rows)
+
+
 def _what_was_run(content: Mapping[str, Any]) -> list[str]:
     axes = content["axes"]
     seeds = "" if len(axes["seed"]) == 1 else f"; seeds {', '.join(map(str, axes['seed']))} for part of it"

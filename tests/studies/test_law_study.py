@@ -20,7 +20,7 @@ from mlx_forget.resources import recipe as find_recipe
 from mlx_forget.runs.export import read_export
 from mlx_forget.studies.law_study import analyse, find_fit, held_out, make_cells, rivals_of
 from mlx_forget.studies.law_study_plot import draw_law_study
-from mlx_forget.studies.law_study_text import CSV_COLUMNS, most_common_tokens, study_lines
+from mlx_forget.studies.law_study_text import CSV_COLUMNS, domain_lines, most_common_tokens, study_lines
 from mlx_forget.sweeps.grid import read_recipe
 
 SIZES = {161_088: (56_640, 4.68), 291_000: (151_000, 4.2), 655_000: (446_000, 3.8), 1_270_000: (992_000, 3.5)}
@@ -229,6 +229,17 @@ def test_two_runs_fit_nothing_and_say_why():
     assert "add at least" in text
     with pytest.raises(UserError, match="no finished finetuning"):
         make_cells([{**rows[0], "base": "scratch"}])
+
+
+def test_the_table_by_domain_has_a_row_a_domain_and_the_papers(noisy):
+    lines = domain_lines(noisy.content)
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert {len(row) for row in cells} == {len(cells[0])}
+    assert [row[0] for row in cells[2:]] == [*noisy.content["axes"]["domain"], "the paper"]
+    held = cells[0].index("forgetting: N held out")
+    fit = find_fit(noisy.content, cells[2][0], "pretraining", "total")
+    assert cells[2][held] == f"{held_out(fit, 'N')['mre']:.2%}"
+    assert cells[-1][held] == "0.83%, both"
 
 
 def test_runs_that_are_no_points_of_the_laws_are_named_with_the_reason():
