@@ -143,7 +143,7 @@ def _coverage(level: float | None) -> float:
 def _predict_runs(fit: Path, recipe: str, output: Path | None, level: float | None, *, as_json: bool) -> None:
     from mlx_forget import resources
     from mlx_forget.config import scale_defaults
-    from mlx_forget.studies.prospective import Outcome, outcome_lines, predict_recipe, predictions, write_predictions
+    from mlx_forget.studies.prospective import predict_recipe, prediction_lines, write_predictions
     from mlx_forget.sweeps.grid import read_recipe
 
     content = predict_recipe(fit, read_recipe(resources.recipe(recipe)), level=_coverage(level))
@@ -154,7 +154,7 @@ def _predict_runs(fit: Path, recipe: str, output: Path | None, level: float | No
         say(f"Wrote {output}: commit it before the runs are made.")
     if as_json:
         emit(content)
-    for line in outcome_lines(content, [Outcome(one) for one in predictions(content)]):
+    for line in prediction_lines(content):
         tell(line)
 
 

@@ -254,28 +254,48 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     }
 
 
+def prediction_lines(content: Mapping[str, Any]) -> list[str]:
+    """The predictions of a file's content as a Markdown table."""
+    head = f"predicted forgetting (nats), {content['level']:.0%} interval of a run"
+    rows = [f"| {_question(one)} | {_answer(one)} |" for one in predictions(content)]
+    return [f"| configuration | {head} |", "| --- | --- |", *rows, "", f"{_provenance(content)}."]
+
+
 def outcome_lines(content: Mapping[str, Any], outcomes: Sequence[Outcome]) -> list[str]:
-    """The comparison as a Markdown table and one sentence."""
+    """The runs that were made after they were predicted as a Markdown table, how many others there are, and one sentence."""
     lines = [
         f"| configuration | predicted forgetting (nats), {content['level']:.0%} interval of a run | measured | error of the loss |",
         "| --- | --- | --- | --- |",
     ]
     for one in outcomes:
-        asked = one.prediction
-        name = f"{asked.model}, {asked.domain}, D = {asked.D:,}, p = {asked.p}"
-        outside = "; ".join(f"{column} {factor:.3g} times outside" for column, factor in asked.outside.items())
+        if one.run is None or one.before:
+            continue
         error = f"{one.relative_error:+.2%}" if one.counts else ""
-        measured = "not run" if one.run is None else f"{one.measured:.3f}" + (" (outside)" if not one.covered else "")
-        why = "run before it was predicted" if one.before else one.note
-        lines.append(
-            f"| {name}{f' ({outside})' if outside else ''} | {asked.forgetting:.3f} [{asked.low:.3f}, {asked.high:.3f}] | "
-            f"{measured}{f' (does not count: {why})' if why else ''} | {error} |"
-        )
+        measured = f"{one.measured:.3f}{'' if one.covered else ' (outside)'}{f' (does not count: {one.note})' if one.note else ''}"
+        lines.append(f"| {_question(one.prediction)} | {_answer(one.prediction)} | {measured} | {error} |")
+    others = {
+        "not run yet": sum(one.run is None for one in outcomes),
+        "run before they were predicted": sum(one.before for one in outcomes),
+    }
+    beside = ", ".join(f"{number} {what}" for what, number in others.items() if number)
     found = summary(outcomes)
-    said = f"Predicted on {content['made_at']} from {content['fit']['file']} (sha256 {content['fit']['sha256'][:12]})"
+    said = _provenance(content)
     if found["num_measured"]:
         said += (
             f": {found['num_covered']} of {found['num_measured']} measured values lie inside their {content['level']:.0%} intervals; "
             f"mean relative error of the loss {found['mre']:.2%}, largest {found['worst']:.2%}; of forgetting {found['mean_error_nats']:.3f} nats"
         )
-    return [*lines, "", f"{said}."]
+    return [*lines, "", *([f"Of {len(outcomes)} predictions: {beside}.", ""] if beside else []), f"{said}."]
+
+
+def _question(one: Prediction) -> str:
+    outside = "; ".join(f"{column} {factor:.3g} times outside" for column, factor in one.outside.items())
+    return f"{one.model}, {one.domain}, D = {one.D:,}, p = {one.p}{f' ({outside})' if outside else ''}"
+
+
+def _answer(one: Prediction) -> str:
+    return f"{one.forgetting:.3f} [{one.low:.3f}, {one.high:.3f}]"
+
+
+def _provenance(content: Mapping[str, Any]) -> str:
+    return f"Predicted on {content['made_at']} from {content['fit']['file']} (sha256 {content['fit']['sha256'][:12]})"

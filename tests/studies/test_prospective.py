@@ -11,7 +11,15 @@ from mlx_forget.laws.fit import fit_groups
 from mlx_forget.laws.forms import get_law
 from mlx_forget.laws.uncertainty import BootstrapOptions, assess
 from mlx_forget.resources import recipe as find_recipe
-from mlx_forget.studies.prospective import compare, predict_recipe, predictions, summary, write_predictions
+from mlx_forget.studies.prospective import (
+    compare,
+    outcome_lines,
+    predict_recipe,
+    prediction_lines,
+    predictions,
+    summary,
+    write_predictions,
+)
 from mlx_forget.sweeps.grid import read_recipe
 from mlx_forget.table_files import table_from_rows
 from tests.studies.test_law_study import SIZES, TRUTH, flat_row, synthetic
@@ -86,6 +94,16 @@ def test_runs_that_ended_before_or_measure_no_point_do_not_count(fit, recipe):
     rows[0]["status"] = "finished"
     assert summary(compare(content, rows[:2]))["num_measured"] == 1
     assert [one.run for one in compare(content, [])] == [None] * 3
+
+
+def test_the_comparison_shows_what_was_run_since_and_counts_the_others(fit, recipe):
+    content = predict_recipe(fit, read_recipe(recipe), level=0.95, now=MADE)
+    rows = runs_of(content)[:2]
+    rows[0]["ended_at"] = "2026-01-01T11:00:00Z"
+    lines = outcome_lines(content, compare(content, rows))
+    assert len([line for line in lines if line.startswith("|")]) == 2 + 1
+    assert "Of 3 predictions: 1 not run yet, 1 run before they were predicted." in lines
+    assert len([line for line in prediction_lines(content) if line.startswith("|")]) == 2 + 3
 
 
 def test_predictions_are_written_once(fit, recipe, tmp_path):
