@@ -1,7 +1,7 @@
 """The configuration of a run: its keys (`config_keys`), checked (`config_checks`), and what follows from them.
 
-A value comes from the command line, else from the YAML file, else from `config_keys`, the only source of every default. Keys are strict:
-an unknown one is an error that names the nearest (`config_layers`). Which keys name a run is the affair of `training.identity`.
+A value comes from the command line, else from the YAML file, else from `config_keys`, the only source of every default that no other key
+decides. Keys are strict: an unknown one is an error that names the nearest (`config_layers`). Which keys name a run is the affair of `training.identity`.
 """
 
 import dataclasses
@@ -12,14 +12,12 @@ from typing import Any
 
 from mlx_forget.adapters import ATTENTION
 from mlx_forget.config_checks import check_config
-from mlx_forget.config_keys import ConfigKeys
+from mlx_forget.config_keys import INJECTED_SHARE, ConfigKeys
 from mlx_forget.config_layers import from_layers
 from mlx_forget.errors import UserError
 from mlx_forget.ladder import is_ladder_name
 from mlx_forget.methods import MethodSpec, method_spec
 from mlx_forget.specs import AdapterSpec, OptimSpec, Precision, RuntimeSpec
-
-INJECTED_SHARE = "1%"
 
 
 @dataclass(frozen=True, kw_only=True)

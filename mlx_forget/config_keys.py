@@ -18,6 +18,8 @@ EVALUATIONS_PER_RUN = 20
 REPLAY_SELF, REPLAY_ONLINE, REPLAY_PRETRAIN = "self", "online", "pretrain"
 # What `reference_log_probs` is where a forward pass gives them every step.
 REFERENCE_LIVE = "live"
+# The p of injection where nobody says.
+INJECTED_SHARE = "1%"
 
 
 def _key(default: Any, text: str, *, science: bool = True, aliases: tuple[str, ...] = ()) -> Any:
@@ -35,7 +37,7 @@ class ConfigKeys:
     backend: str = _machine("auto", "mlx, cuda (PyTorch, also on a CPU) or auto.")
     model: str = _key(
         "0.65m",
-        f"Ladder size ({', '.join(SIZES)}), LAYERSxWIDTH, or a checkpoint to finetune: a Hugging Face folder or id[@revision].",
+        f"Ladder size ({', '.join(SIZES)}), LAYERSxWIDTH, or a checkpoint to finetune: a Hugging Face folder or id\\[@revision].",
     )
     init: str = _key(
         "auto",
@@ -51,7 +53,7 @@ class ConfigKeys:
     pretrain: str | None = _key("prose", "What not to forget, in the same forms; none measures no forgetting.", aliases=("replay",))
     p: str = _key(
         None,
-        "Share of rows that are pretraining data: 1%; 0..5%, a ramp; or 50% until 90%, 5%. Default: 1% for injection, else 0.",
+        f"Share of rows that are pretraining data: 1%; 0..5%, a ramp; or 50% until 90%, 5%. Default: {INJECTED_SHARE} for injection, else 0.",
         aliases=("replay_ratio",),
     )
     p_of: Literal["rows", "tokens"] = _key("rows", "What p is a share of, where rows differ in tokens to learn.")

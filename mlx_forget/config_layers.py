@@ -11,6 +11,9 @@ from mlx_forget.errors import UserError, unknown
 from mlx_forget.token_counts import parse_tokens
 
 Config = TypeVar("Config")
+# What stands for the default of a key that may be left out.
+_NOTHING = ("none", "null")
+_EVERYTHING = {"target_tokens": ("all",), "lora_num_layers": ("all",)}
 
 
 def from_layers(kind: type[Config], *layers: Mapping[str, Any], where: str = "configuration") -> Config:
@@ -50,7 +53,7 @@ def to_yaml(config: ConfigKeys) -> str:
 def _convert(name: str, value: Any, wanted: Any) -> Any:
     origin, choices = typing.get_origin(wanted), typing.get_args(wanted)
     if origin in (typing.Union, types.UnionType):
-        if value is None or (isinstance(value, str) and value.lower() in ("none", "null", "all")):
+        if value is None or (isinstance(value, str) and value.lower() in (*_NOTHING, *_EVERYTHING.get(name, ()))):
             return None
         return _convert(name, value, next(choice for choice in choices if choice is not type(None)))
     if origin is Literal:
@@ -77,6 +80,8 @@ def _convert(name: str, value: Any, wanted: Any) -> Any:
             if isinstance(value, bool) or number != int(number):
                 raise ValueError
             return int(number)
+        if wanted is float and isinstance(value, bool):
+            raise ValueError
         return wanted(value)
     except (ValueError, TypeError, KeyError, OverflowError):
         raise UserError(f"{name} must be of type {wanted.__name__}, not {value!r}.") from None

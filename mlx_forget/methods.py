@@ -32,7 +32,7 @@ class MethodSpec:
             (Bethune et al. 2025): theta <- theta - lr (adam + lambda (theta - theta0)); lr lambda counts as at most 1.
         l2_sp: lambda of L2-SP (Li et al. 2018): lambda / 2 |theta - theta0|^2 is added to the objective.
         ewc: lambda of elastic weight consolidation (Kirkpatrick et al. 2017): lambda / 2 sum F (theta - theta0)^2 is added, F being
-            the diagonal of the Fisher information of one row.
+            the diagonal of the Fisher information per token.
         decays_to_zero: AdamW's own decay stays on.
         learning_rate_factor: what the learning rate is multiplied by.
         anchor_precision: how the anchor is kept: `bf16` halves its memory and rounds it to 8 bits.

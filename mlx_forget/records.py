@@ -64,7 +64,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def find_runs(folder: Path | str) -> Iterator[Run]:
-    """Every finished run at or below a folder, in the order of their names; unfinished ones are passed over."""
+    """Every finished run at a folder or at most two levels below it, in the order of their names; unfinished ones are passed over."""
     folder = Path(folder)
     for path in sorted([folder, *folder.glob("*"), *folder.glob("*/*")]):
         if (path / RECORD).is_file():

@@ -1,4 +1,4 @@
-"""The seam: what the one loop asks of a backend, and all that a backend's author needs to import.
+"""The seam: what the one loop asks of a backend, and, with `errors` and `methods`, all that a backend's author needs to import.
 
 A backend holds every tensor. Only specs (`specs.py`), NumPy arrays, paths, Python scalars and `StepResult` (`steps.py`) cross; the table
 of backends is `backends.py`. The loop lives in `training/loop.py`; `cuda_backend` (PyTorch) and `mlx_forget.mlx_backend` (MLX) implement `Trainer`.

@@ -292,6 +292,8 @@ def test_adapters_sit_on_a_quantised_base_on_mlx_and_nowhere_else(checkpoints, t
     after = trainer.token_losses(tokens)
     assert after[:2].mean() < expected[:2].mean() - 1e-2
     np.testing.assert_allclose(trainer.compare(tokens, np.ones((3, 24), np.uint8)).ref_nll, expected, atol=2e-2)
+    kept = trainer.log_probs(tokens, from_reference=True)
+    np.testing.assert_allclose(-np.take_along_axis(kept, tokens[:, 1:, None], -1)[..., 0], expected, atol=2e-2)
     run = tmp_path / "run"
     run.mkdir()
     trainer.save(run / "adapter_model.safetensors", trainable_only=True)

@@ -6,6 +6,7 @@ for the site alone, in place of what says so between `<!-- on the site: WHAT -->
 """
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING
@@ -53,6 +54,7 @@ def on_files(files: "Files", config: "MkDocsConfig") -> "Files":
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
+    os.environ.pop("FORGET_SCALE", None)
     # The pages at the top of the tree name those of the site by their place in it.
     markdown = markdown.replace("](docs/", "](")
     markdown = _AT_THE_TOP.sub(lambda found: f"]({found[1]}{found[2].lower()}.md", markdown)
@@ -60,7 +62,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def readme(name: str) -> str:
-    """A measured table of README.md, between the marks where `make` and people write it."""
+    """A measured table of README.md, between the marks where people, and `make parity`, write it."""
     text = (ROOT / "README.md").read_text("utf-8")
     return text.partition(f"<!-- {name}:begin -->")[2].partition(f"<!-- {name}:end -->")[0].replace("](docs/", "](").strip()
 
@@ -215,5 +217,7 @@ MAKERS: dict[str, Callable[..., str]] = {
 }
 
 if __name__ == "__main__":
+    # Recipes at smoke scale are of another size.
+    os.environ.pop("FORGET_SCALE", None)
     for page in PAGES:
         page.write_text(with_tables(page.read_text("utf-8")), encoding="utf-8")

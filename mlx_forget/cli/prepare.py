@@ -15,7 +15,7 @@ app = typer.Typer()
 
 _SOURCES = (
     "Built-in corpora, recipes (forget data recipes), files (.txt .md .jsonl .json .parquet .arrow, .gz and .zst), folders, globs, "
-    "Hub ids (OWNER/NAME[:CONFIG][@REVISION]), or - for standard input."
+    "Hub ids (OWNER/NAME\\[:CONFIG]\\[@REVISION]), or - for standard input."
 )
 
 

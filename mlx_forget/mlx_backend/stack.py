@@ -15,6 +15,7 @@ from mlx_forget.mlx_backend import devices, optimizer
 from mlx_forget.mlx_backend.passes import SUMS, Arrays
 from mlx_forget.mlx_backend.step import MLXStep
 from mlx_forget.mlx_backend.trainer import MLXTrainer
+from mlx_forget.mlx_backend.warmup import compiler_errors
 from mlx_forget.trainer import Batch, NoStep, Stack, StackedBatch, StepResult, Trainer, TrainerSpec
 
 
@@ -31,6 +32,7 @@ class MLXStack(Stack):
         for member, seed in zip(self._members, seeds, strict=True):
             member._weights = {name: mx.array(value) for name, value in initial_weights(spec.model, seed)}
 
+    @compiler_errors()
     def train_step(self, batches: Sequence[Batch], learning_rates: Sequence[float], active: Sequence[bool]) -> list[StepResult]:
         rows = [k for k, on in enumerate(active) if on]
         members = [self._members[k] for k in rows]

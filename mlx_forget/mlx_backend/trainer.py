@@ -53,7 +53,7 @@ Arrays = dict[str, mx.array]
 
 
 class MLXTrainer(Trainer):
-    """A model with AdamW. On a CPU the rows of a batch are shared among threads, each an MLX stream."""
+    """A model and its optimiser. On a CPU the rows of a batch are shared among threads, each an MLX stream."""
 
     def __init__(self, spec: TrainerSpec) -> None:
         runtime = spec.runtime
@@ -172,13 +172,14 @@ class MLXTrainer(Trainer):
             losses[rows] = np.array(self._passes.nll(self._weights, mx.array(tokens[rows]), own))
         return losses
 
+    @compiler_errors()
     def log_probs(
         self, tokens: npt.NDArray[np.int32], segment: npt.NDArray[np.int32] | None = None, *, from_reference: bool = False
     ) -> npt.NDArray[np.float32]:
         weights = self._reference if from_reference else self._folded()
         if weights is None:
             raise UserError("Log-probabilities of the reference need one: call set_reference first.")
-        weights = {name: value.astype(mx.float32) for name, value in weights.items()}
+        weights = {name: widened(value) for name, value in weights.items()}
         own = None if segment is None else mx.array(segment)
         logits = self._decoder.logits(weights, mx.array(tokens[:, :-1]), own)
         return np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
@@ -269,6 +270,7 @@ class MLXTrainer(Trainer):
         self._num_calls = int(np.array(self._step))
         mx.eval(self._moments, self._step)
 
+    @compiler_errors()
     def sample(
         self, prompts: npt.NDArray[np.int32], u: npt.NDArray[np.float64], *, temperature: float = 1.0, from_reference: bool = False
     ) -> npt.NDArray[np.int32]:

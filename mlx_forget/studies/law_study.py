@@ -114,12 +114,16 @@ def make_cells(
     Raises:
         UserError: there is no finetuning run with a constant p among them that measured a pretraining loss.
     """
-    constant, changing = list[Row](), list[Row]()
+    constant, without_share = list[Row](), dict[str, list[str]]()
     for row in rows:
-        (constant if row["p_asked"] is None or constant_share(str(row["p_asked"])) is not None else changing).append(row)
+        if row["p_asked"] is None:
+            without_share.setdefault("whose p is not said", []).append(str(row["run"]))
+        elif constant_share(str(row["p_asked"])) is None:
+            without_share.setdefault("whose p changes along the run, which is no p of the laws", []).append(str(row["run"]))
+        else:
+            constant.append(row)
     found, others = fitted_rows(((str(row["run"]), row) for row in constant), response="pretraining", adapters=False)
-    if changing:
-        others["whose p changes along the run, which is no p of the laws"] = [str(row["run"]) for row in changing]
+    others |= without_share
     if not found:
         raise UserError("There are no finished finetuning runs here that measured a pretraining loss.")
     cells = []
@@ -347,17 +351,21 @@ def _injected_share(cell: Cell) -> float | None:
 
 
 def _distance(rows: Sequence[Row]) -> dict[str, Any]:
-    """How far a domain lies from the pretraining data: what finetuning without injection at the largest D takes off the target loss.
+    """How far a domain lies from the pretraining data: what finetuning without injection takes off the target loss.
+
+    It is read at the largest D that every size has.
 
     The loss of the base on the target is the target's own entropy plus the divergence of the base from it. The finetuned loss estimates
     the entropy, so the difference estimates the divergence, KL(target || base), in nats per token; the loss alone would call a text far
     that is only hard to predict.
     """
     plain = [row for row in rows if parse_share(str(row["p_asked"])) == 0]
+    sizes = sorted({row["N"] for row in plain})
+    shared = set.intersection(*({row["D"] for row in plain if row["N"] == size} for size in sizes)) if sizes else set()
     gains = []
-    for size in sorted({row["N"] for row in plain}):
+    for size in sizes:
         own = [row for row in plain if row["N"] == size]
-        most = max(row["D"] for row in own)
+        most = max(shared or (row["D"] for row in own))
         gains.append(float(np.mean([row["target_val_start"] - row["L_ft"] for row in own if row["D"] == most])))
     return {"distance_nats": float(np.mean(gains)) if gains else None, "by_size": gains}
 

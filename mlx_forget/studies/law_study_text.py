@@ -14,12 +14,10 @@ from mlx_forget.studies.law_study import LEAST_INJECTED_ROWS, PAPER_HELD_OUT, RE
 from mlx_forget.token_counts import short_count
 
 CSV_COLUMNS = (
-    *("run", "domain", "model", "N", "D", "p", "seed"),
+    *("run", "domain", "model", "N", "target_tokens", "p_asked", "seed"),
     *("step", "tokens", "pretrain_tokens", "target_train_loss", "target_val_loss", "pretrain_val_loss"),
 )
 _TITLES = {"pretraining": "Forgetting", "target": "Target loss"}
-# Shares of progress are shown at these p, where they were run.
-_MOST_SHARES = 3
 
 
 def write_evaluations(runs: Sequence[Run], path: Path) -> None:
@@ -72,7 +70,11 @@ def domain_lines(content: Mapping[str, Any]) -> list[str]:
 
 def _what_was_run(content: Mapping[str, Any]) -> list[str]:
     axes = content["axes"]
-    seeds = "" if len(axes["seed"]) == 1 else f"; seeds {', '.join(map(str, axes['seed']))} for part of it"
+    seeds = "" if len(axes["seed"]) == 1 else f"; seeds {', '.join(map(str, axes['seed']))}"
+    if seeds and len({(c["domain"], c["N"], c["D"], c["p_asked"]) for c in content["cells"]}) * len(axes["seed"]) > len(
+        content["cells"]
+    ):
+        seeds += " for part of it"
     lines = [
         f"{content['num_runs']} runs: {_listed(map(_count, axes['N']))} parameters; targets {_listed(axes['domain'])}; "
         f"D = {_listed(map(_count, axes['D']))} tokens; p = {_listed(map(_percent, axes['p']))}{seeds}. "
@@ -118,7 +120,8 @@ def _law_table(content: Mapping[str, Any], response: str) -> list[str]:
         whys = dict.fromkeys(fit["reason"] for fit in content["fits"] if fit["response"] == response and fit["reading"] == "total")
         return [f"{_TITLES[response]}: no law could be fitted: {'; '.join(whys)}.", ""]
     names = list(dict.fromkeys(name for fit in fits for name in fit["params"]))
-    head = ["domain", "N", "runs", *names, "bootstrapped MRE", "explained", "largest N", "largest D"]
+    resampled = any(fit["bootstrapped_mre"] is not None for fit in fits)
+    head = ["domain", "N", "runs", *names, *["bootstrapped MRE"] * resampled, "explained", "largest N", "largest D"]
     rows = []
     for fit in fits:
         cells = ["0 (held)" if name in fit["held"] else _value(fit["params"].get(name)) for name in names]
@@ -126,10 +129,11 @@ def _law_table(content: Mapping[str, Any], response: str) -> list[str]:
         rows.append(
             [
                 *(fit["domain"], fit["reading"], str(fit["num_runs"]), *cells),
-                *(_share(fit["bootstrapped_mre"]), f"{fit['explained']:.3f}", *ends),
+                *([_share(fit["bootstrapped_mre"])] * resampled),
+                *(f"{fit['explained']:.3f}", *ends),
             ]
         )
-    paper = f"the paper, at its largest N and D | | | {' | ' * (len(names) - 1)}| | | {PAPER_HELD_OUT[response]:.2%} |"
+    rows.append(["the paper, at its largest N and D", *[""] * (len(head) - 3), f"{PAPER_HELD_OUT[response]:.2%}", ""])
     formulas = dict.fromkeys(f"`{fit['formula']}`" for fit in fits)
     methods = " or ".join(dict.fromkeys(fit["intervals"] for fit in fits if fit["intervals"]))
     each = {fit["domain"]: fit["clusters"] for fit in fits}
@@ -137,14 +141,13 @@ def _law_table(content: Mapping[str, Any], response: str) -> list[str]:
     of = same or ", ".join(f"{clusters} ({domain})" for domain, clusters in each.items())
     intervals = f"Intervals are 95% ({methods}, of {of})" if methods else "No intervals"
     explained = "of the variance of forgetting" if response == "pretraining" else "of the variance of the loss"
+    mre = "MRE is relative to the loss, over runs that a resample did not draw. " if resampled else ""
     held = "; in brackets, in shares of the mean forgetting there" if response == "pretraining" else ""
     return [
-        f"{_TITLES[response]}, {', '.join(formulas)}. {intervals}. MRE is relative to the loss, over runs "
-        f"that a resample did not draw; *explained* is the share {explained}. The last columns are mean relative errors where "
-        f"the largest N, or D, was held out{held}.",
+        f"{_TITLES[response]}, {', '.join(formulas)}. {intervals}. {mre}*Explained* is the share {explained}. The last columns are mean "
+        f"relative errors where the largest N, or D, was held out{held}.",
         "",
         *_table(head, rows),
-        f"| {paper} |",
         "",
     ]
 
@@ -222,7 +225,7 @@ def _distances(content: Mapping[str, Any]) -> list[str]:
         return []
     return [
         "B by domain, in the order of its distance from the pretraining data: what finetuning without injection takes off the target loss "
-        "at the largest D, an estimate of KL(target || base) in nats per token, mean over sizes. "
+        "at the largest D that every size has, an estimate of KL(target || base) in nats per token, mean over sizes. "
         f"{len(rows)} domains give an order and no correlation.",
         "",
         *_table(["domain", "distance (nats)", "B"], rows),
@@ -237,7 +240,7 @@ def _progress(content: Mapping[str, Any]) -> list[str]:
         return []
     D = most_common_tokens(cells)
     asked = list(content["axes"]["p"])
-    shown = [p for p in asked if p in (asked[0], "1%", asked[-1])][:_MOST_SHARES]
+    shown = [p for p in asked if p in (asked[0], "1%", asked[-1])]
     rows = []
     for domain in content["axes"]["domain"]:
         for size in content["axes"]["N"]:

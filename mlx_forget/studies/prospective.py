@@ -236,7 +236,9 @@ def compare(content: Mapping[str, Any], rows: Iterable[Row]) -> list[Outcome]:
 
 def _is_of(row: Row, one: Prediction) -> bool:
     same = (row["domain"], row["N"], row["seed"]) == (one.domain, one.N, one.seed)
-    return same and abs(row["D"] / one.D - 1) < 0.01 and constant_share(str(row["p_asked"])) == parse_share(one.p)
+    if not same or row["p_asked"] is None:
+        return False
+    return abs(row["D"] / one.D - 1) < 0.01 and constant_share(str(row["p_asked"])) == parse_share(one.p)
 
 
 def summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -274,7 +276,7 @@ def outcome_lines(content: Mapping[str, Any], outcomes: Sequence[Outcome]) -> li
         measured = f"{one.measured:.3f}{'' if one.covered else ' (outside)'}{f' (does not count: {one.note})' if one.note else ''}"
         lines.append(f"| {_question(one.prediction)} | {_answer(one.prediction)} | {measured} | {error} |")
     others = {
-        "not run yet": sum(one.run is None for one in outcomes),
+        "without a finished run": sum(one.run is None for one in outcomes),
         "run before they were predicted": sum(one.before for one in outcomes),
     }
     beside = ", ".join(f"{number} {what}" for what, number in others.items() if number)

@@ -42,6 +42,11 @@ def check_method(config: TrainConfig, backend: str, capabilities: Capabilities) 
         raise UserError(
             "The Fisher information of ewc is measured before training: --replay-data online has no rows then; take self."
         )
+    if config.shard and (method.has_kl or method.ewc or config.compare_to_start):
+        what = "--compare-to-start" if config.compare_to_start else f"Method {config.method!r}"
+        raise UserError(f"{what} reads a whole second model: it does not go with --shard.")
+    if config.shard and config.optimizer != "adamw":
+        raise UserError(f"Optimizer {config.optimizer!r} needs whole matrices: --shard takes adamw.")
     if config.reference_log_probs != REFERENCE_LIVE and config.shard:
         raise UserError("A sharded model does not give its log-probabilities away: leave reference_log_probs live.")
     if config.reference_log_probs != REFERENCE_LIVE and (
@@ -57,12 +62,14 @@ def check_method(config: TrainConfig, backend: str, capabilities: Capabilities) 
         raise UserError(f"Backend {backend!r} cannot sample: give --replay-data.")
 
 
-def check_layers(config: TrainConfig, model: ModelSpec | PretrainedSpec) -> None:
-    """Refuse to train the last blocks of a model that has fewer.
+def check_model(config: TrainConfig, model: ModelSpec | PretrainedSpec) -> None:
+    """Refuse what this model cannot be trained with.
 
     Raises:
-        UserError: how many it has.
+        UserError: it has fewer blocks than are asked for, or cannot be shared among processes.
     """
+    if config.shard and not isinstance(model, ModelSpec):
+        raise UserError("--shard knows the models of the ladder: leave it out for a checkpoint of another tool.")
     if config.lora_num_layers is not None and config.lora_num_layers > model.num_layers:
         raise UserError(
             f"--num-layers is {config.lora_num_layers}, but {config.start_name or config.model} has {model.num_layers} blocks: give at "

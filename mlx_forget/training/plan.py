@@ -37,7 +37,7 @@ from mlx_forget.pipeline.vocabularies import find_tokenizer, tokenizer_in
 from mlx_forget.pretrained import LEARNING_RATE, PretrainedSpec
 from mlx_forget.schedule import Schedule
 from mlx_forget.trainer import Precision
-from mlx_forget.training.checks import check_layers, check_method
+from mlx_forget.training.checks import check_method, check_model
 from mlx_forget.training.data import (
     identity_of,
     replay_name,
@@ -231,7 +231,7 @@ def _plan(
             raise UserError(
                 f"--tokenizer {config.tokenizer} is not the tokenizer that {config.start_name} was trained with: leave it out."
             )
-    check_layers(config, model)
+    check_model(config, model)
     if (adapter := config.adapter()) is not None:
         num_trainable(linear_shapes(model), adapter)
     row_length = config.max_seq_length or default_row_length(model)

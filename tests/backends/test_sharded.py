@@ -83,6 +83,20 @@ def test_a_backend_that_cannot_share_says_so(run_forget):
     assert "Backend 'mlx' cannot share weights among processes: leave --shard out." in err
 
 
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        (("--method", "kl-replay"), "Method 'kl-replay' reads a whole second model: it does not go with --shard."),
+        (("--compare-to-start",), "--compare-to-start reads a whole second model: it does not go with --shard."),
+        (("--optimizer", "adafactor"), "Optimizer 'adafactor' needs whole matrices: --shard takes adamw."),
+    ],
+)
+def test_what_needs_a_whole_model_is_refused_before_anything_is_trained(run_forget, options, sentence):
+    code, _, err = run_forget("train", "--backend", "cuda", "--shard", "--dry-run", *options)
+    assert code == 2
+    assert sentence in " ".join(err.split())
+
+
 def test_what_needs_a_whole_model_is_refused(monkeypatch):
     from cuda_backend.backend import TorchBackend
     from mlx_forget.methods import method_spec

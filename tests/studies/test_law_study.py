@@ -246,11 +246,13 @@ def test_runs_that_are_no_points_of_the_laws_are_named_with_the_reason():
     rows = synthetic(domains=["code"])
     rows[3] |= {"p_asked": "0..5%"}
     rows[4] |= {"fine_tune_type": "lora"}
+    rows[5]["p_asked"] = None
     cells, others = make_cells(rows)
-    assert len(cells) == len(rows) - 2
+    assert len(cells) == len(rows) - 3
     assert {reason.split(",")[0]: runs for reason, runs in others.items()} == {
         "whose p changes along the run": [rows[3]["run"]],
         "trained with lora": [rows[4]["run"]],
+        "whose p is not said": [rows[5]["run"]],
     }
 
 

@@ -102,7 +102,7 @@ def test_the_comparison_shows_what_was_run_since_and_counts_the_others(fit, reci
     rows[0]["ended_at"] = "2026-01-01T11:00:00Z"
     lines = outcome_lines(content, compare(content, rows))
     assert len([line for line in lines if line.startswith("|")]) == 2 + 1
-    assert "Of 3 predictions: 1 not run yet, 1 run before they were predicted." in lines
+    assert "Of 3 predictions: 1 without a finished run, 1 run before they were predicted." in lines
     assert len([line for line in prediction_lines(content) if line.startswith("|")]) == 2 + 3
 
 
