@@ -20,7 +20,9 @@ from mlx_forget.cli import COMMANDS, load_command
 from mlx_forget.ladder import SIZES, model_spec, num_non_embedding_params, num_params
 from mlx_forget.laws.forms import COLUMNS, get_law, laws
 from mlx_forget.methods import METHODS
+from mlx_forget.runs.export import read_export
 from mlx_forget.studies.law_study_text import domain_lines, study_lines
+from mlx_forget.studies.prospective import compare, outcome_lines, read_predictions
 from mlx_forget.sweeps.grid import read_recipe
 
 if TYPE_CHECKING:
@@ -181,16 +183,35 @@ def law_study(name: str) -> str:
     content = json.loads(path.read_text("utf-8"))
     lines = study_lines(content)
     if content["num_runs"] < num_asked:
-        lines.insert(0, f"**{content['num_runs']} of the recipe's {num_asked} runs have been made so far; these say:**\n")
+        lines[:0] = [f"**{_made_so_far(name, content)}; these say:**", ""]
     if (ROOT / "docs" / f"{name}.png").is_file():
         lines.append(f"![Forgetting against p by size, measured against the law, B by domain, progress lost]({name}.png)")
     return "\n".join(lines)
 
 
 def laws_by_domain(name: str) -> str:
-    """The table by domain of a study of the laws."""
+    """The table by domain of a study of the laws, and how much of it was run."""
     content = json.loads((resources.path("runs") / f"{name}.json").read_text("utf-8"))
-    return "\n".join(domain_lines(content))
+    sizes = content["axes"]["N"]
+    return "\n".join(
+        [
+            *domain_lines(content),
+            "",
+            f"{_made_so_far(name, content)}, of {sizes[0] / 1e6:.2g}M to {sizes[-1] / 1e6:.2g}M parameters.",
+        ]
+    )
+
+
+def _made_so_far(name: str, content: dict[str, Any]) -> str:
+    num_asked = len(read_recipe(resources.recipe(name)).configs({}))
+    return f"{content['num_runs']} of the recipe's {num_asked} runs have been made so far"
+
+
+def predicted(name: str) -> str:
+    """What became of predictions in `data/runs/NAME/`, in one sentence: the runs are those that we measured of their recipe."""
+    content = read_predictions(resources.path("runs") / name / "predictions.json")
+    assert content is not None
+    return outcome_lines(content, compare(content, read_export(resources.path("runs") / f"{content['recipe']}.parquet")))[-1]
 
 
 def recipes() -> str:
@@ -213,7 +234,20 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 MAKERS: dict[str, Callable[..., str]] = {
     one.__name__: one
-    for one in (readme, commands, public_names, law, law_list, law_columns, law_study, laws_by_domain, methods, sizes, recipes)
+    for one in (
+        readme,
+        commands,
+        public_names,
+        law,
+        law_list,
+        law_columns,
+        law_study,
+        laws_by_domain,
+        predicted,
+        methods,
+        sizes,
+        recipes,
+    )
 }
 
 if __name__ == "__main__":
