@@ -1,13 +1,14 @@
 """What pages take from the code: laws, methods, sizes, columns, recipes, results; on the site, commands and public names too.
 
 A page asks with lines of its own. Between `<!-- from code: WHAT -->` and `<!-- end -->` it keeps what was made, for those who read it
-without the site: `python docs/_hooks/from_code.py` writes that anew, and a test compares. What is long or stands in another file is made
+without the site: `python docs/_hooks/from_code.py` writes that anew, and with `--check` names the pages that are old. What is long or stands in another file is made
 for the site alone, in place of what says so between `<!-- on the site: WHAT -->` and `<!-- end -->`.
 """
 
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING
 from pathlib import Path
@@ -253,5 +254,9 @@ MAKERS: dict[str, Callable[..., str]] = {
 if __name__ == "__main__":
     # Recipes at smoke scale are of another size.
     os.environ.pop("FORGET_SCALE", None)
-    for page in PAGES:
-        page.write_text(with_tables(page.read_text("utf-8")), encoding="utf-8")
+    pages = {page: page.read_text("utf-8") for page in PAGES}
+    old = {page: made for page, text in pages.items() if (made := with_tables(text)) != text}
+    if "--check" in sys.argv:
+        sys.exit(", ".join(page.name for page in old) or None)
+    for page, made in old.items():
+        page.write_text(made, encoding="utf-8")
