@@ -29,6 +29,13 @@ def commands_at_and_below(name, command):
 ALL_COMMANDS = [found for name in COMMANDS for found in commands_at_and_below(name, load_command(name))]
 
 
+@pytest.mark.parametrize("command, text", [("train", "[@revision]"), ("prepare", "[:CONFIG][@REVISION]")])
+def test_help_keeps_what_stands_in_brackets(run_forget, monkeypatch, command, text):
+    monkeypatch.setenv("COLUMNS", "200")
+    out = run_forget(command, "--help")[1]
+    assert text in "".join(out.replace("│", "").split())
+
+
 @pytest.mark.parametrize("words, command", ALL_COMMANDS, ids=[words.replace(" ", "-") for words, _ in ALL_COMMANDS])
 def test_the_help_of_every_command_ends_with_an_example_that_parses(words, command):
     """Options are known and take such values; nothing runs."""

@@ -1,8 +1,8 @@
 """What pages take from the code: laws, methods, sizes, columns, recipes, results; on the site, commands and public names too.
 
 A page asks with lines of its own. Between `<!-- from code: WHAT -->` and `<!-- end -->` it keeps what was made, for those who read it
-without the site: `python docs/_hooks/from_code.py` writes that anew, and with `--check` names the pages that are old. What is long or stands in another file is made
-for the site alone, in place of what says so between `<!-- on the site: WHAT -->` and `<!-- end -->`.
+without the site: `python docs/_hooks/from_code.py` writes that anew, and with `--check` names the pages that are old. What is long or
+stands in another file is made for the site alone, in place of what says so between `<!-- on the site: WHAT -->` and `<!-- end -->`.
 """
 
 import json
@@ -184,7 +184,7 @@ def law_study(name: str) -> str:
     content = json.loads(path.read_text("utf-8"))
     lines = study_lines(content)
     if content["num_runs"] < num_asked:
-        lines[:0] = [f"**{_made_so_far(name, content)}; these say:**", ""]
+        lines[:0] = [f"**{_how_many(content, num_asked)}; these say:**", ""]
     if (ROOT / "docs" / f"{name}.png").is_file():
         lines.append(f"![Forgetting against p by size, measured against the law, B by domain, progress lost]({name}.png)")
     return "\n".join(lines)
@@ -198,14 +198,14 @@ def laws_by_domain(name: str) -> str:
         [
             *domain_lines(content),
             "",
-            f"{_made_so_far(name, content)}, of {sizes[0] / 1e6:.2g}M to {sizes[-1] / 1e6:.2g}M parameters.",
+            f"{_how_many(content, len(read_recipe(resources.recipe(name)).configs({})))}, of {sizes[0] / 1e6:.2g}M to {sizes[-1] / 1e6:.2g}M parameters.",
         ]
     )
 
 
-def _made_so_far(name: str, content: dict[str, Any]) -> str:
-    num_asked = len(read_recipe(resources.recipe(name)).configs({}))
-    return f"{content['num_runs']} of the recipe's {num_asked} runs have been made so far"
+def _how_many(content: dict[str, Any], num_asked: int) -> str:
+    num_runs = content["num_runs"]
+    return f"{num_runs} of the recipe's {num_asked} runs have been made{' so far' if num_runs < num_asked else ''}"
 
 
 def predicted(name: str) -> str:

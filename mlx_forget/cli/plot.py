@@ -193,8 +193,10 @@ def _plot_laws(sweep: Path, runs: "list[Run]", stem: Path, seed: int | None) -> 
     from mlx_forget.tables import describe_left_out
 
     runs = [run for run in runs if seed in (None, run.record["seed"])]
-    rows = (row for row in read_export(sweep) if seed in (None, row["seed"])) if sweep.is_file() else ()
-    cells, others = make_cells(rows) if sweep.is_file() else load_cells(runs)
+    if sweep.is_file():
+        cells, others = make_cells(row for row in read_export(sweep) if seed in (None, row["seed"]))
+    else:
+        cells, others = load_cells(runs)
     for phrase in describe_left_out(others):
         say(f"left out: {phrase}")
     study = analyse(cells)

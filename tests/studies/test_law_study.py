@@ -218,6 +218,20 @@ def test_the_distance_of_a_domain_is_what_finetuning_takes_off_its_loss():
     assert analyse(make_cells(rows)[0], num_resamples=0).content["domains"]["code"]["distance_nats"] == pytest.approx(1.0)
 
 
+def test_distances_are_read_at_an_amount_of_data_that_every_size_has():
+    rows = [flat_row("code", size, 100_000, "0", 5.0, target=4.8) for size in SIZES]
+    rows.append(flat_row("code", min(SIZES), 1_000_000, "0", 5.0, target=1.0))
+    by_size = analyse(make_cells(rows)[0], num_resamples=0).content["domains"]["code"]["by_size"]
+    assert len(set(by_size)) == 1
+
+
+def test_seeds_are_for_part_of_a_study_only_where_some_cell_lacks_one():
+    rows = [row | {"seed": seed, "run": f"{row['run']}-{seed}"} for row in synthetic(domains=["code"]) for seed in (0, 1)]
+    whole, part = ("\n".join(study_lines(analyse(make_cells(own)[0], num_resamples=0).content)) for own in (rows, rows[1:]))
+    assert "seeds 0, 1." in whole
+    assert "seeds 0, 1 for part of it." in part
+
+
 def test_one_domain_gives_no_order_of_domains():
     assert "B by domain" not in "\n".join(study_lines(analyse(make_cells(synthetic(domains=["code"]))[0], num_resamples=0).content))
 

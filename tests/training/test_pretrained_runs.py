@@ -204,6 +204,14 @@ def test_a_name_of_the_model_is_not_part_of_the_runs_name(forget, place):
     assert len(set(ids)) == 1
 
 
+@pytest.mark.skipif("cuda" not in BACKENDS, reason="needs PyTorch")
+def test_a_checkpoint_of_another_tool_is_not_sharded_and_the_plan_says_so(forget):
+    options = ("--backend", "cuda", "--shard", "--target", "notes.jsonl", "--pretrain", "none", "--p", "0", "--dry-run")
+    code, _, err = forget("train", "--model", "llama", *options, *STEPS)
+    assert code == 2
+    assert "--shard knows the models of the ladder" in " ".join(err.split())
+
+
 def test_other_special_tokens_than_the_models_are_warned_of(forget, place):
     shutil.copytree(place / "llama", place / "chatty", dirs_exist_ok=True)
     write_tokenizer(place / "chatty", eos="<|im_end|>")
