@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cuda_backend import lora
+from cuda_backend.attention import attention
 from cuda_backend.segments import segment_mask, segment_positions
 from mlx_forget.adapters import A
 from mlx_forget.ladder import LAYER_NORM_EPSILON, ModelSpec, block_prefix
@@ -34,7 +35,7 @@ def block(weights: Weights, prefix: str, spec: ModelSpec, x_BTD: Tensor, mask: T
     normed = _norm(x_BTD, weights, prefix + "ln_1")
     qkv = _linear(normed, weights, prefix + "attn.c_attn", bias=_without_key_gradient(weights[prefix + "attn.c_attn.bias"]))
     q, k, v = (part.view(B, T, spec.num_heads, spec.head_dim).transpose(1, 2) for part in qkv.chunk(3, dim=2))
-    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+    mixed = attention(q, k, v, mask)
     x_BTD = x_BTD + _linear(mixed.transpose(1, 2).reshape(B, T, D), weights, prefix + "attn.c_proj")
     expanded = F.gelu(_linear(_norm(x_BTD, weights, prefix + "ln_2"), weights, prefix + "mlp.c_fc"), approximate="tanh")
     return x_BTD + _linear(expanded, weights, prefix + "mlp.c_proj")

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cuda_backend import lora
+from cuda_backend.attention import attention
 from cuda_backend.segments import segment_mask, segment_positions
 from mlx_forget.adapters import A
 from mlx_forget.ladder import QKNORM_HEAD, RMS_NORM_EPSILON, ROPE_BASE, ModelSpec, block_prefix
@@ -42,7 +43,7 @@ def block(
     qkv = _linear(_norm(x_BTD), weights, prefix + "attn.qkv")
     q, k, v = (part.view(B, T, spec.num_heads, spec.head_dim).transpose(1, 2) for part in qkv.chunk(3, dim=2))
     q, k = (_rotate(_norm(part), angles).to(v.dtype) for part in (q, k))
-    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+    mixed = attention(q, k, v, mask)
     x_BTD = x_BTD + _linear(mixed.transpose(1, 2).reshape(B, T, D), weights, prefix + "attn.out")
     return x_BTD + _mlp(_norm(x_BTD), weights, prefix)
 

@@ -1,0 +1,27 @@
+"""Attention of the ladder's blocks, by the kernel that is fastest where it runs.
+
+PyTorch's CPU kernel for the gradient of attention in bf16 spends about 2 ms on every head of every row before any work that grows with
+T. For short rows that is 3 to 10 times what the fp32 kernel needs for everything; the casts cost next to nothing.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# From about this T x head_dim the bf16 kernel's products on AMX win back its fixed cost (`tests/benchmarks/bench_attention.py`).
+_LONG = 2**15
+
+
+def attention(q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, mask: Tensor | None) -> Tensor:
+    """Causal attention [B, H, T, E] in the dtype of `q_BHTE`; with `mask` [B, 1, T, T], each token sees what is True there."""
+    is_causal = mask is None
+    if not _fp32_is_faster(q_BHTE):
+        return F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, attn_mask=mask, is_causal=is_causal)
+    with torch.autocast("cpu", enabled=False):
+        q, k, v = (part.float() for part in (q_BHTE, k_BHTE, v_BHTE))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal).to(q_BHTE.dtype)
+
+
+def _fp32_is_faster(q_BHTE: Tensor) -> bool:
+    T, E = q_BHTE.shape[-2:]
+    return q_BHTE.dtype == torch.bfloat16 and q_BHTE.device.type == "cpu" and q_BHTE.requires_grad and T * E < _LONG
