@@ -181,20 +181,24 @@ def _plot_ranks(runs: "list[Run]", stem: Path, seed: int | None) -> _Answer:
 
 
 def _plot_laws(sweep: Path, runs: "list[Run]", stem: Path, seed: int | None) -> _Answer:
-    """From run folders, or from an exported table, which has no histories."""
+    """From run folders, or from an exported table, with the evaluations that stand beside it as a CSV file of that name."""
     import json
 
     from mlx_forget.durable_files import write_text
     from mlx_forget.laws.files import fit_json, write_fit
     from mlx_forget.runs.export import read_export
-    from mlx_forget.studies.law_study import analyse, load_cells, make_cells
+    from mlx_forget.studies.evaluations import read_evaluations, write_evaluations
+    from mlx_forget.studies.law_study import analyse, load_cells, make_cells, smoothed_reading
     from mlx_forget.studies.law_study_plot import draw_law_study
-    from mlx_forget.studies.law_study_text import study_lines, write_evaluations
+    from mlx_forget.studies.law_study_text import study_lines
     from mlx_forget.tables import describe_left_out
 
     runs = [run for run in runs if seed in (None, run.record["seed"])]
     if sweep.is_file():
-        cells, others = make_cells(row for row in read_export(sweep) if seed in (None, row["seed"]))
+        beside = sweep.with_suffix(".csv")
+        evaluations = read_evaluations(beside) if beside.is_file() and beside != sweep else {}
+        rows = [row for row in read_export(sweep) if seed in (None, row["seed"])]
+        cells, others = make_cells(rows, {run: smoothed_reading(own) for run, own in evaluations.items()})
     else:
         cells, others = load_cells(runs)
     for phrase in describe_left_out(others):

@@ -98,7 +98,10 @@ def load_cells(runs: Sequence[Run]) -> tuple[list[Cell], dict[str, list[str]]]:
     Raises:
         UserError: there is none that a law could be fitted to.
     """
-    return make_cells([record_row(run.record) for run in runs], {run.record["run_id"]: _smoothed(run) for run in runs})
+    return make_cells(
+        [record_row(run.record) for run in runs],
+        {run.record["run_id"]: smoothed_reading(read_history(run.history).to_pylist()) for run in runs},
+    )
 
 
 def make_cells(
@@ -146,9 +149,9 @@ def left_out(row: Row) -> str:
     return ""
 
 
-def _smoothed(run: Run) -> dict[str, float] | None:
-    """What is read where the mean target loss of neighbouring evaluations is lowest; None for a short history."""
-    rows = [row for row in read_history(run.history).to_pylist() if row["step"] > 0 and row["pretrain_val_loss"] is not None]
+def smoothed_reading(evaluations: Iterable[Mapping[str, Any]]) -> dict[str, float] | None:
+    """What is read where the mean target loss of neighbouring evaluations of a run is lowest; None where they are few."""
+    rows = [row for row in evaluations if row["step"] > 0 and row["pretrain_val_loss"] is not None]
     if len(rows) < SMOOTHED_OVER:
         return None
     kernel = np.full(SMOOTHED_OVER, 1 / SMOOTHED_OVER)

@@ -1,39 +1,13 @@
 """A law study in words: tables in Markdown for the documentation, made of the study's own output and nothing else."""
 
-import csv
-import io
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from mlx_forget.durable_files import write_text
-from mlx_forget.history import read_history
 from mlx_forget.pipeline.mixture import parse_share
-from mlx_forget.records import Run
 from mlx_forget.studies.law_study import LEAST_INJECTED_ROWS, PAPER_HELD_OUT, READINGS, find_fit, held_out
 from mlx_forget.token_counts import short_count
 
-CSV_COLUMNS = (
-    *("run", "domain", "model", "N", "target_tokens", "p_asked", "seed"),
-    *("step", "tokens", "pretrain_tokens", "target_train_loss", "target_val_loss", "pretrain_val_loss"),
-)
 _TITLES = {"pretraining": "Forgetting", "target": "Target loss"}
-
-
-def write_evaluations(runs: Sequence[Run], path: Path) -> None:
-    """Every evaluation of every finetuning run as CSV, columns `CSV_COLUMNS`; losses in nats per token, to five places."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(CSV_COLUMNS)
-    for run in runs:
-        record, config = run.record, run.record["config"]
-        if record["forgetting_nats"] is None:
-            continue
-        head = (record["run_id"], config["target"], config["model"], record["num_params"], config["target_tokens"], config["p"])
-        for row in read_history(run.history).to_pylist():
-            losses = (round(row[name], 5) for name in CSV_COLUMNS[10:])
-            writer.writerow([*head, record["seed"], *(row[name] for name in CSV_COLUMNS[7:10]), *losses])
-    write_text(path, text.getvalue())
 
 
 def study_lines(content: Mapping[str, Any]) -> list[str]:

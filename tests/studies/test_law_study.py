@@ -1,7 +1,6 @@
 """The law study: known laws are found again, what cannot be read is left out and said, and its tables say what the fits say."""
 
 import copy
-import csv
 import json
 import shlex
 import subprocess
@@ -18,9 +17,10 @@ from mlx_forget.laws.table import Table
 from mlx_forget.resources import path as resource_path
 from mlx_forget.resources import recipe as find_recipe
 from mlx_forget.runs.export import read_export
-from mlx_forget.studies.law_study import analyse, find_fit, held_out, make_cells, rivals_of
+from mlx_forget.studies.evaluations import CSV_COLUMNS, read_evaluations
+from mlx_forget.studies.law_study import analyse, find_fit, held_out, make_cells, rivals_of, smoothed_reading
 from mlx_forget.studies.law_study_plot import draw_law_study
-from mlx_forget.studies.law_study_text import CSV_COLUMNS, domain_lines, most_common_tokens, study_lines
+from mlx_forget.studies.law_study_text import domain_lines, most_common_tokens, study_lines
 from mlx_forget.sweeps.grid import read_recipe
 
 SIZES = {161_088: (56_640, 4.68), 291_000: (151_000, 4.2), 655_000: (446_000, 3.8), 1_270_000: (992_000, 3.5)}
@@ -303,24 +303,35 @@ def test_make_reproduce_ladder_runs_plots_and_goes_on(run_forget, tmp_path, monk
     assert len(table) == 1 + 2 * 4
     code, _, err = run_forget("runs", "export", tmp_path / "runs", "-o", tmp_path / "runs.parquet")
     assert code == 0, err
-    code, out, err = run_forget("plot", tmp_path / "runs.parquet", "--kind", "laws", "--output", tmp_path / "again", "--json")
-    assert code == 0, err
-    assert json.loads(out)["num_runs"] == 2
+    beside = tmp_path / "runs.csv"
+    for text in (None, "N,D\n1,2\n", (tmp_path / "figures/ladder-builtin.csv").read_text()):
+        if text is not None:
+            beside.write_text(text)
+        code, out, err = run_forget("plot", tmp_path / "runs.parquet", "--kind", "laws", "--output", tmp_path / "again", "--json")
+        assert code == 0, err
+        assert json.loads(out)["num_runs"] == 2
+    beside.write_text(text + "a,code,0.16m,1,1,0,0,x,1,1,1,1,1\n")
+    code, _, err = run_forget("plot", tmp_path / "runs.parquet", "--kind", "laws", "--output", tmp_path / "again")
+    assert code == 2
+    assert "line 10, is not as forget plot wrote it" in " ".join(err.split())
 
 
 def test_the_published_study_is_of_the_published_runs_and_fits_them_again():
     folder = resource_path("runs")
     content = json.loads((folder / "ladder-builtin.json").read_text())
-    cells = make_cells(read_export(folder / "ladder-builtin.parquet"))[0]
-    assert {cell.row["run"] for cell in cells} == {cell["run"] for cell in content["cells"]}
-    with (folder / "ladder-builtin.csv").open() as stream:
-        assert {row["run"] for row in csv.DictReader(stream)} == {cell.row["run"] for cell in cells}
+    evaluations = read_evaluations(folder / "ladder-builtin.csv")
+    smoothed = {run: smoothed_reading(own) for run, own in evaluations.items()}
+    cells = make_cells(read_export(folder / "ladder-builtin.parquet"), smoothed)[0]
+    assert {cell.row["run"] for cell in cells} == {cell["run"] for cell in content["cells"]} == set(evaluations)
     again = analyse(cells, num_resamples=0).content
     for domain in content["axes"]["domain"]:
         for response in ("pretraining", "target"):
             published, fitted = (find_fit(one, domain, response, "total") for one in (content, again))
             assert published["num_runs"] == fitted["num_runs"]
             assert published["mre"] == pytest.approx(fitted["mre"], rel=1e-3)
+            published_smoothed, smoothed_again = (find_fit(one, domain, response, "smoothed") for one in (content, again))
+            assert published_smoothed["num_runs"] == smoothed_again["num_runs"]
+            assert published_smoothed["mre"] == pytest.approx(smoothed_again["mre"], rel=1e-3)
             names = [one["left_out"] for one in published["hold_outs"]]
             assert ("largest D (3e+05)" in names) == (len({cell["D"] for cell in content["cells"] if cell["domain"] == domain}) > 2)
 
