@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# From about this T x head_dim the bf16 kernel's products on AMX win back its fixed cost (`tests/benchmarks/bench_attention.py`).
+# From about this T x head_dim the bf16 kernel's products on AMX win back its fixed cost (`tests/benchmarks/bench_bf16_cpu.py`).
 _LONG = 2**15
 
 
@@ -22,6 +22,11 @@ def attention(q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, mask: Tensor | Non
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal).to(q_BHTE.dtype)
 
 
+def is_short(num_tokens: int, head_dim: int) -> bool:
+    """Whether the gradient of rows of this length, in bf16 on a CPU, is computed in fp32."""
+    return num_tokens * head_dim < _LONG
+
+
 def _fp32_is_faster(q_BHTE: Tensor) -> bool:
-    T, E = q_BHTE.shape[-2:]
-    return q_BHTE.dtype == torch.bfloat16 and q_BHTE.device.type == "cpu" and q_BHTE.requires_grad and T * E < _LONG
+    on_cpu = q_BHTE.dtype == torch.bfloat16 and q_BHTE.device.type == "cpu"
+    return on_cpu and q_BHTE.requires_grad and is_short(q_BHTE.shape[-2], q_BHTE.shape[-1])

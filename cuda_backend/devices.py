@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from cuda_backend.attention import is_short
 from cuda_backend.distributed import local_rank
 from mlx_forget.costs import state_bytes
 from mlx_forget.distributed import Group
@@ -33,7 +34,7 @@ def capabilities() -> Capabilities:
         document_masks=True,
         stack=True,
         accelerator=torch.cuda.is_available(),
-        fast_bf16=torch.cuda.is_bf16_supported() if torch.cuda.is_available() else torch.cpu._is_amx_tile_supported(),
+        fast_bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
         gpus=_gpus(),
         gpu_variable="CUDA_VISIBLE_DEVICES",
     )
@@ -91,9 +92,10 @@ def kept_bytes(model: ModelSpec | PretrainedSpec, precision: Precision) -> int:
     if isinstance(model, PretrainedSpec):
         return model.kept_bytes(precision)
     # Inputs of both norms in float32; queries, keys, values, mixture and both sides of the GELU in the type of products, what enters
-    # a product besides. Norms of queries and keys are float32 and keep their own.
-    per_width = {"gpt2": {"fp32": 64, "bf16": 36}, "qknorm": {"fp32": 76, "bf16": 50}}
-    return per_width[model.architecture][precision] * model.width
+    # a product besides. Norms of queries and keys are float32 and keep their own. Attention in fp32 keeps its own queries to mixture.
+    per_width = {"gpt2": {"fp32": 64, "bf16": 36, "mixed": 46}, "qknorm": {"fp32": 76, "bf16": 50, "mixed": 54}}
+    fp32_attention = precision == "bf16" and not torch.cuda.is_available() and is_short(model.context_length, model.head_dim)
+    return per_width[model.architecture]["mixed" if fp32_attention else precision] * model.width
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -63,7 +63,8 @@ __all__ = [
 class Capabilities:
     """What a backend can do, as data: the core asks here and never for a backend's name.
 
-    `document_masks`: models of other tools keep the documents of a row apart; the ladder always does.
+    `document_masks`: models of other tools keep the documents of a row apart; the ladder always does. `fast_bf16`: an accelerator that
+    multiplies bf16 fast, which `precision: auto` then takes. No CPU says so: precision names a run, which is to be the same on every CPU.
     """
 
     precisions: tuple[Precision, ...]

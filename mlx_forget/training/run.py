@@ -325,7 +325,7 @@ def _check_same_run(plan: Plan, found: str) -> None:
     differing = ""
     stored = plan.folder / records.CONFIG
     if stored.is_file():
-        before, now = read_yaml(stored), dataclasses.asdict(plan.config)
+        before, now = read_yaml(stored), dataclasses.asdict(_chosen(plan))
         # Those that a run is named by: others may change when it goes on.
         named_by = [f.name for f in dataclasses.fields(plan.config) if f.metadata["science"] or f.name == "precision"]
         keys = [key for key in named_by if before.get(key) != now[key]]
@@ -334,4 +334,9 @@ def _check_same_run(plan: Plan, found: str) -> None:
 
 
 def _write_config(plan: Plan) -> None:
-    write_text(plan.folder / records.CONFIG, to_yaml(plan.config))
+    write_text(plan.folder / records.CONFIG, to_yaml(_chosen(plan)))
+
+
+def _chosen(plan: Plan) -> TrainConfig:
+    """The configuration with what the backend chose of it: the same file asks for the same run on other hardware."""
+    return dataclasses.replace(plan.config, precision=plan.precision)

@@ -52,9 +52,9 @@ def open_subset(store: Path, spec: ModelSpec) -> RowSubset:
     return RowSubset.of_tokens(open_store(store, verify=False).split("train"), spec.context_length, None)
 
 
-def make_stream(subset: RowSubset, num_steps: int) -> BatchStream:
+def make_stream(subset: RowSubset, num_steps: int, batch_size: int = BATCH) -> BatchStream:
     mixture = Mixture(subset.num_rows, subset.num_rows, parse_share("1%"), 0)
-    return BatchStream(subset, subset, mixture, BATCH, num_steps)
+    return BatchStream(subset, subset, mixture, batch_size, num_steps)
 
 
 class Contender:
@@ -189,14 +189,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--compiled", action="store_true", help="compare both compiled too")
-    parser.add_argument("--bf16", action="store_true", help="compare bf16 even where the CPU has no units for it")
+    parser.add_argument(
+        "--bf16", action="store_true", help="compare bf16 too, which is many times slower on a CPU without units for it"
+    )
     parser.add_argument("--worker", nargs=3, metavar=("KIND", "MODEL", "STORE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.worker:
         kind, model, store = options.worker
         return work(kind, model, Path(store), bf16=options.bf16, compiled=options.compiled)
-    precisions = (False, True) if options.bf16 or TorchTrainer.describe().fast_bf16 else (False,)
+    precisions = (False, True) if options.bf16 else (False,)
     with tempfile.TemporaryDirectory() as scratch:
         store = write_store(Path(scratch), 5_000_000)
         small = model_spec("4x128", VOCABULARY, CONTEXT)

@@ -1,8 +1,10 @@
 """The folder of a run: who holds it, and what is left of one that was refused."""
 
+import dataclasses
 import threading
 
 import pytest
+import yaml
 
 from mlx_forget.distributed import ALONE
 from mlx_forget.errors import UserError
@@ -28,6 +30,23 @@ def test_a_model_that_is_refused_while_loading_leaves_nothing_behind(run_forget,
     code, _, err = run_forget("train", *options(init=init, **data), "--output", tmp_path / "runs" / "mine")
     assert (code, err.strip().splitlines()[-1]) == (2, "forget: this model cannot be")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_another_device_began_in_another_precision_is_named_so(run_forget, tmp_path, monkeypatch):
+    add_fake_backend(monkeypatch, "bigram")
+    monkeypatch.setattr("mlx_forget.training.plan.forget_home", lambda: tmp_path / "home")
+    asked = ("train", *options(init="scratch", target="prose", pretrain="none", p="0"), "--output", tmp_path / "run")
+    on_cpu = BigramTrainer.describe()
+    on_gpu = dataclasses.replace(on_cpu, precisions=("fp32", "bf16"), fast_bf16=True)
+    monkeypatch.setattr(BigramTrainer, "describe", lambda: on_gpu)
+    code, _, err = run_forget(*asked)
+    assert code == 0, err
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["precision"] == "bf16"
+    monkeypatch.setattr(BigramTrainer, "describe", lambda: on_cpu)
+    code, _, err = run_forget(*asked)
+    assert code == 2
+    assert "holds another run" in err
+    assert "(differing: precision)" in " ".join(err.split())
 
 
 def test_a_folder_that_stood_there_or_was_used_stays(tmp_path):
