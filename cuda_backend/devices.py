@@ -87,14 +87,14 @@ def compiler(runtime: RuntimeSpec, device: torch.device, notes: list[str]) -> Ca
     return functools.partial(torch.compile, dynamic=False)
 
 
-def kept_bytes(model: ModelSpec | PretrainedSpec, precision: Precision) -> int:
+def kept_bytes(model: ModelSpec | PretrainedSpec, precision: Precision, *, on_cpu: bool) -> int:
     """See `Trainer.kept_bytes`."""
     if isinstance(model, PretrainedSpec):
         return model.kept_bytes(precision)
     # Inputs of both norms in float32; queries, keys, values, mixture and both sides of the GELU in the type of products, what enters
     # a product besides. Norms of queries and keys are float32 and keep their own. Attention in fp32 keeps its own queries to mixture.
     per_width = {"gpt2": {"fp32": 64, "bf16": 36, "mixed": 46}, "qknorm": {"fp32": 76, "bf16": 50, "mixed": 54}}
-    fp32_attention = precision == "bf16" and not torch.cuda.is_available() and is_short(model.context_length, model.head_dim)
+    fp32_attention = precision == "bf16" and on_cpu and is_short(model.context_length, model.head_dim)
     return per_width[model.architecture]["mixed" if fp32_attention else precision] * model.width
 
 

@@ -309,8 +309,8 @@ class TorchTrainer(Trainer):
         return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
     @classmethod
-    def kept_bytes(cls, model: ModelSpec | PretrainedSpec, precision: Precision) -> int:
-        return devices.kept_bytes(model, precision)
+    def kept_bytes(cls, model: ModelSpec | PretrainedSpec, precision: Precision, *, on_cpu: bool) -> int:
+        return devices.kept_bytes(model, precision, on_cpu=on_cpu)
 
     @property
     def micro_batch_size(self) -> int | None:

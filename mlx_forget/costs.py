@@ -68,7 +68,7 @@ def device_like(name: str | None) -> Device | None:
 class KeptBytes(Protocol):
     """What a backend keeps of one token in one block for the gradient, in bytes."""
 
-    def __call__(self, model: ModelSpec | PretrainedSpec, precision: Precision) -> int: ...
+    def __call__(self, model: ModelSpec | PretrainedSpec, precision: Precision, *, on_cpu: bool) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ class Step:
         kl_rows: rows of a step whose reference distribution is computed too.
         adapter: what is trained on a frozen base; None trains every weight.
         num_layers: without an adapter, only the weights of the last so many blocks are trained.
+        on_cpu: whether it runs on a CPU, where a backend may attend otherwise than on a GPU.
     """
 
     model: ModelSpec | PretrainedSpec
@@ -96,6 +97,7 @@ class Step:
     kl_rows: int = 0
     adapter: AdapterSpec | None = None
     num_layers: int | None = None
+    on_cpu: bool = False
 
     @property
     def trained(self) -> dict[str, tuple[int, ...]]:
@@ -142,7 +144,7 @@ def memory_bytes(step: Step, kept_bytes: KeptBytes, *, rows: int | None = None) 
     if step.method.ewc:
         reference += weights
     tokens = (step.rows if rows is None else rows) * step.row_length
-    kept = kept_bytes(model, step.precision)
+    kept = kept_bytes(model, step.precision, on_cpu=step.on_cpu)
     width = 4 * model.width
     # A block that is computed again stands beside its gradients.
     blocks = model.num_layers * width + 2 * kept if step.grad_checkpoint else model.num_layers * kept

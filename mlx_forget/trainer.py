@@ -195,8 +195,8 @@ class Trainer(ABC):
         return None
 
     @classmethod
-    def kept_bytes(cls, model: ModelSpec | PretrainedSpec, precision: Precision) -> int:
-        """What the gradient needs of one token in one block, in bytes: for estimates."""
+    def kept_bytes(cls, model: ModelSpec | PretrainedSpec, precision: Precision, *, on_cpu: bool) -> int:
+        """What the gradient needs of one token in one block, in bytes, on a CPU or on a GPU: for estimates."""
         return (84 if precision == "fp32" else 56) * model.width
 
     @property

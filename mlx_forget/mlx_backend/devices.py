@@ -116,14 +116,14 @@ def memory_bytes() -> int | None:
     return None if size is None else int(size)
 
 
-def kept_bytes(model: ModelSpec | PretrainedSpec, precision: Precision) -> int:
+def kept_bytes(model: ModelSpec | PretrainedSpec, precision: Precision, *, on_cpu: bool) -> int:
     """See `Trainer.kept_bytes`."""
     if isinstance(model, PretrainedSpec):
         return model.kept_bytes(precision)
     # The gradient that is written out keeps both norms in float32 too, and the inner derivative of the GELU. A CPU attends in float32
     # and keeps its weights.
     per_width = {"gpt2": {"fp32": 80, "bf16": 56}, "qknorm": {"fp32": 112, "bf16": 76}}
-    attended = 0 if gpu_available() else 4 * model.num_heads * model.context_length
+    attended = 4 * model.num_heads * model.context_length if on_cpu else 0
     return per_width[model.architecture][precision] * model.width + attended
 
 

@@ -292,8 +292,8 @@ class MLXTrainer(Trainer):
         return devices.memory_bytes()
 
     @classmethod
-    def kept_bytes(cls, model: ModelSpec | PretrainedSpec, precision: Precision) -> int:
-        return devices.kept_bytes(model, precision)
+    def kept_bytes(cls, model: ModelSpec | PretrainedSpec, precision: Precision, *, on_cpu: bool) -> int:
+        return devices.kept_bytes(model, precision, on_cpu=on_cpu)
 
     @property
     def micro_batch_size(self) -> int | None:

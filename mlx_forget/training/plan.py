@@ -66,6 +66,7 @@ class Plan:
         group: the processes that train this run together.
         micro_batch_size: rows per forward pass: as asked, or as many as the memory holds; None is all of a step.
         num_devices: that it is planned for.
+        on_cpu: whether these are CPUs.
     """
 
     config: TrainConfig
@@ -87,10 +88,12 @@ class Plan:
     group: Group = ALONE
     micro_batch_size: int | None = None
     num_devices: int = 1
+    on_cpu: bool = False
 
     def step(self, num_devices: int | None = None) -> costs.Step:
         """A training step on one of so many devices, by default of those that it is planned for."""
-        return _step(self.config, self.model, self.precision, self.stream.target.row_length, num_devices or self.num_devices)
+        row_length = self.stream.target.row_length
+        return _step(self.config, self.model, self.precision, row_length, num_devices or self.num_devices, on_cpu=self.on_cpu)
 
     def flops(self) -> float:
         """Of all steps and evaluations; of the base model too, where that is still to be trained."""
@@ -238,7 +241,8 @@ def _plan(
     if row_length > model.context_length:
         raise UserError(f"--max-seq-length {row_length} exceeds the model's context of {model.context_length} tokens.")
 
-    step = _step(config, model, precision, row_length, num_devices)
+    on_cpu = where.device is None and (config.device == "cpu" or not capabilities.accelerator)
+    step = _step(config, model, precision, row_length, num_devices, on_cpu=on_cpu)
     micro_batch_size = _rows_that_fit(config, step, backend, where)
     targets, pools, replays = sources_of(config.target), sources_of(config.pretrain), stored_replay(config)
     stores = {
@@ -296,6 +300,7 @@ def _plan(
         group=group,
         micro_batch_size=micro_batch_size,
         num_devices=num_devices,
+        on_cpu=on_cpu,
     )
 
 
@@ -309,7 +314,7 @@ def _start(config: TrainConfig, watch: Watch) -> tuple[Checkpoint, ModelSpec | P
 
 
 def _step(
-    config: TrainConfig, model: ModelSpec | PretrainedSpec, precision: Precision, row_length: int, num_devices: int
+    config: TrainConfig, model: ModelSpec | PretrainedSpec, precision: Precision, row_length: int, num_devices: int, *, on_cpu: bool
 ) -> costs.Step:
     replayed = replay_rows_per_step(config)
     method = config.method_spec()
@@ -327,6 +332,7 @@ def _step(
         kl_rows=math.ceil(kl_rows / num_devices),
         adapter=config.adapter(),
         num_layers=config.trained_layers,
+        on_cpu=on_cpu,
     )
 
 

@@ -22,8 +22,8 @@ def step_of(model=XL, **changes):
     return dataclasses.replace(base, **changes)
 
 
-def kept(model, precision):
-    return Trainer.kept_bytes(model, precision)
+def kept(model, precision, *, on_cpu):
+    return Trainer.kept_bytes(model, precision, on_cpu=on_cpu)
 
 
 @pytest.mark.parametrize("name", ["LAYERSx64", "qknorm-LAYERSx64"])
@@ -54,7 +54,7 @@ def test_pytorch_keeps_what_the_estimate_says(name, precision, grad_checkpoint):
             x = hidden_states(weights, spec, torch.zeros(rows, 48, dtype=torch.long), grad_checkpoint=grad_checkpoint)
         found.append(sum(kept_storages.values()))
         del x
-    expected = 4 * spec.width if grad_checkpoint else load_backend("cuda").kept_bytes(spec, precision)
+    expected = 4 * spec.width if grad_checkpoint else load_backend("cuda").kept_bytes(spec, precision, on_cpu=True)
     assert (found[1] - found[0]) / (rows * 48) == pytest.approx(expected, rel=0.05)
 
 
@@ -95,7 +95,7 @@ MLX = pytest.mark.skipif("mlx" not in available_backends(), reason="needs MLX, w
 def test_a_step_of_mlx_takes_about_the_memory_of_the_estimate(name):
     """Within 25%."""
     peak, spec = mlx_peak(name, rows=16)
-    step = step_of(spec, precision="fp32", rows=16, row_length=128)
+    step = step_of(spec, precision="fp32", rows=16, row_length=128, on_cpu=True)
     assert peak == pytest.approx(memory_bytes(step, load_backend("mlx").kept_bytes)["total"], rel=0.25)
 
 
@@ -170,6 +170,18 @@ def test_a_dry_run_says_what_a_run_will_cost(run_forget, tmp_path, monkeypatch):
     assert code == 0
     assert "measured: after 5 steps the rate was" in out
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.skipif("cuda" not in available_backends(), reason="needs PyTorch")
+def test_a_gpu_is_planned_for_as_a_gpu_from_a_machine_without_one(run_forget):
+    """In bf16 a CPU attends over short rows in float32 and keeps more; neither a GPU elsewhere nor one that is not used changes that."""
+    activations = {}
+    for where in (("--on", "a100"), ("--device", "cpu")):
+        options = ("--backend", "cuda", "--model", "2x48", "--max-seq-length", "64", "--batch-size", "8", "--precision", "bf16")
+        code, out, err = run_forget(*DRY, *options, *where, "--json")
+        assert code == 0, err
+        activations[where[0]] = json.loads(out)["memory_bytes_per_device"]["activations"]
+    assert activations == {"--on": 8 * 64 * 2 * 36 * 48, "--device": 8 * 64 * 2 * 46 * 48}
 
 
 @pytest.mark.parametrize(
