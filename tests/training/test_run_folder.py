@@ -42,6 +42,9 @@ def test_a_run_that_another_device_began_in_another_precision_is_named_so(run_fo
     code, _, err = run_forget(*asked)
     assert code == 0, err
     assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["precision"] == "bf16"
+    code, _, err = run_forget(*asked, "--learning-rate", "3e-3")
+    assert code == 2
+    assert "(differing: learning_rate)" in " ".join(err.split())
     monkeypatch.setattr(BigramTrainer, "describe", lambda: on_cpu)
     code, _, err = run_forget(*asked)
     assert code == 2
