@@ -174,7 +174,7 @@ class ConfigKeys:
     max_skipped: int = _key(0, "Non-finite updates to survive before the run counts as diverged.")
     stop_minutes: float | None = _machine(None, "Stop after this many minutes of training.")
 
-    precision: Literal["auto", "fp32", "bf16"] = _machine("auto", "auto: bf16 where the hardware multiplies it fast, else fp32.")
+    precision: Literal["auto", "fp32", "bf16"] = _machine("auto", "auto: bf16 on a GPU that multiplies it fast, else fp32.")
     device: str | None = _machine(None, "Insist on a device such as cuda:1 or cpu.")
     compile: bool | None = _machine(None, "Compile the step; default: where it pays.")
     micro_batch_size: int | None = _machine(

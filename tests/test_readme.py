@@ -24,8 +24,9 @@ def blocks_that_run(page):
 
 @pytest.fixture
 def folder(tmp_path):
-    """What a reader has: some text, some conversations, a checkpoint in Hugging Face form and a table of runs."""
+    """What a reader has: some text, some conversations, a checkpoint in Hugging Face form, a table of runs, and the published ones."""
     pytest.importorskip("transformers")
+    (tmp_path / "data").symlink_to(ROOT / "data")
     write_checkpoint(tmp_path / "my-model")
     (tmp_path / "notes.txt").write_text("".join(f"{i}. A note about the number {i}, and about {i * i}.\n" for i in range(4000)))
     rows = ({"prompt": f"What is {i} plus {i}?", "completion": f"{i} plus {i} is {2 * i}."} for i in range(3000))

@@ -126,8 +126,8 @@ register(
         name="overfitting-gap",
         formula="loss = A D^b(r) + k0 - k1 log(r + k2) - k3 r + a1 r^a2 exp(a3 r) D^g(r); b(r) = r "
         "b_s + (1 - r) b_g, g(r) = r g_s + (1 - r) g_g",
-        latex=r"L = A D^{b(r)} + \kappa_0 - \kappa_1 \log(r + \kappa_2) - \kappa_3 r + \alpha_1 "
-        r"r^{\alpha_2} e^{\alpha_3 r} D^{g(r)}",
+        latex=r"L = A D^{b(r)} + k_0 - k_1 \log(r + k_2) - k_3 r + a_1 r^{a_2} e^{a_3 r} D^{g(r)}, "
+        r"\; b(r) = r b_s + (1 - r) b_g, \; g(r) = r g_s + (1 - r) g_g",
         source="The Finetuner's Fallacy, arXiv 2603.16177 (overfitting law)",
         columns=("D", "r"),
         parameters=(
