@@ -34,7 +34,7 @@ def capabilities() -> Capabilities:
         document_masks=True,
         stack=True,
         accelerator=torch.cuda.is_available(),
-        fast_bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        fast_bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False),
         gpus=_gpus(),
         gpu_variable="CUDA_VISIBLE_DEVICES",
     )
@@ -46,7 +46,7 @@ def choose_device(wanted: str | None, group: Group, notes: list[str]) -> torch.d
     Raises:
         UserError: there is no such device, or no GPU for this process of the run.
     """
-    if wanted is None:
+    if wanted is None or (wanted == "cuda" and torch.cuda.is_available()):
         if torch.cuda.is_available():
             return torch.device("cuda", _choose_gpu(group))
         notes.append("PyTorch sees no CUDA device: it runs on the CPU.")
@@ -54,9 +54,12 @@ def choose_device(wanted: str | None, group: Group, notes: list[str]) -> torch.d
     if wanted.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {wanted}: PyTorch sees no CUDA device here. Leave --device out to run on the CPU.")
     try:
-        return torch.device(wanted)
+        device = torch.device(wanted)
     except RuntimeError:
         raise UserError(f"--device {wanted}: PyTorch knows no such device; use cpu, cuda or cuda:1.") from None
+    if device.type == "cuda" and group.size > 1:
+        raise UserError(f"--device {wanted}: several processes cannot share one GPU; give --device cuda, which takes one for each.")
+    return device
 
 
 def limit_memory(device: torch.device, spec: TrainerSpec, num_processes: int, limit_gb: float) -> None:
@@ -96,6 +99,11 @@ def kept_bytes(model: ModelSpec | PretrainedSpec, precision: Precision, *, on_cp
     per_width = {"gpt2": {"fp32": 64, "bf16": 36, "mixed": 46}, "qknorm": {"fp32": 76, "bf16": 50, "mixed": 54}}
     fp32_attention = precision == "bf16" and on_cpu and is_short(model.context_length, model.head_dim)
     return per_width[model.architecture]["mixed" if fp32_attention else precision] * model.width
+
+
+def own_gpu() -> int:
+    """The GPU that this process is going to use, before it has chosen: that of its number on this machine, where there is one."""
+    return local_rank() if local_rank() < torch.cuda.device_count() else 0
 
 
 def peak_memory_bytes(device: torch.device) -> int:

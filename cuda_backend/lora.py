@@ -9,10 +9,10 @@ Shapes: N tokens, r rank.
 
 from collections.abc import Iterator, Mapping
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from mlx_forget.adapter_dropout import FEATURE, FIRST, SECOND, SHIFTS, TOKEN
 from mlx_forget.adapters import MAGNITUDE, VECTOR, A, B, fused, fused_bias, is_adapter
 from mlx_forget.trainer import AdapterSpec
 
@@ -20,16 +20,17 @@ Weights = Mapping[str, Tensor]
 
 # Beside a module's own weights, once folded: what its output is multiplied by, [out].
 FACTOR = ".lora_factor"
-# Once for all modules, where a step drops inputs: the share that it keeps, 0-d.
-KEPT = "lora_kept"
+# Where a step drops inputs: the keys of its rows, int32[B], and once for all modules the share that it keeps, 0-d.
+KEY, KEPT = ".lora_key", "lora_kept"
 
 
 def folded(
-    weights: dict[str, Tensor], adapter: AdapterSpec | None, *, training: bool = False, outputs_first: bool = False
+    weights: dict[str, Tensor], adapter: AdapterSpec | None, *, keys: Tensor | None = None, outputs_first: bool = False
 ) -> dict[str, Tensor]:
     """The weights with their adapters as the model reads them; without adapters, the weights themselves.
 
     Args:
+        keys: int32[modules, B], by which the pass drops inputs, of the modules in the order of `modules_of`; None drops none.
         outputs_first: matrices are [out, in] instead of [in, out].
     """
     if adapter is None:
@@ -42,9 +43,15 @@ def folded(
         ready[name] = value * adapter.scale
         if adapter.kind == "dora":
             ready[module + FACTOR] = ready.pop(module + MAGNITUDE) / _lengths(ready, module, outputs_first=outputs_first)
-    if training and adapter.dropout:
-        ready[KEPT] = torch.tensor(1 - adapter.dropout, device=next(iter(weights.values())).device)
+    if keys is not None:
+        ready |= {module + KEY: own for module, own in zip(modules_of(weights), keys.unbind(), strict=True)}
+        ready[KEPT] = torch.tensor(1 - adapter.dropout, device=keys.device)
     return ready
+
+
+def modules_of(weights: Weights) -> list[str]:
+    """The modules that have adapters."""
+    return sorted(name.removesuffix(B) for name in weights if name.endswith(B))
 
 
 def scaled(weights: Weights) -> Weights:
@@ -64,7 +71,7 @@ def linear(x: Tensor, weights: Weights, name: str, bias: Tensor | None = None) -
     """[N, out] of [N, in]; the module `name` has a folded adapter."""
     weight, factor = weights[name + ".weight"], weights.get(name + FACTOR)
     product = x @ weight if bias is None or factor is not None else torch.addmm(bias, x, weight)
-    product = torch.addmm(product, _dropped(x, weights.get(KEPT)) @ weights[name + A].T, weights[name + B].T)
+    product = torch.addmm(product, _dropped(x, weights, name) @ weights[name + A].T, weights[name + B].T)
     if factor is None:
         return product
     return product * factor if bias is None else torch.addcmul(bias, product, factor)
@@ -97,15 +104,10 @@ def whole(weights: Weights, adapter: AdapterSpec, *, outputs_first: bool = False
 def adapted(product: Tensor, x: Tensor, weights: Weights, name: str, bias: Tensor | None) -> Tensor:
     """The output [..., out] of a module with a folded adapter, from that of the module alone and its input [..., in]."""
     factor = weights.get(name + FACTOR)
-    product = product + _dropped(x, weights.get(KEPT)) @ weights[name + A].T @ weights[name + B].T
+    product = product + _dropped(x, weights, name) @ weights[name + A].T @ weights[name + B].T
     if factor is None:
         return product
     return product * factor if bias is None else (product - bias) * factor + bias
-
-
-def seed_dropout(seed: int, *place: int) -> None:
-    """Make what the next pass drops a function of the run's seed, the step and the rows."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, *place]).generate_state(1, np.uint64)[0]))
 
 
 @torch.no_grad()
@@ -117,5 +119,31 @@ def _lengths(ready: Weights, module: str, *, outputs_first: bool) -> Tensor:
     return lengths
 
 
-def _dropped(x: Tensor, kept: Tensor | None) -> Tensor:
-    return x if kept is None else x * ((torch.rand_like(x) < kept) / kept).to(x.dtype)
+def _dropped(x: Tensor, weights: Weights, name: str) -> Tensor:
+    """The inputs [..., in] of an adapter without what its rows drop, of as many rows as there are keys."""
+    key = weights.get(name + KEY)
+    if key is None:
+        return x
+    kept, rows = weights[KEPT], x.reshape(len(key), -1, x.shape[-1])
+    return (rows * (_stays(key, rows.shape[1], rows.shape[2], kept) / kept).to(x.dtype)).view(x.shape)
+
+
+def _stays(key: Tensor, num_tokens: int, width: int, kept: Tensor) -> Tensor:
+    """bool[B, T, width]: which inputs stay, by the hash of `mlx_forget.adapter_dropout`."""
+    places, features = (torch.arange(size, dtype=torch.int32, device=key.device) for size in (num_tokens, width))
+    drawn = _mixed(key[:, None] + places * TOKEN)[..., None] ^ _mixed(features * FEATURE)
+    drawn = drawn * FIRST
+    drawn = (drawn ^ _shifted(drawn, 15)) * SECOND
+    return _shifted(drawn, 8) < (kept * 2**24).to(torch.int32)
+
+
+def _mixed(x: Tensor) -> Tensor:
+    first, second, last = SHIFTS
+    x = (x ^ _shifted(x, first)) * FIRST
+    x = (x ^ _shifted(x, second)) * SECOND
+    return x ^ _shifted(x, last)
+
+
+def _shifted(x: Tensor, places: int) -> Tensor:
+    """A shift to the right of numbers without a sign, which int32 holds here."""
+    return (x >> places) & ((1 << (32 - places)) - 1)

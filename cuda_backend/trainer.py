@@ -20,6 +20,7 @@ from cuda_backend.passes import Passes
 from cuda_backend.reference import add_penalty_gradients, pull_to_reference
 from cuda_backend.step import TorchStep
 from cuda_backend.weights import new_adapters, read_weights, start_weights
+from mlx_forget.adapter_dropout import row_keys
 from mlx_forget.adapters import file_name, is_adapter, trained_names
 from mlx_forget.comparison import MEASURES, portions
 from mlx_forget.distributed import Group
@@ -77,7 +78,6 @@ class TorchTrainer(Trainer):
         self._passes = Passes(spec, self._decoder, self._torch_device, self._compiled)
         self._weights = self._start_weights()
         self._trained = trained_names(self._weights, spec.adapter, spec.num_layers)
-        self._num_calls = 0
         self._micro_batch_size = runtime.micro_batch_size
         self._optimizer = make_optimizer(spec.optim, self._trained_weights())
         self._reference: dict[str, Tensor] | None = None
@@ -110,7 +110,6 @@ class TorchTrainer(Trainer):
         sums = self._gradients_that_fit(batch, token_weight, kl_weight)
         gradients, sums = self._summed_gradients(sums)
         norm, skipped = self._update(gradients, learning_rate)
-        self._num_calls += 1
         return TorchStep(torch.cat([sums, torch.stack([norm, skipped])]), counts)
 
     def _summed_gradients(self, sums: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -153,8 +152,6 @@ class TorchTrainer(Trainer):
         size = self._micro_batch_size or max(1, len(batch.tokens))
         for start in range(0, len(batch.tokens), size):
             rows = slice(start, start + size)
-            if self.spec.adapter is not None and self.spec.adapter.dropout:
-                lora.seed_dropout(self.spec.seed, self._num_calls, start, self.group.rank)
             nll, kl = self._accumulate_gradient(batch, rows, token_weight[rows], None if kl_weight is None else kl_weight[rows])
             mask = self._passes.on_device(batch.loss_mask[rows])
             sums.index_add_(0, group[rows], (nll * mask).sum(1))
@@ -165,7 +162,16 @@ class TorchTrainer(Trainer):
     def _accumulate_gradient(
         self, batch: Batch, rows: slice, weight: npt.NDArray[np.float32], kl_weight: npt.NDArray[np.float32] | None
     ) -> tuple[Tensor, Tensor | None]:
-        return self._passes.accumulate_gradient(self._folded(training=True), self._reference, batch, rows, weight, kl_weight)
+        weights = self._folded(keys=self._dropout_keys(batch, rows))
+        return self._passes.accumulate_gradient(weights, self._reference, batch, rows, weight, kl_weight)
+
+    def _dropout_keys(self, batch: Batch, rows: slice) -> Tensor | None:
+        """What decides which inputs the adapters of a pass drop, int32[modules, rows]; None where they drop none."""
+        if self.spec.adapter is None or not self.spec.adapter.dropout:
+            return None
+        modules = lora.modules_of(self._weights)
+        keys = row_keys(self.spec.seed, batch.step, self.group.rank, num_rows=len(batch.tokens), modules=modules)
+        return self._passes.on_device(np.ascontiguousarray(keys[:, rows]).view(np.int32))
 
     def token_losses(self, tokens: npt.NDArray[np.int32], segment: npt.NDArray[np.int32] | None = None) -> npt.NDArray[np.float32]:
         found = np.empty((len(tokens), tokens.shape[1] - 1), np.float32)
@@ -274,7 +280,6 @@ class TorchTrainer(Trainer):
     def load_state(self, path: Path) -> None:
         if not self._optimizer.load(self._read_state(path)):
             raise UserError(f"{path} is not the training state of this model and optimiser.")
-        self._num_calls = self._optimizer.num_steps()
 
     def sample(
         self, prompts: npt.NDArray[np.int32], u: npt.NDArray[np.float64], *, temperature: float = 1.0, from_reference: bool = False
@@ -302,7 +307,7 @@ class TorchTrainer(Trainer):
 
     @classmethod
     def memory_bytes(cls) -> int | None:
-        return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
+        return torch.cuda.mem_get_info(devices.own_gpu())[0] if torch.cuda.is_available() else None
 
     @classmethod
     def hardware(cls) -> str | None:
@@ -352,9 +357,9 @@ class TorchTrainer(Trainer):
     def _trained_weights(self) -> dict[str, Tensor]:
         return {name: self._weights[name] for name in self._trained}
 
-    def _folded(self, *, training: bool = False) -> dict[str, Tensor]:
+    def _folded(self, *, keys: Tensor | None = None) -> dict[str, Tensor]:
         """The weights as the model reads them."""
-        return lora.folded(self._weights, self.spec.adapter, training=training, outputs_first=self._outputs_first)
+        return lora.folded(self._weights, self.spec.adapter, keys=keys, outputs_first=self._outputs_first)
 
     def _start_weights(self) -> dict[str, Tensor]:
         return start_weights(self.spec, self._decoder, self._torch_device)

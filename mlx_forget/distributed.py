@@ -58,6 +58,12 @@ class Group(ABC):
         """For each question, whether any rank says yes."""
         return tuple(bool(count) for count in self.all_sum(np.array(answers, np.float64)))
 
+    def smallest(self, value: int) -> int:
+        """The smallest of what the ranks say."""
+        said = np.zeros(self.size)
+        said[self.rank] = value
+        return int(self.all_sum(said).min())
+
     def barrier(self) -> None:
         """Wait for every rank."""
         self.all_sum(np.zeros(1))

@@ -1,6 +1,7 @@
 """Files that are whole or absent, on the disk when they are said to be, and that show it when a bit of them has changed."""
 
 import errno
+import fcntl
 import hashlib
 import io
 import json
@@ -79,6 +80,28 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def held(lock: Path) -> Iterator[None]:
+    """Hold a lock file for this process, waiting for another; the lock goes with the process.
+
+    It is a file that is written to: what network file systems lock between machines.
+
+    Raises:
+        OSError: it cannot be made or locked.
+    """
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def is_at(path: Path, file: IO[Any]) -> bool:
+    """Whether an open file is still the one at a path: who held it before may have removed it."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def write_text(path: Path, text: str) -> None:

@@ -155,7 +155,7 @@ def _fuse_aside(start: Checkpoint, found: Checkpoint, parts: imported_adapters.P
         shutil.rmtree(aside, ignore_errors=True)
         raise
     finally:
-        os.close(lock)
+        lock.release()
 
 
 def _write_checkpoint(start: Checkpoint, found: Checkpoint, parts: imported_adapters.Parts, folder: Path) -> None:

@@ -129,7 +129,8 @@ class RunProgress:
         self._losses = losses_text(row)
         report = self._last_report
         rate = f" · {report.tokens_per_second:,.0f} tokens/s · {duration(report.seconds_left)} left" if report else ""
-        self._console.print(f"{self._title} · step {row['step']:,} · {self._losses}{rate}", highlight=False, soft_wrap=True)
+        line = f"{self._title} · step {row['step']:,} · {self._losses}{rate}"
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
         self._write(force=True)
 
     def close(self) -> None:

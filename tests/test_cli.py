@@ -6,10 +6,13 @@ import os
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 from mlx_forget import backends
+from mlx_forget.config import TrainConfig
+from mlx_forget.distributed import Group
 from mlx_forget.errors import Interrupted
 from mlx_forget.history import read_history
 from mlx_forget.records import read_record
@@ -313,3 +316,40 @@ def test_two_processes_do_not_train_in_one_folder(train, tmp_path):
         code, _, err = train("--output", "r")
     assert code == 2
     assert "Another process" in err
+
+
+def test_processes_of_a_run_take_the_rows_that_fit_on_all_of_them(fake_backend, monkeypatch):
+    """Those that share a model take every pass together: one with less memory left decides for all."""
+    from mlx_forget.training import plan
+
+    class Two(Group):
+        rank, size = 0, 2
+
+        def all_sum(self, values):
+            # The other has room for three rows.
+            return values + np.array([0.0, 3.0]) if len(values) == 2 else values
+
+    monkeypatch.setattr(plan, "join_group", lambda backend: Two())
+    made = plan.plan_run(TrainConfig(backend="fake"))
+    assert made.step().rows > 3
+    assert (made.micro_batch_size, made.base.micro_batch_size) == (3, 3)
+    assert plan.plan_run(TrainConfig(backend="fake", micro_batch_size=2)).micro_batch_size == 2
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("what", ["run", "base"])
+def test_what_diverged_once_is_not_taken_for_trained(train, tmp_path, what):
+    """A second call must not pass: neither for the run, nor by finetuning the random weights of a base model that diverged."""
+    (tmp_path / "hot.yaml").write_text("learning_rate: 1.0e+300\n" if what == "run" else "base: {learning_rate: 1.0e+300}\n")
+    for _ in range(2):
+        code, _, err = train("-c", "hot.yaml", "--output", "r")
+        assert code == 1, err
+        assert "diverged" in err
+        assert "record.json" in err
+    assert (tmp_path / "r" / "record.json").exists() == (what == "run")
+
+
+def test_square_brackets_in_names_are_names(train, tmp_path):
+    code, _, err = train("--output", "runs/[draft] a [/b]")
+    assert code == 0, err
+    assert "runs/[draft] a [/b]" in " ".join(err.split())

@@ -73,7 +73,7 @@ def replay(
     console = Console(stderr=True)
 
     def say(sentence: str) -> None:
-        console.print(sentence, highlight=False, soft_wrap=True)
+        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
 
     works_in(output)
     if log_probs is not None:

@@ -88,7 +88,7 @@ def train(
         return watched[-1]
 
     def say(sentence: str) -> None:
-        console.print(sentence, highlight=False, soft_wrap=True)
+        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
 
     with graceful_stop(say, supervisor=supervisor()) as interrupted:
         watch = Watch(say=say, progress=Preparation(console), observer=observer, interrupted=interrupted)

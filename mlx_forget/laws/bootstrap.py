@@ -210,10 +210,12 @@ def draws_interval(draws: Draws, quantity: Quantity, *, level: float) -> tuple[A
         level: coverage.
 
     Returns:
-        (low[m], high[m]).
+        (low[m], high[m]); infinite where fewer than two draws converged.
     """
     fit = draws.fit
     centre = quantity(fit.u[None])[0]
+    if draws.converged.sum() < 2:
+        return np.full_like(centre, -np.inf), np.full_like(centre, np.inf)
     values = quantity(draws.u[draws.converged])
     num = draws.num_clusters
     if num < FEW_CLUSTERS and draws.method != "residual":

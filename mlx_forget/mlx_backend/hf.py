@@ -316,8 +316,7 @@ def _adapted(kind: type) -> Callable[..., Any]:
             return product
         inputs = x
         if layer["lora_key"].ndim:
-            kept = layer["lora_kept"]
-            inputs = x * (mx.random.bernoulli(kept, x.shape, layer["lora_key"]) / kept).astype(x.dtype)
+            inputs = x * lora.dropped(x, layer["lora_key"], layer["lora_kept"])
         product = product + (inputs @ layer["lora_A"].T) @ layer["lora_B"].T
         if layer["lora_factor"].ndim == 0:
             return product

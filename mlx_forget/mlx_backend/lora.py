@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from mlx_forget.adapter_dropout import FEATURE, FIRST, SECOND, SHIFTS, TOKEN
 from mlx_forget.adapters import MAGNITUDE, VECTOR, A, B, fused, fused_bias, is_adapter
 from mlx_forget.mlx_backend.operators import Operators
 from mlx_forget.trainer import AdapterSpec
@@ -23,7 +24,7 @@ Arrays = dict[str, mx.array]
 Tape = dict[str, tuple[Any, ...]]
 
 # Beside a module's own weights, once folded: |W + scale (B A)^T| and what its output is multiplied by, [out]; and, where a step drops
-# inputs, the key and the share that it keeps.
+# inputs, the keys of its rows, uint32[B], and the share that it keeps.
 LENGTH, FACTOR, KEY, KEPT = ".lora_length", ".lora_factor", ".lora_key", ".lora_kept"
 
 
@@ -62,13 +63,39 @@ def _scaled(weights: Arrays, *, outputs_first: bool) -> Arrays:
     return ready
 
 
-def with_key(ready: Arrays, adapter: AdapterSpec, key: mx.array) -> Arrays:
-    """Folded weights whose pass drops inputs by this key, uint32[2]."""
-    modules = [name.removesuffix(B) for name in ready if name.endswith(B)]
+def with_keys(ready: Arrays, adapter: AdapterSpec, keys: mx.array) -> Arrays:
+    """Folded weights whose pass drops inputs by these keys, uint32[modules, B], of the modules in the order of `modules_of`."""
+    modules = modules_of(ready)
     kept = mx.array(1 - adapter.dropout, dtype=mx.float32)
-    keys = mx.random.split(key, len(modules))
     own = {module + KEY: keys[number] for number, module in enumerate(modules)}
     return {**ready, **own, **{module + KEPT: kept for module in modules}}
+
+
+def modules_of(weights: Mapping[str, mx.array]) -> list[str]:
+    """The modules that have adapters."""
+    return sorted(name.removesuffix(B) for name in weights if name.endswith(B))
+
+
+def dropped(x: mx.array, key: mx.array, kept: mx.array) -> mx.array:
+    """What the inputs [..., in] of an adapter are multiplied by, in their shape and type: 0, or 1 / kept; as many rows as keys."""
+    shape = (len(key), x.size // (len(key) * x.shape[-1]), x.shape[-1])
+    return (_stays(key, shape, kept).reshape(x.shape) / kept).astype(x.dtype)
+
+
+def _stays(key: mx.array, shape: tuple[int, int, int], kept: mx.array) -> mx.array:
+    """bool[B, T, in]: which inputs stay, by the hash of `mlx_forget.adapter_dropout`."""
+    places, features = (mx.arange(size, dtype=mx.uint32) for size in shape[1:])
+    drawn = _mixed(key[:, None] + places * TOKEN)[..., None] ^ _mixed(features * FEATURE)
+    drawn = drawn * FIRST
+    drawn = (drawn ^ (drawn >> 15)) * SECOND
+    return (drawn >> 8) < (kept * 2**24).astype(mx.uint32)
+
+
+def _mixed(x: mx.array) -> mx.array:
+    first, second, last = SHIFTS
+    x = (x ^ (x >> first)) * FIRST
+    x = (x ^ (x >> second)) * SECOND
+    return x ^ (x >> last)
 
 
 def linear(x: mx.array, weights: Mapping[str, mx.array], name: str, operators: Operators, tape: Tape | None) -> mx.array:
@@ -78,8 +105,7 @@ def linear(x: mx.array, weights: Mapping[str, mx.array], name: str, operators: O
     factor = weights.get(name + FACTOR)
     inputs, mask = x, None
     if name + KEY in weights:
-        kept = weights[name + KEPT]
-        mask = (mx.random.bernoulli(kept, x.shape, weights[name + KEY]) / kept).astype(operators.dtype)
+        mask = dropped(x, weights[name + KEY], weights[name + KEPT])
         inputs = x * mask
     low = operators.matmul(inputs, a.T)
     # DoRA's factor is of the products alone.
@@ -177,11 +203,6 @@ def whole(
             yield name, fused_bias(value, parts)
         else:
             yield name, fused(value, parts, adapter, outputs_first=outputs_first) if parts else value
-
-
-def dropout_key(seed: int, *place: int) -> mx.array:
-    """The key, uint32[2], of what a pass drops: a function of the run's seed, the step and the rows."""
-    return mx.array(np.random.SeedSequence([seed, *place]).generate_state(2, np.uint32))
 
 
 def _affine(x: mx.array, weight: mx.array, bias: mx.array, operators: Operators) -> mx.array:

@@ -114,7 +114,7 @@ class Passes:
         groups: mx.array,
         segment: mx.array | None,
         kl_terms: list[KLTerm] | None = None,
-        dropout_key: mx.array | None = None,
+        dropout_keys: mx.array | None = None,
     ) -> Arrays:
         """Gradients of the weighted token losses of some rows, and their loss sums; each thread takes its share of the rows.
 
@@ -125,12 +125,11 @@ class Passes:
         chunk = self.chunk if tokens.ndim == 2 else max(64, self.chunk // len(tokens))
         adapter, shares = self.spec.adapter, _shares(tokens.shape[-2], len(self._streams))
         own, weights = weights, lora.folded(weights, adapter, outputs_first=self._outputs_first)
-        keys = None if dropout_key is None else mx.random.split(dropout_key, len(shares))
         for number, rows in enumerate(shares):
             kl_term = None if kl_terms is None else kl_terms[number]
             with mx.stream(self._streams[number]):
                 losses, gradients = self.decoder.gradients(
-                    weights if adapter is None or keys is None else lora.with_key(weights, adapter, keys[number]),
+                    weights if adapter is None or dropout_keys is None else lora.with_keys(weights, adapter, dropout_keys[:, rows]),
                     tokens[..., rows, :-1],
                     tokens[..., rows, 1:],
                     token_weight[..., rows, :],

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save_file
 
+from mlx_forget.adapter_dropout import row_keys
 from mlx_forget.adapters import file_name, is_adapter, trained_names
 from mlx_forget.comparison import MEASURES, portions
 from mlx_forget.distributed import Group
@@ -79,7 +80,6 @@ class MLXTrainer(Trainer):
         self._decoder = build_decoder(spec.model, ops, self._streams, reads_only=runtime.reads_only)
         self._weights = start_weights(spec, self._decoder)
         self._trained = trained_names(self._weights, spec.adapter, spec.num_layers)
-        self._num_calls = 0
         self._moments = optimizer.initial_moments(spec.optim, self._trained_weights())
         self._step = mx.array(0.0)
         self._hyper = optimizer.hyperparameters(spec.optim)
@@ -136,7 +136,7 @@ class MLXTrainer(Trainer):
                 mx.array(groups[rows]),
                 None if batch.segment is None else mx.array(batch.segment[rows]),
                 self._passes.kl_terms(batch, rows, None if kl_weight is None else kl_weight[rows], self._reference),
-                self._dropout_key(start),
+                self._dropout_keys(batch, rows),
             )
             total = part if total is None else {name: value + part[name] for name, value in total.items()}
             if size < len(batch.tokens):
@@ -155,7 +155,6 @@ class MLXTrainer(Trainer):
         state = self._update(weights, self._moments, gradients, scalars)
         trained, self._moments = state
         self._weights = {**self._weights, **trained}
-        self._num_calls += 1
         packed = mx.concatenate([sums, outcome])
         # One step runs while the host prepares the next; more would only hold memory.
         mx.eval(self._in_flight)
@@ -267,7 +266,6 @@ class MLXTrainer(Trainer):
             raise UserError(f"{path} is not the training state of this model and optimiser.")
         self._moments = {name: state[name] for name in shapes}
         self._step = state["step"][0]
-        self._num_calls = int(np.array(self._step))
         mx.eval(self._moments, self._step)
 
     @compiler_errors()
@@ -326,8 +324,10 @@ class MLXTrainer(Trainer):
         """The weights as the model reads them."""
         return lora.folded(self._weights, self.spec.adapter, outputs_first=self._outputs_first)
 
-    def _dropout_key(self, first_row: int) -> mx.array | None:
-        """What decides which inputs the adapters of a pass drop; None where they drop none."""
+    def _dropout_keys(self, batch: Batch, rows: slice) -> mx.array | None:
+        """What decides which inputs the adapters of a pass drop, uint32[modules, rows]; None where they drop none."""
         if self.spec.adapter is None or not self.spec.adapter.dropout:
             return None
-        return lora.dropout_key(self.spec.seed, self._num_calls, first_row, self.group.rank)
+        modules = lora.modules_of(self._weights)
+        keys = row_keys(self.spec.seed, batch.step, self.group.rank, num_rows=len(batch.tokens), modules=modules)
+        return mx.array(np.ascontiguousarray(keys[:, rows]))

@@ -29,6 +29,7 @@ class Batch:
         term: uint8[B], the objective's term: 0 task, 1 next-token replay, 2 KL replay.
         source: uint8[B], 0 target, 1 pretraining or replay data.
         reference: what the frozen reference says about the rows of term 2, in their order, where it is kept; None computes it.
+        step: its number in the stream, by which adapters draw what they drop.
     """
 
     tokens: npt.NDArray[np.int32]
@@ -37,6 +38,7 @@ class Batch:
     term: npt.NDArray[np.uint8]
     source: npt.NDArray[np.uint8]
     reference: ReferenceRows | None = None
+    step: int = 0
 
     def reference_of(self, rows: npt.NDArray[np.int64]) -> ReferenceRows:
         """What is kept of the reference for some rows of term 2, by their numbers in the batch, int64[n]."""
@@ -158,6 +160,7 @@ class BatchStream:
             segment=None if block.segment is None else block.segment[here],
             term=np.zeros(num, np.uint8),
             source=block.source[here],
+            step=step,
         )
 
     def _read_block(self, step: int, rank: int, world_size: int) -> "_Block":
@@ -285,4 +288,5 @@ def _with_replay(batch: Batch, replayed: MaskedRows, term: int) -> Batch:
         segment=both,
         term=np.concatenate([batch.term, np.full(added, term, np.uint8)])[order],
         source=np.concatenate([batch.source, np.ones(added, np.uint8)])[order],
+        step=batch.step,
     )

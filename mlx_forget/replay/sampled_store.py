@@ -3,11 +3,10 @@
 Validation rows of a store are numbered apart from its training rows.
 """
 
-import fcntl
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 
 from mlx_forget import checkpoint
 from mlx_forget.checkpoint import Checkpoint
-from mlx_forget.durable_files import read_bytes, replacing, write_text
+from mlx_forget.durable_files import held, read_bytes, replacing, write_text
 from mlx_forget.errors import Interrupted, UserError
 from mlx_forget.npy_files import map_array
 from mlx_forget.pipeline.store import MANIFEST, StoreWriter, TokenStore, open_store
@@ -203,11 +202,10 @@ def _write_shard(path: Path, rows: SampledRows) -> None:
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Hold the place of a store for this process, waiting for another; the lock goes with the process."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = folder.with_name(f".{folder.name}.lock").open("w")
-    except OSError as error:
-        raise UserError(f"Cannot write {folder}: {error.strerror}.") from None
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with ExitStack() as lock:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            lock.enter_context(held(folder.with_name(f".{folder.name}.lock")))
+        except OSError as error:
+            raise UserError(f"Cannot write {folder}: {error.strerror}.") from None
         yield

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_forget.durable_files import make_folder, read_object, write_text
+from mlx_forget.durable_files import held, make_folder, read_object, write_text
 from mlx_forget.records import RECORD
 from mlx_forget.runs.index import read_index
 from mlx_forget.runs.verify import describe_begun
@@ -32,10 +32,11 @@ class Missing:
 
 def note_planned(folder: Path, titles: Mapping[str, str]) -> None:
     """Keep the titles of runs by their folders below a sweep's, beside those of earlier sweeps into it."""
-    before = planned(folder)
-    after = {**before, **titles}
-    if after != before:
-        make_folder(folder)
+    if titles.items() <= planned(folder).items():
+        return
+    make_folder(folder)
+    with held(folder / f".{PLANNED}.lock"):
+        after = {**planned(folder), **titles}
         write_text(folder / PLANNED, json.dumps({"schema_version": SCHEMA_VERSION, "runs": after}, indent=1))
 
 

@@ -59,6 +59,7 @@ def record_row(record: Mapping[str, Any]) -> Row:
         "seed": record.get("seed"),
         "status": record["status"],
         "reason": record.get("reason"),
+        "stopped_by": record.get("stopped_by"),
         "forgetting_nats": record.get("forgetting_nats"),
         "loss_fraction_lost": lost.get("loss_fraction"),
         "token_equivalent_lost": lost.get("token_equivalent"),

@@ -80,7 +80,12 @@ def _verify_history(path: Path, record: dict[str, Any]) -> Iterator[str]:
     if not path.is_file():
         yield f"{HISTORY} is missing"
         return
-    rows = {row["step"]: row for row in read_history(path).select(["step", "target_val_loss", "pretrain_val_loss"]).to_pylist()}
+    try:
+        history = read_history(path)
+    except UserError as error:
+        yield str(error)
+        return
+    rows = {row["step"]: row for row in history.select(["step", "target_val_loss", "pretrain_val_loss"]).to_pylist()}
     if not rows:
         yield f"{HISTORY} cannot be read"
         return

@@ -142,8 +142,9 @@ def injected_rows(row: Row) -> float:
 
 def left_out(row: Row) -> str:
     """Why a run measures no point of a law, or "": it ended before its stop rule had seen a minimum, or p came to too few rows."""
-    if row["stop_patience"] and row["status"] == "finished":
-        return f"no minimum within {row['num_steps']:,} steps"
+    if row["stop_patience"] and (row["status"] == "finished" or row.get("stopped_by") not in (None, "patience")):
+        by = "" if row["status"] == "finished" else f", where {str(row['stopped_by']).replace('_', ' ')} stopped it"
+        return f"no minimum within {row['num_steps']:,} steps{by}"
     if parse_share(str(row["p_asked"])) > 0 and injected_rows(row) < LEAST_INJECTED_ROWS:
         return f"{injected_rows(row):.0f} injected rows at the minimum"
     return ""

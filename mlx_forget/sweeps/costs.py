@@ -93,7 +93,7 @@ def speed_of(backend: str, folders: Iterable[Path], device: costs.Device | None 
                 record = records.read_record(path.parent)
             except UserError:
                 continue
-            if record and record["backend"] == backend and record["tokens_per_second"]:
+            if record and record["backend"] == backend and record["tokens_per_second"] and record["status"] != "diverged":
                 found.append((record["num_params"], 6.0 * record["num_params"] * record["tokens_per_second"]))
     return Speed(tuple(found), device or costs.device_like(load_backend(backend).hardware()), insist=device is not None)
 

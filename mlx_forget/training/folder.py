@@ -1,13 +1,12 @@
 """The folder of a run: made, held by one run at a time, and gone again where nothing was begun in it."""
 
 import fcntl
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from mlx_forget.distributed import Group
-from mlx_forget.durable_files import make_folder, remove_empty
+from mlx_forget.durable_files import is_at, make_folder, remove_empty
 from mlx_forget.errors import UserError
 
 _LOCK = ".lock"
@@ -55,21 +54,13 @@ def _only_process(folder: Path, *, wait: bool = False) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 raise UserError(f"Another process is training in {folder}: wait for it, or choose another --output.") from None
-            if not _is_at(path, file.fileno()):
+            if not is_at(path, file):
                 continue
             try:
                 yield
             finally:
                 _remove_unused(folder, made)
             return
-
-
-def _is_at(path: Path, descriptor: int) -> bool:
-    """Whether an open file is still the one at a path: who held it before may have removed it."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _remove_unused(folder: Path, made: list[Path]) -> None:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ from mlx_forget.schedule import Schedule
 from mlx_forget.trainer import Stack, StepResult, Trainer
 
 Status = Literal["finished", "stopped", "diverged", "interrupted"]
+Rule = Literal["max_forgetting", "target_loss", "patience", "time"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,13 @@ class StopRules:
     max_forgetting: float | None = None
     max_seconds: float | None = None
     max_skipped: int = 0
+
+
+class Stop(NamedTuple):
+    """The rule that ends a run, and what it saw, in words."""
+
+    rule: Rule
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -119,6 +127,7 @@ class RunState:
     interval_sums: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(2))
     status: Status | None = None
     reason: str = ""
+    stopped_by: Rule | None = None
 
     _pending: list[StepResult] = field(default_factory=list)
     _history: HistoryWriter | None = None
@@ -147,6 +156,8 @@ class RunState:
         self.num_resumes = state["num_resumes"] + 1
         self.interval_sums = np.array(state["interval_sums"])
         self._grad_norm = state["grad_norm"]
+        # Of a run that had ended, and was killed before its record stood.
+        self.status, self.reason, self.stopped_by = state.get("status"), state.get("reason", ""), state.get("stopped_by")
 
     def checkpoint_state(self) -> dict[str, Any]:
         """What `resume` needs."""
@@ -164,6 +175,9 @@ class RunState:
             "interval_sums": self.interval_sums.tolist(),
             "grad_norm": self._grad_norm,
             "peak_learning_rate": self.schedule.peak,
+            "status": self.status,
+            "reason": self.reason,
+            "stopped_by": self.stopped_by,
         }
 
 
@@ -205,7 +219,7 @@ def _open(run: RunState, trainer: Trainer) -> None:
     if run.start is None:
         _evaluate(run, trainer)
         _save(run, trainer)
-    if run.step >= run.stop.num_steps:
+    if run.status is None and run.step >= run.stop.num_steps:
         _end(run, trainer, "finished", f"all {run.step:,} steps done")
 
 
@@ -241,16 +255,17 @@ def _after_step(run: RunState, trainer: Trainer, interrupted: Callable[[], int |
     _report(run)
     if run.num_skipped > run.stop.max_skipped:
         run.status, run.reason = "diverged", f"{run.num_skipped} updates were not finite by step {run.step:,}"
+        run.elapsed_seconds = _elapsed(run)
         return
     ended = _evaluate(run, trainer) if evaluate else None
     if ended is not None and not last:
-        _end(run, trainer, "stopped", ended)
+        _end(run, trainer, "stopped", ended.reason, ended.rule)
     elif last:
         _end(run, trainer, "finished", f"all {run.step:,} steps done")
     elif over_time:
         if not evaluate:
             _evaluate(run, trainer)
-        _end(run, trainer, "stopped", "the time limit was reached")
+        _end(run, trainer, "stopped", "the time limit was reached", "time")
     elif stop_now:
         _save(run, trainer)
         run.status, run.reason = "interrupted", f"interrupted at step {run.step:,}"
@@ -286,7 +301,7 @@ def _report(run: RunState) -> None:
     )
 
 
-def _evaluate(run: RunState, trainer: Trainer) -> str | None:
+def _evaluate(run: RunState, trainer: Trainer) -> Stop | None:
     """Read all losses, extend the history, keep the best; returns why the run should stop, if it should."""
     target_val = window_losses(trainer, run.target_val)
     if run.pretrain_val is None:
@@ -348,11 +363,11 @@ def _evaluate(run: RunState, trainer: Trainer) -> str | None:
     run.observer.on_evaluation({**row, "best": run.best, "forgetting_nats": forgetting})
     run._rate_mark = (run.step, time.perf_counter())
     if too_much:
-        return f"pretraining loss rose by {forgetting:.3f} nats, over the limit of {limit:g}"
+        return Stop("max_forgetting", f"pretraining loss rose by {forgetting:.3f} nats, over the limit of {limit:g}")
     if run.stop.target_loss is not None and losses["target_val"] <= run.stop.target_loss:
-        return f"target validation loss {losses['target_val']:.4f} reached {run.stop.target_loss:g}"
+        return Stop("target_loss", f"target validation loss {losses['target_val']:.4f} reached {run.stop.target_loss:g}")
     if run.stop.patience is not None and run.evaluations_since_best >= run.stop.patience:
-        return f"no better target validation loss in {run.stop.patience} evaluations"
+        return Stop("patience", f"no better target validation loss in {run.stop.patience} evaluations")
     return None
 
 
@@ -364,9 +379,10 @@ def _forgetting(run: RunState, losses: dict[str, Any]) -> float | None:
     return float(losses["pretrain_val"] - run.start["pretrain_val"])
 
 
-def _end(run: RunState, trainer: Trainer, status: Status, reason: str) -> None:
+def _end(run: RunState, trainer: Trainer, status: Status, reason: str, stopped_by: Rule | None = None) -> None:
+    # With the last checkpoint, so that a run that is killed before its record stands does not train on.
+    run.status, run.reason, run.stopped_by = status, reason, stopped_by
     _save(run, trainer)
-    run.status, run.reason = status, reason
 
 
 def _save(run: RunState, trainer: Trainer) -> None:

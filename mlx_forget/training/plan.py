@@ -195,7 +195,19 @@ def plan_run(
         watch.say(f"Backend {backend}: {reason}.")
     group = join_group(backend)
     with group.rank_zero_first():
-        return _plan(config, backend, group, None if folder is None else Path(folder), watch.of(group), target, opened or Opened())
+        plan = _plan(config, backend, group, None if folder is None else Path(folder), watch.of(group), target, opened or Opened())
+    return _with_one_micro_batch(plan)
+
+
+def _with_one_micro_batch(plan: Plan) -> Plan:
+    """The plan with the rows per forward pass that fit on every process: those that share a model take every pass together."""
+    if plan.group.size == 1:
+        return plan
+    rows = plan.step().rows
+    smallest = plan.group.smallest(plan.micro_batch_size or rows)
+    base = None if plan.base is None else _with_one_micro_batch(plan.base)
+    asked = plan.config.micro_batch_size
+    return dataclasses.replace(plan, micro_batch_size=asked or (None if smallest == rows else smallest), base=base)
 
 
 def _plan(

@@ -44,7 +44,7 @@ def execute(plan: Plan, *, resume: bool | None = None, watch: Watch | None = Non
 
     Raises:
         UserError: the folder holds another run, is in use, or `resume` cannot be met.
-        RunFailed: the run diverged.
+        RunFailed: the run or its base model diverged, now or before.
         Interrupted: a stop was asked for; the run has a checkpoint.
     """
     group = plan.group
@@ -55,6 +55,7 @@ def execute(plan: Plan, *, resume: bool | None = None, watch: Watch | None = Non
         with group.rank_zero_first():
             record, latest = look_into(plan, resume, watch)
         if record is not None:
+            _refuse_diverged(record, plan.folder, "This run diverged before")
             watch.say(f"This run is done already: {plan.folder / records.RECORD}")
             return record
         # Those who share one model make it together.
@@ -70,8 +71,7 @@ def execute(plan: Plan, *, resume: bool | None = None, watch: Watch | None = Non
         record = finish_run(plan, run, trainer)
         # A launcher ends the others when one process ends with an error: nobody leaves before the record stands.
         group.barrier()
-        if record["status"] == "diverged":
-            raise RunFailed(f"The run diverged: {record['reason']}. Its record: {plan.folder / records.RECORD}")
+        _refuse_diverged(record, plan.folder, "The run diverged")
         return record
 
 
@@ -255,6 +255,7 @@ def _record(plan: Plan, run: RunState, trainer: Trainer) -> dict[str, Any]:
         "science_version": SCIENCE_VERSION,
         "status": run.status,
         "reason": run.reason,
+        "stopped_by": run.stopped_by,
         "backend": plan.backend,
         "device": trainer.device,
         "world_size": plan.group.size,
@@ -316,7 +317,15 @@ def with_base(plan: Plan, watch: Watch) -> Plan:
     if missing:
         watch.say(f"Training the base model first; it is kept in {folder}")
         execute(plan.base, watch=watch, wait=True)
+    if (record := records.read_record(folder)) is not None:
+        _refuse_diverged(record, folder, "The base model diverged")
     return dataclasses.replace(plan, base=None, start=checkpoint.open_checkpoint(folder / "checkpoints" / "last"))
+
+
+def _refuse_diverged(record: dict[str, Any], folder: Path, what: str) -> None:
+    if record["status"] == "diverged":
+        way_out = "change what it is trained with, or remove the folder to train it again"
+        raise RunFailed(f"{what}: {record['reason']}. Its record: {folder / records.RECORD}; {way_out}.")
 
 
 def _check_same_run(plan: Plan, found: str) -> None:

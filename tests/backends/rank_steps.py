@@ -55,6 +55,7 @@ def main():
         "sum": group.all_sum(np.array([group.rank + 1 + 1e-12, 2.0])).tolist(),
         "broadcast": group.broadcast(np.array([10.0 + group.rank])).tolist(),
         "agree": group.agree(group.rank == 1, False),
+        "smallest": group.smallest(8 - group.rank),
     }
     (folder / f"rank{group.rank}.json").write_text(json.dumps(result), encoding="utf-8")
 

@@ -117,6 +117,7 @@ def test_ranks_agree(ranks):
         assert rank["sum"] == [3.0 + 2e-12, 4.0]
         assert rank["broadcast"] == [10.0]
         assert rank["agree"] == [True, False]
+        assert rank["smallest"] == 7
 
 
 OPTIONS = [
@@ -237,6 +238,7 @@ def test_a_process_of_its_own_is_a_group_of_one(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     assert launched_rank() is None
     assert ALONE.broadcast(np.array([3.0])).tolist() == [3.0]
+    assert ALONE.smallest(5) == 5
     assert ALONE.agree(True, False) == (True, False)
     with ALONE.rank_zero_first():
         pass

@@ -227,6 +227,13 @@ def test_intervals_of_many_clusters_are_stretched_percentiles_and_of_few_are_stu
     assert high[0] - low[0] == pytest.approx(stretch(10, 0.9) * np.subtract(*np.quantile(values, [0.95, 0.05])))
 
 
+@pytest.mark.parametrize("converged", [0, 1])
+def test_draws_that_did_not_converge_say_nothing(converged):
+    draws = replace(drawn(25)[0], converged=np.arange(4000) < converged)
+    low, high = draws_interval(draws, lambda u: u[:, :2], level=0.9)
+    assert (low.tolist(), high.tolist()) == ([-np.inf] * 2, [np.inf] * 2)
+
+
 @pytest.mark.parametrize("bayesian", [False, True])
 def test_weights_of_resamples_add_up_to_the_clusters_and_are_drawn_again_from_a_seed(bayesian):
     clusters = Clusters(np.array([0, 1, 2, 3]), "row")

@@ -1,11 +1,13 @@
 """A store is the same however it was made: by how many workers, in how many goes, in how many parts."""
 
 import dataclasses
+import fcntl
 import itertools
 import json
 import os
 import resource
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -155,7 +157,17 @@ def test_a_store_that_was_killed_goes_on(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
-def test_two_processes_do_not_write_one_store(tmp_path, source):
+def test_two_processes_do_not_write_one_store(tmp_path, source, monkeypatch):
+    real = fcntl.flock
+
+    def between_machines(file, operation):
+        """As network file systems: a folder is locked on one machine only."""
+        number = file if isinstance(file, int) else file.fileno()
+        if not stat.S_ISDIR(os.fstat(number).st_mode):
+            real(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", between_machines)
+
     def writer(**more):
         return StoreWriter(tmp_path / "s", TOKENIZER, "hash", 512, 1, 2, "test", key="k", **more)
 
@@ -166,6 +178,7 @@ def test_two_processes_do_not_write_one_store(tmp_path, source):
     first.close()
     with pytest.raises(UserError, match="exists already"):
         writer(wait=True)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path, source, monkeypatch):

@@ -3,13 +3,14 @@
 import csv
 import json
 import shutil
+import struct
 
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
 from mlx_forget.errors import UserError
-from mlx_forget.history import read_history
+from mlx_forget.history import HistoryWriter, read_history
 from mlx_forget.runs.export import export, read_export
 from mlx_forget.tables import read_table
 
@@ -261,6 +262,18 @@ def test_a_run_that_others_started_from_keeps_its_checkpoints(run_forget, runs, 
     assert not (runs / "ddd555-cuda" / "checkpoints" / "last").exists()
 
 
+@pytest.mark.parametrize("name, content", [("config.yaml", "init: {}\n"), ("requested.yaml", "model: {}\n")])
+def test_a_run_that_has_not_ended_keeps_what_it_is_to_go_on_from(run_forget, runs, make_run, name, content):
+    start = make_run(runs, "ccc444")
+    (runs / "interrupted").mkdir()
+    (runs / "interrupted" / "history.arrows").write_bytes(b"")
+    (runs / "interrupted" / name).write_text(content.format(start / "checkpoints" / "best"))
+    code, out, err = run_forget("runs", "prune", runs, "--yes", "--json", "--best-too")
+    assert code == 0, err
+    assert str(start) in json.loads(out)["kept"]
+    assert (start / "checkpoints" / "last").is_dir()
+
+
 def test_whole_runs_are_whole(run_forget, runs):
     code, out, err = run_forget("runs", "verify", runs / "sweep", "--json")
     assert code == 0, err
@@ -296,6 +309,16 @@ def test_every_damage_is_named(run_forget, runs):
         with pa.OSFile(str(folder / "history.arrows"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
             writer.write_table(table)
 
+    def flip(folder, record):
+        rows = read_history(folder / "history.arrows").to_pylist()
+        with HistoryWriter(folder / "history.arrows") as history:
+            for row in rows:
+                history.append(row)
+        content = (folder / "history.arrows").read_bytes()
+        number = struct.pack("<d", rows[0]["target_val_windows"][0])
+        assert number in content
+        (folder / "history.arrows").write_bytes(content.replace(number, struct.pack("<d", 0.5), 1))
+
     def disagree(folder, record):
         record["losses"]["best"]["pretrain_val"] += 0.1
 
@@ -307,6 +330,7 @@ def test_every_damage_is_named(run_forget, runs):
     damage("d6", lambda folder, record: record.update(status="perhaps"))
     damage("d7", lambda folder, record: (folder / "config.yaml").unlink())
     damage("d8", lambda folder, record: (folder / "history.arrows").write_bytes(b"not arrow"))
+    damage("d9", flip)
     shutil.copytree(runs / "sweep" / "aab222-cuda", runs / "zcopy")
     (runs / "torn").mkdir()
     (runs / "torn" / "record.json").write_text("{")
@@ -322,6 +346,7 @@ def test_every_damage_is_named(run_forget, runs):
         "d6": "status 'perhaps'",
         "d7": "config.yaml is missing",
         "d8": "cannot be read",
+        "d9": "is damaged",
         "zcopy": "is a copy of sweep/aab222-cuda",
         "torn": "is damaged",
         "newer-cuda": "record schema 99",

@@ -154,7 +154,8 @@ def test_runs_without_a_minimum_or_with_few_injected_rows_are_left_out_and_said(
     # 50 steps of 16 rows at 0.5% are 4 rows; two runs ended at the limit of steps, with a loss that would spoil the fit.
     few = next(row for row in rows if row["p_asked"] == "0.5%")
     few |= {"steps": 50, "loss": 9.0}
-    for row in [row for row in rows if row["p_asked"] == "5%"][:2]:
+    without_end = [row for row in rows if row["p_asked"] == "5%"][:2]
+    for row in without_end:
         row |= {"status": "finished", "loss": 9.0}
     cells = make_cells(rows)[0]
     assert {cell.row["run"]: cell.left_out for cell in cells if cell.left_out}[few["run"]] == "4 injected rows at the minimum"
@@ -165,6 +166,13 @@ def test_runs_without_a_minimum_or_with_few_injected_rows_are_left_out_and_said(
     text = "\n".join(study_lines(content))
     assert "Left out of the fits, fewer than 8 injected rows at the minimum (1 runs): 0.16M code D = 100K p = 0.5%." in text
     assert "no minimum within 1,000 steps (2 runs)" in text
+    # A limit of time or forgetting ends a run before its minimum as well.
+    for row, rule in zip(without_end, ("time", "max_forgetting"), strict=True):
+        row |= {"status": "stopped", "stopped_by": rule}
+    others = {row["run"]: row | {"stopped_by": "patience"} for row in rows if row["status"] == "stopped" and row not in without_end}
+    cells = make_cells([others.get(row["run"], row) for row in rows])[0]
+    assert len([cell for cell in cells if cell.left_out]) == 3
+    assert "no minimum within 1,000 steps, where max forgetting stopped it" in [cell.left_out for cell in cells]
 
 
 def test_the_minimum_of_smoothed_losses_is_a_reading_of_its_own():

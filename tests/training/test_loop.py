@@ -163,21 +163,31 @@ def test_a_damaged_last_checkpoint_is_named_and_the_one_before_it_is_used(subset
 
 
 @pytest.mark.parametrize(
-    "rules, reason",
+    "rule, limit, reason",
     [
-        ({"target_loss": 3.0}, "reached 3"),
-        ({"max_forgetting": 1e-6}, "over the limit"),
-        ({"patience": 1, "target_loss": None}, None),
+        ("target_loss", 3.0, "reached 3"),
+        ("max_forgetting", 1e-6, "over the limit"),
+        ("patience", 1, "no better"),
     ],
 )
-def test_stop_rules_end_a_run_at_an_evaluation(subsets, tmp_path, rules, reason):
-    stop = StopRules(num_steps=400, **rules)
+def test_stop_rules_end_a_run_at_an_evaluation(subsets, tmp_path, rule, limit, reason):
+    stop = StopRules(num_steps=400, **{rule: limit})
     run = make_run(subsets, tmp_path, num_steps=400, stop=stop)
     drive(pretrained(subsets), [run])
     assert run.status == "stopped"
     assert run.step % 10 == 0
     assert run.step < 400
-    assert (reason or "no better") in run.reason
+    assert reason in run.reason
+    assert run.stopped_by == rule
+
+    # Killed before its record stood, it has ended all the same.
+    found, _ = checkpoint.latest_checkpoint(tmp_path / "checkpoints")
+    again, trainer = make_run(subsets, tmp_path, num_steps=400, stop=stop), make_trainer()
+    trainer.load(found.weights)
+    trainer.load_state(found.training_state)
+    again.resume(json.loads(json.dumps(found.state)))
+    drive(trainer, [again])
+    assert (again.step, again.status, again.reason, again.stopped_by) == (run.step, "stopped", run.reason, rule)
 
 
 def test_best_stays_under_the_forgetting_limit(subsets, tmp_path):
@@ -204,6 +214,8 @@ def test_a_non_finite_update_is_divergence_unless_allowed(subsets, tmp_path, all
     assert all(np.isfinite(row["target_val_loss"]) for row in science_of(tmp_path))
     found, _ = checkpoint.latest_checkpoint(tmp_path / "checkpoints")
     assert found.state["num_skipped"] == allowed
+    # The steps after the last good checkpoint took time as well.
+    assert run.elapsed_seconds > found.state["elapsed_seconds"] or status == "finished"
 
 
 def stacked_runs(subsets, folder):

@@ -68,8 +68,8 @@ def merge_stores(parts: list[TokenStore], folder: Path) -> TokenStore:
         os.rename(aside, folder)
         sync(folder.parent)
     finally:
-        os.close(lock)
         shutil.rmtree(aside, ignore_errors=True)
+        lock.release()
     return open_store(folder, verify=False)
 
 

@@ -9,12 +9,12 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from mlx_forget.durable_files import is_whole, read_object, sealed, sha256_of, sync, write_text
+from mlx_forget.durable_files import is_at, is_whole, read_object, sealed, sha256_of, sync, write_text
 from mlx_forget.errors import UserError
 from mlx_forget.pipeline.store.arrow_files import write_batch
 from mlx_forget.pipeline.store.manifest import write_manifest
@@ -25,36 +25,47 @@ TOKENS_PER_SHARD = 1 << 26
 _JOURNAL = "journal.json"
 
 
-def acquire(aside: Path, folder: Path, *, wait: bool = False) -> int:
-    """Make and lock the folder aside of a store; returns the lock, which the kernel frees when the process dies.
+@dataclass(frozen=True)
+class Lock:
+    """A lock file beside the folder aside of a store, which the kernel frees when the process dies.
+
+    A file that is written to, not the folder: network file systems lock such a file between machines, and a folder on one machine only.
+    """
+
+    path: Path
+    file: IO[bytes]
+
+    def release(self) -> None:
+        """Let others in; the file goes while it is still held, and who waits for it makes a new one."""
+        self.path.unlink(missing_ok=True)
+        self.file.close()
+
+
+def acquire(aside: Path, folder: Path, *, wait: bool = False) -> Lock:
+    """Make and lock the folder aside of a store.
 
     Raises:
         UserError: another process has it, or has just finished the store.
     """
+    path = aside.with_name(f"{aside.name}.lock")
+    aside.parent.mkdir(parents=True, exist_ok=True)
     while True:
-        aside.mkdir(parents=True, exist_ok=True)
+        lock = Lock(path, path.open("wb"))
         try:
-            lock = os.open(aside, os.O_RDONLY)
-        except FileNotFoundError:
-            # Whoever had it moved it just now.
-            refuse_existing(folder)
-            continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(lock.file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            os.close(lock)
+            lock.file.close()
             raise UserError(f"Another process is writing {folder}: wait for it, or choose another place.") from None
-        try:
-            same = os.stat(aside).st_ino == os.fstat(lock).st_ino
-        except FileNotFoundError:
-            same = False
-        if same and not folder.exists():
+        if not is_at(path, lock.file):
+            # Whoever held it has released it, and with it the file.
+            lock.file.close()
+            continue
+        if not folder.exists():
+            aside.mkdir(exist_ok=True)
             return lock
-        if same:
-            # It was finished before this one was made.
-            shutil.rmtree(aside, ignore_errors=True)
-        # Whoever held it has moved it to its place, or away.
-        os.close(lock)
+        # It was finished before this process came to it.
+        shutil.rmtree(aside, ignore_errors=True)
+        lock.release()
         refuse_existing(folder)
 
 
@@ -131,7 +142,7 @@ class StoreWriter:
     wait: bool = False
     _buffers: dict[str, _Buffer] = field(default_factory=dict, init=False)
     _shards: dict[str, list[dict[str, Any]]] = field(default_factory=dict, init=False)
-    _lock: int | None = field(default=None, init=False)
+    _lock: Lock | None = field(default=None, init=False)
     _masked: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
@@ -234,7 +245,7 @@ class StoreWriter:
     def release(self) -> None:
         """Let other processes write this store."""
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.release()
             self._lock = None
 
     def _continue(self) -> None:
