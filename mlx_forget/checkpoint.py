@@ -28,7 +28,7 @@ from mlx_forget import adapters, imported_adapters
 from mlx_forget.durable_files import SEAL, is_whole, read_object, sealed, sha256_of, sync
 from mlx_forget.errors import UserError
 from mlx_forget.ladder import ModelSpec, hf_config, linear_shapes, spec_from_hf_config
-from mlx_forget.pipeline.vocabularies import JSON_FILE, SENTENCEPIECE_FILE, copy_tokenizer, special_ids, tokenizer_in
+from mlx_forget.pipeline.vocabularies import JSON_FILE, SENTENCEPIECE_FILE, Vocabulary, copy_tokenizer, special_ids, tokenizer_in
 from mlx_forget.pretrained import CONFIG as CONFIG
 from mlx_forget.pretrained import PretrainedSpec, find_pretrained, older_keys, read_config, read_pretrained
 from mlx_forget.trainer import AdapterSpec, Trainer
@@ -234,6 +234,19 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 def places(path: Path) -> tuple[Path, ...]:
     """Where a folder that a user names may have its checkpoint: itself, or the last one of a run folder."""
     return path, path / "checkpoints" / "last", path / "last"
+
+
+def check_vocabulary(folder: Path, vocabulary: Vocabulary, model: ModelSpec | PretrainedSpec) -> None:
+    """Refuse a model whose tokenizer has ids that it does not know: what would be read for them is no number of the model.
+
+    Raises:
+        UserError: it has.
+    """
+    if vocabulary.vocab_size > model.vocab_size:
+        raise UserError(
+            f"{folder}: its tokenizer has {vocabulary.vocab_size:,} ids and its model knows {model.vocab_size:,}: "
+            "they do not belong together."
+        )
 
 
 def find_checkpoint(name: str | Path, *, trust_remote_code: bool = False) -> Checkpoint:

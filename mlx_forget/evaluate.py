@@ -51,8 +51,9 @@ class Estimate:
 def window_losses(trainer: Trainer, windows: Windows) -> Losses:
     """Mean loss of each window in nats per token, float64[num_windows]; ranks share the work.
 
-    Where not every label counts, a window's losses are summed and divided by the labels that count in a window on average, so that the
-    mean over windows is that over tokens.
+    Where not every label counts, the mean over tokens is a ratio of two sums over windows. A window's value is then that mean and what
+    the window adds to it, (its sum - mean * its labels) / labels of a window on average: the mean over windows is that over tokens, and
+    their spread gives the standard error of the ratio, not the spread of the numbers of labels.
     """
     losses = np.zeros(len(windows.tokens))
     mine = slice(trainer.group.rank, None, trainer.group.size)
@@ -63,9 +64,13 @@ def window_losses(trainer: Trainer, windows: Windows) -> Losses:
         if windows.loss_mask is None:
             losses[mine] = token_losses.mean(axis=1, dtype=np.float64)
         else:
-            counted = windows.loss_mask.sum() / len(windows.tokens)
-            losses[mine] = (token_losses * windows.loss_mask[mine]).sum(axis=1, dtype=np.float64) / counted
-    return trainer.group.all_sum(losses)
+            losses[mine] = (token_losses * windows.loss_mask[mine]).sum(axis=1, dtype=np.float64)
+    losses = trainer.group.all_sum(losses)
+    if windows.loss_mask is None:
+        return losses
+    counts = windows.loss_mask.sum(axis=1, dtype=np.float64)
+    mean = losses.sum() / counts.sum()
+    return np.asarray(mean + (losses - mean * counts) / counts.mean())
 
 
 # Columns of the history, with the measure of `Comparison` behind each.

@@ -101,6 +101,8 @@ def open_pair(base: str, tuned: str, *, say: Callable[[str], None], trust_remote
     after = open_model(Path(tuned).expanduser(), say=say, trust_remote_code=trust_remote_code, stand_in=stand_in)
     start = _start_of(after, trust_remote_code=trust_remote_code) if base == AUTO else Path(base).expanduser()
     before = open_model(start, say=say, trust_remote_code=trust_remote_code)
+    for one in (before, after):
+        checkpoint.check_vocabulary(one.folder, one.tokenizer, one.spec)
     if before.spec.vocab_size != after.spec.vocab_size:
         raise UserError(
             f"The vocabularies differ: {before.folder} has {before.spec.vocab_size:,} entries, {after.folder} {after.spec.vocab_size:,}. "

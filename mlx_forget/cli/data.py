@@ -17,7 +17,7 @@ app = typer.Typer(
 
 Store = Annotated[Path, typer.Argument(help="A store made by forget prepare.")]
 SplitOption = Annotated[str | None, typer.Option(help="train or validation. \\[default: train]")]
-Count = Annotated[int | None, typer.Option("-n", "--num", help="How many documents. \\[default: 3]")]
+Count = Annotated[int | None, typer.Option("-n", "--num", min=0, help="How many documents. \\[default: 3]")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -46,7 +46,7 @@ def sample(
     store: Store,
     split: SplitOption = None,
     num: Count = None,
-    seed: Annotated[int | None, typer.Option(help="Which documents. \\[default: 0]")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Which documents. \\[default: 0]")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Random documents, decoded.

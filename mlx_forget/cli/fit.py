@@ -81,6 +81,8 @@ def fit_command(
     constraints = Constraints(numbers(fix, "--fix"), pairs(tie, "--tie"), tuple(shared or ()))
     if shared and (leave_out or select):
         raise UserError("--leave-out and --select judge separate fits: give them without --shared.")
+    if select and (fix or tie):
+        raise UserError("--select compares whole laws with each other: give it without --fix and --tie.")
     for target in (output, None if plot is None else plot / "fit.png"):
         if target is not None:
             check_target(target)
@@ -261,6 +263,9 @@ def fit_all(table: "Table", law: "Law", by: str | None, constraints: "Constraint
 def extrapolate(test: "Table", fits: "Mapping[str, Uncertainty]", by: str | None, condition: str) -> dict[str, Any]:
     """Errors over the rows held out, one entry per point."""
     points = []
+    from mlx_forget.laws.table import check_columns
+
+    check_columns(test, (*next(iter(fits.values())).fit.law.columns, "loss"), allow_units=True)
     parts = test.groups(by) if by is not None else {"": test}
     for group, part in parts.items():
         if group not in fits:
@@ -300,10 +305,11 @@ def hold_outs(
                     "covered": held.covered,
                 }
             )
-            tell(
-                f"{group}: " * bool(group) + f"without {held.name}: mean error {100 * held.mre:.3g}% over {held.test.num_rows} rows"
-                f", {100 * held.covered:.0f}% inside {100 * resampling.level:.3g}% intervals" * bool(resampling.num_resamples)
+            inside = (
+                f", {100 * held.covered:.0f}% inside {100 * resampling.level:.3g}% intervals" if resampling.num_resamples else ""
             )
+            words = f"without {held.name}: mean error {100 * held.mre:.3g}% over {held.test.num_rows} rows"
+            tell(f"{group}: " * bool(group) + words + inside)
     return made
 
 

@@ -51,7 +51,7 @@ def replay(
     from rich.console import Console
 
     from mlx_forget.backends import choose_backend, load_backend
-    from mlx_forget.checkpoint import find_checkpoint
+    from mlx_forget.checkpoint import check_vocabulary, find_checkpoint
     from mlx_forget.cli.answers import propose, works_in
     from mlx_forget.cli.data import print_facts
     from mlx_forget.cli.signals import graceful_stop
@@ -83,6 +83,7 @@ def replay(
         raise UserError(f"{output} exists already: choose another place or remove it.")
     start = whole_checkpoint(find_checkpoint(model, trust_remote_code=trust_remote_code))
     shape, vocabulary = start.model_spec(), load_vocabulary(start.tokenizer)
+    check_vocabulary(start.folder, vocabulary, shape)
     if not start.is_own:
         say(special_tokens(vocabulary))
     row = default_row_length(shape) if length is None else length

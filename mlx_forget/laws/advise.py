@@ -12,8 +12,10 @@ import numpy as np
 from mlx_forget.errors import UserError
 from mlx_forget.laws.forms import Array
 from mlx_forget.laws.predictor import Predictor, describe_distance
+from mlx_forget.laws.table import SHARES
 
-SHARE_COLUMNS = ("p", "r", "R")
+# Values between the ends of the reach that are tried before one is bisected.
+LOOKS = 25
 # How far outside the data an answer may lie where extrapolation is allowed.
 FARTHEST = 1e6
 
@@ -111,7 +113,7 @@ def refuse_distance(predictor: Predictor, columns: Mapping[str, float], options:
     too_far = [
         name
         for name, factor in distance.items()
-        if factor > (options.max_share_distance if name in SHARE_COLUMNS else options.max_distance)
+        if factor > (options.max_share_distance if name in SHARES else options.max_distance)
     ]
     if too_far and not options.allow_extrapolation:
         raise UserError(
@@ -122,6 +124,20 @@ def refuse_distance(predictor: Predictor, columns: Mapping[str, float], options:
 
 def _upper(predictor: Predictor, columns: Mapping[str, float], confidence: float) -> float:
     return float(predictor.upper({**columns, "L0": 0.0}, confidence=confidence)[0])
+
+
+def _hardest_fine(is_fine: Callable[[float], bool], easy: float, hard: float, *, log: bool) -> float | None:
+    """The fine value nearest to the hard end, to 0.1%; None where none is.
+
+    With few draws an upper quantile may turn back on the way: values all along it are looked at, not the ends alone.
+    """
+    values = np.geomspace(hard, easy, LOOKS) if log else np.linspace(hard, easy, LOOKS)
+    # Rounding must not make the ends others.
+    values[[0, -1]] = hard, easy
+    first = next((number for number, value in enumerate(values.tolist()) if is_fine(value)), None)
+    if first is None:
+        return None
+    return hard if first == 0 else _bisect(is_fine, float(values[first]), float(values[first - 1]), log=log)
 
 
 def _bisect(is_fine: Callable[[float], bool], fine_end: float, bad_end: float, *, log: bool) -> float:
@@ -195,20 +211,20 @@ def solve(
         return _upper(predictor, {**base, unknown: value}, options.confidence) <= max_forgetting
 
     answer: float | None
-    if not is_fine(easy):
+    hardest = _hardest_fine(is_fine, easy, hard, log=unknown != "p")
+    if hardest is None:
         answer = None
         words = f"No {unknown} {'up to' if unknown != 'D' else 'down to'} {_show(unknown, easy)} keeps forgetting {within}: "
         if not options.allow_extrapolation:
             low, high = predictor.data_range[unknown]
             words += f"beyond it the data ({_show(unknown, low)} to {_show(unknown, high)}) say too little; "
         words += UNKNOWNS[unknown].remedy + "."
-    elif is_fine(hard):
+    elif hardest == hard:
         answer = hard
-        words = f"Forgetting stays {within} at {unknown} = {_show(unknown, hard)}" + (
-            ": no replay is needed." if unknown == "p" else " and beyond." if unknown == "D" else " and below."
-        )
+        words = f"Forgetting stays {within} at {unknown} = {_show(unknown, hard)}"
+        words += ": no replay is needed." if hard == 0 else ", the farthest that these data can answer for: the limit lies beyond."
     else:
-        answer = _bisect(is_fine, easy, hard, log=unknown != "p")
+        answer = hardest
         words = f"The {UNKNOWNS[unknown].extreme} that keeps forgetting {within} is {_show(unknown, answer)}"
         words += f", for {100 * run_cost({**base, 'p': answer}).overhead:.2g}% more tokens." if unknown == "p" else "."
     run = {**base, unknown: easy if answer is None else answer}
@@ -242,14 +258,20 @@ def _reach(predictor: Predictor, unknown: str, options: AdviceOptions) -> tuple[
         known = (
             1.0 if options.allow_extrapolation else high * (1.0 if "B" in predictor.unidentified else options.max_share_distance)
         )
-        return min(options.max_share, known), 0.0
+        # Without a run at p = 0, the law is asked for no less than this much below the smallest share.
+        least = (
+            0.0
+            if low == 0 or options.allow_extrapolation
+            else low / (1.0 if "B" in predictor.unidentified else options.max_share_distance)
+        )
+        return min(options.max_share, known), least
     # A hair inside, so that rounding does not make the ends too far.
     reach = FARTHEST if options.allow_extrapolation else options.max_distance * (1 - 1e-9)
     return (low / reach, high * reach) if unknown == "D" else (high * reach, low / reach)
 
 
 def _show(name: str, value: float) -> str:
-    return f"{100 * value:.3g}%" if name in SHARE_COLUMNS else f"{value:.3g}"
+    return f"{100 * value:.3g}%" if name in SHARES else f"{value:.3g}"
 
 
 # ------------------------------------------------------------------------------------------------ Pareto front

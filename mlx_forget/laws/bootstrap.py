@@ -224,4 +224,7 @@ def draws_interval(draws: Draws, quantity: Quantity, *, level: float) -> tuple[A
         return centre - half, centre + half
     ends = np.quantile(values, [0.5 - level / 2, 0.5 + level / 2], axis=0)
     factor = stretch(num, level)
+    if draws.method == "residual":
+        # The residuals have lost a degree of freedom to every parameter.
+        factor = float(stdtrit(max(fit.num_rows - fit.model.num_free, 1), 0.5 + level / 2) / ndtri(0.5 + level / 2))
     return centre + factor * np.minimum(ends[0] - centre, 0.0), centre + factor * np.maximum(ends[1] - centre, 0.0)

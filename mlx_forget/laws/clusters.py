@@ -12,13 +12,15 @@ import numpy.typing as npt
 
 from mlx_forget.errors import unknown
 from mlx_forget.laws.forms import Law
-from mlx_forget.laws.table import Table
+from mlx_forget.laws.table import SHARES, Table
 
 # Finest first. "auto" takes the coarsest level that leaves this many clusters. Of nine configurations a resample often lacks what tells
 # the parameters apart (intervals ten times too wide); five base models are worth it, because what their runs share is large.
 LEVELS = ("row", "run", "repeat", "base")
 MIN_CLUSTERS = {"row": 0, "run": 0, "repeat": 20, "base": 5}
 AUTO = "auto"
+# Shares that differ by less than this, relative to themselves, are what one p was served as.
+SAME = 0.05
 _NOUNS = {"row": "rows", "run": "runs", "repeat": "configurations", "base": "base models"}
 
 
@@ -55,7 +57,7 @@ def cluster_rows(table: Table, law: Law, *, group: npt.NDArray[np.int64] | None 
 
     Args:
         table: its `run` labels tell checkpoints of one run, its `base` labels the base model of each row.
-        law: rows that agree in all of its columns are repeats of one configuration.
+        law: rows that agree in all of its columns are repeats of one configuration; shares that differ a little are one p as it was served.
         group: of each row in a joint fit, int[n]; repeats share it too.
         level: one of LEVELS, or "auto": base models if there are 5, else configurations if there are 20, else runs.
 
@@ -67,7 +69,8 @@ def cluster_rows(table: Table, law: Law, *, group: npt.NDArray[np.int64] | None 
     by_level = {"row": np.arange(table.num_rows)}
     by_level["run"] = _joined(by_level["row"], table.run)
     # L0 is among the columns of a forgetting law, so two base models are never one configuration.
-    design = np.stack([*(table.columns[name] for name in law.columns), *([] if group is None else [group])], axis=1)
+    columns = [_as_one_p(table.columns[name]) if name in SHARES else table.columns[name] for name in law.columns]
+    design = np.stack([*columns, *([] if group is None else [group])], axis=1)
     by_level["repeat"] = _joined(by_level["run"], np.unique(design, axis=0, return_inverse=True)[1].reshape(-1))
     by_level["base"] = _joined(by_level["repeat"], table.base)
     if level != AUTO:
@@ -91,6 +94,19 @@ def cluster_rows(table: Table, law: Law, *, group: npt.NDArray[np.int64] | None 
         )
     caution = "; ".join(cautions)
     return Clusters(by_level[chosen], chosen, caution)
+
+
+def share_levels(shares: npt.NDArray[np.float64]) -> list[npt.NDArray[np.float64]]:
+    """The different shares, those together that lie within a twentieth of each other, as a share or as what it leaves."""
+    ordered = np.unique(shares)
+    apart = np.diff(ordered) > SAME * np.minimum(ordered, 1 - ordered)[1:]
+    return np.split(ordered, np.flatnonzero(apart) + 1)
+
+
+def _as_one_p(shares: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The number of each share's level, [n]."""
+    firsts = np.array([level[0] for level in share_levels(shares)])
+    return np.searchsorted(firsts, shares, side="right").astype(np.float64)
 
 
 def _joined(finer: npt.NDArray[np.int64], labels: npt.NDArray[np.generic] | None) -> npt.NDArray[np.int64]:

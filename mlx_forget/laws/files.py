@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from mlx_forget.durable_files import read_object, replacing, write_text
+from mlx_forget.durable_files import read_object, replacing, sha256_of, write_text
 from mlx_forget.errors import UserError
 from mlx_forget.laws.fitted import Fit
 from mlx_forget.laws.forms import Law, get_law
-from mlx_forget.laws.predictor import Predictor
+from mlx_forget.laws.predictor import Predictor, reasons_of
 from mlx_forget.laws.profiles import Interval
 from mlx_forget.laws.uncertainty import Uncertainty
 from mlx_forget.npy_files import array_of
@@ -175,7 +175,8 @@ def write_fit(path: str | os.PathLike[str], content: Mapping[str, Any], fits: Ma
     sidecar = target.with_suffix(".draws.npz")
     with replacing(sidecar) as stream:
         np.savez_compressed(stream, allow_pickle=False, **arrays)
-    text = json.dumps({**content, "draws": sidecar.name}, indent=2, allow_nan=False)
+    of_draws = {"draws": sidecar.name, "draws_sha256": sha256_of(sidecar), "draws_groups": list(fits)}
+    text = json.dumps({**content, **of_draws}, indent=2, allow_nan=False)
     write_text(target, text + "\n")
     return target
 
@@ -230,7 +231,7 @@ def read_fit(path: str | os.PathLike[str]) -> SavedFit:
             "again, or use the release that wrote it."
         )
     law = get_law(str(content["law"]))
-    arrays = _draws(source, str(content.get("draws") or ""))
+    arrays = _draws(source, str(content.get("draws") or ""), content.get("draws_sha256"))
     try:
         return SavedFit(content, _predictors(content, law, arrays))
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError):
@@ -239,15 +240,13 @@ def read_fit(path: str | os.PathLike[str]) -> SavedFit:
 
 def _predictors(content: Mapping[str, Any], law: Law, arrays: Mapping[str, Any]) -> dict[str, Predictor]:
     groups: dict[str, Any] = content["groups"] or {"": content}
+    # Arrays are numbered by group, in the order of writing.
+    numbers = {str(group): number for number, group in enumerate(content.get("draws_groups", groups))}
     predictors = {}
-    for i, (group, entry) in enumerate(groups.items()):
+    for group, entry in groups.items():
+        i = numbers[group]
         params = {name: float(entry["params"][name]["value"]) for name in law.names}
-        reasons = {
-            name.split("[")[0]: flag["words"]
-            for flag in entry["flags"]
-            if flag["kind"] == "unidentified"
-            for name in flag["parameters"]
-        }
+        flags = [(flag["parameters"], str(flag["words"])) for flag in entry["flags"] if flag["kind"] == "unidentified"]
         ranges = {name: (float(low), float(high)) for name, (low, high) in entry["data_range"].items()}
         if lacking := set(law.columns) - {"L0"} - ranges.keys():
             raise KeyError(*lacking)
@@ -259,21 +258,25 @@ def _predictors(content: Mapping[str, Any], law: Law, arrays: Mapping[str, Any])
             ranges,
             {name: arrays[f"column_{i}_{name}"] for name in law.columns if f"column_{i}_{name}" in arrays},
             group,
-            reasons,
+            reasons_of(flags, group),
             float("nan") if entry.get("noise_nats") is None else float(entry["noise_nats"]),
         )
     return predictors
 
 
-def _draws(source: Path, name: str) -> dict[str, Any]:
+def _draws(source: Path, name: str, sha256: str | None) -> dict[str, Any]:
     """The arrays beside a fit.json; none where it was written without, or the file has gone.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: the file is damaged, or of another fit than one that names its checksum.
     """
     sidecar = source.with_name(Path(name).name) if name else source
     if sidecar == source or not os.path.isfile(sidecar):
         return {}
+    if sha256 is not None and sha256_of(sidecar) != sha256:
+        raise UserError(
+            f"{sidecar} is damaged, or of another fit than {source}: fit again, or remove it to go on without intervals."
+        )
     try:
         with zipfile.ZipFile(sidecar) as archive:
             if sum(one.file_size for one in archive.infolist()) > _MOST_DRAWS_BYTES:

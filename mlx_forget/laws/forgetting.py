@@ -197,9 +197,10 @@ register(
                 "capacity that a share of 1 would add",
                 "parameters",
                 log=True,
-                low=1.0,
+                # Within a fit it is a multiple of a typical N; where it is held, parameters.
+                low=1e-6,
                 high=1e16,
-                grid=(1e8, 1e10, 1e12),
+                grid=(3.0, 50.0, 500.0, 1e9),
             ),
         ),
         evaluate=_replay_added,

@@ -140,6 +140,8 @@ def bind(law: Law, columns: Mapping[str, Array], *, constraints: Constraints = F
             raise UserError(
                 f"{law.name}: cannot tie {follower!r} to {leader!r}: an amplitude and an exponent are different things."
             )
+        if (follower in constraints.shared) != (leader in constraints.shared) and leader not in constraints.fixed:
+            raise UserError(f"{law.name}: {follower!r} is tied to {leader!r}: share both of them, or neither.")
     for name, value in constraints.fixed.items():
         parameter = law.parameters[law.index(name)]
         if not (np.isfinite(value) and parameter.low <= value <= parameter.high):

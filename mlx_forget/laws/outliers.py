@@ -29,9 +29,11 @@ class Pair:
     without_rows: Fit
 
     def describe(self) -> str:
-        """The parameters of both fits in a line."""
+        """The parameters that both fits have, in a line."""
         values = self.without_rows.params
-        moved = "; ".join(f"{name} {value:.4g} / {values[name]:.4g}" for name, value in self.with_rows.params.items())
+        moved = "; ".join(
+            f"{name} {value:.4g} / {values[name]:.4g}" for name, value in self.with_rows.params.items() if name in values
+        )
         return f"with / without {'it' if len(self.rows) == 1 else 'them'}: {moved}"
 
 

@@ -1,6 +1,6 @@
 """A fitted law as a thing that answers: values, intervals and distances from the data, in memory or from a fit.json."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -59,7 +59,7 @@ class Predictor:
             else:
                 widen = stretch(made.num_clusters, 0.95)
         ranges = {name: (float(table.columns[name].min()), float(table.columns[name].max())) for name in (*fit.law.columns, "loss")}
-        reasons = {name.split("[")[0]: flag.words for flag in fit.flags if flag.kind == "unidentified" for name in flag.parameters}
+        flags = [(flag.parameters, flag.words) for flag in fit.flags if flag.kind == "unidentified"]
         return cls(
             fit.law,
             dict(zip(fit.law.names, natural.tolist(), strict=True)),
@@ -68,7 +68,7 @@ class Predictor:
             ranges,
             {name: table.columns[name] for name in fit.law.columns},
             group,
-            reasons,
+            reasons_of(flags, group),
             fit.noise_nats,
         )
 
@@ -142,6 +142,12 @@ class Predictor:
             else:
                 made[name] = 1.0
         return made
+
+
+def reasons_of(flags: Iterable[tuple[Iterable[str], str]], group: str) -> dict[str, str]:
+    """{parameter: why it is not determined} of one group, from flags (coordinates, words): shared ones and those of the group."""
+    named = ((name.partition("["), words) for names, words in flags for name in names)
+    return {bare: words for (bare, bracket, rest), words in named if not bracket or rest == f"{group}]"}
 
 
 def describe_distance(distance: Mapping[str, float], data_range: Mapping[str, tuple[float, float]]) -> str:

@@ -164,6 +164,9 @@ def _natural_intervals(
             made[display] = Interval(value, value, value, "fixed by the user, not estimated")
             continue
         leader = fit.constraints.tied.get(bare, bare)
+        if leader in fit.constraints.fixed:
+            made[display] = Interval(value, value, value, f"tied to {leader}, which is fixed by the user")
+            continue
         coordinate = leader if leader in fit.model.coordinates else leader + suffix
         if coordinate in unidentified:
             made[display] = Interval(value, None, None, unidentified[coordinate])

@@ -8,6 +8,7 @@ import numpy.typing as npt
 from scipy.special import fdtrc, ndtri
 
 from mlx_forget.errors import UserError
+from mlx_forget.laws.clusters import SAME, share_levels
 from mlx_forget.laws.fit import DEFAULTS, FitOptions, fit_law, num_free
 from mlx_forget.laws.fitted import Fit
 from mlx_forget.laws.forms import Alternative, Array, Law, get_law
@@ -22,8 +23,6 @@ NO_BOOTSTRAP = BootstrapOptions(num_resamples=0)
 SELECTION_LEVEL = 0.01
 # AICc differences below this are no evidence (Burnham and Anderson 2002, section 2.6).
 AICC_TIE = 2.0
-# Shares that differ by less than this, relative to themselves, are what one p was served as.
-_SAME_SHARE = 0.05
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,8 @@ def leave_out(
 ) -> list[HoldOut]:
     """The standard hold-outs: the largest N, the largest D, each p, and each value of a domain column.
 
-    Runs that asked for one p were served shares that differ a little: those are one. Hold-outs that leave too few rows, or no test, are left
+    Runs that asked for one p were served shares that differ a little: those are one, and so is what lies within a twentieth of the
+    largest. Hold-outs that leave too few rows, or no test, are left
     out of the list.
     """
     law = get_law(law) if isinstance(law, str) else law
@@ -119,9 +119,9 @@ def leave_out(
     for column in ("N", "D", "P", "steps"):
         if column in law.columns and len(np.unique(table.columns[column])) > 2:
             top = table.columns[column].max()
-            masks.append((f"largest {column} ({top:.3g})", table.columns[column] < top))
+            masks.append((f"largest {column} ({top:.3g})", table.columns[column] < top * (1 - SAME)))
     for column in ("p", "r", "R"):
-        if column in law.columns and len(levels := _levels(table.columns[column])) > 2:
+        if column in law.columns and len(levels := share_levels(table.columns[column])) > 2:
             for level in levels:
                 name = f"{100 * level[0]:g}%" if len(level) == 1 else f"{100 * np.median(level):.2g}%"
                 masks.append((f"{column} = {name}", ~np.isin(table.columns[column], level)))
@@ -146,13 +146,6 @@ def leave_out(
         except UserError:
             continue
     return made
-
-
-def _levels(shares: npt.NDArray[np.float64]) -> list[npt.NDArray[np.float64]]:
-    """The different shares, those together that lie within a twentieth of each other, as a share or as what it leaves."""
-    ordered = np.unique(shares)
-    apart = np.diff(ordered) > _SAME_SHARE * np.minimum(ordered, 1 - ordered)[1:]
-    return np.split(ordered, np.flatnonzero(apart) + 1)
 
 
 def train_on(

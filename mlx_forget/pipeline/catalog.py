@@ -1,5 +1,6 @@
 """From what the user named to an open store: built-in corpora, recipes, stores, files, the Hub; tokenised once, then found again."""
 
+import hashlib
 import os
 import tempfile
 from collections import Counter
@@ -314,7 +315,7 @@ def _of_hub(
     data: hub.HubData, source: str, reading: Reading, num_bytes: int, skip_bad: bool, held_out: HeldOut | None
 ) -> NamedDocuments:
     return _named(
-        f"{data} {data.files}",
+        hashlib.sha256(f"{data} {data.files}".encode()).hexdigest(),
         source,
         num_bytes,
         lambda bad, keep: hub.read_hub(data, reading, bad=bad, keep=keep),

@@ -33,6 +33,7 @@ _MOST_CHARS_PER_DOCUMENT = 1_000_000
 _MOST_BYTES_PER_LINE = 64_000_000
 # The end of a compressed file that breaks off is lost up to here.
 _BLOCK = 1 << 16
+_BYTE_ORDER_MARK = "\ufeff"
 _ROWS_PER_BATCH = 256
 _EXCERPT = 80
 # Between the elements of an array.
@@ -179,6 +180,8 @@ def _decoded(handle: "io.BufferedReader | _Joined", file: Path, bad: BadInput) -
         except UnicodeDecodeError as error:
             _report_encoding(str(file), num_bytes - held + error.start, bad)
             return
+        if not num_bytes:
+            text = text.removeprefix(_BYTE_ORDER_MARK)
         num_bytes += len(block)
         if text:
             yield text
@@ -225,6 +228,8 @@ def _json_records(handle: io.BufferedReader, file: Path, bad: BadInput) -> Itera
     number = 0
     while line := handle.readline(_MOST_BYTES_PER_LINE):
         number += 1
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
         if not line.endswith(b"\n") and len(line) == _MOST_BYTES_PER_LINE:
             while (rest := handle.readline(_BLOCK)) and not rest.endswith(b"\n"):
                 pass

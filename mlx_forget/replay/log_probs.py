@@ -64,7 +64,11 @@ class LogProbs:
         top = parse_kind(self.kind)
         parts: list[npt.NDArray[Any] | None] = []
         for part in _parts(top):
-            values = np.stack([self._shard(int(row) // self.rows_per_shard, part)[row % self.rows_per_shard] for row in index])
+            first = self._shard(0, part)
+            # Of many processes, some may have no replay row.
+            values = np.empty((len(index), *first.shape[1:]), first.dtype)
+            for place, row in enumerate(index.tolist()):
+                values[place] = self._shard(row // self.rows_per_shard, part)[row % self.rows_per_shard]
             parts.append(values.astype(np.int32) if part == "top" else values)
         return ReferenceRows(*parts)  # type: ignore[arg-type]
 
@@ -95,6 +99,8 @@ class BlendedLogProbs:
 
     def read(self, index: Ids) -> ReferenceRows:
         """The rows at `index` int64[n] of the blend."""
+        if not len(index):
+            return self.members[0].read(index)
         ends = np.cumsum([member.subset.num_rows for member in self.members])
         owner = np.searchsorted(ends, index, "right")
         parts, order = [], []

@@ -246,9 +246,10 @@ def _row(group: list[Trajectory], plain: dict[int, Trajectory], limit: float | N
 
 def _tokens_per_step(trajectory: Trajectory) -> float:
     """Tokens trained on per step, replay included, over those of the task."""
-    seen = {row["role"]: row["tokens_seen"] for row in trajectory.record["data"].values()}
-    task = sum(count for role, count in seen.items() if role != "replay")
-    return float(1 + seen.get("replay", 0) / max(1, task))
+    sources = trajectory.record["data"].values()
+    replayed = sum(row["tokens_seen"] for row in sources if row["role"] == "replay")
+    task = sum(row["tokens_seen"] for row in sources if row["role"] != "replay")
+    return float(1 + replayed / max(1, task))
 
 
 def table_lines(rows: Sequence[Row]) -> list[str]:

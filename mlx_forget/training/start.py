@@ -46,11 +46,7 @@ def fit_to_start(
     Raises:
         UserError: the tokenizer has ids that the model does not know.
     """
-    if vocabulary.vocab_size > model.vocab_size:
-        raise UserError(
-            f"{start.folder}: its tokenizer has {vocabulary.vocab_size:,} ids and its model knows {model.vocab_size:,}: "
-            "they do not belong together."
-        )
+    checkpoint.check_vocabulary(start.folder, vocabulary, model)
     if not start.is_own:
         watch.say(special_tokens(vocabulary))
     if isinstance(model, PretrainedSpec) and config.rows == "documents" and not capabilities.document_masks:

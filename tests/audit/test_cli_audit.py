@@ -166,6 +166,7 @@ def prepare_wrong_requests(folder, make_checkpoint, spec):
     make_checkpoint(folder / "base")
     make_checkpoint(folder / "deeper", spec=model_spec("3x32", spec.vocab_size, spec.context_length))
     make_checkpoint(folder / "longer", spec=model_spec("2x32", spec.vocab_size, 64))
+    make_checkpoint(folder / "wordless", spec=model_spec("2x32", spec.vocab_size - 60, spec.context_length))
     make_checkpoint(folder / "wordier", spec=model_spec("2x32", spec.vocab_size + 1, spec.context_length))
     other = folder / "other.model"
     content = bytearray(tokenizer_in(folder / "base").read_bytes())
@@ -202,6 +203,7 @@ WRONG = [
     (["base", "longer"], "The architectures differ"),
     (["base", "wordier"], "The vocabularies differ: base has 512 entries, wordier 513"),
     (["base", "spoken"], "The tokenizers differ"),
+    (["wordless", "wordless"], "its tokenizer has 512 ids and its model knows 452: they do not belong together"),
     (["auto", "base"], "name BASE by its folder"),
     (["base", "base", "--data", "empty.txt"], "holds no text"),
     (["base", "base", "--data", "latin.txt"], "is not UTF-8"),

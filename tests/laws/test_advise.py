@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 
 from mlx_forget.errors import UserError
-from mlx_forget.laws.advise import AdviceOptions, pareto, run_cost, solve
+from mlx_forget.laws.advise import AdviceOptions, _hardest_fine, pareto, run_cost, solve
 from mlx_forget.laws.choice import choose_law
 from mlx_forget.laws.design import describe_plan, next_runs, probe_runs, run_flops
 from mlx_forget.laws.fit import fit_law
 from mlx_forget.laws.forms import get_law
-from mlx_forget.laws.predictor import Predictor
+from mlx_forget.laws.predictor import Predictor, reasons_of
 from mlx_forget.laws.table import Table
 from mlx_forget.laws.uncertainty import BootstrapOptions, assess, predict_intervals
 
@@ -351,3 +351,42 @@ def test_the_law_of_the_target_loss_holds_what_does_not_vary():
     assert held == {(0, 1, 2): ({}, True), (0, 1): ({"beta": 0.0}, False), (1, 2): ({"alpha": 0.0}, False)}
     with pytest.raises(UserError, match="one size and one number of target tokens"):
         choose_law(Table({name: values[:1] for name, values in columns.items()}), response="target")
+
+
+def test_the_end_of_what_the_data_can_answer_is_no_limit_of_the_law(known):
+    """Forgetting grows with D without bound: a budget that is met ten times beyond the data says nothing of what lies further."""
+    for unknown, asked in (("D", {"N": 1.27e9, "p": 0.05}), ("N", {"D": 1e5, "p": 0.05})):
+        advice = solve(known, asked, unknown, max_forgetting=3.0)
+        assert "the farthest that these data can answer for" in advice.words
+        assert (
+            solve(known, asked, unknown, max_forgetting=3.0, options=AdviceOptions(allow_extrapolation=True)).answer
+            != advice.answer
+        )
+
+
+def test_an_easy_budget_is_answered_without_a_run_at_p_0():
+    columns = paper_grid()
+    some = columns["p"] > 0
+    without = predictor(columns={name: values[some] for name, values in columns.items()})
+    least = without.data_range["p"][0]
+    advice = solve(without, RUN, "p", max_forgetting=5.0)
+    assert least / 2 == pytest.approx(advice.answer)
+    assert "the farthest" in advice.words
+    harder = solve(without, RUN, "p", max_forgetting=0.08)
+    assert harder.answer > least
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_a_budget_that_is_met_on_the_way_only_is_found(log):
+    """The upper quantile of few draws need not be monotone."""
+    found = _hardest_fine(lambda value: 0.02 <= value <= 0.04, 0.05, 0.001 if log else 0.0, log=log)
+    assert found == pytest.approx(0.02, rel=2e-3)
+    assert _hardest_fine(lambda value: False, 0.05, 0.001, log=log) is None
+    assert _hardest_fine(lambda value: True, 0.05, 0.001, log=log) == 0.001
+
+
+def test_a_flag_of_one_group_is_not_one_of_the_others():
+    flags = [(("B[a]", "alpha"), "why"), (("beta[b]",), "because")]
+    assert reasons_of(flags, "a") == {"B": "why", "alpha": "why"}
+    assert reasons_of(flags, "b") == {"alpha": "why", "beta": "because"}
+    assert reasons_of(flags, "") == {"alpha": "why"}

@@ -356,3 +356,26 @@ def test_a_fit_is_written_to_a_file_and_read_from_one(tmp_path):
     (tmp_path / "other.json").write_text('{"schema_version": 1}')
     with pytest.raises(UserError, match=r"other\.json is not a fit: give a fit\.json"):
         read_fit(tmp_path / "other.json")
+
+
+def test_hold_outs_without_resamples_are_lines_too(forget, runs, one):
+    ran = forget("fit", runs, *one[:-2], "--bootstrap", "0", "--leave-out")
+    assert ran.code == 0, ran.stderr
+    assert len([line for line in ran.stdout.splitlines() if "without largest" in line and "mean error" in line]) == 2
+    assert "inside" not in ran.stdout
+
+
+def test_a_held_out_row_without_its_number_is_named(forget, runs, one, tmp_path):
+    lines = runs.read_text().splitlines()
+    last = next(i for i in reversed(range(len(lines))) if lines[i].endswith("code"))
+    cells = lines[last].split(",")
+    cells[2] = ""
+    (tmp_path / "holes.csv").write_text("\n".join([*lines[:last], ",".join(cells), *lines[last + 1 :]]) + "\n")
+    ran = forget("fit", tmp_path / "holes.csv", *one, "--train-on", "N < 5e8")
+    assert ran.code == 2
+    assert "is not a finite number" in ran.stderr
+
+
+def test_rivals_are_not_judged_under_constraints_of_the_law(forget, runs, one):
+    ran = forget("fit", runs, *one, "--select", "--fix", "alpha=0.4")
+    assert (ran.code, "without --fix and --tie" in ran.stderr) == (2, True)

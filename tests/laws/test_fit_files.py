@@ -1,6 +1,8 @@
 """fit.json and its draws: what they keep, and that damaged ones are refused."""
 
+import hashlib
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -31,7 +33,9 @@ def test_a_file_keeps_what_was_not_determined_what_was_held_and_how_the_fit_ende
         assert getattr(saved, name) == getattr(live, name), name
     assert np.array_equal(saved.draws, live.draws)
     assert saved.columns.keys() == live.columns.keys()
-    assert read.content == json.loads(json.dumps({**content, "draws": "fit.draws.npz"}))
+    sha256 = hashlib.sha256((tmp_path / "new" / "fit.draws.npz").read_bytes()).hexdigest()
+    of_draws = {"draws": "fit.draws.npz", "draws_sha256": sha256, "draws_groups": [""]}
+    assert read.content == json.loads(json.dumps({**content, **of_draws}))
     (flag,) = read.content["flags"]
     assert {**flag, "parameters": tuple(flag["parameters"])} == vars(fit.flags[0])
     for name, value in {
@@ -124,3 +128,23 @@ def test_damaged_draws_are_refused_and_missing_ones_announced(forget, runs, one,
     assert "fit.draws.npz is damaged" in forget(*ask).stderr
     (tmp_path / "fit.draws.npz").unlink()
     assert "no interval: the fit has no draws" in forget(*ask).stdout
+
+
+def test_draws_of_another_fit_are_not_taken_for_its_own(forget, runs, one, tmp_path):
+    forget("fit", runs, *one, "-o", tmp_path / "fit.json")
+    shutil.copy(tmp_path / "fit.json", tmp_path / "old.json")
+    forget("fit", runs, *one, "--law", "bethune-forgetting", "--fix", "beta=0.3", "-o", tmp_path / "fit.json")
+    ran = forget("predict", tmp_path / "old.json", "--n", "1e9", "--d", "1e6", "--p", "1%")
+    assert ran.code == 2
+    assert "is damaged, or of another fit" in ran.stderr
+
+
+def test_a_group_that_is_taken_out_of_a_file_leaves_the_others_their_draws(forget, runs, tmp_path):
+    path = tmp_path / "fit.json"
+    forget("fit", runs, "--map", "loss=final_loss", "--by", "domain", "--bootstrap", "30", "-o", path)
+    ask = ("predict", path, "--group", "math", "--n", "1e9", "--d", "1e6", "--p", "1%", "--json")
+    before = forget(*ask).json
+    content = json.loads(path.read_text())
+    del content["groups"]["code"]
+    path.write_text(json.dumps(content))
+    assert forget(*ask).json == before

@@ -9,7 +9,7 @@ from mlx_forget.laws.bootstrap import Draws, bootstrap, cluster_weights, draws_i
 from mlx_forget.laws.clusters import Clusters, cluster_rows
 from mlx_forget.laws.fit import fit_law
 from mlx_forget.laws.forms import get_law
-from mlx_forget.laws.model import Constraints
+from mlx_forget.laws.model import Constraints, bind
 from mlx_forget.laws.profiles import critical_fall, profile_coordinates
 from mlx_forget.laws.table import Table
 from mlx_forget.laws.uncertainty import BootstrapOptions, assess, predict_intervals
@@ -321,3 +321,23 @@ def test_nominal_intervals_cover_the_truth_in_200_simulations(scenario):
     found = coverage.measure(scenario, simulations=200, resamples=200)
     for name, share in found.items():
         assert share >= 0.91, name
+
+
+def test_seeds_of_one_configuration_are_repeats_though_they_were_served_other_shares():
+    rng = np.random.default_rng(0)
+    columns = {name: np.repeat(values, 3) for name, values in paper_grid().items()}
+    asked = columns["p"]
+    served = asked * (1 + 0.01 * rng.standard_normal(len(asked)))
+    law = get_law("bethune-forgetting")
+    found = [cluster_rows(Table.of(**columns | {"p": p}, loss=np.ones(len(p))), law, level="repeat").num for p in (asked, served)]
+    assert found == [len(asked) // 3] * 2
+
+
+def test_what_is_tied_to_a_fixed_parameter_is_fixed_and_shares_are_of_both_or_neither():
+    table = noisy("bethune-finetuning").table
+    fit = fit_law(table, "bethune-finetuning", constraints=Constraints(fixed={"alpha": 0.2}, tied={"beta": "alpha"}))
+    interval = assess(fit, BootstrapOptions(num_resamples=0)).params["beta"]
+    assert (interval.low, interval.value, interval.high) == (0.2, 0.2, 0.2)
+    assert "tied to alpha" in interval.reason
+    with pytest.raises(UserError, match="share both of them, or neither"):
+        bind(fit.law, table.columns, constraints=Constraints(tied={"beta": "alpha"}, shared=("beta",)), groups=("a", "b"))

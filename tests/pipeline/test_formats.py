@@ -232,6 +232,13 @@ def test_conversations_keep_their_turns(tmp_path, record, fields):
     assert [content.turns for _, content in read_documents(tmp_path / "a.jsonl", Reading(fields=fields))] == [TURNS]
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_a_byte_order_mark_is_no_text(tmp_path, name):
+    text = '{"text": "first"}\n{"text": "second"}\n' if name == "a.jsonl" else "first\nsecond\n"
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert "".join(content for _, content in read_documents(tmp_path / name)).replace("\n", "") == "firstsecond"
+
+
 def test_a_prompt_and_its_completion_are_a_conversation_of_two_turns(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"s": "Be kind.", "q": "Hi", "a": "Hello"}))
     fields = Fields(prompt="q", completion="a", system="s")
@@ -250,6 +257,8 @@ def test_a_prompt_and_its_completion_are_a_conversation_of_two_turns(tmp_path):
         ({"messages": [{"content": "x"}]}, 'must have "role"'),
         ({"messages": [{"role": "judge", "content": "x"}]}, "unknown role 'judge'"),
         ({"messages": [{"role": "user", "content": "x"}]}, "no answer to learn"),
+        ({"messages": [*MESSAGES, {"role": "assistant", "content": "", "tool_calls": [{"id": 1}]}]}, "calls a tool"),
+        ({"messages": [*MESSAGES, {"role": "assistant", "content": "x", "weight": 0}]}, "not to be learnt"),
         ({"prompt": "x"}, 'or "prompt" and "completion"'),
     ],
 )

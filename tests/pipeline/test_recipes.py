@@ -282,3 +282,12 @@ def test_what_the_hub_refuses_is_one_sentence_with_a_way_out(monkeypatch, kind, 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(UserError, match=message):
         list(read_hub(HubData("a/b"), Reading()))
+
+
+def test_stores_of_hub_data_are_told_apart_by_configuration_and_revision():
+    """Names differ in what comes last, and a store's folder takes the beginning of the key."""
+    names = ("hf:wikimedia/wikipedia:20231101.en", "hf:wikimedia/wikipedia:20231101.de", "hf:allenai/tulu-v2.5", "hf:allenai/tulu-v2.6",
+             "hf:allenai/tulu@v1.0", "hf:allenai/tulu@v1.1")  # fmt: skip
+    keys = {documents_of(name).key[:16] for name in names}
+    assert len(keys) == len(names)
+    assert all(set(key) <= set("0123456789abcdef") for key in keys)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mlx_forget.distributed import ALONE
 from mlx_forget.errors import UserError
-from mlx_forget.evaluate import Windows, window_losses
+from mlx_forget.evaluate import Estimate, Windows, estimate, window_losses
 from mlx_forget.pipeline.batches import BatchStream
 from mlx_forget.pipeline.mixture import Mixture
 from mlx_forget.pipeline.rows import Rows
@@ -181,6 +181,10 @@ def test_windows_average_over_the_labels_that_count(chats):
     assert windows.loss_mask is not None
     expected = (Ramp().token_losses(windows.tokens) * windows.loss_mask).sum() / windows.loss_mask.sum()
     assert window_losses(Ramp(), windows).mean() == pytest.approx(expected)
+    # Rows with many labels are no noise of the loss.
+    constant = Ramp()
+    constant.token_losses = lambda tokens, segment=None: np.full((len(tokens), tokens.shape[1] - 1), 3.0, np.float32)
+    assert estimate(window_losses(constant, windows)) == Estimate(pytest.approx(3.0), pytest.approx(0.0, abs=1e-12))
     apart = Windows.of("target", RowSubset.of_tokens(chats, 8, None, layout="documents"), 30)
     losses = Ramp().token_losses(apart.tokens, apart.segment)
     assert window_losses(Ramp(), apart).mean() == pytest.approx((losses * apart.loss_mask).sum() / apart.loss_mask.sum())

@@ -284,6 +284,12 @@ def test_rows_of_several_stores_are_read_by_their_numbers_in_the_blend(start, tm
         (tmp_path / name).mkdir()
         parts.append(keep(subset_of(start, tmp_path / name, rows, spec={"seed": rows}), start, "top-5"))
     blend = BlendedLogProbs(tuple(parts))
+    # A process of many may have no replay row.
+    assert (
+        blend.read(np.array([], int)).top.shape
+        == parts[0].read(np.array([], int)).top.shape
+        == (0, *parts[0].read(np.array([1])).top.shape[1:])
+    )
     found = blend.read(np.array([12, 3, 34, 9]))
     for place, (part, row) in enumerate(((1, 2), (0, 3), (1, 24), (0, 9))):
         own = parts[part].read(np.array([row]))

@@ -9,7 +9,7 @@ from mlx_forget.errors import UserError
 from mlx_forget.history import SCHEMA, HistoryWriter
 from mlx_forget.records import SCHEMA_VERSION, find_runs
 from mlx_forget.resources import recipe as find_recipe
-from mlx_forget.studies.method_comparison import CSV_COLUMNS, describe, load_trajectories, table, table_lines
+from mlx_forget.studies.method_comparison import CSV_COLUMNS, _tokens_per_step, describe, load_trajectories, table, table_lines
 from mlx_forget.sweeps.grid import read_recipe
 from tests.fakes import add_fake_backend
 
@@ -59,6 +59,15 @@ def test_the_table_reads_both_ways_and_averages_seeds(tmp_path):
     assert "KL replay, self-generated, c = 3" in text
     assert "lower rate, × 0.1" in text
     assert "75.0%" in text
+
+
+def test_tokens_of_all_sources_of_a_role_count(tmp_path):
+    write_run(tmp_path / "a", PLAIN, replay_tokens=250)
+    record = json.loads((tmp_path / "a" / "record.json").read_text())
+    record["data"] |= {"code": {"role": "target", "tokens_seen": 900}, "cpp": {"role": "target", "tokens_seen": 100}}
+    (tmp_path / "a" / "record.json").write_text(json.dumps(record))
+    (trajectory,) = load_trajectories(find_runs(tmp_path))
+    assert _tokens_per_step(trajectory) == 1.25
 
 
 def test_decays_are_told_apart_and_compared_with_usual_plain_finetuning(tmp_path):
