@@ -142,7 +142,9 @@ def _range(low: float, high: float) -> str:
 
 
 def law_list() -> str:
-    rows = ((f"`{one.name}`", f"${one.latex}$", ", ".join(f"`{c}`" for c in one.columns)) for one in laws())
+    # What abbreviates is defined where the law has its own section.
+    formulas = ((one, one.latex.split(r", \;")[0]) for one in laws())
+    rows = ((f"`{one.name}`", f"${formula}$", ", ".join(f"`{c}`" for c in one.columns)) for one, formula in formulas)
     return table(("law", "formula", "columns besides `loss`"), rows)
 
 
