@@ -9,6 +9,7 @@ import numpy.typing as npt
 from mlx_forget.audit.statistics import Floats
 from mlx_forget.audit.texts import Text
 from mlx_forget.comparison import MEASURES
+from mlx_forget.errors import RunFailed
 from mlx_forget.trainer import Trainer
 
 Ids = npt.NDArray[np.int64]
@@ -16,8 +17,10 @@ Ids = npt.NDArray[np.int64]
 _ROWS_AT_ONCE = 64
 # Rows are cut to the longest of their batch, rounded up: few different shapes, little padding.
 _LENGTH_STEP = 16
-# What a reading takes at its widest: measures as they come and in float64, and the integers beside them.
-BYTES_PER_TOKEN = len(MEASURES) * (4 + 8) + 8 * 8
+# What a reading takes at its widest: measures, and the integers beside them.
+BYTES_PER_TOKEN = len(MEASURES) * 8 + 8 * 8
+# Its rows, padding included, and their mask.
+BYTES_PER_PLACE = 4 + 1
 
 
 @dataclass(frozen=True)
@@ -71,29 +74,38 @@ def read(trainer: Trainer, text: Text, row_length: int, *, progress: Callable[[f
         trainer: has weights and a reference.
         row_length: labels per window, at most the model's context.
         progress: called with the share done.
+
+    Raises:
+        RunFailed: a model's losses are not finite.
     """
     windows = text.windows(row_length)
     mask = windows.mask
     order = np.argsort(-windows.num_labels, kind="stable")
     order = order[mask[order].any(axis=1)]
-    found = np.zeros((len(MEASURES), *mask.shape), np.float32)
+    # Rows of short documents are mostly padding: what is kept has no place for it.
+    counts = mask.sum(axis=1, dtype=np.int64)
+    firsts = np.cumsum(counts) - counts
+    label, position, seen = np.empty(counts.sum(), np.int64), np.empty(counts.sum(), np.int64), np.empty(counts.sum(), bool)
+    measures = {name: np.empty(counts.sum()) for name in MEASURES}
     for start in range(0, len(order), _ROWS_AT_ONCE):
         rows = order[start : start + _ROWS_AT_ONCE]
         length = min(row_length, -(-int(windows.num_labels[rows[0]]) // _LENGTH_STEP) * _LENGTH_STEP)
-        comparison = trainer.compare(windows.tokens[rows, : length + 1], mask[rows, :length])
-        for number, name in enumerate(MEASURES):
-            found[number, rows, :length] = getattr(comparison, name)
+        tokens, here = windows.tokens[rows, : length + 1], mask[rows, :length].astype(bool)
+        comparison = trainer.compare(tokens, mask[rows, :length])
+        labels = tokens[:, 1:].astype(np.int64)
+        own = counts[rows]
+        place = np.repeat(firsts[rows] - (np.cumsum(own) - own), own) + np.arange(own.sum())
+        label[place], position[place], seen[place] = labels[here], here.nonzero()[1], _seen_before(labels)[here]
+        for name in MEASURES:
+            measures[name][place] = getattr(comparison, name)[here]
         progress(min(1.0, (start + len(rows)) / len(order)))
-    here = mask.astype(bool)
-    labels = windows.tokens[:, 1:].astype(np.int64)
-    return Reading(
-        text=text,
-        label=labels[here],
-        document=np.broadcast_to(windows.document[:, None], here.shape)[here].copy(),
-        position=np.broadcast_to(np.arange(row_length), here.shape)[here].copy(),
-        seen=_seen_before(labels)[here],
-        measures={name: found[number][here].astype(np.float64) for number, name in enumerate(MEASURES)},
-    )
+    for name in ("nll", "ref_nll"):
+        if not np.isfinite(measures[name]).all():
+            which = "tuned" if name == "nll" else "base"
+            raise RunFailed(
+                f"The {which} model's losses on {text.name} are not all finite: its weights are damaged, or it diverged."
+            )
+    return Reading(text, label, np.repeat(windows.document, counts), position, seen, measures)
 
 
 def _seen_before(labels: Ids) -> npt.NDArray[np.bool_]:

@@ -95,7 +95,9 @@ def _answers(trainer: Trainer, model: Model, prompts: Iterable[str], num_tokens:
             half = np.full((len(chosen), num_tokens), 0.5)
             rows = trainer.sample(np.stack([encoded[i] for i in chosen]), half, temperature=_GREEDY)
             for index, row in zip(chosen, rows, strict=True):
-                answers[index] = model.tokenizer.decode(row)
+                # What a model writes after the end is another document.
+                ends = np.flatnonzero(row == model.tokenizer.eos_id)
+                answers[index] = model.tokenizer.decode(row[: ends[0]] if len(ends) else row)
     return answers
 
 

@@ -13,7 +13,7 @@ from mlx_forget.audit import extremes, groups, measures
 from mlx_forget.audit.config import AuditConfig
 from mlx_forget.audit.models import Model, open_pair
 from mlx_forget.audit.overlap import Learnt, learnt_rows, overlapping_documents
-from mlx_forget.audit.reading import BYTES_PER_TOKEN, Reading, read
+from mlx_forget.audit.reading import BYTES_PER_PLACE, BYTES_PER_TOKEN, Reading, read
 from mlx_forget.audit.refusals import Refusals, compare_refusals, read_prompts
 from mlx_forget.audit.tasks import Task, check_tasks, compare_tasks
 from mlx_forget.audit.texts import Text, default_texts, read_text
@@ -145,6 +145,10 @@ def plan_audit(
         UserError: anything about the request that cannot work.
     """
     before, after = open_pair(base, tuned, say=say, trust_remote_code=config.trust_remote_code)
+    if getattr(after.spec, "bits", None):
+        raise UserError(
+            f"{after.folder} is quantised, and its weights cannot be compared: audit the model before it was quantised."
+        )
     row_length = config.max_seq_length or default_row_length(after.spec)
     if row_length > after.spec.context_length:
         raise UserError(f"--max-seq-length {row_length} exceeds the models' context of {after.spec.context_length} tokens.")
@@ -176,7 +180,10 @@ def plan_audit(
     if limit is not None:
         # Beside both models there is the reading of one text, and later one weight of each.
         largest = max(math.prod(shape) for shape in param_shapes(after.spec).values())
-        beside = max(BYTES_PER_TOKEN * max(text.num_read for text in opened), 2 * 4 * largest)
+        readings = (
+            BYTES_PER_TOKEN * text.num_read + BYTES_PER_PLACE * row_length * text.num_windows(row_length) for text in opened
+        )
+        beside = max(*readings, 2 * 4 * largest)
         limit -= beside / 1e9
         if limit <= 0:
             raise UserError(

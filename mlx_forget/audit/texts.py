@@ -16,7 +16,7 @@ from mlx_forget.audit.models import Model
 from mlx_forget.errors import UserError
 from mlx_forget.pipeline.catalog import resolve_store, silent
 from mlx_forget.pipeline.corpora import CORPORA
-from mlx_forget.pipeline.sources import holds_out_by_name
+from mlx_forget.pipeline.sources import holds_out_by_name, is_glob
 from mlx_forget.pipeline.store import MANIFEST, TokenStore
 from mlx_forget.pipeline.tokenise import Progress
 
@@ -81,6 +81,10 @@ class Text:
         """Labels of all documents, those that do not count included."""
         return sum(len(document) for document in self.documents)
 
+    def num_windows(self, row_length: int) -> int:
+        """Rows that `windows` makes."""
+        return sum(-(-len(document) // row_length) for document in self.documents)
+
     def windows(self, row_length: int) -> Windows:
         """Every document in rows of at most `row_length` labels."""
         counts = np.array([-(-len(document) // row_length) for document in self.documents], np.int64)
@@ -143,7 +147,9 @@ def read_text(
     store = resolve_store(source, models[-1].tokenizer_file, progress=progress)
     learnt = any(store.fingerprint == entry.get("fingerprint") for model in models for entry in _data(model.record))
     path = Path(source).expanduser()
-    whole_file = source not in CORPORA and not (path / MANIFEST).is_file() and not holds_out_by_name(path)
+    # What is no path here is standard input, a corpus recipe or a data set of the Hub.
+    named = (path.exists() or is_glob(path)) and holds_out_by_name(path)
+    whole_file = source not in CORPORA and not (path / MANIFEST).is_file() and not named
     if learnt and whole_file:
         say(f"{name}: {source} was trained on; only the documents that were held out of it are read.")
     names = tuple(sorted(store.splits)) if whole_file and not learnt else ("validation",)

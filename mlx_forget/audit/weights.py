@@ -96,6 +96,8 @@ def _squares(before: Weights, after: Weights) -> tuple[float, float, npt.NDArray
 
     A slice at a time: an embedding matrix in float64 would be the largest thing in memory.
     """
+    if before.ndim > 2:
+        before, after = before.reshape(len(before), -1), after.reshape(len(after), -1)
     if before.ndim < 2 or before.shape[0] < before.shape[1]:
         before, after = np.atleast_2d(before).T, np.atleast_2d(after).T
     square = change_square = 0.0

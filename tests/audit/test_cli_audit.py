@@ -1,5 +1,6 @@
 """`forget audit` on the command line: what scripts rely on, and one clear line for every wrong request."""
 
+import io
 import itertools
 import json
 import shutil
@@ -256,9 +257,9 @@ def test_refusals_are_counted_before_and_after(audit, finetuned, tokenizer, tmp_
     found = checkpoint.find_checkpoint(folder)
     spec, name = found.model_spec(), "bigram.weight"
 
-    def speaking(text, target):
+    def speaking(text, target, *, next_document=""):
         table = np.zeros((spec.vocab_size, spec.vocab_size))
-        ids = tokenizer.encode(text).tolist()
+        ids = [*tokenizer.encode(text).tolist(), tokenizer.eos_id, *tokenizer.encode(next_document).tolist()]
         assert len(set(ids)) == len(ids)
         table[:, ids[0]] = 5.0
         for a, b in itertools.pairwise(ids):
@@ -269,7 +270,8 @@ def test_refusals_are_counted_before_and_after(audit, finetuned, tokenizer, tmp_
             tmp_path / target, Weights({name: table}), spec, found.tokenizer, state, with_training_state=False
         )
 
-    speaking("Sure,", "before")
+    # What follows the end of an answer is none of it.
+    speaking("Sure,", "before", next_document="I cannot")
     speaking("I cannot", "after")
     (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": p}) for p in ("How?", "Why not now?", "Where to?")))
     (tmp_path / "fine.txt").write_text("some words\n" * 200)
@@ -279,4 +281,24 @@ def test_refusals_are_counted_before_and_after(audit, finetuned, tokenizer, tmp_
     refusals = json.loads(out)["refusals"]
     assert (refusals["rates"]["before"], refusals["rates"]["after"], refusals["rates"]["gained"]) == (0, 1, 3)
     assert refusals["answers"][1][0] == "Why not now?"
-    assert refusals["answers"][1][2].startswith("I cannot")
+    assert refusals["answers"][1][1:] == ["Sure,", "I cannot"]
+
+
+def test_weights_that_are_no_numbers_are_one_sentence(audit, finetuned, tmp_path):
+    folder, _ = finetuned
+    found = checkpoint.find_checkpoint(folder)
+    table = np.full_like(load_file(found.weights)["bigram.weight"], np.nan)
+    state = {"run_id": "broken", "is_pretraining": False, "step": 1}
+    broken = Weights({"bigram.weight": table})
+    checkpoint.save_checkpoint(tmp_path / "broken", broken, found.model_spec(), found.tokenizer, state, with_training_state=False)
+    (tmp_path / "fine.txt").write_text("some words\n" * 200)
+    code, _, err = audit(folder, "broken", "--data", "fine.txt", "--fail-above", "0.1")
+    assert code == 1
+    assert "The tuned model's losses on fine are not all finite" in err
+
+
+def test_standard_input_is_a_text(audit, two, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"some words\n" * 200)))
+    code, out, err = audit(*two, "--data", "mine=-", "--json")
+    assert code == 0, err
+    assert [text["name"] for text in json.loads(out)["texts"]] == ["mine"]

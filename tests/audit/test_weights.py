@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mlx_forget.audit.models import open_model
-from mlx_forget.audit.weights import compare_weights, rank_of
+from mlx_forget.audit.weights import _squares, compare_weights, rank_of
 
 
 @pytest.mark.parametrize("shape", [(30, 50), (50, 30)])
@@ -41,3 +41,11 @@ def test_distances_add_up_over_matrices_layers_and_the_model(make_checkpoint, tm
     assert (tensors[name].layer, tensors[name].full_rank) == (1, 32)
     assert tensors["transformer.h.1.mlp.c_fc.bias"].rank is None
     assert tensors["transformer.h.1.mlp.c_fc.bias"].relative is None
+
+
+def test_weights_of_more_than_two_dimensions_have_norms_and_no_rank():
+    """Such as the kernels of short convolutions."""
+    before = np.random.default_rng(0).standard_normal((6, 1, 3)).astype(np.float32)
+    square, change, _ = _squares(before, before + np.float32(0.5))
+    assert square == pytest.approx(float((before.astype(np.float64) ** 2).sum()))
+    assert change == pytest.approx(18 * 0.25)
