@@ -129,13 +129,13 @@ def _conversation(messages: Any, name: str) -> Conversation:
             raise ValueError(
                 f'"{name}" has a message that calls a tool, which is not read: leave it out, or write the call as its content'
             )
-        if message.get("weight") == 0 or message.get("train") is False:
-            raise ValueError(
-                f'"{name}" has an answer that is not to be learnt, which is not known here: all answers are; leave it out'
-            )
         role = _ROLES.get(str(found[0]))
         if role is None:
             raise ValueError(f'"{name}" has the unknown role {str(found[0])!r}; known: {", ".join(_ROLES)}')
+        if role == "assistant" and (message.get("weight") == 0 or message.get("train") is False):
+            raise ValueError(
+                f'"{name}" has an answer that is not to be learnt, which is not known here: all answers are; leave it out'
+            )
         said.append((role, _string(found[1], "content")))
     return _checked(*said)
 

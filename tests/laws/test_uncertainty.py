@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.special import stdtrit
 
 from mlx_forget.errors import UserError
 from mlx_forget.laws import uncertainty
@@ -224,7 +225,10 @@ def test_intervals_of_many_clusters_are_stretched_percentiles_and_of_few_are_stu
     assert (low[0], high[0]) == pytest.approx((0.5 - half, 0.5 + half))
     residual, values = drawn(10, "residual")
     low, high = draws_interval(residual, lambda u: u[:, :1], level=0.9)
-    assert high[0] - low[0] == pytest.approx(stretch(10, 0.9) * np.subtract(*np.quantile(values, [0.95, 0.05])))
+    # Residuals count the parameters of the fit instead of clusters.
+    free = residual.fit.num_rows - residual.fit.model.num_free
+    factor = stdtrit(free, 0.95) / 1.6448536270
+    assert high[0] - low[0] == pytest.approx(factor * np.subtract(*np.quantile(values, [0.95, 0.05])))
 
 
 @pytest.mark.parametrize("converged", [0, 1])

@@ -258,7 +258,7 @@ def test_a_prompt_and_its_completion_are_a_conversation_of_two_turns(tmp_path):
         ({"messages": [{"role": "judge", "content": "x"}]}, "unknown role 'judge'"),
         ({"messages": [{"role": "user", "content": "x"}]}, "no answer to learn"),
         ({"messages": [*MESSAGES, {"role": "assistant", "content": "", "tool_calls": [{"id": 1}]}]}, "calls a tool"),
-        ({"messages": [*MESSAGES, {"role": "assistant", "content": "x", "weight": 0}]}, "not to be learnt"),
+        ({"messages": [*MESSAGES, {"role": "assistant", "content": "x", "weight": 0.0}]}, "not to be learnt"),
         ({"prompt": "x"}, 'or "prompt" and "completion"'),
     ],
 )
