@@ -46,8 +46,10 @@ class Decoder(Protocol):
     def head(self, weights: Weights) -> Tensor | None:
         """The output matrix [V, D], or None where `hidden_states` gives logits."""
 
-    def sample(self, weights: Weights, prompts_BP: Tensor, u_BT: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
-        """Continue int64[B, P] prompts by inverse-CDF sampling; int64[B, T] for uniforms float64[B, T]."""
+    def sample(
+        self, weights: Weights, prompts_BP: Tensor, u_BT: Tensor, temperature: float, dtype: torch.dtype, *, num_ids: int | None
+    ) -> Tensor:
+        """Continue int64[B, P] prompts by inverse-CDF sampling among the first `num_ids`; int64[B, T] for uniforms float64[B, T]."""
 
 
 class Ladder:
@@ -80,9 +82,11 @@ class Ladder:
     def head(self, weights: Weights) -> Tensor | None:
         return weights[head_name(self._spec)]
 
-    def sample(self, weights: Weights, prompts_BP: Tensor, u_BT: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
+    def sample(
+        self, weights: Weights, prompts_BP: Tensor, u_BT: Tensor, temperature: float, dtype: torch.dtype, *, num_ids: int | None
+    ) -> Tensor:
         own = {name: value.detach().to(dtype) for name, value in lora.scaled(weights).items()}
-        return sample(own, self._spec, prompts_BP, u_BT, temperature)
+        return sample(own, self._spec, prompts_BP, u_BT, temperature, num_ids)
 
 
 def build_decoder(spec: ModelSpec | PretrainedSpec, device: torch.device, *, reads_only: bool) -> Decoder:

@@ -107,7 +107,9 @@ class Pretrained:
         return None if self._scale is None else weights[self._head_name]
 
     @torch.no_grad()
-    def sample(self, weights: Weights, prompts_BP: Tensor, u_BT: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
+    def sample(
+        self, weights: Weights, prompts_BP: Tensor, u_BT: Tensor, temperature: float, dtype: torch.dtype, *, num_ids: int | None
+    ) -> Tensor:
         from transformers import DynamicCache
 
         self.module.eval()
@@ -117,7 +119,7 @@ class Pretrained:
         with torch.autocast(u_BT.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
             for position in range(u_BT.shape[1]):
                 inputs = {"input_ids": token, "past_key_values": cache, "use_cache": True, **last}
-                logits = self._call(self.module, "", weights, inputs).logits[:, -1].float()
+                logits = self._call(self.module, "", weights, inputs).logits[:, -1, :num_ids].float()
                 token = draw(logits, u_BT[:, position], temperature)[:, None]
                 out[:, position] = token[:, 0]
         return out

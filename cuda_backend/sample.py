@@ -9,10 +9,12 @@ from mlx_forget.ladder import ModelSpec, head_name
 
 
 @torch.no_grad()
-def sample(weights: Weights, spec: ModelSpec, prompts_BP: Tensor, u_BT: Tensor, temperature: float) -> Tensor:
+def sample(
+    weights: Weights, spec: ModelSpec, prompts_BP: Tensor, u_BT: Tensor, temperature: float, num_ids: int | None = None
+) -> Tensor:
     """Continue int64[B, P] prompts by inverse-CDF sampling; returns int64[B, T] for uniforms float64[B, T].
 
-    The token is the first whose cumulative probability, summed in float64, exceeds u.
+    The token is the first of `num_ids` (None: of all) whose cumulative probability, summed in float64, exceeds u.
     """
     B, P = prompts_BP.shape
     length = P + u_BT.shape[1]
@@ -26,7 +28,7 @@ def sample(weights: Weights, spec: ModelSpec, prompts_BP: Tensor, u_BT: Tensor, 
         if position + 1 < P:
             token = prompts_BP[:, position + 1]
             continue
-        token = draw(logits, u_BT[:, position + 1 - P], temperature)
+        token = draw(logits[:, :num_ids], u_BT[:, position + 1 - P], temperature)
         out[:, position + 1 - P] = token
     return out
 

@@ -282,7 +282,13 @@ class TorchTrainer(Trainer):
             raise UserError(f"{path} is not the training state of this model and optimiser.")
 
     def sample(
-        self, prompts: npt.NDArray[np.int32], u: npt.NDArray[np.float64], *, temperature: float = 1.0, from_reference: bool = False
+        self,
+        prompts: npt.NDArray[np.int32],
+        u: npt.NDArray[np.float64],
+        *,
+        temperature: float = 1.0,
+        from_reference: bool = False,
+        num_ids: int | None = None,
     ) -> npt.NDArray[np.int32]:
         weights = self._reference if from_reference else self._folded()
         if weights is None:
@@ -297,6 +303,7 @@ class TorchTrainer(Trainer):
                 torch.from_numpy(u).to(self._torch_device),
                 temperature,
                 self._passes.dtype,
+                num_ids=num_ids,
             )
         except RuntimeError as error:
             # On a CPU it is no OutOfMemoryError.

@@ -173,11 +173,19 @@ class Trainer(ABC):
 
     @abstractmethod
     def sample(
-        self, prompts: npt.NDArray[np.int32], u: npt.NDArray[np.float64], *, temperature: float = 1.0, from_reference: bool = False
+        self,
+        prompts: npt.NDArray[np.int32],
+        u: npt.NDArray[np.float64],
+        *,
+        temperature: float = 1.0,
+        from_reference: bool = False,
+        num_ids: int | None = None,
     ) -> npt.NDArray[np.int32]:
         """Continue int32[B, P] prompts by inverse-CDF sampling with uniforms `u` float64[B, T]; returns int32[B, T].
 
-        `from_reference` samples the frozen reference instead of the model.
+        Args:
+            from_reference: sample the frozen reference instead of the model.
+            num_ids: draw from the first ids alone, as many as the tokenizer has; None is the whole table, which may be larger.
 
         Raises:
             UserError: there is no reference, or the model's context is shorter than its inputs, P + T - 1 tokens.

@@ -183,7 +183,7 @@ class BigramTrainer(Trainer):
         self.adamw.m[NAME], self.adamw.v[NAME] = state[f"exp_avg.{NAME}"], state[f"exp_avg_sq.{NAME}"]
         self.adamw.step = int(state["step"][0])
 
-    def sample(self, prompts, u, *, temperature=1.0, from_reference=False):
+    def sample(self, prompts, u, *, temperature=1.0, from_reference=False, num_ids=None):
         weight = self.reference if from_reference else self.weight
         if weight is None:
             raise UserError("Sampling the reference needs one: call set_reference first.")
@@ -191,8 +191,8 @@ class BigramTrainer(Trainer):
             raise UserError(f"Prompt and sample together exceed the context of {self.spec.model.context_length} tokens.")
         token, out = prompts[:, -1], np.empty(u.shape, np.int32)
         for t in range(u.shape[1]):
-            cumulative = softmax(weight[token] / temperature).cumsum(-1)
-            token = np.minimum((cumulative <= u[:, t, None] * cumulative[:, -1:]).sum(-1), weight.shape[0] - 1)
+            cumulative = softmax(weight[token, :num_ids] / temperature).cumsum(-1)
+            token = np.minimum((cumulative <= u[:, t, None] * cumulative[:, -1:]).sum(-1), cumulative.shape[1] - 1)
             out[:, t] = token
         return out
 

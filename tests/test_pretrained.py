@@ -186,6 +186,8 @@ def test_samples_follow_the_cache_free_model(checkpoints, kind):
         cumulative = np.exp(logits - logits.max(-1, keepdims=True)).cumsum(-1)
         expected = (cumulative <= u[..., None] * cumulative[..., -1:]).sum(-1)
         np.testing.assert_array_equal(out, expected)
+        first = trainer_of(backend, checkpoints(kind)).sample(prompts, u, temperature=0.7, num_ids=9)
+        assert first.max() < 9 <= out.max()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -93,7 +93,9 @@ def _answers(trainer: Trainer, model: Model, prompts: Iterable[str], num_tokens:
         for start in range(0, len(indices), _ROWS_AT_ONCE):
             chosen = indices[start : start + _ROWS_AT_ONCE]
             half = np.full((len(chosen), num_tokens), 0.5)
-            rows = trainer.sample(np.stack([encoded[i] for i in chosen]), half, temperature=_GREEDY)
+            rows = trainer.sample(
+                np.stack([encoded[i] for i in chosen]), half, temperature=_GREEDY, num_ids=model.tokenizer.vocab_size
+            )
             for index, row in zip(chosen, rows, strict=True):
                 # What a model writes after the end is another document.
                 ends = np.flatnonzero(row == model.tokenizer.eos_id)

@@ -16,7 +16,7 @@ from mlx_forget.audit.models import Model
 from mlx_forget.errors import UserError
 from mlx_forget.pipeline.catalog import resolve_store, silent
 from mlx_forget.pipeline.corpora import CORPORA
-from mlx_forget.pipeline.sources import holds_out_by_name, is_glob
+from mlx_forget.pipeline.source_files import holds_out_by_name, is_glob
 from mlx_forget.pipeline.store import MANIFEST, TokenStore
 from mlx_forget.pipeline.tokenise import Progress
 

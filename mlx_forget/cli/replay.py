@@ -98,6 +98,7 @@ def replay(
         prompt=tuple(vocabulary.encode_batch([prompt or ""])[0].tolist()),
         bos_id=vocabulary.bos_id,
         eos_id=vocabulary.eos_id,
+        num_ids=vocabulary.vocab_size,
         **{key: value for key, value in sampling.items() if value is not None},  # type: ignore[arg-type]
     )
     name, reason = (backend, "") if backend not in (None, "auto") else choose_backend()

@@ -62,9 +62,15 @@ class Decoder(Protocol):
         """How many of the first blocks are the same in two sets of weights; -1 where the embeddings already differ."""
 
     def sample(
-        self, weights: Weights, prompts_BP: npt.NDArray[np.int32], u_BT: npt.NDArray[np.float64], *, temperature: float
+        self,
+        weights: Weights,
+        prompts_BP: npt.NDArray[np.int32],
+        u_BT: npt.NDArray[np.float64],
+        *,
+        temperature: float,
+        num_ids: int | None,
     ) -> npt.NDArray[np.int32]:
-        """Continue int32[B, P] prompts by inverse-CDF sampling; int32[B, T] for uniforms float64[B, T]."""
+        """Continue int32[B, P] prompts by inverse-CDF sampling among the first `num_ids`; int32[B, T] for uniforms float64[B, T]."""
 
 
 class Ladder:
@@ -131,9 +137,20 @@ class Ladder:
         return num_shared_blocks(self._spec, weights, reference, lambda own, other: bool(mx.array_equal(own, other).item()))
 
     def sample(
-        self, weights: Weights, prompts_BP: npt.NDArray[np.int32], u_BT: npt.NDArray[np.float64], *, temperature: float
+        self,
+        weights: Weights,
+        prompts_BP: npt.NDArray[np.int32],
+        u_BT: npt.NDArray[np.float64],
+        *,
+        temperature: float,
+        num_ids: int | None,
     ) -> npt.NDArray[np.int32]:
-        how: dict[str, Any] = {"temperature": temperature, "operators": self._operators, "streams": self._streams}
+        how: dict[str, Any] = {
+            "temperature": temperature,
+            "num_ids": num_ids,
+            "operators": self._operators,
+            "streams": self._streams,
+        }
         return sample(weights, self._spec, prompts_BP, u_BT, **how)
 
 

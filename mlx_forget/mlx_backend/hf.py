@@ -155,7 +155,13 @@ class Pretrained:
         return -1
 
     def sample(
-        self, weights: Weights, prompts_BP: npt.NDArray[np.int32], u_BT: npt.NDArray[np.float64], *, temperature: float
+        self,
+        weights: Weights,
+        prompts_BP: npt.NDArray[np.int32],
+        u_BT: npt.NDArray[np.float64],
+        *,
+        temperature: float,
+        num_ids: int | None,
     ) -> npt.NDArray[np.int32]:
         from mlx_lm.models.cache import make_prompt_cache
 
@@ -165,7 +171,7 @@ class Pretrained:
         with self._emptied():
             self._put(self._narrow(weights))
             for position in range(u_BT.shape[1]):
-                logits = self.module(tokens, cache=cache)[:, -1].astype(mx.float32)
+                logits = self.module(tokens, cache=cache)[:, -1, :num_ids].astype(mx.float32)
                 mx.eval(logits)
                 out[:, position] = draw(np.array(logits), u_BT[:, position], temperature)
                 tokens = mx.array(out[:, position : position + 1])

@@ -23,12 +23,13 @@ def sample(
     u_BT: npt.NDArray[np.float64],
     *,
     temperature: float,
+    num_ids: int | None = None,
     operators: Operators,
     streams: Sequence[mx.Stream],
 ) -> npt.NDArray[np.int32]:
     """Continue int32[B, P] prompts by inverse-CDF sampling; returns int32[B, T] for uniforms float64[B, T].
 
-    The token is the first whose cumulative probability, summed in float64, exceeds u. That choice is made on the host, because a GPU
+    The token is the first of `num_ids` (None: of all) whose cumulative probability, summed in float64, exceeds u. That choice is made on the host, because a GPU
     has no float64.
     """
     B, P = prompts_BP.shape
@@ -51,7 +52,7 @@ def sample(
             token = prompts_BP[:, position + 1]
             continue
         mx.eval(logits, caches)
-        token = draw(np.concatenate([np.array(part) for part in logits]), u_BT[:, position + 1 - P], temperature)
+        token = draw(np.concatenate([np.array(part)[:, :num_ids] for part in logits]), u_BT[:, position + 1 - P], temperature)
         out[:, position + 1 - P] = token
     return out
 

@@ -270,7 +270,13 @@ class MLXTrainer(Trainer):
 
     @compiler_errors()
     def sample(
-        self, prompts: npt.NDArray[np.int32], u: npt.NDArray[np.float64], *, temperature: float = 1.0, from_reference: bool = False
+        self,
+        prompts: npt.NDArray[np.int32],
+        u: npt.NDArray[np.float64],
+        *,
+        temperature: float = 1.0,
+        from_reference: bool = False,
+        num_ids: int | None = None,
     ) -> npt.NDArray[np.int32]:
         weights = self._reference if from_reference else self._folded()
         if weights is None:
@@ -279,7 +285,7 @@ class MLXTrainer(Trainer):
         if prompts.shape[1] + u.shape[1] - 1 > self.spec.model.context_length:
             raise UserError(f"Prompt and sample together exceed the context of {self.spec.model.context_length} tokens.")
         try:
-            return self._decoder.sample(weights, prompts, u, temperature=temperature)
+            return self._decoder.sample(weights, prompts, u, temperature=temperature, num_ids=num_ids)
         except RuntimeError as error:
             if any(words in str(error) for words in ("to allocate", "Insufficient Memory")):
                 raise MemoryError(f"sampling {len(prompts)} rows") from error

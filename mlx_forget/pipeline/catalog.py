@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Literal
 
 from mlx_forget.errors import UserError, unknown
-from mlx_forget.pipeline import hub, recipes, sources
+from mlx_forget.pipeline import hub, recipes, source_files, sources
 from mlx_forget.pipeline.chat_template import ChatTemplate
 from mlx_forget.pipeline.conversations import Content, Conversation
 from mlx_forget.pipeline.corpora import CORPORA, BuiltCorpus, build_corpus, forget_home, read_documents
-from mlx_forget.pipeline.filters import Filter, HeldOut
+from mlx_forget.pipeline.filters import Filter, HeldOut, SeenHashes
 from mlx_forget.pipeline.formats import BadInput
 from mlx_forget.pipeline.opened import Opened
-from mlx_forget.pipeline.sources import Reading
+from mlx_forget.pipeline.sources import Reading, digest_of, in_part, validation_share
 from mlx_forget.pipeline.store import MANIFEST, StoreWriter, TokenStore, open_store
 from mlx_forget.pipeline.tokenise import Document, Progress, tokenise
 from mlx_forget.pipeline.tokenizer import SAMPLE_BYTES, train_tokenizer
@@ -55,9 +55,7 @@ def new_tokenizer(
     """
     activity = f"training a tokenizer of {vocab_size:,} pieces"
     progress(activity, 0.0)
-    texts = (
-        content if isinstance(content, str) else content.text for one in named for split, content in one.read() if split == "train"
-    )
+    texts = (content if isinstance(content, str) else content.text for _, split, content in _contents(named) if split == "train")
     train_tokenizer(
         texts, vocab_size=vocab_size, kind=kind, sample_bytes=sample_bytes or max(SAMPLE_BYTES, 2_000 * vocab_size)
     ).save(path)
@@ -117,7 +115,8 @@ class NamedDocuments:
         whole: that hash without the part that is read.
         source: what it is, in words.
         num_bytes: UTF-8 bytes of all documents, about.
-        read: starts a new pass over (split, content).
+        read: starts a new pass over (split, content); among other sources, with the share that validates of all of them, and the hashes
+            of documents that came before.
         reading: how documents are read.
         bad: takes what cannot be read in a pass.
         keep: decides on documents.
@@ -126,7 +125,7 @@ class NamedDocuments:
     key: str
     source: str
     num_bytes: int
-    read: Callable[[], Iterator[tuple[str, Content]]]
+    read: Callable[..., Iterator[tuple[str, Content]]]
     whole: str = ""
     reading: Reading = field(default_factory=Reading)
     bad: BadInput = field(default_factory=BadInput)
@@ -161,13 +160,16 @@ def documents_of(
     if name in CORPORA:
         if folder is not None:
             raise UserError(f"{name} is a built-in corpus: leave --from out.")
+        reading = reading or Reading()
+        if reading.config is not None or reading.split is not None:
+            raise UserError(f"{name} is a built-in corpus with splits of its own: leave --config and --split out.")
         corpus = build_corpus(name, progress=progress)
         return _named(
             corpus.fingerprint,
             f"built-in corpus {name}",
             sum(corpus.num_bytes.values()),
-            lambda bad, keep: _corpus_documents(corpus, keep),
-            reading or Reading(),
+            lambda bad, keep, share: _corpus_documents(corpus, keep, reading.part),
+            reading,
             held_out=held_out,
             skip_bad=skip_bad,
         )
@@ -181,7 +183,7 @@ def documents_of(
         raise unknown("recipe", name, recipes.names())
     if name == "-":
         return _of_files(str(_spool_stdin()), "standard input", reading or Reading(), skip_bad, held_out, progress)
-    if path.exists() or sources.is_glob(path):
+    if path.exists() or source_files.is_glob(path):
         return _of_files(str(path), str(path), reading or Reading(), skip_bad, held_out, progress)
     data = hub.parse_id(name)
     if data is not None:
@@ -261,22 +263,32 @@ def held_out_of(name: str, tokenizer_file: Path | None = None, *, progress: Prog
 def _documents(named: list[NamedDocuments], template_of: Callable[[], ChatTemplate | None]) -> Iterator[Document]:
     """All documents, without conversations that the tokenizer's chat template refuses: it is known when the first one is asked for."""
     template = template_of()
+    for number, split, content in _contents(named):
+        if template is not None and isinstance(content, Conversation):
+            try:
+                template.text(content.messages)
+            except UserError as error:
+                one = named[number]
+                one.bad.report(one.source, str(error).rstrip("."), kind="refused by the chat template")
+                continue
+        yield Document(split, content, number)
+
+
+def _contents(named: list[NamedDocuments]) -> Iterator[tuple[int, str, Content]]:
+    """The documents of some sources as of one, so that none of them validates that is trained on in another: (source, split, content)."""
+    if len(named) == 1:
+        yield from ((0, split, content) for split, content in named[0].read())
+        return
+    seen, share = SeenHashes(), validation_share(sum(one.num_bytes or hub.UNKNOWN_BYTES for one in named))
     for number, one in enumerate(named):
-        for split, content in one.read():
-            if template is not None and isinstance(content, Conversation):
-                try:
-                    template.text(content.messages)
-                except UserError as error:
-                    one.bad.report(one.source, str(error).rstrip("."), kind="refused by the chat template")
-                    continue
-            yield Document(split, content, number)
+        yield from ((number, split, content) for split, content in one.read(share, seen))
 
 
 def _named(
     content_key: str,
     source: str,
     num_bytes: int,
-    read: "Callable[[BadInput, Filter], Iterable[tuple[str, Content]]]",
+    read: "Callable[[BadInput, Filter, float | None], Iterable[tuple[str, Content]]]",
     reading: Reading,
     *,
     held_out: HeldOut | None,
@@ -286,10 +298,10 @@ def _named(
     keep = Filter(min_chars=reading.min_chars, max_chars=reading.max_chars, once=reading.once, held_out=held_out)
     suffix = f" without copies of {held_out.key}" if held_out is not None else ""
 
-    def start() -> Iterator[tuple[str, Content]]:
+    def start(share: float | None = None, seen: SeenHashes | None = None) -> Iterator[tuple[str, Content]]:
         bad.restart()
-        keep.restart()
-        return iter(read(bad, keep))
+        keep.restart(seen)
+        return iter(read(bad, keep, share))
 
     key, whole = (reading.key(content_key, whole=whole) + suffix for whole in (False, True))
     return NamedDocuments(key, source, num_bytes, start, whole, reading, bad, keep)
@@ -299,12 +311,13 @@ def _of_files(
     name: str, source: str, reading: Reading, skip_bad: bool, held_out: HeldOut | None, progress: Progress
 ) -> NamedDocuments:
     progress(f"reading {source}", 0.0)
-    files = sources.find_files(name, reading)
+    which = {"config": reading.config, "split": reading.split}
+    files = source_files.find_files(name, **which)
     return _named(
-        sources.content_hash(name, reading),
+        source_files.content_hash(name, **which),
         source,
         sum(file.stat().st_size for file in files),
-        lambda bad, keep: sources.read_documents(name, reading, bad=bad, keep=keep),
+        lambda bad, keep, share: sources.read_documents(name, reading, bad=bad, keep=keep, share=share),
         reading,
         held_out=held_out,
         skip_bad=skip_bad,
@@ -318,7 +331,7 @@ def _of_hub(
         hashlib.sha256(f"{data} {data.files}".encode()).hexdigest(),
         source,
         num_bytes,
-        lambda bad, keep: hub.read_hub(data, reading, bad=bad, keep=keep),
+        lambda bad, keep, share: hub.read_hub(data, reading, bad=bad, keep=keep, share=share),
         reading,
         held_out=held_out,
         skip_bad=skip_bad,
@@ -344,9 +357,9 @@ def _spool_stdin() -> Path:
     return named
 
 
-def _corpus_documents(corpus: BuiltCorpus, keep: Filter) -> Iterator[tuple[str, str]]:
-    plain = keep == Filter()
-    for split in sources.SPLITS:
+def _corpus_documents(corpus: BuiltCorpus, keep: Filter, part: tuple[int, int] | None) -> Iterator[tuple[str, str]]:
+    plain = keep == Filter() and part is None
+    for split in source_files.SPLITS:
         for text in read_documents(corpus, split):
-            if plain or keep.keeps(text, sources.digest_of(text)):
+            if plain or (in_part(digest := digest_of(text), part) and keep.keeps(text, digest)):
                 yield split, text

@@ -50,6 +50,7 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._special_tokens = dict(special_tokens)
         self._where = where
+        self._repeated: dict[int, bool] = {}
 
     @classmethod
     def find(cls, tokenizer: bytes, folder: Path) -> "ChatTemplate | None":
@@ -105,15 +106,15 @@ class ChatTemplate:
         return tokens, mask
 
     def document(self, messages: Sequence[Message], *, bos_id: int, eos_id: int) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
-        """A conversation as a document of a store: (tokens int32[T] without BOS and the last EOS, loss mask uint8[T + 1] with it).
+        """A conversation as a document of a store: (tokens int32[T] without the last EOS, loss mask uint8[T + 1] with it).
 
-        The EOS is learnt where the template ends the last answer with it, or ends it with nothing.
+        A BOS that begins the conversation is left out, because rows begin with one; one that begins every message stays. The EOS is learnt where the template ends the last answer with it, or ends it with nothing.
 
         Raises:
             UserError: as `render`.
         """
         tokens, mask, text, spans = self._tokens(messages)
-        if len(tokens) and tokens[0] == bos_id:
+        if len(tokens) and tokens[0] == bos_id and not self._is_repeated(bos_id):
             tokens, mask = tokens[1:], mask[1:]
         learn_end = 0
         if spans and not text[spans[-1][1] :].strip() and mask.any():
@@ -123,6 +124,13 @@ class ChatTemplate:
             elif int(tokens[last]) not in self._special_ids:
                 learn_end = 1
         return tokens, np.append(mask, np.uint8(learn_end))
+
+    def _is_repeated(self, bos_id: int) -> bool:
+        """Whether messages begin with BOS, and not conversations alone: as with SmolLM2, whose BOS is the mark before a role."""
+        if bos_id not in self._repeated:
+            written = self._part([("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")], False)
+            self._repeated[bos_id] = (written or "").count(self._encoder.id_to_token(bos_id)) > 1
+        return self._repeated[bos_id]
 
     @cached_property
     def _encoder(self) -> Any:

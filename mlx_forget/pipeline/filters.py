@@ -95,10 +95,10 @@ class Filter:
     dropped: Counter[str] = field(default_factory=Counter)
     _seen: SeenHashes = field(default_factory=SeenHashes, init=False, repr=False, compare=False)
 
-    def restart(self) -> None:
-        """Forget what was seen and counted: a new pass begins."""
+    def restart(self, seen: SeenHashes | None = None) -> None:
+        """Forget what was seen and counted: a new pass begins, or goes on after a source of which `seen` knows."""
         self.dropped.clear()
-        self._seen = SeenHashes()
+        self._seen = SeenHashes() if seen is None else seen
 
     def keeps(self, text: str, digest: int) -> bool:
         """Whether a document is kept; `digest` is a hash of its text, of which 64 bits count."""

@@ -285,6 +285,9 @@ def _array(start: bytes, handle: io.BufferedReader, file: Path, bad: BadInput) -
             number += 1
             yield number, record
         text = text[position:]
+    bad.report(
+        str(file), f"the JSON array ends after element {number}, without ]: the file may be cut short", kind="truncated file"
+    )
 
 
 class _Joined:

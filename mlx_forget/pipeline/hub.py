@@ -11,13 +11,15 @@ from mlx_forget.errors import UserError, unknown
 from mlx_forget.pipeline.conversations import Content, Conversation
 from mlx_forget.pipeline.filters import Filter
 from mlx_forget.pipeline.formats import BadInput
-from mlx_forget.pipeline.sources import Reading, SplitName, contents_of, digest_of, in_part, split_by, validation_share
+from mlx_forget.pipeline.source_files import SPLIT_OF_NAME, SplitName
+from mlx_forget.pipeline.sources import Reading, contents_of, digest_of, in_part, split_by, validation_share
 
 PREFIX = "hf:"
+# Of a data set whose card does not say its size.
+UNKNOWN_BYTES = 10**9
 _ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?(@[\w./-]+)?$")
 # What a file is called: `.jsonl`, not the `.2-1B` of `Llama-3.2-1B` or the `.1` of a revision.
 _FILE_ENDING = re.compile(r"\.[A-Za-z]\w*$")
-_SPLIT_OF_NAME: dict[str, SplitName] = {"validation": "validation", "valid": "validation", "val": "validation", "dev": "validation"}
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,12 @@ def parse_id(name: str) -> HubData | None:
 
 
 def read_hub(
-    data: HubData, reading: Reading, *, bad: BadInput | None = None, keep: Filter | None = None
+    data: HubData, reading: Reading, *, bad: BadInput | None = None, keep: Filter | None = None, share: float | None = None
 ) -> Iterator[tuple[SplitName, Content]]:
     """Each document with its split: the data set's own validation split where it has one, else a share of the training split.
+
+    Args:
+        bad, keep, share: as of `read_documents`.
 
     Raises:
         UserError: no such data set, configuration, split or column; a login is needed; the Hub cannot be reached.
@@ -68,11 +73,12 @@ def read_hub(
         if reading.split not in splits:
             raise unknown("split", reading.split, splits)
         splits = {"train": splits[reading.split]}
-    splits = {name: rows for name, rows in splits.items() if name == "train" or name in _SPLIT_OF_NAME}
+    splits = {name: rows for name, rows in splits.items() if name in SPLIT_OF_NAME}
     if not splits:
         raise UserError(f"{data} has no train split: choose one with --split.")
     named = len(splits) > 1
-    share = validation_share(_num_bytes(splits.get("train")))
+    if share is None:
+        share = validation_share(_num_bytes(splits.get("train")))
     empty = True
     for name, rows in splits.items():
         columns = [column for column in (rows.column_names or []) if column in reading.fields.columns()]
@@ -83,7 +89,7 @@ def read_hub(
             empty = empty and not text.strip()
             if not text.strip() or not in_part(digest, reading.part) or not keep.keeps(text, digest):
                 continue
-            yield (_SPLIT_OF_NAME.get(name, "train") if named else split_by(digest, share)), content
+            yield (SPLIT_OF_NAME[name] if named else split_by(digest, share)), content
     if empty:
         raise UserError(f"{data} holds no text.")
 
@@ -133,4 +139,4 @@ def _num_bytes(rows: Any) -> int:
     info = getattr(rows, "info", None)
     splits = getattr(info, "splits", None) or {}
     train = splits.get("train")
-    return int(train.num_bytes) if train is not None and train.num_bytes else 10**9
+    return int(train.num_bytes) if train is not None and train.num_bytes else UNKNOWN_BYTES

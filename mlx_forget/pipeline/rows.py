@@ -3,7 +3,8 @@
     packed      BOS and the next T tokens, across document ends; every token is in exactly one row (but for the last, partial one)
     documents   the same rows with a segment number for each input, so that no token sees another document; the end of a document
                 stands for the beginning of the next one, and positions count from it
-    padded      BOS and one document (a longer one goes on in further rows), then padding; for conversations
+    padded      BOS and one document (a longer one goes on in further rows), then padding; for conversations, of which those that begin
+                with BOS themselves have one
     truncated   the same, and a longer document ends with its first row
     whole       the same, and a longer document is left out
 
@@ -67,8 +68,7 @@ class Rows:
     @property
     def num_long(self) -> int:
         """Documents that are longer than a row."""
-        sizes = (np.diff(self.split.documents(n)[0], append=shard.num_tokens) for n, shard in enumerate(self.split.shards))
-        return sum(int((size > self.length).sum()) for size in sizes)
+        return sum(int((self._documents(number)[1] > self.length).sum()) for number in range(len(self.split.shards)))
 
     @property
     def is_masked(self) -> bool:
@@ -144,11 +144,21 @@ class Rows:
         begins[row, documents[np.repeat(low, counts) + within] - np.repeat(start, counts)] = 1
         segment[inside] = begins.cumsum(axis=1)
 
+    def _documents(self, number: int) -> tuple[Ids, Ids]:
+        """The first token and the size of each document of a shard, without a BOS at its beginning, which its row has."""
+        shard = self.split.shards[number]
+        start, _ = self.split.documents(number)
+        size: Ids = np.diff(start, append=shard.num_tokens)
+        # No text gives a BOS, so that only what a chat template writes is looked at.
+        if self.split.has_loss_mask and len(start):
+            has_own = (self.split.tokens[number][np.minimum(start, shard.num_tokens - 1)] == self.split.bos_id) & (size > 1)
+            start, size = start + has_own, size - has_own
+        return start, size
+
     def _place_padded(self) -> tuple[Ids, Ids, Ids, Ids]:
         parts: list[tuple[Ids, Ids, Ids, Ids]] = []
-        for number, shard in enumerate(self.split.shards):
-            documents, _ = self.split.documents(number)
-            size = np.diff(documents, append=shard.num_tokens)
+        for number in range(len(self.split.shards)):
+            documents, size = self._documents(number)
             num = -(-size // self.length)
             if self.layout == "truncated":
                 num = np.minimum(num, 1)

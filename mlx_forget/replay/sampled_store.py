@@ -37,7 +37,7 @@ _FIRST_VALIDATION_ROW = 1 << 40
 _ROWS_PER_SHARD = 256
 _IDENTITY = "samples.json"
 # The special ids are those of the weights' tokenizer.
-_NOT_IDENTITY = ("num_tokens", "batch_size", "bos_id", "eos_id")
+_NOT_IDENTITY = ("num_tokens", "batch_size", "bos_id", "eos_id", "num_ids")
 
 
 def sample_store(
@@ -61,7 +61,7 @@ def sample_store(
     Raises:
         Interrupted: a stop was asked for; the rows so far are kept beside `folder`.
     """
-    vocab_size = start.model_spec().vocab_size
+    vocab_size = spec.num_ids or start.model_spec().vocab_size
     identity = {
         "model": {"run_id": start.state["run_id"], "weights_sha256": start.state["files"][checkpoint.WEIGHTS]},
         **{key: value for key, value in asdict(spec).items() if key not in _NOT_IDENTITY},

@@ -10,7 +10,7 @@ Source: Marek et al. (2026), section 2.3 of their sampler: temperature 1, no tru
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +46,7 @@ class SampleSpec:
         prompt: tokens that every row starts with, after BOS.
         batch_size: rows sampled at once.
         bos_id, eos_id: of the model's tokenizer; every row is sampled after BOS.
+        num_ids: how many ids that tokenizer has: a model may have a larger table, and the rest of it means nothing. None is all of it.
     """
 
     num_tokens: int
@@ -56,6 +57,7 @@ class SampleSpec:
     batch_size: int = 64
     bos_id: int = BOS
     eos_id: int = EOS
+    num_ids: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_tokens", "length", "batch_size"):
@@ -113,7 +115,8 @@ def sample_rows(
         prompts = np.tile(np.array([spec.bos_id, *spec.prompt], np.int32), (count, 1))
         u = uniforms(spec.seed, first_row + start, count, spec.length - len(spec.prompt))
         try:
-            sampled = trainer.sample(prompts, u, temperature=spec.temperature, from_reference=from_reference)
+            how: dict[str, Any] = {"temperature": spec.temperature, "from_reference": from_reference, "num_ids": spec.num_ids}
+            sampled = trainer.sample(prompts, u, **how)
             out[start : start + count, len(spec.prompt) :] = sampled
         except MemoryError:
             if count == 1:

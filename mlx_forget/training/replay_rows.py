@@ -13,7 +13,7 @@ from mlx_forget.pipeline.batches import ReplayRows
 from mlx_forget.pipeline.corpora import forget_home
 from mlx_forget.pipeline.rows import Layout
 from mlx_forget.pipeline.sides import Blend, RowSubset, Side, read_masked
-from mlx_forget.pipeline.vocabularies import special_ids
+from mlx_forget.pipeline.vocabularies import load_vocabulary
 from mlx_forget.replay.log_probs import BlendedLogProbs, LogProbs, divergence_of, keep_log_probs, kept_members
 from mlx_forget.replay.online import OnlineReplay
 from mlx_forget.replay.sampled_store import is_sampled, origin_note, sample_store, start_note
@@ -37,11 +37,12 @@ def with_replay(plan: Plan, trainer: Trainer, watch: Watch) -> Plan:
     assert plan.start is not None
     length = plan.stream.target.row_length
     rows_per_step = replay_rows_per_step(config)
-    bos_id, eos_id = special_ids(plan.start.tokenizer)
+    vocabulary = load_vocabulary(plan.start.tokenizer)
+    ids: dict[str, Any] = {"bos_id": vocabulary.bos_id, "eos_id": vocabulary.eos_id, "num_ids": vocabulary.vocab_size}
     if name == REPLAY_ONLINE:
         assert term is not None
         trainer.set_reference("start" if config.adapter() is None else "adapters_off")
-        spec = SampleSpec(num_tokens=length, length=length, seed=config.seed, bos_id=bos_id, eos_id=eos_id)
+        spec = SampleSpec(num_tokens=length, length=length, seed=config.seed, **ids)
         note = start_note(plan.start, spec)
         if note is not None:
             watch.say(note)
@@ -49,7 +50,7 @@ def with_replay(plan: Plan, trainer: Trainer, watch: Watch) -> Plan:
         return dataclasses.replace(plan, stream=dataclasses.replace(plan.stream, replay=online))
     if name == REPLAY_SELF:
         num_tokens = sampled_tokens(config, plan.num_steps, length)
-        spec = SampleSpec(num_tokens=num_tokens, length=length, seed=config.seed, bos_id=bos_id, eos_id=eos_id)
+        spec = SampleSpec(num_tokens=num_tokens, length=length, seed=config.seed, **ids)
         weights = plan.start.state["files"][checkpoint.WEIGHTS][:16]
         store = sample_store(
             trainer,

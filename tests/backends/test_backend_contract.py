@@ -177,6 +177,15 @@ def test_samples_depend_on_the_uniforms_of_their_row_only(backend):
     np.testing.assert_array_equal(whole[2:4], trainer.sample(prompts[2:4], u[2:4]))
 
 
+def test_samples_can_be_of_the_first_ids_alone(backend):
+    """As if the model had no others: a table of embeddings may be longer than its tokenizer."""
+    trainer = backend(spec())
+    prompts, u = np.full((40, 2), 1, np.int32), np.random.default_rng(0).random((40, 6))
+    out = trainer.sample(prompts, u, num_ids=5)
+    assert set(out.ravel().tolist()) == set(range(5))
+    assert trainer.sample(prompts, u).max() >= 5
+
+
 def test_samples_follow_the_model(backend):
     trainer = backend(spec())
     tokens = np.tile(np.arange(17, dtype=np.int32) % 3 + 7, (8, 1))

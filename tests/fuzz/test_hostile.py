@@ -22,7 +22,8 @@ from mlx_forget.errors import UserError
 from mlx_forget.history import HistoryWriter, read_history
 from mlx_forget.pipeline.formats import BadInput, read_records, read_texts
 from mlx_forget.pipeline.recipes import read_recipes
-from mlx_forget.pipeline.sources import files_below, read_documents
+from mlx_forget.pipeline.source_files import files_below
+from mlx_forget.pipeline.sources import read_documents
 from mlx_forget.pipeline.store import open_store
 from mlx_forget.pipeline.vocabularies import load_vocabulary
 from mlx_forget.pretrained import read_pretrained

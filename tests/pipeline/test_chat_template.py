@@ -10,6 +10,7 @@ from mlx_forget.errors import UserError
 from mlx_forget.pipeline.catalog import documents_of, write_store
 from mlx_forget.pipeline.conversations import Conversation
 from mlx_forget.pipeline.encoding import encode
+from mlx_forget.pipeline.rows import Rows
 from mlx_forget.pipeline.vocabularies import find_tokenizer, load_vocabulary, tokenizer_in
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -73,10 +74,10 @@ def bare(tmp_path_factory):
 
 @pytest.fixture
 def with_template(bare, tmp_path):
-    def make(template, *, eos="</s>", as_file=False):
+    def make(template, *, bos="<s>", eos="</s>", as_file=False):
         folder = tmp_path / "model"
         shutil.copytree(bare, folder)
-        config = {"bos_token": "<s>", "eos_token": eos, "tokenizer_class": "PreTrainedTokenizerFast"}
+        config = {"bos_token": bos, "eos_token": eos, "tokenizer_class": "PreTrainedTokenizerFast"}
         if as_file:
             (folder / "chat_template.jinja").write_text(template)
         else:
@@ -155,6 +156,30 @@ def test_a_document_of_a_template_with_bos_has_one(with_template):
     assert vocabulary.eos_id not in tokens.tolist()[-1:]
     assert mask[-1] == 1
     assert mask.sum() > 3
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_a_bos_that_begins_every_message_is_there_once_in_every_row(with_template, tmp_path, layout):
+    """SmolLM2's BOS is the mark before a role: packed conversations lost their first one."""
+    vocabulary = with_template(CHATML, bos="<|im_start|>", eos="<|im_end|>")
+    lines = [
+        json.dumps(
+            {"messages": [{"role": role, "content": text} for role, text in (("user", f"{i}. A note"), ("assistant", "Yes"))]}
+        )
+        for i in range(40)
+    ]
+    (tmp_path / "chats.jsonl").write_text("\n".join(lines))
+    tokenizer = find_tokenizer(str(tmp_path / "model"))
+    store = write_store(tmp_path / "store", [documents_of(str(tmp_path / "chats.jsonl"))], tokenizer)
+    rows = Rows(store.split("train"), 32, layout)
+    tokens = np.empty((rows.num_rows, 33), np.int32)
+    rows.read(np.arange(rows.num_rows), tokens)
+    beginning = [vocabulary.bos_id, *vocabulary.encode("user").tolist()]
+    if layout == "padded":
+        assert [row[: len(beginning)].tolist() for row in tokens] == [beginning] * len(tokens)
+    else:
+        text = "".join(vocabulary.piece(index) for index in tokens[:, 1:].ravel())
+        assert text.count("<|im_start|>user") == text.count("user") > 10
 
 
 def test_an_end_that_is_not_the_eos_is_learnt_and_the_eos_after_it_is_not(with_template):

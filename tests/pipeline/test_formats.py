@@ -10,7 +10,8 @@ import pytest
 from mlx_forget.errors import UserError
 from mlx_forget.pipeline.conversations import Conversation, Fields
 from mlx_forget.pipeline.formats import BadInput
-from mlx_forget.pipeline.sources import Reading, find_files, read_documents
+from mlx_forget.pipeline.source_files import find_files
+from mlx_forget.pipeline.sources import Reading, read_documents
 
 ROWS = [{"text": f"document {i}, ünï", "id": i, "meta": {"set": "even" if i % 2 == 0 else "odd"}} for i in range(700)]
 TEXTS = sorted(row["text"] for row in ROWS)
@@ -207,6 +208,13 @@ def test_a_file_that_is_something_else_is_named(tmp_path, name):
 def test_an_array_that_breaks_off_is_named(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(ROWS)[:-40])
     with pytest.raises(UserError, match="element 700: not valid JSON"):
+        list(read_documents(tmp_path / "a.json"))
+
+
+@pytest.mark.parametrize("end", ["", ",", ",\n  "])
+def test_an_array_that_is_cut_between_elements_is_named(tmp_path, end):
+    (tmp_path / "a.json").write_text(json.dumps(ROWS)[:-1] + end)
+    with pytest.raises(UserError, match="ends after element 700, without ]"):
         list(read_documents(tmp_path / "a.json"))
 
 

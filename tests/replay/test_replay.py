@@ -12,6 +12,7 @@ from mlx_forget.ladder import model_spec
 from mlx_forget.pipeline.sides import RowSubset
 from mlx_forget.pipeline.store import open_store
 from mlx_forget.pipeline.tokenizer import BOS, EOS, train_tokenizer
+from mlx_forget.pipeline.vocabularies import load_vocabulary
 from mlx_forget.replay.online import OnlineReplay
 from mlx_forget.replay.sampled_store import origin_note, sample_store
 from mlx_forget.replay.sampling import SampleSpec, sample_rows, uniforms
@@ -70,6 +71,20 @@ def test_a_sample_is_an_ordinary_store_of_whole_rows_with_its_origin(start, tmp_
     }  # fmt: skip
     assert open_store(tmp_path / "s").fingerprint == store.fingerprint
     assert not list(tmp_path.glob(".s.samples"))
+
+
+def test_ids_that_only_the_model_has_are_not_sampled(tmp_path, tokenizer):
+    """As of Qwen 2.5, whose table of embeddings is longer than its tokenizer: the store could not be read."""
+    shape = model_spec("1x32", vocab_size=1024, context_length=16)
+    trainer = trainer_of(BigramTrainer, shape)
+    checkpoint.save_checkpoint(tmp_path / "wide", trainer, shape, tokenizer, {"run_id": "wide"}, with_training_state=False)
+    found = checkpoint.open_checkpoint(tmp_path / "wide")
+    num_ids = load_vocabulary(tokenizer).vocab_size
+    store = write((trainer, found), tmp_path / "s", spec={"num_ids": num_ids})
+    out = np.empty((600, 17), np.int32)
+    store.split("train").read_rows(np.arange(600), out)
+    assert num_ids < shape.vocab_size
+    assert out.max() == num_ids - 1
 
 
 def test_larger_samples_begin_with_smaller_ones_and_validation_rows_are_others(start, tmp_path):
