@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,15 +16,15 @@ import numpy.typing as npt
 
 from mlx_forget import adapters, checkpoint, imported_adapters
 from mlx_forget.checkpoint import Checkpoint
-from mlx_forget.durable_files import sync
-from mlx_forget.errors import UserError
+from mlx_forget.durable_files import read_object, sync
+from mlx_forget.errors import UserError, unknown
 from mlx_forget.ladder import ModelSpec, outputs_first, param_shapes
 from mlx_forget.pipeline.corpora import forget_home
 from mlx_forget.pipeline.store.writing import acquire
 from mlx_forget.pipeline.vocabularies import copy_tokenizer
 from mlx_forget.pretrained import PretrainedSpec, names_in_files
 from mlx_forget.specs import AdapterSpec
-from mlx_forget.weight_files import read_tensor, tensor_names, weight_files, write_tensors
+from mlx_forget.weight_files import DTYPES, read_tensor, tensor_dtype, tensor_names, weight_files, write_tensors
 
 # Of a checkpoint's state, what a whole one has not or has anew.
 _OF_ADAPTERS = ("schema_version", "files", "adapter", "adapter_file", "base")
@@ -37,15 +39,18 @@ def base_of(start: Checkpoint) -> dict[str, Any]:
     }
 
 
-def fuse(found: Checkpoint, folder: Path, *, base: Path | None = None) -> Checkpoint:
+def fuse(found: Checkpoint, folder: Path, *, base: Path | None = None, dtype: str | None = None) -> Checkpoint:
     """Write a whole checkpoint of adapters and their base at `folder`, aside first.
 
     Args:
         base: where the base is now; None is where it was when the adapters were trained.
+        dtype: what weights are written as: float32, bfloat16 or float16; None is as the base has each of them.
 
     Raises:
-        UserError: nothing to fuse, the folder is there already, or the base is missing or another one.
+        UserError: nothing to fuse, the folder is there already, the base is missing or another one, or its numbers do not fit the type.
     """
+    if dtype is not None and dtype not in DTYPES:
+        raise unknown("--dtype", dtype, DTYPES)
     if found.adapter is None:
         raise UserError(f"{found.folder} holds whole weights: there is nothing to fuse.")
     if folder.exists():
@@ -58,7 +63,7 @@ def fuse(found: Checkpoint, folder: Path, *, base: Path | None = None) -> Checkp
         )
     parts = imported_adapters.read_parts(found.weights, found.adapter, start.model_spec(), start.folder)
     try:
-        _fuse_aside(start, found, parts, folder)
+        _fuse_aside(start, found, parts, folder, dtype)
     except OSError as error:
         raise UserError(f"Cannot write {folder}: {error.strerror or error}.") from None
     return replace(checkpoint.open_checkpoint(folder), trust_remote_code=found.trust_remote_code)
@@ -90,7 +95,7 @@ def whole_checkpoint(found: Checkpoint, *, stand_in: str | None = None) -> Check
         return _kept(folder, found)
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        return fuse(found, folder)
+        return fuse(found, folder, dtype="float32")
     except UserError:
         # Another process was faster: the folder's name says what is in it, and its checksums are checked.
         if not folder.is_dir():
@@ -140,7 +145,7 @@ def _open_base(found: Checkpoint, base: Path | str | None) -> Checkpoint:
     return start
 
 
-def _fuse_aside(start: Checkpoint, found: Checkpoint, parts: imported_adapters.Parts, folder: Path) -> None:
+def _fuse_aside(start: Checkpoint, found: Checkpoint, parts: imported_adapters.Parts, folder: Path, dtype: str | None) -> None:
     """Write the checkpoint beside its place, which one process does at a time, and move it there when it is whole."""
     aside = folder.with_name(f".{folder.name}.part")
     lock = acquire(aside, folder, wait=True)
@@ -148,7 +153,7 @@ def _fuse_aside(start: Checkpoint, found: Checkpoint, parts: imported_adapters.P
         # What a killed process left.
         for path in aside.iterdir():
             path.unlink()
-        _write_checkpoint(start, found, parts, aside)
+        _write_checkpoint(start, found, parts, aside, dtype)
         os.rename(aside, folder)
         sync(folder.parent)
     except BaseException:
@@ -158,30 +163,34 @@ def _fuse_aside(start: Checkpoint, found: Checkpoint, parts: imported_adapters.P
         lock.release()
 
 
-def _write_checkpoint(start: Checkpoint, found: Checkpoint, parts: imported_adapters.Parts, folder: Path) -> None:
+def _write_checkpoint(
+    start: Checkpoint, found: Checkpoint, parts: imported_adapters.Parts, folder: Path, dtype: str | None
+) -> None:
     model = start.model_spec()
     assert found.adapter is not None
-    _write_fused(start, model, parts, found.adapter, folder / checkpoint.WEIGHTS)
+    written = _write_fused(start, model, parts, found.adapter, folder / checkpoint.WEIGHTS, dtype)
     # Imported adapters come without a model's files, or with some that were written again.
     whose = found if found.is_own else start
     copy_tokenizer(whose.tokenizer, folder)
-    if found.is_own:
-        shutil.copyfile(found.folder / checkpoint.CONFIG, folder / checkpoint.CONFIG)
-    else:
-        (folder / checkpoint.CONFIG).write_text(
-            json.dumps(checkpoint.config_of(model, start.tokenizer), indent=1), encoding="utf-8"
-        )
+    config = read_object(found.folder / checkpoint.CONFIG) if found.is_own else checkpoint.config_of(model, start.tokenizer)
+    config = {key: value for key, value in config.items() if key != "dtype"} | {"torch_dtype": written}
+    (folder / checkpoint.CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
     checkpoint.copy_companions(whose.folder, folder, _code(whose))
     kept = {key: value for key, value in found.state.items() if key not in _OF_ADAPTERS}
     named = found.state["base"] if found.is_own else base_of(start)
-    fused_from = {"folder": str(found.folder.resolve()), "adapter": found.state["adapter"], "base": named}
+    fused_from = {"folder": str(found.folder.resolve()), "adapter": found.state["adapter"], "base": named, "dtype": written}
     checkpoint.seal(folder, {**kept, "fused_from": fused_from})
 
 
 def _write_fused(
-    start: Checkpoint, model: ModelSpec | PretrainedSpec, parts: imported_adapters.Parts, adapter: AdapterSpec, target: Path
-) -> None:
-    """The weights of a base with adapters in them, float32; one tensor is in memory at a time."""
+    start: Checkpoint,
+    model: ModelSpec | PretrainedSpec,
+    parts: imported_adapters.Parts,
+    adapter: AdapterSpec,
+    target: Path,
+    dtype: str | None,
+) -> str:
+    """The weights of a base with adapters in them; one tensor is in memory at a time. Returns the type of most of them."""
     shapes = param_shapes(model)
     places = {
         name: (file, name_in_file)
@@ -201,4 +210,11 @@ def _write_fused(
             else:
                 yield adapters.fused(value, own, adapter, outputs_first=outputs_first(model))
 
-    write_tensors(target, shapes, tensors())
+    # Wider types than float32 become float32.
+    dtypes = {name: DTYPES[dtype] if dtype else tensor_dtype(*places[name]) for name in shapes}
+    dtypes = {name: kind if kind in DTYPES.values() else "F32" for name, kind in dtypes.items()}
+    write_tensors(target, shapes, tensors(), dtypes)
+    sizes = Counter[str]()
+    for name, shape in shapes.items():
+        sizes[dtypes[name]] += math.prod(shape)
+    return next(name for name, kind in DTYPES.items() if kind == sizes.most_common(1)[0][0])

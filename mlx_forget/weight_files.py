@@ -24,6 +24,9 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 _HEADER_LIMIT = 100_000_000
 _DTYPES = {"F32": np.float32, "F16": np.float16, "F64": np.float64}
+# The types that weights are written as, by their name in a config.json, with their bytes.
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_NUM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -87,6 +90,11 @@ def tensor_names(file: Path) -> list[str]:
     return [name for name in read_header(file) if name != "__metadata__"]
 
 
+def tensor_dtype(file: Path, name: str) -> str:
+    """The type of a weight, as the header names it."""
+    return str(read_header(file)[name]["dtype"])
+
+
 def read_tensor(file: Path, name: str) -> npt.NDArray[np.float32]:
     """One weight as float32, also of a type that NumPy does not have."""
     entry = read_header(file)[name]
@@ -105,20 +113,52 @@ def read_tensor(file: Path, name: str) -> npt.NDArray[np.float32]:
     return values.reshape(entry["shape"])
 
 
-def write_tensors(file: Path, shapes: Mapping[str, tuple[int, ...]], values: Iterable[npt.NDArray[np.float32]]) -> None:
-    """Write float32 tensors as safetensors, in the order of their shapes, one at a time."""
+def write_tensors(
+    file: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    values: Iterable[npt.NDArray[np.float32]],
+    dtypes: Mapping[str, str] | None = None,
+) -> None:
+    """Write float32 tensors as safetensors, in the order of their shapes, one at a time.
+
+    Args:
+        dtypes: what each is written as, as a safetensors header names it: F32, BF16 or F16, rounded to nearest; None is F32.
+
+    Raises:
+        UserError: a number that its type cannot hold.
+    """
+    dtypes = dict.fromkeys(shapes, "F32") if dtypes is None else dtypes
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
-        start, end = end, end + 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+        start, end = end, end + _NUM_BYTES[dtypes[name]] * math.prod(shape)
+        header[name] = {"dtype": dtypes[name], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with file.open("wb") as handle:
         handle.write(len(text).to_bytes(8, "little") + text)
-        for shape, value in zip(shapes.values(), values, strict=True):
+        for (name, shape), value in zip(shapes.items(), values, strict=True):
             assert value.shape == tuple(shape)
-            handle.write(np.ascontiguousarray(value, "<f4").data)
+            handle.write(_stored(name, np.ascontiguousarray(value, "<f4"), dtypes[name]).data)
+
+
+def _stored(name: str, value: npt.NDArray[np.float32], dtype: str) -> npt.NDArray[Any]:
+    """A tensor as the bytes of its type."""
+    if dtype == "F32":
+        return value
+    made: npt.NDArray[Any]
+    if dtype == "F16":
+        with np.errstate(over="ignore"):
+            made = value.astype("<f2")
+        whole = np.isfinite(made)
+    else:
+        # To the nearest of the numbers whose lower half is empty, to the even one in the middle.
+        bits = value.view("<u4")
+        made = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype("<u2")
+        whole = (made & 0x7F80) != 0x7F80
+    if not whole.all() and np.isfinite(value).all():
+        raise UserError(f"{name} holds numbers that {dtype} cannot: write it as float32.")
+    return made
 
 
 def read_header(file: Path) -> dict[str, Any]:

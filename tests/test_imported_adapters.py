@@ -16,6 +16,7 @@ from mlx_forget.fuse import fuse, whole_checkpoint
 from mlx_forget.ladder import ModelSpec
 from mlx_forget.pretrained import older_keys, read_config
 from mlx_forget.trainer import RuntimeSpec, TrainerSpec
+from mlx_forget.weight_files import read_tensor, tensor_dtype, tensor_names, write_tensors
 from tests.small_checkpoints import CONTEXT, write_checkpoint
 from tests.test_pretrained import nll_of, rows
 from tests.training.test_pretrained_runs import STEPS, write_texts
@@ -269,6 +270,45 @@ def test_damaged_and_pickled_adapters_are_refused(bases, tmp_path):
     (folder / "adapter_config.json").write_text("[]")
     with pytest.raises(UserError, match="is damaged"):
         find_checkpoint(folder)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("BF16", "bfloat16"), ("F16", "float16")])
+def test_fused_weights_have_the_type_of_the_base_or_the_one_asked_for(bases, tmp_path, run_forget, kind, dtype):
+    torch = pytest.importorskip("torch")
+    narrow = shutil.copytree(bases["llama"], tmp_path / "narrow")
+    ours = {name: read_tensor(narrow / "model.safetensors", name) for name in tensor_names(narrow / "model.safetensors")}
+    shapes = {name: value.shape for name, value in ours.items()}
+    # One of another type, as routers and norms have it.
+    dtypes = dict.fromkeys(shapes, kind) | {"model.norm.weight": "F32"}
+    write_tensors(narrow / "model.safetensors", shapes, ours.values(), dtypes)
+    folder = write_adapter(tmp_path / "theirs", narrow)
+    assert run_forget("fuse", folder, "-o", tmp_path / "same")[0] == 0
+    code, out, _ = run_forget("fuse", folder, "-o", tmp_path / "wide", "--dtype", "float32", "--json")
+    assert (code, json.loads(out)["fused_from"]["dtype"]) == (0, "float32")
+    same, wide = (tmp_path / name / "model.safetensors" for name in ("same", "wide"))
+    assert {name: tensor_dtype(same, name) for name in shapes} == dtypes
+    assert {tensor_dtype(wide, name) for name in shapes} == {"F32"}
+    for place, name in (("same", dtype), ("wide", "float32")):
+        config = json.loads((tmp_path / place / "config.json").read_text())
+        assert (config["torch_dtype"], "dtype" in config) == (name, False)
+    for name in shapes:
+        exact = torch.from_numpy(read_tensor(wide, name))
+        rounded = exact.to(getattr(torch, dtype)).float() if dtypes[name] == kind else exact
+        np.testing.assert_array_equal(read_tensor(same, name), rounded.numpy())
+    assert any((read_tensor(same, name) != read_tensor(wide, name)).any() for name in shapes)
+
+
+def test_numbers_that_a_type_cannot_hold_are_refused(bases, tmp_path):
+    wide = shutil.copytree(bases["llama"], tmp_path / "wide")
+    ours = {name: read_tensor(wide / "model.safetensors", name) for name in tensor_names(wide / "model.safetensors")}
+    ours["model.norm.weight"] = ours["model.norm.weight"] + 7e4
+    write_tensors(wide / "model.safetensors", {name: value.shape for name, value in ours.items()}, ours.values())
+    found = find_checkpoint(write_adapter(tmp_path / "theirs", wide))
+    with pytest.raises(UserError, match=r"model\.norm\.weight holds numbers that F16 cannot"):
+        fuse(found, tmp_path / "whole", dtype="float16")
+    assert not (tmp_path / "whole").exists()
+    with pytest.raises(UserError, match="Unknown --dtype 'int8'"):
+        fuse(found, tmp_path / "whole", dtype="int8")
 
 
 def test_whoever_fuses_later_takes_what_the_first_made_and_forget_fuse_overwrites_nothing(bases, tmp_path, monkeypatch):

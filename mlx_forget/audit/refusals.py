@@ -1,4 +1,7 @@
-"""Which prompts are refused before and after: greedy answers, read for the phrases with which models decline."""
+"""Which prompts are refused before and after: greedy answers, read for the phrases with which models decline.
+
+A prompt is asked in the words of the model's chat template, as it is where there is none.
+"""
 
 import json
 import re
@@ -8,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from mlx_forget.audit.answers import PairedRates, paired_rates
 from mlx_forget.audit.models import Model
@@ -33,11 +37,11 @@ class Refusals:
     answers: tuple[tuple[str, str, str], ...]
 
 
-def read_prompts(file: str, model: Model, num_tokens: int) -> tuple[str, ...]:
+def read_prompts(file: str, models: Iterable[Model], num_tokens: int) -> tuple[str, ...]:
     """Prompts, one a line, or JSON objects with `prompt`.
 
     Raises:
-        UserError: no file, no prompt, a line that cannot be read, or a prompt that leaves no room to answer.
+        UserError: no file, no prompt, a line that cannot be read, or a prompt that leaves a model no room to answer, or its template refuses.
     """
     path = Path(file).expanduser()
     try:
@@ -51,14 +55,15 @@ def read_prompts(file: str, model: Model, num_tokens: int) -> tuple[str, ...]:
     )
     if not prompts:
         raise UserError(f"{path} holds no prompt.")
-    room = model.spec.context_length - num_tokens - 1
-    for prompt in prompts:
-        size = len(model.tokenizer.encode(prompt))
-        if size > room:
-            raise UserError(
-                f"{path}: the prompt {prompt[:40]!r} has {size} tokens, and the context of {model.spec.context_length} leaves {max(0, room)} "
-                f"beside an answer of {num_tokens}: shorten it, or lower --refusal-tokens."
-            )
+    for model in models:
+        room = model.spec.context_length - num_tokens - 1
+        for prompt in prompts:
+            size = len(_question(model, prompt)) - 1
+            if size > room:
+                raise UserError(
+                    f"{path}: the prompt {prompt[:40]!r} has {size} tokens, and the context of {model.spec.context_length} leaves "
+                    f"{max(0, room)} beside an answer of {num_tokens}: shorten it, or lower --refusal-tokens."
+                )
     return prompts
 
 
@@ -83,7 +88,10 @@ def declines(answer: str) -> bool:
 
 
 def _answers(trainer: Trainer, model: Model, prompts: Iterable[str], num_tokens: int) -> list[str]:
-    encoded = [np.concatenate([[model.bos_id], model.tokenizer.encode(prompt)]).astype(np.int32) for prompt in prompts]
+    encoded = [_question(model, prompt) for prompt in prompts]
+    template = model.tokenizer.chat_template
+    # What a model writes after the end is another document, or the next question.
+    ends = [model.tokenizer.eos_id, *(template.special_ids if template is not None else ())]
     # Rows of one call are equally long.
     by_length: dict[int, list[int]] = defaultdict(list)
     for index, row in enumerate(encoded):
@@ -97,10 +105,16 @@ def _answers(trainer: Trainer, model: Model, prompts: Iterable[str], num_tokens:
                 np.stack([encoded[i] for i in chosen]), half, temperature=_GREEDY, num_ids=model.tokenizer.vocab_size
             )
             for index, row in zip(chosen, rows, strict=True):
-                # What a model writes after the end is another document.
-                ends = np.flatnonzero(row == model.tokenizer.eos_id)
-                answers[index] = model.tokenizer.decode(row[: ends[0]] if len(ends) else row)
+                found = np.flatnonzero(np.isin(row, ends))
+                answers[index] = model.tokenizer.decode(row[: found[0]] if len(found) else row)
     return answers
+
+
+def _question(model: Model, prompt: str) -> npt.NDArray[np.int32]:
+    """The tokens that ask a model, int32[T], BOS first."""
+    template = model.tokenizer.chat_template
+    asked = model.tokenizer.encode(prompt) if template is None else template.question([("user", prompt)], bos_id=model.bos_id)
+    return np.concatenate([[model.bos_id], asked]).astype(np.int32)
 
 
 def _prompt_of(line: str, path: Path, number: int) -> str:

@@ -159,7 +159,7 @@ def plan_audit(
     trainer_class = load_backend(backend)
     if config.tasks is not None:
         check_tasks(config.tasks)
-    prompts = () if config.refusals is None else read_prompts(config.refusals, after, config.refusal_tokens)
+    prompts = () if config.refusals is None else read_prompts(config.refusals, (before, after), config.refusal_tokens)
     if not texts:
         texts = default_texts(after)
         say(f"No --data: reading what was held out of the built-in {' and '.join(texts)}; --data NAME=PATH reads a text of yours.")

@@ -17,6 +17,9 @@ def fuse_command(
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the whole checkpoint.")],
     base: Annotated[Path | None, typer.Option(help="Where the base is now. \\[default: what the adapters name]")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Weights as float32, bfloat16 or float16. \\[default: as the base has them]")
+    ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Accept a model whose config.json names code; none is run here.")
     ] = False,
@@ -33,12 +36,14 @@ def fuse_command(
 
     found = find_checkpoint(run.expanduser(), trust_remote_code=trust_remote_code)
     works_in(output)
-    made = fuse(found, output.expanduser(), base=None if base is None else base.expanduser())
+    made = fuse(found, output.expanduser(), base=None if base is None else base.expanduser(), dtype=dtype)
     step = made.state.get("step")
     if as_json:
         emit({"folder": str(made.folder), "step": step, "fused_from": made.state["fused_from"]})
     else:
         start = base or made.state["fused_from"]["base"]["folder"]
         at = "" if step is None else f", step {step:,}"
-        say(f"Wrote {made.folder}: the adapters of {found.folder}{at}, in the weights of {start}.")
+        say(
+            f"Wrote {made.folder}: the adapters of {found.folder}{at}, in the weights of {start}, as {made.state['fused_from']['dtype']}."
+        )
         say(f"It is a whole checkpoint. What it forgot: forget audit {start} {made.folder}; go on from it: --init {made.folder}")

@@ -14,6 +14,7 @@ import numpy as np
 
 from mlx_forget.durable_files import read_object, replacing, sha256_of, write_text
 from mlx_forget.errors import UserError
+from mlx_forget.laws.bootstrap import Widening
 from mlx_forget.laws.fitted import Fit
 from mlx_forget.laws.forms import Law, get_law
 from mlx_forget.laws.predictor import Predictor, reasons_of
@@ -67,7 +68,13 @@ def _one(uncertainty: Uncertainty, group: str) -> dict[str, Any]:
             "mre": None if draws is None else _finite(draws.out_of_bag_mre),
             "share_converged": None if draws is None else draws.share_converged,
         },
-        "intervals": {"method": uncertainty.method, "level": uncertainty.level, "widen": predictor.widen},
+        "intervals": {
+            "method": uncertainty.method,
+            "level": uncertainty.level,
+            "widen": predictor.widening.at(0.95),
+            "inflation": predictor.widening.inflation,
+            "degrees_of_freedom": _finite(predictor.widening.degrees),
+        },
         "certificate": {
             "num_starts": fit.certificate.num_starts,
             "num_agree": fit.certificate.num_agree,
@@ -254,7 +261,7 @@ def _predictors(content: Mapping[str, Any], law: Law, arrays: Mapping[str, Any])
             law,
             params,
             arrays.get(f"draws_{i}", np.empty((0, len(law.names)))),
-            float(entry["intervals"]["widen"]),
+            _widening(entry["intervals"]),
             ranges,
             {name: arrays[f"column_{i}_{name}"] for name in law.columns if f"column_{i}_{name}" in arrays},
             group,
@@ -262,6 +269,14 @@ def _predictors(content: Mapping[str, Any], law: Law, arrays: Mapping[str, Any])
             float("nan") if entry.get("noise_nats") is None else float(entry["noise_nats"]),
         )
     return predictors
+
+
+def _widening(intervals: Mapping[str, Any]) -> Widening:
+    """How draws are widened; a file of before that was kept for each level has the factor of 95% alone."""
+    if "inflation" not in intervals:
+        return Widening(float(intervals["widen"]))
+    degrees = intervals["degrees_of_freedom"]
+    return Widening(float(intervals["inflation"]), float("inf") if degrees is None else float(degrees))
 
 
 def _draws(source: Path, name: str, sha256: str | None) -> dict[str, Any]:

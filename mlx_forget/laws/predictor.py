@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import ndtri, stdtrit
+from scipy.special import ndtri
 
 from mlx_forget.errors import UserError
-from mlx_forget.laws.bootstrap import stretch
+from mlx_forget.laws.bootstrap import Widening
 from mlx_forget.laws.forms import Array, Law
 from mlx_forget.laws.uncertainty import Uncertainty
 
@@ -24,7 +24,7 @@ class Predictor:
         law: the law.
         params: natural parameters.
         draws: float64[R, k], natural parameters of the refits; R may be 0.
-        widen: factor about the value that turns the draws' spread into an honest one.
+        widening: about the value, which turns the draws' spread into an honest one.
         data_range: {column: (smallest, largest)} of the fitted rows.
         columns: the fitted rows of the law's columns, {column: float64[n]}; may be empty.
         group: the group's name, or "".
@@ -35,7 +35,7 @@ class Predictor:
     law: Law
     params: Mapping[str, float]
     draws: Array
-    widen: float
+    widening: Widening
     data_range: Mapping[str, tuple[float, float]]
     columns: Mapping[str, Array] = field(default_factory=dict)
     group: str = ""
@@ -50,21 +50,18 @@ class Predictor:
         table = fit.table if fit.group is None else fit.table.select(fit.group == g)
         natural = fit.model.natural(fit.u)[g]
         draws = np.empty((0, len(natural)))
-        widen = 1.0
+        widening = Widening()
         if uncertainty.draws is not None:
             made = uncertainty.draws
             draws = fit.model.natural(made.u[made.converged])[:, g]
-            if made.method == "residual":
-                widen = float(stdtrit(max(fit.num_rows - fit.model.num_free, 1), 0.975) / ndtri(0.975))
-            else:
-                widen = stretch(made.num_clusters, 0.95)
+            widening = made.widening
         ranges = {name: (float(table.columns[name].min()), float(table.columns[name].max())) for name in (*fit.law.columns, "loss")}
         flags = [(flag.parameters, flag.words) for flag in fit.flags if flag.kind == "unidentified"]
         return cls(
             fit.law,
             dict(zip(fit.law.names, natural.tolist(), strict=True)),
             draws[np.isfinite(draws).all(axis=1)],
-            widen,
+            widening,
             ranges,
             {name: table.columns[name] for name in fit.law.columns},
             group,
@@ -80,8 +77,8 @@ class Predictor:
         """The law's value less L0, nats, [n]."""
         return self.predict({**columns, "L0": 0.0})
 
-    def sample(self, columns: Mapping[str, npt.ArrayLike]) -> Array:
-        """Widened draws [R, n] of the law's value; [1, n] of the value itself where there are no draws."""
+    def sample(self, columns: Mapping[str, npt.ArrayLike], *, level: float = 0.95) -> Array:
+        """Draws [R, n] of the law's value, widened for intervals of a level; [1, n] of the value itself where there are no draws."""
         complete = self._complete(columns)
         centre = self.law.predict(self.params, complete)
         if not len(self.draws):
@@ -93,13 +90,14 @@ class Predictor:
             value, _ = self.law.evaluate(self.law.features(arrays, references), [theta[:, j, None] for j in range(theta.shape[1])])
         values = np.broadcast_to(value, (len(self.draws), len(centre)))
         values = np.where(np.isfinite(values), values, centre)
+        factor = self.widening.at(level)
         if (values > 0).all() and (centre > 0).all():
-            return np.asarray(centre * (values / centre) ** self.widen)
-        return np.asarray(centre + self.widen * (values - centre))
+            return np.asarray(centre * (values / centre) ** factor)
+        return np.asarray(centre + factor * (values - centre))
 
     def interval(self, columns: Mapping[str, npt.ArrayLike], *, level: float = 0.95) -> tuple[Array, Array]:
         """The ends [n] of the interval of the law's value."""
-        low, high = np.quantile(self.sample(columns), [0.5 - level / 2, 0.5 + level / 2], axis=0)
+        low, high = np.quantile(self.sample(columns, level=level), [0.5 - level / 2, 0.5 + level / 2], axis=0)
         return low, high
 
     def run_interval(self, columns: Mapping[str, npt.ArrayLike], *, level: float = 0.95) -> tuple[Array, Array]:
@@ -116,7 +114,7 @@ class Predictor:
 
     def upper(self, columns: Mapping[str, npt.ArrayLike], *, confidence: float) -> Array:
         """The value [n] that the law stays below with this confidence."""
-        return np.asarray(np.quantile(self.sample(columns), confidence, axis=0))
+        return np.asarray(np.quantile(self.sample(columns, level=abs(2 * confidence - 1)), confidence, axis=0))
 
     def _complete(self, columns: Mapping[str, npt.ArrayLike]) -> Mapping[str, npt.ArrayLike]:
         missing = [name for name in self.law.columns if name not in columns]

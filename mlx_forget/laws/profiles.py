@@ -1,7 +1,7 @@
 """Profiles: how far a parameter, or a prediction, can be pulled before no other parameter wins the objective back."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,8 @@ def critical_fall(fit: Fit, level: float) -> float:
 # Points of a profile, in standard deviations on each side of the fit.
 NEAR = np.array([0.6, 1.2, 1.8, 2.4, 3.0])
 FAR = np.array([4.0, 6.0, 10.0, 20.0, 50.0])
+# Of the logarithm of an amplitude.
+_WIDEST = 690.0
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,26 @@ def profile_coordinates(fit: Fit, *, level: float, coordinates: tuple[str, ...] 
         rises = np.concatenate([found[below][1][::-1], [0.0], found[above][1]])
         made[name] = Profile(points, rises, low_high[below], low_high[above])
     return made
+
+
+def profile_amplitudes(fit: Fit, *, level: float) -> dict[str, Profile]:
+    """Profile-F intervals, as `profile_coordinates`, of the logarithms of natural amplitudes.
+
+    A coordinate is an amplitude where the columns are at their geometric means; with columns that are not divided it is the natural one.
+    """
+    law, model = fit.law, fit.model
+    names = {rule.amplitude for rule in law.rescales if law.parameters[law.index(rule.amplitude)].log}
+    moved = {m for m, name in enumerate(model.coordinates) if name.split("[")[0] in names}
+    if law.to_natural is not None or not moved:
+        return {}
+    wide = np.isin(np.arange(model.num_free), list(moved))
+    low, high = np.where(wide, -_WIDEST, model.low), np.where(wide, _WIDEST, model.high)
+    undivided = replace(model, references=dict.fromkeys(model.references, 1.0), low=low, high=high)
+    u = undivided.free(model.natural(fit.u))
+    # The change of coordinates is linear: an amplitude's logarithm moves with exponents.
+    steps = model.free(undivided.natural(u + np.eye(model.num_free))) - fit.u
+    there = replace(fit, model=undivided, u=u, jacobian=fit.jacobian @ steps.T)
+    return profile_coordinates(there, level=level, coordinates=tuple(model.coordinates[m] for m in sorted(moved)))
 
 
 def _crossing(centre: float, points: Array, rise: Array, *, outwards: float) -> float:

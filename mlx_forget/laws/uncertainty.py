@@ -19,7 +19,7 @@ from mlx_forget.laws.bootstrap import FEW_CLUSTERS, Draws, Quantity, bootstrap, 
 from mlx_forget.laws.clusters import AUTO, Clusters, cluster_rows
 from mlx_forget.laws.fitted import Fit, predict_at
 from mlx_forget.laws.forms import Array
-from mlx_forget.laws.profiles import Interval, Profile, profile_coordinates, profile_prediction
+from mlx_forget.laws.profiles import Interval, Profile, profile_amplitudes, profile_coordinates, profile_prediction
 
 METHODS = ("auto", "cluster", "profile", "residual", "bayesian")
 PROFILE_BELOW = 40
@@ -104,6 +104,7 @@ def assess(fit: Fit, options: BootstrapOptions = DEFAULTS) -> Uncertainty:
                 "is barely identified on these data"
             )
     profiles: dict[str, Profile] = {}
+    amplitudes: dict[str, Profile] = {}
     exact = fit.num_rows <= fit.model.num_free or fit.value <= 1e-20 * fit.num_rows
     if fit.num_rows <= fit.model.num_free:
         ends = dict.fromkeys(fit.model.coordinates, (-np.inf, np.inf))
@@ -111,6 +112,7 @@ def assess(fit: Fit, options: BootstrapOptions = DEFAULTS) -> Uncertainty:
         draws = None
     elif method == "profile" and not exact:
         profiles = profile_coordinates(fit, level=options.level)
+        amplitudes = profile_amplitudes(fit, level=options.level)
         ends = {name: (made.low, made.high) for name, made in profiles.items()}
         name_of_method = "profile-F"
     elif draws is not None:
@@ -136,7 +138,7 @@ def assess(fit: Fit, options: BootstrapOptions = DEFAULTS) -> Uncertainty:
         clusters,
         name_of_method,
         options.level,
-        _natural_intervals(fit, ends, draws, options.level, degrees),
+        _natural_intervals(fit, ends, amplitudes, draws, options.level, degrees),
         draws,
         profiles,
         tuple(warnings),
@@ -144,9 +146,14 @@ def assess(fit: Fit, options: BootstrapOptions = DEFAULTS) -> Uncertainty:
 
 
 def _natural_intervals(
-    fit: Fit, ends: Mapping[str, tuple[float, float]], draws: Draws | None, level: float, degrees: int
+    fit: Fit,
+    ends: Mapping[str, tuple[float, float]],
+    amplitudes: Mapping[str, Profile],
+    draws: Draws | None,
+    level: float,
+    degrees: int,
 ) -> dict[str, Interval]:
-    """Intervals of natural parameters: a coordinate's own ends where it is one, the draws' where it mixes several."""
+    """Intervals of natural parameters: a coordinate's own ends where it is one; where it mixes several, its profile's or the draws'."""
     unidentified = {name: flag.words for flag in fit.flags if flag.kind == "unidentified" for name in flag.parameters}
     on_bound = {name: flag.words for flag in fit.flags if flag.kind == "bound" for name in flag.parameters}
     made: dict[str, Interval] = {}
@@ -174,6 +181,13 @@ def _natural_intervals(
         lost = [name for name in unidentified if name.split("[")[0] in follows.get(bare, ())]
         if lost:
             made[display] = Interval(value, None, None, unidentified[lost[0]])
+            continue
+        if bare in names and coordinate in amplitudes:
+            with np.errstate(over="ignore"):
+                low, high = (float(np.exp(end)) for end in (amplitudes[coordinate].low, amplitudes[coordinate].high))
+            is_open = low <= 0 or not np.isfinite(high)
+            reason = "the interval reaches a bound: it is one-sided" if is_open else ""
+            made[display] = Interval(value, low, high if np.isfinite(high) else None, on_bound.get(coordinate, reason))
             continue
         if bare in names or fit.law.to_natural is not None:
             mixed.append(display)

@@ -105,6 +105,16 @@ class ChatTemplate:
         tokens, mask, _, _ = self._tokens(messages)
         return tokens, mask
 
+    def question(self, messages: Sequence[Message], *, bos_id: int) -> NDArray[np.int32]:
+        """What asks for the next answer of a conversation, int32[T] without the BOS that begins it.
+
+        Raises:
+            UserError: as `text`.
+        """
+        text, cuts, _ = _unmarked(self._render(messages, add_generation_prompt=True))
+        tokens = np.array(self._encoded(text, cuts)[0], np.int32)
+        return tokens[1:] if len(tokens) and tokens[0] == bos_id else tokens
+
     def document(self, messages: Sequence[Message], *, bos_id: int, eos_id: int) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
         """A conversation as a document of a store: (tokens int32[T] without the last EOS, loss mask uint8[T + 1] with it).
 
@@ -121,7 +131,7 @@ class ChatTemplate:
             last = int(mask.nonzero()[0][-1])
             if tokens[last] == eos_id:
                 tokens, mask, learn_end = tokens[:last], mask[:last], 1
-            elif int(tokens[last]) not in self._special_ids:
+            elif int(tokens[last]) not in self.special_ids:
                 learn_end = 1
         return tokens, np.append(mask, np.uint8(learn_end))
 
@@ -149,7 +159,8 @@ class ChatTemplate:
         return tuple(sorted((token.content for token in added if token.special and token.content), key=len, reverse=True))
 
     @cached_property
-    def _special_ids(self) -> frozenset[int]:
+    def special_ids(self) -> frozenset[int]:
+        """The ids of special tokens, which no text gives."""
         return frozenset(self._encoder.token_to_id(token) for token in self._special)
 
     @cached_property
@@ -219,17 +230,22 @@ class ChatTemplate:
         text, cuts, spans = _unmarked(self._render(messages))
         if not spans:
             spans = self._answers(messages, text, frozenset(cuts))
+        ids, places = self._encoded(text, cuts)
+        where = np.array(places, np.int64).reshape(-1, 2)
+        mask = np.zeros(len(ids), np.uint8)
+        for start, stop in spans:
+            mask[(where[:, 0] < stop) & (where[:, 1] > start)] = 1
+        return np.array(ids, np.int32), mask, text, spans
+
+    def _encoded(self, text: str, cuts: Sequence[int]) -> tuple[list[int], list[_Span]]:
+        """The ids of a text, which are not made across cuts, and the characters of each."""
         ids: list[int] = []
         places: list[_Span] = []
         for start, stop in zip([0, *cuts], [*cuts, len(text)], strict=True):
             found = self._encoder.encode(text[start:stop], add_special_tokens=False)
             ids += found.ids
             places += [(start + first, start + last) for first, last in found.offsets]
-        where = np.array(places, np.int64).reshape(-1, 2)
-        mask = np.zeros(len(ids), np.uint8)
-        for start, stop in spans:
-            mask[(where[:, 0] < stop) & (where[:, 1] > start)] = 1
-        return np.array(ids, np.int32), mask, text, spans
+        return ids, places
 
     def _answers(self, messages: Sequence[Message], text: str, cuts: frozenset[int]) -> list[_Span]:
         """Where the answers are in a conversation's text."""

@@ -6,6 +6,7 @@ import pytest
 
 from mlx_forget.errors import UserError
 from mlx_forget.laws.advise import AdviceOptions, _hardest_fine, pareto, run_cost, solve
+from mlx_forget.laws.bootstrap import Widening
 from mlx_forget.laws.choice import choose_law
 from mlx_forget.laws.design import describe_plan, next_runs, probe_runs, run_flops
 from mlx_forget.laws.fit import fit_law
@@ -180,7 +181,7 @@ def widths(count: int) -> tuple[float, float]:
             "beta": generator.uniform(0.3, 0.5),
             "B": generator.uniform(200, 2000),
         }
-        made = Predictor(law, truth, np.empty((0, 4)), 1.0, {})
+        made = Predictor(law, truth, np.empty((0, 4)), Widening(), {})
         ours.append(next_runs(made, question, candidates, count=20, per_flop=False).width[-1])
         rest = generator.choice(60, size=40, replace=False)
         chosen = {name: values[rest] for name, values in candidates.items()}
@@ -199,7 +200,7 @@ def fitted_widths(count: int) -> tuple[float, float]:
     """
     law = get_law("bethune-forgetting")
     question = {"N": 1.27e9, "D": 3e7, "p": 0.01, "L0": 2.6}
-    usual = Predictor(law, TRUTH, np.empty((0, 4)), 1.0, {})
+    usual = Predictor(law, TRUTH, np.empty((0, 4)), Widening(), {})
     ours, theirs = [], []
     for seed in range(count):
         generator = np.random.default_rng(seed)
@@ -234,7 +235,7 @@ def test_planned_runs_sharpen_the_fitted_interval_of_the_prediction():
     law = get_law("bethune-forgetting")
     columns = paper_grid()
     question = {"N": 1.27e9, "D": 3e7, "p": 0.01, "L0": 2.6}
-    made = Predictor(law, TRUTH, np.empty((0, 4)), 1.0, {})
+    made = Predictor(law, TRUTH, np.empty((0, 4)), Widening(), {})
     generator = np.random.default_rng(0)
 
     def spread(rows) -> float:

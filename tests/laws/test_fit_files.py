@@ -29,7 +29,7 @@ def test_a_file_keeps_what_was_not_determined_what_was_held_and_how_the_fit_ende
     read = read_fit(write_fit(tmp_path / "new" / "fit.json", content, {"": found}))
     saved, live = read.pick(None), Predictor.from_uncertainty(found)
     assert set(saved.unidentified) == {"alpha", "B"}
-    for name in ("params", "data_range", "widen", "unidentified", "group"):
+    for name in ("params", "data_range", "widening", "unidentified", "group"):
         assert getattr(saved, name) == getattr(live, name), name
     assert np.array_equal(saved.draws, live.draws)
     assert saved.columns.keys() == live.columns.keys()
@@ -44,7 +44,7 @@ def test_a_file_keeps_what_was_not_determined_what_was_held_and_how_the_fit_ende
         "objective": fit.value, "mre": pytest.approx(fit.mre), "status": "converged", "reason": fit.certificate.reason,
         "clusters": {"level": "row", "num": 10}, "warnings": list(found.warnings),
         "extrapolation": {"train_on": "p < 1", "num_test": 1, "mre": 0.01, "max": 0.02},
-        "intervals": {"method": "residual bootstrap", "level": 0.95, "widen": live.widen},
+        "intervals": {"method": "residual bootstrap", "level": 0.95, "widen": live.widening.at(0.95), "inflation": 1.0, "degrees_of_freedom": live.widening.degrees},
         "bootstrap": {"num_resamples": 20, "mre": None, "share_converged": found.draws.share_converged},
     }.items():  # fmt: skip
         assert read.content[name] == value, name

@@ -2,15 +2,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from scipy.special import stdtrit
+from scipy.special import ndtri, stdtrit
 
 from mlx_forget.errors import UserError
 from mlx_forget.laws import uncertainty
-from mlx_forget.laws.bootstrap import Draws, bootstrap, cluster_weights, draws_interval, refit, stretch
+from mlx_forget.laws.bootstrap import Draws, Widening, bootstrap, cluster_weights, draws_interval, refit
 from mlx_forget.laws.clusters import Clusters, cluster_rows
 from mlx_forget.laws.fit import fit_law
 from mlx_forget.laws.forms import get_law
 from mlx_forget.laws.model import Constraints, bind
+from mlx_forget.laws.predictor import Predictor
 from mlx_forget.laws.profiles import critical_fall, profile_coordinates
 from mlx_forget.laws.table import Table
 from mlx_forget.laws.uncertainty import BootstrapOptions, assess, predict_intervals
@@ -212,7 +213,7 @@ def test_intervals_of_many_clusters_are_stretched_percentiles_and_of_few_are_stu
     draws, values = drawn(25)
     low, high = draws_interval(draws, lambda u: u[:, :1], level=0.9)
     stretched = np.sqrt(25 / 24) * 1.7108820799 / 1.6448536270
-    assert stretch(25, 0.9) == pytest.approx(stretched)
+    assert Widening.of_clusters(25).at(0.9) == pytest.approx(stretched)
     ends = np.quantile(values, [0.05, 0.95])
     assert (low[0], high[0]) == pytest.approx(tuple(0.5 + stretched * (ends - 0.5)))
     # One-sided draws leave the fit's own value as an end.
@@ -229,6 +230,34 @@ def test_intervals_of_many_clusters_are_stretched_percentiles_and_of_few_are_stu
     free = residual.fit.num_rows - residual.fit.model.num_free
     factor = stdtrit(free, 0.95) / 1.6448536270
     assert high[0] - low[0] == pytest.approx(factor * np.subtract(*np.quantile(values, [0.95, 0.05])))
+
+
+def test_profile_ends_of_a_natural_amplitude_are_where_the_objective_rises_by_the_f_quantile():
+    """Found from the side: with the amplitude held at an end, no other parameter wins the objective back."""
+    surface = SURFACES["bethune-finetuning"]
+    whole = surface.table(surface.truths(1, seed=7)[0], noise=0.004, seed=3)
+    fit = fit_law(whole.select(np.arange(whole.num_rows) % 3 == 0), "bethune-finetuning")
+    found = assess(fit, BootstrapOptions(num_resamples=50, method="profile"))
+    interval = found.params["A"]
+    assert interval.low < fit.params["A"] < interval.high
+    for end in (interval.low, interval.high):
+        held = fit_law(fit.table, "bethune-finetuning", constraints=Constraints(fixed={"A": end}))
+        assert held.value - fit.value == pytest.approx(critical_fall(fit, 0.95), rel=0.02)
+
+
+def test_intervals_of_every_level_have_their_own_t():
+    """A factor kept for 95% covers 97.3% where 99% are asked for."""
+    draws, _ = drawn(25)
+    predictor = Predictor(draws.fit.law, draws.fit.params, np.empty((0, 4)), draws.widening, {})
+    made = replace(predictor, draws=np.exp(np.random.default_rng(0).normal(0, 0.01, (4000, 1))) * list(draws.fit.params.values()))
+    columns = {name: np.array([1e8]) for name in draws.fit.law.columns}
+    for level in (0.5, 0.95, 0.99):
+        low, high = made.interval(columns, level=level)
+        bare = replace(made, widening=Widening()).interval(columns, level=level)
+        factor = np.sqrt(25 / 24) * stdtrit(24, 0.5 + level / 2) / ndtri(0.5 + level / 2)
+        assert np.log(high / low) == pytest.approx(factor * np.log(bare[1] / bare[0]), rel=1e-9)
+    assert made.upper(columns, confidence=0.975) == pytest.approx(made.interval(columns)[1])
+    assert made.upper(columns, confidence=0.5) == pytest.approx(made.predict(columns), rel=1e-3)
 
 
 @pytest.mark.parametrize("converged", [0, 1])

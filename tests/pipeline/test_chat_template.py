@@ -137,6 +137,17 @@ def test_tokens_are_those_that_transformers_makes(with_template, tmp_path, templ
     assert vocabulary.chat_template.render(MESSAGES)[0].tolist() == wanted
 
 
+@pytest.mark.parametrize("template", [CHATML, MISTRAL, LLAMA2, LLAMA3, THINKING])
+def test_a_question_is_what_transformers_asks(with_template, tmp_path, template):
+    transformers = pytest.importorskip("transformers")
+    vocabulary = with_template(template)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    messages = [{"role": "user", "content": "A note about 3"}]
+    wanted = theirs.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=False)
+    asked = vocabulary.chat_template.question([("user", "A note about 3")], bos_id=vocabulary.bos_id)
+    assert asked.tolist() == wanted[wanted[0] == vocabulary.bos_id :]
+
+
 def test_a_document_has_no_bos_and_ends_with_the_learnt_eos(with_template):
     vocabulary = with_template(CHATML, eos="<|im_end|>")
     ((tokens, mask),) = encode([Conversation(MESSAGES)], vocabulary)
