@@ -245,7 +245,9 @@ def _bound_words(model: Model, u: Array, name: str) -> str:
     bare = name.split("[")[0]
     parameter = model.law.parameters[model.law.index(bare)]
     side = "lower" if u[m] <= model.low[m] else "upper"
-    value = parameter.low if side == "lower" else parameter.high
+    # Of an amplitude, in natural units: within a fit it is relative to typical columns.
+    group = next((g for g, one in enumerate(model.groups) if name == f"{bare}[{one}]"), 0)
+    value = float(model.natural(u)[group, model.law.index(bare)])
     reason = {
         "E": "these data show no floor, and the interval is one-sided",
         "alpha": "these data show no effect of capacity",

@@ -128,6 +128,18 @@ def test_parameters_that_end_on_a_bound_say_which_and_what_that_means():
     flag = next(flag for flag in fit.flags if flag.kind == "bound" and flag.parameters == ("beta",))
     assert flag.words == "beta ended on its lower bound 0: these data show no effect of the amount of data"
     assert "beta" in fit.certificate.at_bounds
+
+
+def test_a_bound_of_an_amplitude_is_said_in_natural_units():
+    """Within the fit, B of p added to N is relative to a typical N."""
+    columns = paper_grid(shares=np.array([0.0, 0.01]))
+    loss = columns["L0"] + get_law("bethune-forgetting").predict(
+        {"A": 1.0, "alpha": 0.3, "beta": 0.3, "B": 0.0}, {**columns, "L0": 0.0}
+    )
+    fit = fit_law(Table.of(**columns, loss=loss), "bethune-forgetting/additive")
+    (flag,) = (flag for flag in fit.flags if flag.kind == "bound")
+    assert flag.words.startswith(f"B ended on its lower bound {fit.params['B']:g}: replay shows no effect")
+    assert fit.params["B"] == pytest.approx(1e-6 * fit.model.references["N"])
     assert f"on a bound: {', '.join(fit.certificate.at_bounds)}" in fit.certificate.reason
 
 
