@@ -155,8 +155,9 @@ def _stored(name: str, value: npt.NDArray[np.float32], dtype: str) -> npt.NDArra
         # To the nearest of the numbers whose lower half is empty, to the even one in the middle.
         bits = value.view("<u4")
         made = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype("<u2")
+        made = np.where(np.isnan(value), np.array(0x7FC0, "<u2"), made)
         whole = (made & 0x7F80) != 0x7F80
-    if not whole.all() and np.isfinite(value).all():
+    if (np.isfinite(value) & ~whole).any():
         raise UserError(f"{name} holds numbers that {dtype} cannot: write it as float32.")
     return made
 

@@ -298,6 +298,19 @@ def test_fused_weights_have_the_type_of_the_base_or_the_one_asked_for(bases, tmp
     assert any((read_tensor(same, name) != read_tensor(wide, name)).any() for name in shapes)
 
 
+def test_numbers_that_are_none_stay_so_in_every_type(tmp_path):
+    value = np.array([0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0x7F800000, 0x3F808000, 0x3F818000], np.uint32).view(np.float32)
+    for kind in ("F32", "BF16", "F16"):
+        write_tensors(tmp_path / "w.safetensors", {"w": (6,)}, [value], {"w": kind})
+        read = read_tensor(tmp_path / "w.safetensors", "w")
+        assert np.isnan(read[:3]).all()
+        assert np.isposinf(read[3])
+        # Halfway between two numbers of bfloat16: to the even one.
+        assert kind != "BF16" or read[4:].view(np.uint32).tolist() == [0x3F800000, 0x3F820000]
+    with pytest.raises(UserError, match="w holds numbers that BF16 cannot"):
+        write_tensors(tmp_path / "w.safetensors", {"w": (2,)}, [np.array([3.4e38, np.inf], np.float32)], {"w": "BF16"})
+
+
 def test_numbers_that_a_type_cannot_hold_are_refused(bases, tmp_path):
     wide = shutil.copytree(bases["llama"], tmp_path / "wide")
     ours = {name: read_tensor(wide / "model.safetensors", name) for name in tensor_names(wide / "model.safetensors")}

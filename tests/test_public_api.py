@@ -13,6 +13,6 @@ def test_nothing_that_is_listed_has_gone_or_changed():
     assert not gone, f"{sorted(gone)} changed. {RENEW}"
 
 
-def test_every_public_name_and_command_is_listed():
-    new = {line for line in lines() if not line.startswith(" ")} - set(LISTED.read_text(encoding="utf-8").splitlines())
+def test_every_public_name_argument_command_and_option_is_listed():
+    new = set(lines()) - set(LISTED.read_text(encoding="utf-8").splitlines())
     assert not new, f"{sorted(new)} are not in the list. {RENEW}"

@@ -91,7 +91,7 @@ def _answers(trainer: Trainer, model: Model, prompts: Iterable[str], num_tokens:
     encoded = [_question(model, prompt) for prompt in prompts]
     template = model.tokenizer.chat_template
     # What a model writes after the end is another document, or the next question.
-    ends = [model.tokenizer.eos_id, *(template.special_ids if template is not None else ())]
+    ends = [model.tokenizer.eos_id, *([] if template is None or template.answer_end is None else [template.answer_end])]
     # Rows of one call are equally long.
     by_length: dict[int, list[int]] = defaultdict(list)
     for index, row in enumerate(encoded):

@@ -205,11 +205,11 @@ def _documents(store: TokenStore, names: Iterable[str]) -> tuple[list[Tokens], I
     sizes: list[Ids] = []
     for name in names:
         split = store.split(name)
-        for number, (shard, tokens) in enumerate(zip(split.shards, split.tokens, strict=True)):
-            start, num_bytes = split.documents(number)
-            stop = np.append(start[1:], shard.num_tokens)
-            documents += [tokens[a:b].astype(np.int32) for a, b in zip(start.tolist(), stop.tolist(), strict=True)]
+        for number, tokens in enumerate(split.tokens):
+            start, size = split.texts(number)
+            places = [slice(a, a + n) for a, n in zip(start.tolist(), size.tolist(), strict=True)]
+            documents += [tokens[place].astype(np.int32) for place in places]
             mask = split.loss_mask(number)
-            masks += [mask[a:b] for a, b in zip(start.tolist(), stop.tolist(), strict=True)]
-            sizes.append(num_bytes)
+            masks += [mask[place] for place in places]
+            sizes.append(split.documents(number)[1])
     return documents, np.concatenate(sizes) if sizes else np.zeros(0, np.int64), masks

@@ -243,7 +243,6 @@ def _is_log_limit(model: Model, u: Array, names: tuple[str, ...]) -> bool:
 def _bound_words(model: Model, u: Array, name: str) -> str:
     m = model.coordinates.index(name)
     bare = name.split("[")[0]
-    parameter = model.law.parameters[model.law.index(bare)]
     side = "lower" if u[m] <= model.low[m] else "upper"
     # Of an amplitude, in natural units: within a fit it is relative to typical columns.
     group = next((g for g, one in enumerate(model.groups) if name == f"{bare}[{one}]"), 0)

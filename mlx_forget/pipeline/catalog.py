@@ -115,6 +115,7 @@ class NamedDocuments:
         whole: that hash without the part that is read.
         source: what it is, in words.
         num_bytes: UTF-8 bytes of all documents, about.
+        has_splits: whether it says itself what validates.
         read: starts a new pass over (split, content); among other sources, with the share that validates of all of them, and the hashes
             of documents that came before.
         reading: how documents are read.
@@ -126,6 +127,7 @@ class NamedDocuments:
     source: str
     num_bytes: int
     read: Callable[..., Iterator[tuple[str, Content]]]
+    has_splits: bool = False
     whole: str = ""
     reading: Reading = field(default_factory=Reading)
     bad: BadInput = field(default_factory=BadInput)
@@ -172,6 +174,7 @@ def documents_of(
             reading,
             held_out=held_out,
             skip_bad=skip_bad,
+            has_splits=True,
         )
     if name in recipes.names() and not path.exists():
         recipe = recipes.load(name)
@@ -275,11 +278,11 @@ def _documents(named: list[NamedDocuments], template_of: Callable[[], ChatTempla
 
 
 def _contents(named: list[NamedDocuments]) -> Iterator[tuple[int, str, Content]]:
-    """The documents of some sources as of one, so that none of them validates that is trained on in another: (source, split, content)."""
+    """The documents of some sources, (source, split, content): those that are split by hash as one, so that equal ones are in one split."""
     if len(named) == 1:
         yield from ((0, split, content) for split, content in named[0].read())
         return
-    seen, share = SeenHashes(), validation_share(sum(one.num_bytes or hub.UNKNOWN_BYTES for one in named))
+    seen, share = SeenHashes(), validation_share(sum(one.num_bytes or hub.UNKNOWN_BYTES for one in named if not one.has_splits))
     for number, one in enumerate(named):
         yield from ((number, split, content) for split, content in one.read(share, seen))
 
@@ -293,6 +296,7 @@ def _named(
     *,
     held_out: HeldOut | None,
     skip_bad: bool,
+    has_splits: bool = False,
 ) -> NamedDocuments:
     bad = BadInput(skip=skip_bad)
     keep = Filter(min_chars=reading.min_chars, max_chars=reading.max_chars, once=reading.once, held_out=held_out)
@@ -304,7 +308,7 @@ def _named(
         return iter(read(bad, keep, share))
 
     key, whole = (reading.key(content_key, whole=whole) + suffix for whole in (False, True))
-    return NamedDocuments(key, source, num_bytes, start, whole, reading, bad, keep)
+    return NamedDocuments(key, source, num_bytes, start, has_splits, whole, reading, bad, keep)
 
 
 def _of_files(
@@ -312,15 +316,16 @@ def _of_files(
 ) -> NamedDocuments:
     progress(f"reading {source}", 0.0)
     which = {"config": reading.config, "split": reading.split}
-    files = source_files.find_files(name, **which)
+    found = source_files.find_splits(name, **which)
     return _named(
         source_files.content_hash(name, **which),
         source,
-        sum(file.stat().st_size for file in files),
+        sum(file.stat().st_size for file, _ in found),
         lambda bad, keep, share: sources.read_documents(name, reading, bad=bad, keep=keep, share=share),
         reading,
         held_out=held_out,
         skip_bad=skip_bad,
+        has_splits=any(split == "validation" for _, split in found),
     )
 
 

@@ -124,14 +124,14 @@ class ChatTemplate:
             UserError: as `render`.
         """
         tokens, mask, text, spans = self._tokens(messages)
-        if len(tokens) and tokens[0] == bos_id and not self._is_repeated(bos_id):
+        if len(tokens) and tokens[0] == bos_id and (bos_id == eos_id or not self._is_repeated(bos_id)):
             tokens, mask = tokens[1:], mask[1:]
         learn_end = 0
         if spans and not text[spans[-1][1] :].strip() and mask.any():
             last = int(mask.nonzero()[0][-1])
             if tokens[last] == eos_id:
                 tokens, mask, learn_end = tokens[:last], mask[:last], 1
-            elif int(tokens[last]) not in self.special_ids:
+            elif int(tokens[last]) not in self._special_ids:
                 learn_end = 1
         return tokens, np.append(mask, np.uint8(learn_end))
 
@@ -159,8 +159,14 @@ class ChatTemplate:
         return tuple(sorted((token.content for token in added if token.special and token.content), key=len, reverse=True))
 
     @cached_property
-    def special_ids(self) -> frozenset[int]:
-        """The ids of special tokens, which no text gives."""
+    def answer_end(self) -> int | None:
+        """The special token that the template writes after an answer; None where it writes none."""
+        written = self._part([("user", "a"), ("assistant", _STAND_IN)], False) or ""
+        found = re.compile(rf"\s*({self._any_special.pattern})").match(written.rpartition(_STAND_IN)[2])
+        return None if found is None else int(self._encoder.token_to_id(found[1]))
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
         return frozenset(self._encoder.token_to_id(token) for token in self._special)
 
     @cached_property

@@ -68,7 +68,7 @@ class Rows:
     @property
     def num_long(self) -> int:
         """Documents that are longer than a row."""
-        return sum(int((self._documents(number)[1] > self.length).sum()) for number in range(len(self.split.shards)))
+        return sum(int((self.split.texts(number)[1] > self.length).sum()) for number in range(len(self.split.shards)))
 
     @property
     def is_masked(self) -> bool:
@@ -144,21 +144,10 @@ class Rows:
         begins[row, documents[np.repeat(low, counts) + within] - np.repeat(start, counts)] = 1
         segment[inside] = begins.cumsum(axis=1)
 
-    def _documents(self, number: int) -> tuple[Ids, Ids]:
-        """The first token and the size of each document of a shard, without a BOS at its beginning, which its row has."""
-        shard = self.split.shards[number]
-        start, _ = self.split.documents(number)
-        size: Ids = np.diff(start, append=shard.num_tokens)
-        # No text gives a BOS, so that only what a chat template writes is looked at.
-        if self.split.has_loss_mask and len(start):
-            has_own = (self.split.tokens[number][np.minimum(start, shard.num_tokens - 1)] == self.split.bos_id) & (size > 1)
-            start, size = start + has_own, size - has_own
-        return start, size
-
     def _place_padded(self) -> tuple[Ids, Ids, Ids, Ids]:
         parts: list[tuple[Ids, Ids, Ids, Ids]] = []
         for number in range(len(self.split.shards)):
-            documents, size = self._documents(number)
+            documents, size = self.split.texts(number)
             num = -(-size // self.length)
             if self.layout == "truncated":
                 num = np.minimum(num, 1)

@@ -31,8 +31,8 @@ Found = list[tuple[Path, SplitName | None]]
 
 # The parts of a split, as the Hub writes them.
 _PART_NUMBER = re.compile(r"-\d+(-of-\d+)?(-[0-9a-f]{16})?$")
-# Splits of a purpose, such as `train_sft` and `test_sft`.
-_TRAIN, _TEST, _ANY_SPLIT = (re.compile(rf"({name})([_.-]|$)") for name in ("train", "test", "train|test|validation|valid|val|dev"))
+# A split, or one of a purpose, such as `train_sft` beside `test_sft`.
+_SPLIT = re.compile(r"(train|validation|valid|val|dev|test)(|[_.-].*)")
 # What `Dataset.save_to_disk` writes beside the data.
 _DATASETS_FILES = ("dataset_info.json", "dataset_dict.json", "state.json")
 
@@ -53,16 +53,16 @@ def holds_out_by_name(path: Path) -> bool:
 
 
 def content_hash(path: Path | str, *, config: str | None = None, split: str | None = None) -> str:
-    """A hash of the names and bytes of every file that a path names."""
+    """A hash of the names and bytes of every file that a path names, and of the splits that they are."""
     root = _root(Path(path))
     total = hashlib.sha256()
-    for file in find_files(path, config=config, split=split):
+    for file, role in find_splits(path, config=config, split=split):
         try:
             with file.open("rb") as handle:
                 digest = hashlib.file_digest(handle, "sha256").hexdigest()
         except OSError as error:
             raise UserError(f"Cannot read {file}: {error.strerror}.") from None
-        total.update(f"{file.name if root.is_file() else file.relative_to(root)}\n{digest}\n".encode())
+        total.update(f"{file.name if root.is_file() else file.relative_to(root)}\n{digest}\n{role or ''}".encode())
     return total.hexdigest()
 
 
@@ -108,18 +108,26 @@ def _by_names(files: list[Path], path: Path, split: str | None, names_of: Callab
     if split is not None:
         chosen = [file for file in files if any(_is_split(name, split) for name in names[file])]
         if not chosen:
-            there = {name for own in names.values() for name in own if _ANY_SPLIT.match(name)}
+            there = {name for own in names.values() for name in own if _SPLIT.fullmatch(name)}
             raise unknown("split", split, there) if there else UserError(f"{path} has no splits by name: leave --split out.")
         return [(file, None) for file in chosen]
-    # A file may be about tests where nothing is about training.
-    of_purposes = any(_TRAIN.match(name) for own in names.values() for name in own)
-    found: Found = []
-    for file in files:
-        if not any(name == "test" or (of_purposes and _TEST.match(name)) for name in names[file]):
-            found.append((file, next((SPLIT_OF_NAME[name] for name in names[file] if name in SPLIT_OF_NAME), None)))
+    roles = _roles({name for own in names.values() for name in own})
+    # The outermost folder that is a split decides.
+    role_of = {file: next((roles[name] for name in names[file] if name in roles), None) for file in files}
+    found: Found = [(file, role) for file, role in role_of.items() if role != "test"]
     if not found:
         raise UserError(f"{path} has test files only: give --split test to train on them.")
     return found
+
+
+def _roles(names: set[str]) -> dict[str, SplitName | Literal["test"]]:
+    """What each name that is a split stands for. `test-driven-development` is none where there is no `train-driven-development`."""
+    matches = {name: _SPLIT.fullmatch(name) for name in names}
+    return {
+        name: SPLIT_OF_NAME.get(match[1], "test")
+        for name, match in matches.items()
+        if match is not None and (not match[2] or f"train{match[2]}" in names)
+    }
 
 
 def _is_split(name: str, asked: str) -> bool:
@@ -167,9 +175,10 @@ def _repository_files(folder: Path, config: str | None, split: str | None) -> Fo
         # What validates is not trained on, though both patterns match it.
         found.update((file, split_name) for file in splits[name] if found.get(file) != "validation")
     if split is None:
-        for name in splits:
-            if _TEST.match(name):
-                found = {file: split_name for file, split_name in found.items() if file not in splits[name]}
+        tests = {
+            file for name, files in splits.items() if (match := _SPLIT.fullmatch(name)) and match[1] == "test" for file in files
+        }
+        found = {file: split_name for file, split_name in found.items() if file not in tests}
     if not found:
         raise UserError(f"{folder / 'README.md'} lists no data files of a known format.")
     return sorted(found.items(), key=lambda one: one[0])
@@ -181,14 +190,18 @@ def _chosen_splits(names: list[str], asked: str | None, folder: Path) -> dict[st
         if asked not in names:
             raise unknown("split", asked, names)
         return {asked: None}
-    if "train" in names:
-        return {name: SPLIT_OF_NAME[name] for name in names if name in SPLIT_OF_NAME}
-    if not names:
-        return {}
-    others = [name for name in names if not _TEST.match(name)]
-    if len(others) != 1:
+    matches = {name: _SPLIT.fullmatch(name) for name in names}
+    # (kind, purpose): of a card every name is a split.
+    kinds = {name: (SPLIT_OF_NAME.get(match[1], "test"), match[2]) if match else (None, "") for name, match in matches.items()}
+    trained = [name for name in names if name == "train"] or [name for name in names if kinds[name][0] == "train"]
+    trained = trained or [name for name in names if kinds[name][0] is None]
+    held_out = [name for name in names if kinds[name][0] == "validation"]
+    if len(trained) > 1 or (names and not trained and not held_out):
         raise UserError(f"{folder} has no train split: choose one with --split: {', '.join(names)}.")
-    return {others[0]: None}
+    purposes = {"", *(kinds[name][1] for name in trained)}
+    return {name: "train" if kinds[name][0] == "train" else None for name in trained} | {
+        name: "validation" for name in held_out if kinds[name][1] in purposes
+    }
 
 
 def files_below(folder: Path, pattern: str) -> list[Path]:

@@ -91,7 +91,8 @@ def read_documents(
             yield (by_name.get(file) or "train") if named else split_by(digest, share), content
     if empty:
         raise UserError(f"{path} holds no text{_that_could_be_read(bad)}.")
-    if not num_kept and keep.dropped:
+    # What is repeated may stand in another source.
+    if not num_kept and keep.dropped and not keep.dropped["repeated"]:
         raise UserError(f"Every document of {path} was left out: {describe_counts(keep.dropped)}.")
 
 

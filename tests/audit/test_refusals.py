@@ -8,7 +8,6 @@ import pytest
 
 from mlx_forget.audit.refusals import compare_refusals, read_prompts
 from mlx_forget.errors import UserError
-from mlx_forget.pipeline.tokenise import Progress
 from mlx_forget.pipeline.vocabularies import find_tokenizer, load_vocabulary
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -59,8 +58,7 @@ def test_prompts_are_asked_in_the_words_of_the_template(tmp_path):
     plain, chat = model(tmp_path / "plain"), model(tmp_path / "chat", CHATML)
     vocabulary = chat.tokenizer
     trainer = Answering(vocabulary, "I cannot", 3, "<and so on>")
-    silent: Progress = lambda activity, fraction, num_bytes=0: None  # noqa: E731
-    found = compare_refusals(trainer, plain, chat, ("How?",), num_tokens=20, progress=silent)
+    found = compare_refusals(trainer, plain, chat, ("How?",), num_tokens=20, progress=lambda activity, fraction, num_bytes=0: None)
     names = [vocabulary.piece(index) for index in trainer.asked["chat"][0]]
     assert "".join(names) == "<s><|im_start|>userĊHow?<|im_end|>Ċ<|im_start|>assistantĊ"
     assert [plain.tokenizer.piece(index) for index in trainer.asked["plain"][0]] == ["<s>", "H", "o", "w", "?"]
@@ -68,6 +66,14 @@ def test_prompts_are_asked_in_the_words_of_the_template(tmp_path):
     assert found.answers == (("How?", "I cannot<and so on>", "I cannot"),)
     assert found.rates.before == found.rates.after == 1.0
     assert trainer.num_ids == vocabulary.vocab_size
+
+
+def test_marks_that_open_an_answer_do_not_end_it(tmp_path):
+    """As of gpt-oss, whose answers begin with the name of a channel."""
+    chat = model(tmp_path / "chat", CHATML)
+    trainer = Answering(chat.tokenizer, 2, "I cannot", 3, "<and so on>")
+    found = compare_refusals(trainer, chat, chat, ("How?",), num_tokens=20, progress=lambda activity, fraction, num_bytes=0: None)
+    assert found.answers == (("How?", "I cannot", "I cannot"),)
 
 
 def test_a_prompt_and_its_template_have_to_leave_room(tmp_path):

@@ -142,7 +142,7 @@ def saved_fit(path: Path) -> None:
         "params": values,
         "groups": None,
         "flags": [],
-        "intervals": {"widen": 1.0},
+        "intervals": {"widen": 1.0, "inflation": 1.0, "degrees_of_freedom": 9.0},
     }
     path.write_text(json.dumps({**content, "data_range": {"N": [1.0, 2.0], "D": [1.0, 2.0]}, "draws": "fit.draws.npz"}))
     np.savez_compressed(path.with_name("fit.draws.npz"), draws_0=np.ones((9, len(law.names))), column_0_N=np.ones(4))

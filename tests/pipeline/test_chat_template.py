@@ -88,6 +88,18 @@ def with_template(bare, tmp_path):
     return make
 
 
+def write_chats(folder):
+    """Forty short conversations in a file."""
+    lines = [
+        json.dumps(
+            {"messages": [{"role": role, "content": text} for role, text in (("user", f"{i}. A note"), ("assistant", "Yes"))]}
+        )
+        for i in range(40)
+    ]
+    (folder / "chats.jsonl").write_text("\n".join(lines))
+    return str(folder / "chats.jsonl")
+
+
 def learnt(vocabulary, tokens, mask):
     """The runs of learnt tokens, as text with special tokens."""
     names = {index: piece for piece, index in vocabulary._encoder.get_vocab(with_added_tokens=True).items()}
@@ -169,19 +181,25 @@ def test_a_document_of_a_template_with_bos_has_one(with_template):
     assert mask.sum() > 3
 
 
+def test_a_bos_that_also_ends_answers_begins_conversations_alone(with_template):
+    """OLMo 2: what ends an answer is no mark of the next message."""
+    template = (
+        "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
+        "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    vocabulary = with_template(template, bos="</s>")
+    ((tokens, mask),) = encode([Conversation(MESSAGES)], vocabulary)
+    assert vocabulary.piece(tokens[0]) == "<|user|>"
+    assert (tokens == vocabulary.eos_id).sum() == 1
+    assert mask[-1] == 1
+
+
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_a_bos_that_begins_every_message_is_there_once_in_every_row(with_template, tmp_path, layout):
     """SmolLM2's BOS is the mark before a role: packed conversations lost their first one."""
     vocabulary = with_template(CHATML, bos="<|im_start|>", eos="<|im_end|>")
-    lines = [
-        json.dumps(
-            {"messages": [{"role": role, "content": text} for role, text in (("user", f"{i}. A note"), ("assistant", "Yes"))]}
-        )
-        for i in range(40)
-    ]
-    (tmp_path / "chats.jsonl").write_text("\n".join(lines))
     tokenizer = find_tokenizer(str(tmp_path / "model"))
-    store = write_store(tmp_path / "store", [documents_of(str(tmp_path / "chats.jsonl"))], tokenizer)
+    store = write_store(tmp_path / "store", [documents_of(write_chats(tmp_path))], tokenizer)
     rows = Rows(store.split("train"), 32, layout)
     tokens = np.empty((rows.num_rows, 33), np.int32)
     rows.read(np.arange(rows.num_rows), tokens)

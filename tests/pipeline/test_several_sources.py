@@ -42,8 +42,20 @@ def test_a_document_of_two_sources_is_in_one_split(files, tmp_path, tokenizer):
     assert sum(map(len, texts.values())) == 2 * len(SHORT) + len(LONG)
 
 
-def test_repetitions_are_those_of_all_sources(files, tmp_path, tokenizer):
-    texts, store = prepared(files, tmp_path, tokenizer, once=True)
+def test_a_source_with_splits_of_its_own_has_no_say_in_what_others_hold_out(files, tmp_path, tokenizer):
+    own = tmp_path / "own"
+    own.mkdir()
+    for name in ("train", "valid"):
+        (own / f"{name}.txt").write_text("".join(f"{name} {note}\n" for note in LONG))
+    (alone,) = [{text for split, text in documents_of(files[0]).read() if split == "validation"}]
+    texts, _ = prepared([str(own), files[0]], tmp_path, tokenizer)
+    assert set(texts["validation"]) & set(SHORT) == alone
+
+
+@pytest.mark.parametrize("step", [1, -1])
+def test_repetitions_are_those_of_all_sources(files, tmp_path, tokenizer, step):
+    """Also where nothing is left of the second one."""
+    texts, store = prepared(files[::step], tmp_path, tokenizer, once=True)
     assert sorted([*texts["train"], *texts["validation"]]) == sorted([*SHORT, *LONG])
     assert store.skipped == {"repeated": len(SHORT)}
 

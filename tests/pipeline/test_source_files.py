@@ -78,9 +78,20 @@ def test_the_content_hash_follows_names_and_bytes(tmp_path):
 
 
 def test_splits_of_a_purpose_are_read_and_their_test_files_are_not(tmp_path):
-    write(tmp_path, "train_sft-00000-of-00002.jsonl", "train_sft-00001-of-00002.jsonl", "test_sft.jsonl", "test-gen/a.jsonl")
+    write(tmp_path, "train_sft-00000-of-00002.jsonl", "train_sft-00001-of-00002.jsonl", "test_sft.jsonl", "test/a.jsonl")
     assert set(found(tmp_path)) == {"train_sft-00000-of-00002.jsonl", "train_sft-00001-of-00002.jsonl"}
     assert found(tmp_path, split="test_sft") == {"test_sft.jsonl": None}
+
+
+def test_splits_of_a_purpose_validate_and_the_outermost_folder_decides(tmp_path):
+    write(tmp_path, "train_sft.jsonl", "validation_sft.jsonl", "test_sft.jsonl", "dev_gen.jsonl")
+    assert found(tmp_path) == {"train_sft.jsonl": "train", "validation_sft.jsonl": "validation", "dev_gen.jsonl": None}
+    write(tmp_path / "b", "train/test-driven.jsonl", "train/test_a.jsonl", "valid/train.jsonl", "test/train.jsonl")
+    assert found(tmp_path / "b") == {
+        "train/test-driven.jsonl": "train",
+        "train/test_a.jsonl": "train",
+        "valid/train.jsonl": "validation",
+    }
 
 
 def test_files_about_tests_are_data_where_nothing_is_about_training(tmp_path):
@@ -130,10 +141,29 @@ def test_a_file_in_two_splits_of_a_repository_validates(tmp_path):
     assert set(found(tmp_path, split="train")) == {"a.jsonl", "b.jsonl", "c.jsonl"}
 
 
+def test_the_content_hash_follows_what_a_card_says_of_the_splits(tmp_path):
+    write(tmp_path, "a.jsonl", "b.jsonl")
+    card(tmp_path, ("train", "*.jsonl"))
+    before = content_hash(tmp_path)
+    card(tmp_path, ("train", "a.jsonl"), ("validation", "b.jsonl"))
+    assert content_hash(tmp_path) != before
+
+
 def test_a_repository_without_a_train_split_is_read_where_it_has_one_split(tmp_path):
     write(tmp_path, "a.jsonl", "b.jsonl", "c.jsonl")
     card(tmp_path, ("train_sft", "a.jsonl"), ("test_sft", "c.jsonl"))
-    assert found(tmp_path) == {"a.jsonl": None}
+    assert found(tmp_path) == {"a.jsonl": "train"}
+    card(tmp_path, ("train_sft", "a.jsonl"), ("validation", "b.jsonl"), ("test_sft", "c.jsonl"))
+    assert found(tmp_path) == {"a.jsonl": "train", "b.jsonl": "validation"}
+    card(tmp_path, ("train_sft", "a.jsonl"), ("validation_sft", "b.jsonl"), ("validation_gen", "c.jsonl"))
+    assert found(tmp_path) == {"a.jsonl": "train", "b.jsonl": "validation"}
+    card(tmp_path, ("validation", "b.jsonl"))
+    assert found(tmp_path) == {"b.jsonl": "validation"}
+    card(tmp_path, ("en", "b.jsonl"))
+    assert found(tmp_path) == {"b.jsonl": None}
+    card(tmp_path, ("test", "b.jsonl"))
+    with pytest.raises(UserError, match="no train split: choose one with --split: test"):
+        find_files(tmp_path)
     card(tmp_path, ("train_sft", "a.jsonl"), ("train_gen", "b.jsonl"), ("test_sft", "c.jsonl"))
     with pytest.raises(UserError, match="no train split: choose one with --split: train_sft, train_gen, test_sft"):
         find_files(tmp_path)

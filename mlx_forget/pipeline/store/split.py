@@ -135,6 +135,17 @@ class Split:
         table = self._table(shard)
         return table.column("start").to_numpy(), table.column("num_bytes").to_numpy()
 
+    def texts(self, shard: int) -> tuple[Ids, Ids]:
+        """(first token, number of tokens) of each document of a shard, int64 each, without a BOS that begins it: its row has one."""
+        start, _ = self.documents(shard)
+        num_tokens = self.shards[shard].num_tokens
+        size: Ids = np.diff(start, append=num_tokens)
+        # No text gives a BOS, so that only what a chat template writes is looked at.
+        if self.has_loss_mask and len(start):
+            has_own = (self.tokens[shard][np.minimum(start, num_tokens - 1)] == self.bos_id) & (size > 1)
+            start, size = start + has_own, size - has_own
+        return start, size
+
     def sources(self, shard: int) -> npt.NDArray[np.uint16]:
         """The source of each document of a shard, uint16: its place in the store's `sources`."""
         table = self._table(shard)
