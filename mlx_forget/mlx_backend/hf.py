@@ -17,9 +17,10 @@ import numpy as np
 import numpy.typing as npt
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_forget.adapters import A, B
+from mlx_forget.adapters import A
 from mlx_forget.errors import UserError
 from mlx_forget.mlx_backend import compare, cross_entropy, lora, losses
+from mlx_forget.mlx_backend.hf_layers import ADAPTER_PARTS, adapted, checkpointed, within_module
 from mlx_forget.mlx_backend.losses import KLTerm
 from mlx_forget.mlx_backend.operators import Operators
 from mlx_forget.mlx_backend.packed import is_floating, widened
@@ -29,8 +30,6 @@ from mlx_forget.pretrained import PretrainedSpec, older_keys, read_config
 Weights = Mapping[str, mx.array]
 Arrays = dict[str, mx.array]
 
-# What a linear map with a folded adapter holds besides its own.
-_PARTS = ("lora_A", "lora_B", "lora_factor", "lora_key", "lora_kept")
 _PROBE_LENGTH = 8
 # The probe makes logits this large: soft caps lie between 15 and 50.
 _PROBE_LOGIT = 200.0
@@ -206,7 +205,7 @@ class Pretrained:
         adapters = {name: value for name, value in weights.items() if name not in self._empty}
         self._adapt(adapters)
         base = {name: value for name, value in weights.items() if name in self._empty}
-        own = {_within_module(name): value for name, value in adapters.items() if not name.endswith(lora.LENGTH)}
+        own = {within_module(name): value for name, value in adapters.items() if not name.endswith(lora.LENGTH)}
         self.module.update(tree_unflatten(list({**base, **self._off, **own}.items())))
 
     def _adapt(self, adapters: Weights) -> None:
@@ -217,8 +216,8 @@ class Pretrained:
             if module == name or f"{module}.lora_A" in self._off:
                 continue
             layer = modules[module]
-            layer.__class__ = type(f"Adapted{type(layer).__name__}", (type(layer),), {"__call__": _adapted(type(layer))})
-            for part in _PARTS:
+            layer.__class__ = type(f"Adapted{type(layer).__name__}", (type(layer),), {"__call__": adapted(type(layer))})
+            for part in ADAPTER_PARTS:
                 layer[part] = mx.zeros(())
                 self._off[f"{module}.{part}"] = mx.zeros(())
 
@@ -298,45 +297,7 @@ class Pretrained:
         for layer in self.module.layers:
             kind = type(layer)
             if not kind.__name__.startswith("Checkpointed"):
-                layer.__class__ = type(f"Checkpointed{kind.__name__}", (kind,), {"__call__": _checkpointed(kind)})
-
-
-def _checkpointed(kind: type) -> Callable[..., Any]:
-    def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
-        def run(parameters: Any, *inner: Any, **named: Any) -> Any:
-            layer.update(parameters)
-            return kind.__call__(layer, *inner, **named)
-
-        # Keys of dropout and packed weights have no gradient, and stay where they are.
-        own: Arrays = dict(tree_flatten(layer.parameters()))
-        floats = [(name, value) for name, value in own.items() if is_floating(value)]
-        return mx.checkpoint(run)(tree_unflatten(floats), *args, **kwargs)
-
-    return call
-
-
-def _adapted(kind: type) -> Callable[..., Any]:
-    def call(layer: Any, x: mx.array) -> mx.array:
-        product: mx.array = kind.__call__(layer, x)
-        if layer["lora_A"].ndim == 0:
-            return product
-        inputs = x
-        if layer["lora_key"].ndim:
-            inputs = x * lora.dropped(x, layer["lora_key"], layer["lora_kept"])
-        product = product + (inputs @ layer["lora_A"].T) @ layer["lora_B"].T
-        if layer["lora_factor"].ndim == 0:
-            return product
-        # The factor is float32: in bf16 it would move by steps of 1/128.
-        bias = layer["bias"].astype(mx.float32) if "bias" in layer else mx.zeros(())
-        whole: mx.array = (product.astype(mx.float32) - bias) * layer["lora_factor"] + bias
-        return whole.astype(product.dtype)
-
-    return call
-
-
-def _within_module(name: str) -> str:
-    """The name of an adapter's entry within the module tree: `MODULE.lora_A` of `MODULE.lora_A.weight`."""
-    return name.removesuffix(".weight") if name.endswith((A, B)) else name
+                layer.__class__ = type(f"Checkpointed{kind.__name__}", (kind,), {"__call__": checkpointed(kind)})
 
 
 def _with_own_gradient(

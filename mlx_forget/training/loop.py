@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -24,37 +24,9 @@ from mlx_forget.pretrained import PretrainedSpec
 from mlx_forget.records import HISTORY
 from mlx_forget.schedule import Schedule
 from mlx_forget.trainer import Stack, StepResult, Trainer
+from mlx_forget.training.stop_rules import Rule, Stop, StopRules
 
 Status = Literal["finished", "stopped", "diverged", "interrupted"]
-Rule = Literal["max_forgetting", "target_loss", "patience", "time"]
-
-
-@dataclass(frozen=True)
-class StopRules:
-    """When a run ends before its last step; None switches a rule off.
-
-    Args:
-        num_steps: the last step; token and epoch limits are folded into it.
-        target_loss: stop at or below this target validation loss.
-        patience: stop after this many evaluations without a new minimum.
-        max_forgetting: stop once pretraining loss has risen by more than this many nats.
-        max_seconds: stop after this much training time.
-        max_skipped: more masked updates than this are divergence.
-    """
-
-    num_steps: int
-    target_loss: float | None = None
-    patience: int | None = None
-    max_forgetting: float | None = None
-    max_seconds: float | None = None
-    max_skipped: int = 0
-
-
-class Stop(NamedTuple):
-    """The rule that ends a run, and what it saw, in words."""
-
-    rule: Rule
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -347,9 +319,7 @@ def _evaluate(run: RunState, trainer: Trainer) -> Stop | None:
     if losses["pretrain_val"] is not None:
         run.curve.append((row["tokens"], losses["pretrain_val"]))
     forgetting = _forgetting(run, losses)
-    limit = run.stop.max_forgetting
-    too_much = limit is not None and forgetting is not None and forgetting > limit
-    if not too_much and (run.best is None or losses["target_val"] < run.best["target_val"]):
+    if not run.stop.is_too_much(forgetting) and (run.best is None or losses["target_val"] < run.best["target_val"]):
         run.best = losses
         run.evaluations_since_best = 0
         with trainer.gathered(with_training_state=False):
@@ -362,13 +332,7 @@ def _evaluate(run: RunState, trainer: Trainer) -> Stop | None:
         run.evaluations_since_best += 1
     run.observer.on_evaluation({**row, "best": run.best, "forgetting_nats": forgetting})
     run._rate_mark = (run.step, time.perf_counter())
-    if too_much:
-        return Stop("max_forgetting", f"pretraining loss rose by {forgetting:.3f} nats, over the limit of {limit:g}")
-    if run.stop.target_loss is not None and losses["target_val"] <= run.stop.target_loss:
-        return Stop("target_loss", f"target validation loss {losses['target_val']:.4f} reached {run.stop.target_loss:g}")
-    if run.stop.patience is not None and run.evaluations_since_best >= run.stop.patience:
-        return Stop("patience", f"no better target validation loss in {run.stop.patience} evaluations")
-    return None
+    return run.stop.met(losses["target_val"], forgetting, run.evaluations_since_best)
 
 
 def _forgetting(run: RunState, losses: dict[str, Any]) -> float | None:

@@ -28,9 +28,10 @@ from mlx_forget.trainer import Trainer, TrainerSpec
 from mlx_forget.training.data import identity_of, replay_name, sources_of
 from mlx_forget.training.folder import only_group
 from mlx_forget.training.identity import SCIENCE_VERSION
-from mlx_forget.training.loop import Cadence, RunState, StopRules, drive
+from mlx_forget.training.loop import Cadence, RunState, drive
 from mlx_forget.training.plan import Plan
 from mlx_forget.training.replay_rows import error_of_kept_log_probs, with_replay
+from mlx_forget.training.stop_rules import StopRules
 from mlx_forget.training.tracking import tracked
 from mlx_forget.training.watch import Watch
 

@@ -27,7 +27,8 @@ from mlx_forget.pipeline.sides import RowSubset
 from mlx_forget.pipeline.store import StoreWriter, open_store
 from mlx_forget.schedule import Schedule
 from mlx_forget.trainer import RuntimeSpec, TrainerSpec
-from mlx_forget.training.loop import Cadence, RunState, StopRules, drive
+from mlx_forget.training.loop import Cadence, RunState, drive
+from mlx_forget.training.stop_rules import StopRules
 from mlx_forget.training.watch import NoObserver
 from tests.benchmarks.measure import interleaved, print_ratios, rate
 from tests.benchmarks.nanogpt_style import NanoStyle

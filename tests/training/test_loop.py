@@ -17,7 +17,8 @@ from mlx_forget.pipeline.mixture import Mixture, parse_share
 from mlx_forget.pipeline.sides import RowSubset
 from mlx_forget.schedule import Schedule
 from mlx_forget.trainer import TrainerSpec
-from mlx_forget.training.loop import Cadence, RunState, StopRules, drive
+from mlx_forget.training.loop import Cadence, RunState, drive
+from mlx_forget.training.stop_rules import StopRules
 from mlx_forget.training.watch import NoObserver
 from tests.fakes import BigramTrainer
 from tests.pipeline.test_store import make_store
