@@ -273,11 +273,12 @@ def saved_fit(path: Path) -> None:
 
 @functools.cache
 def a_model() -> Any:
-    return SimpleNamespace(spec=SimpleNamespace(context_length=64), tokenizer=load_vocabulary(SAMPLE / "tokenizer.model"))
+    vocabulary = load_vocabulary(SAMPLE / "tokenizer.model")
+    return SimpleNamespace(spec=SimpleNamespace(context_length=64), tokenizer=vocabulary, bos_id=vocabulary.bos_id)
 
 
 def prompts(path: Path) -> None:
-    read_prompts(str(path), a_model(), 8)
+    read_prompts(str(path), [a_model()], 8)
 
 
 def store_v2(path: Path) -> None:
